@@ -1,0 +1,46 @@
+"""Lets a torchvision that was built for CUDA be imported beside a CPU build of torch.
+
+The registry's torchvision carries compiled operators linked against CUDA. Beside a CPU torch they do not load, and
+torchvision then fails on import with `operator torchvision::nms does not exist`, which takes transformers, diffusers,
+peft and lpips down with it. Nothing here uses those operators, so it is enough that their names exist.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+MISSING_OPS = ("torchvision::nms", "torchvision::qnms")
+
+
+class _DeclareOpsBeforeImport(MetaPathFinder):
+    """Steps in at the first `import torchvision`, so that importing icd_lightning itself stays light."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            spec = PathFinder.find_spec(fullname)
+            if spec and spec.submodule_search_locations:
+                declare_missing_ops(Path(spec.submodule_search_locations[0]))
+        return None
+
+
+def install() -> None:
+    """Arrange for the missing operators to be declared at the first `import torchvision`; safe to call twice."""
+    if "torchvision" not in sys.modules and not any(isinstance(f, _DeclareOpsBeforeImport) for f in sys.meta_path):
+        sys.meta_path.insert(0, _DeclareOpsBeforeImport())
+
+
+def declare_missing_ops(torchvision_folder: Path) -> None:
+    """Declare the operators only where torchvision's own library cannot be loaded beside this torch."""
+    import torch
+
+    for library in sorted(torchvision_folder.glob("_C*.so")) + sorted(torchvision_folder.glob("_C*.pyd")):
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:  # linked against a CUDA runtime that is not here
+            continue
+    for name in MISSING_OPS:
+        torch.library.define(name, SCHEMA)

@@ -1,0 +1,25 @@
+"""Writes what a task has learnt in the formats of other tools."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning
+
+log = logging.getLogger(__name__)
+
+
+class ExportWeights(lightning.Callback):
+    """At the end of a training, let the task write its weights to `folder`, by default the run's own (rank 0 only)."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Export once the training is over and averaged weights are in place."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(self.folder or trainer.default_root_dir)
+        pl_module.export(folder)
+        log.info("weights written to %s", folder)

@@ -1,0 +1,125 @@
+"""`icd data ...`: write and describe shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+
+def shapes(
+    out: str,
+    count: int,
+    *,
+    shard_size: int = 1000,
+    format: Literal["png", "jpg"] = "png",
+    seed: int = 0,
+    size: int = 64,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+) -> None:
+    """Write captioned pictures of the tiny world as WebDataset shards; keep what is there if it is just this.
+
+    Args:
+        out: Folder for the shards and their manifest.json.
+        count: Number of pictures.
+        shard_size: Pictures in a shard.
+        format: png keeps every pixel; jpg is several times faster to write and half as large.
+        seed: Picture number i depends on seed and i alone.
+        size: Pixels of a side.
+        overwrite: Replace other shards in the folder.
+        num_workers: Processes that draw; one for each core if not given.
+    """
+    from rich.console import Console
+
+    from icd_lightning.data.shards import ENCODINGS, find_reusable, write_shards
+
+    for name, value, least in (
+        ("count", count, 1),
+        ("shard_size", shard_size, 1),
+        ("size", size, 8),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+    if format not in ENCODINGS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(ENCODINGS)}")
+    parameters: dict[str, Any] = {"world": "shapes", "version": _version(size), "count": count}
+    parameters |= {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
+    if reused := find_reusable(out, parameters, overwrite=overwrite):
+        Console().print(f"{out} holds these {reused.samples} pictures already; nothing to do")
+        return
+    samples = _encoded_scenes(count, seed=seed, size=size, format=format, num_workers=num_workers)
+    manifest = write_shards(
+        samples, out, shard_size=shard_size, parameters=parameters, total=count, overwrite=overwrite
+    )
+    Console().print(f"{out} holds {manifest.samples} pictures in {len(manifest.shards)} shards")
+
+
+def describe(urls: str | list[str], *, examples: int = 4) -> None:
+    """Count the samples of shards, show their files, sizes and captions, hold them against manifest.json.
+
+    Args:
+        urls: A folder, shards, or patterns such as `shards/{00000..00009}.tar`.
+        examples: Samples to look into in each shard.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from icd_lightning.data.shards import describe_shards
+
+    found = describe_shards(urls, examples=examples)
+    table = Table(show_header=False, box=None)
+    table.add_row("shards", f"{found.shards}")
+    table.add_row("samples", f"{found.samples}")
+    table.add_row("bytes", f"{found.bytes:,}")
+    table.add_row("files", ", ".join(f"{n} {extension}" for extension, n in found.files.most_common()))
+    table.add_row("sizes", ", ".join(f"{w} x {h}" for (w, h), _ in found.sizes.most_common(5)) or "no pictures")
+    for caption in found.captions[:examples]:
+        table.add_row("caption", caption)
+    table.add_row("manifest", "\n".join(found.problems[:5]) or found.manifest)
+    Console().print(table)
+    if found.problems:
+        raise ValueError(
+            f"{len(found.problems)} problems, the first: {found.problems[0]}; write or copy the shards again"
+        )
+
+
+def _encoded_scenes(
+    count: int, *, seed: int, size: int, format: Literal["png", "jpg"], num_workers: int | None
+) -> Iterator[dict[str, Any]]:
+    import multiprocessing
+    import os
+    from functools import partial
+
+    draw = partial(_encoded_scene, seed=seed, size=size, format=format)
+    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 500)  # a process pays from some hundred pictures on
+    if workers == 1:
+        yield from map(draw, range(count))
+        return
+    with multiprocessing.Pool(workers) as pool:
+        yield from pool.imap(draw, range(count), chunksize=64)
+
+
+def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
+    import numpy as np
+
+    from icd_lightning.data.shapes import random_scene, render
+    from icd_lightning.data.shards import encode_sample
+
+    scene = random_scene(np.random.default_rng((seed, index)))
+    return encode_sample(f"{index:08d}", render(scene, size), scene.caption(), scene.to_dict(), format=format)
+
+
+def _version(size: int) -> str:
+    """Change with the world: shards that an older program drew are not taken for today's."""
+    import hashlib
+
+    import numpy as np
+
+    from icd_lightning.data.shapes import random_scene, render
+
+    digest = hashlib.sha256()
+    for index in range(8):
+        scene = random_scene(np.random.default_rng((0, index)))
+        digest.update(scene.caption().encode() + render(scene, size).tobytes())
+    return digest.hexdigest()[:12]

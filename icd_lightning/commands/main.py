@@ -1,0 +1,97 @@
+"""`icd`: one entry point. Each command's module is imported only when it is called, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("icd_lightning.commands.fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
+    "validate": ("icd_lightning.commands.fit:run", "run a task's validation"),
+    "test": ("icd_lightning.commands.fit:run", "run a task's test"),
+    "edit": ("icd_lightning.commands.pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
+    "invert": ("icd_lightning.commands.pictures:invert", "encode a picture to noise, and check what comes back"),
+    "generate": ("icd_lightning.commands.pictures:generate", "make a picture from a prompt"),
+    "data shapes": ("icd_lightning.commands.data:shapes", "write shards of procedural captioned pictures"),
+    "data describe": ("icd_lightning.commands.data:describe", "count and check shards"),
+    "eval": ("icd_lightning.commands.evaluate:evaluate", "measure inversion, generation and edits on held-out scenes"),
+    "demo": ("icd_lightning.commands.demo:demo", "the whole method on this machine, in minutes, with a report"),
+    "tiny report": ("icd_lightning.commands.tiny:report", "measure the shipped tiny family against its bars"),
+    "tiny package": ("icd_lightning.commands.tiny:package", "turn the trained parts into the family that ships"),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; a user's mistake ends with one line on stderr and exit code 2."""
+    args = sys.argv[1:] if args is None else list(args)
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(help_text())
+        return
+    if args[0] == "--version":
+        from icd_lightning import __version__
+
+        sys.stdout.write(f"icd {__version__}\n")
+        return
+    name, rest = _split(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        _load(name)(name, rest)
+    except (ValueError, OSError) as error:
+        if os.environ.get("ICD_TRACEBACK"):
+            raise
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Say what is wrong in one line and exit with code 2."""
+    line = " ".join(str(message).split())
+    sys.stderr.write(f"icd: error: {line}\n")
+    raise SystemExit(2)
+
+
+def help_text() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "usage: icd COMMAND [options]\n\nInvertible Consistency Distillation: generate in 3-4 steps, invert in 3-4 steps, "
+        f"edit pictures by prompt.\n\n{rows}\n\n`icd COMMAND --help` explains one. ICD_TRACEBACK=1 shows where an error "
+        "came from.\n"
+    )
+
+
+def _split(args: list[str]) -> tuple[str, list[str]]:
+    """Separate the command's one or two words from its options."""
+    if args[0].startswith("-"):
+        fail(f"{args[0]} comes before the command; write `icd COMMAND {args[0]} ...`")
+    for words in (2, 1):
+        name = " ".join(args[:words])
+        if name in COMMANDS:
+            return name, args[words:]
+    groups = {command.split()[0] for command in COMMANDS if " " in command}
+    if args[0] in groups:
+        inside = [command.split()[1] for command in COMMANDS if command.startswith(f"{args[0]} ")]
+        if args[1:] and args[1] not in ("-h", "--help"):
+            fail(f"no command 'icd {args[0]} {args[1]}'; there is: {', '.join(inside)}")
+        sys.stdout.write("".join(f"icd {n}: {line}\n" for n, (_, line) in COMMANDS.items() if n.split()[0] == args[0]))
+        raise SystemExit(0)
+    fail(f"no command {args[0]!r}; there is: {', '.join(COMMANDS)}")
+    raise AssertionError
+
+
+def _load(name: str) -> Callable[[str, list[str]], None]:
+    """Import a command's function and give it a parser made of its signature."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    if attribute == "run":  # LightningCLI parses by itself
+        return lambda name, args: function([name, *args])
+    from icd_lightning.commands.parsing import call
+
+    return lambda name, args: call(function, name, args)
+
+
+if __name__ == "__main__":
+    main()

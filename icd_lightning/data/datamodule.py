@@ -1,0 +1,288 @@
+"""Feeds a Trainer from WebDataset shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.data.decoding import RejectedError, SampleDecoder, Tally
+from icd_lightning.data.manifest import Verify, index_shard
+from icd_lightning.data.shards import is_local, open_shards
+from icd_lightning.data.stream import Piece, TrainDataset, TrainStream, ValidationSet
+
+logger = logging.getLogger(__name__)
+
+PROBED_SAMPLES = 64
+REMEDIES = {
+    "too_small": "lower resolution, or give min_size=0 to enlarge what is smaller",
+    "no_caption": "give caption_field, the field of the json files that holds the caption",
+}
+
+
+class ShardDataModule(lightning.LightningDataModule):
+    """Batches of images (B, 3, resolution, resolution) in [-1, 1] with captions, from WebDataset shards.
+
+    Args:
+        urls: Shards to train on: a folder, a list, or patterns such as `shards/{00000..00009}.tar`; also `pipe:...` and
+            `http://...`, which cannot be counted and need `batches_per_epoch` (and a shard for every worker).
+        val_urls: Local shards to validate and test on, in order; none by default.
+        batch_size: Samples in a batch of one rank.
+        val_batch_size: The same for validation; `batch_size` if not given.
+        resolution: Pixels of a side. The short side is resized to it, the centre cut out.
+        min_size: Samples with a short side under this many pixels are skipped; `resolution` if not given.
+        caption_field: Take captions from this field of the json file instead of the txt file.
+        num_workers: Worker processes; 0 reads in the training process.
+        seed: Decides the order of samples, together with the number of ranks and workers.
+        shuffle_buffer: Samples among which each worker shuffles, after the shards have been shuffled.
+        batches_per_epoch: Batches of each rank in an epoch; as many as the shards hold if not given.
+        verify: How closely shards are compared with the manifest.json beside them: see `open_shards`.
+
+    Samples that cannot be used are skipped and counted by reason: `train_tally.counts()`, `val_tally.counts()`.
+
+    Data go on where training stopped: the trainer's count of finished batches decides which batch is next, so what
+    workers had prefetched is not lost. The loaders are no `DataLoader`s to Lightning, so that it leaves them as they
+    are; set `use_distributed_sampler: false` in the trainer all the same, since streams are divided here.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        *,
+        val_urls: str | list[str] | None = None,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        resolution: int = 64,
+        min_size: int | None = None,
+        caption_field: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        batches_per_epoch: int | None = None,
+        verify: Verify = "count",
+    ) -> None:
+        super().__init__()
+        val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        _require(batch_size=batch_size, val_batch_size=val_batch_size, resolution=resolution, at_least=1)
+        _require(num_workers=num_workers, shuffle_buffer=shuffle_buffer, min_size=min_size or 0, at_least=0)
+        _require(batches_per_epoch=1 if batches_per_epoch is None else batches_per_epoch, at_least=1)
+        self.urls, self.val_urls, self.verify = urls, val_urls, verify
+        self.batch_size, self.val_batch_size, self.batches_per_epoch = batch_size, val_batch_size, batches_per_epoch
+        self.num_workers, self.seed, self.shuffle_buffer = num_workers, seed, shuffle_buffer
+        self.decoder = SampleDecoder(resolution, caption_field, min_size)
+        self.train_tally, self.val_tally = Tally(num_workers), Tally(num_workers)
+        self.stream: TrainStream | None = None
+        self.validation_set: ValidationSet | None = None
+        self._loader: TrainLoader | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find, check and count the shards, and try whether samples can be read from them."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if stage in (None, "fit"):
+            self.stream = self._open_stream(rank, world_size)
+        if self.val_urls:
+            self.validation_set = self._open_validation_set(rank, world_size)
+        elif stage in ("validate", "test"):
+            raise ValueError(f"there is nothing to {stage} on: give val_urls, the shards to use")
+
+    def _open_stream(self, rank: int, world_size: int) -> TrainStream:
+        shards = open_shards(self.urls, verify=self.verify)
+        tally = Tally()
+        raws = chain.from_iterable(Piece(shard.url, 0, None).read(tally) for shard in shards)
+        _probe(raws, self.decoder, "urls")
+        batches, readers = self.batches_per_epoch, world_size * max(1, self.num_workers)
+        unknown = next((shard.url for shard in shards if shard.samples is None), None)
+        if unknown is not None:
+            if batches is None:
+                raise ValueError(f"how many samples {unknown} holds is not known in advance: give batches_per_epoch")
+            if len(shards) < readers:
+                raise ValueError(
+                    f"{len(shards)} uncounted shards are too few for {readers} readers ({world_size} ranks x "
+                    f"{max(1, self.num_workers)} workers); lower num_workers or make more and smaller shards"
+                )
+        else:
+            total = sum(shard.samples or 0 for shard in shards)
+            batches = batches or total // (self.batch_size * world_size)
+            if batches == 0 or total < readers:
+                raise ValueError(
+                    f"urls hold {total} samples, too few for one batch of {self.batch_size} on each of {world_size} "
+                    "ranks; lower batch_size or add shards"
+                )
+        return TrainStream(
+            shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
+        )
+
+    def _open_validation_set(self, rank: int, world_size: int) -> ValidationSet:
+        shards = open_shards(self.val_urls, verify=self.verify)
+        for shard in shards:
+            if not is_local(shard.url):
+                raise ValueError(f"val_urls holds {shard.url}; validation reads by index: copy it to a local file")
+        if self.stream is not None and (both := {s.url for s in self.stream.shards} & {s.url for s in shards}):
+            logger.warning("%s is trained and validated on", min(both))
+        entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
+        _probe((entry.read() for entry in entries), self.decoder, "val_urls")
+        return ValidationSet(
+            entries, self.decoder, self.val_batch_size, rank=rank, world_size=world_size, tally=self.val_tally
+        )
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return an endless stream cut into epochs of `batches_per_epoch`."""
+        assert self.stream is not None, "setup comes first"
+        if self._loader is not None:
+            self._loader.close()
+        position = self._position if self.trainer else None
+        self._loader = TrainLoader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
+        return self._loader
+
+    def val_dataloader(self) -> ValidationLoader | list:
+        return [] if self.validation_set is None else ValidationLoader(self.validation_set, self.num_workers)
+
+    def test_dataloader(self) -> ValidationLoader | list:
+        return self.val_dataloader()
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop the workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+    # --- resuming ---
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.stream is None or self.trainer is None:
+            return {}
+        return {"finished": self._finished(), "position": self._position(), "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the batches a checkpoint's run had finished; warn if this run orders samples otherwise."""
+        assert self.stream is not None, "setup comes first"
+        self._resumed = state_dict
+        was, now = state_dict["order"], self._order()
+        if different := [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]:
+            logger.warning(
+                "data continue at the same point, but not with the same samples as without a stop: %s",
+                "; ".join(different),
+            )
+
+    def _finished(self) -> int:
+        """Batches the trainer has finished. Its other counters run ahead, or start anew with an epoch or a resume."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+    def _position(self) -> int:
+        """The next batch of this rank, counted from the start of training, in batches of this run's size."""
+        if self._resumed is None:
+            return self._finished()
+        was, now = self._resumed["order"], self._order()
+        before = self._resumed["position"] * was["batch_size"] * was["world_size"]
+        return before // (now["batch_size"] * now["world_size"]) + self._finished() - self._resumed["finished"]
+
+    def _order(self) -> dict[str, int]:
+        """All that decides which samples make which batch."""
+        stream = self.stream
+        assert stream is not None
+        return {
+            "seed": stream.seed,
+            "batch_size": stream.batch_size,
+            "world_size": stream.world_size,
+            "num_workers": max(1, self.num_workers),
+            "shuffle_buffer": stream.shuffle_buffer,
+            "batches_per_epoch": stream.batches_per_epoch,
+            "shards": len(stream.shards),
+            "samples": sum(shard.samples or 0 for shard in stream.shards),
+        }
+
+
+class TrainLoader:
+    """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`."""
+
+    def __init__(
+        self, stream: TrainStream, tally: Tally, *, num_workers: int = 0, position: Callable[[], int] | None = None
+    ) -> None:
+        self.stream, self.tally, self.num_workers = stream, tally, num_workers
+        self._reached = 0
+        self._position = position or (lambda: self._reached)
+        self._batches: Iterator[Batch | Exception] | None = None
+
+    def __len__(self) -> int:
+        return self.stream.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
+        position = self._position()
+        if self._batches is None or position != self._reached:
+            self._batches = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
+            self._reached = position
+        for _ in range(len(self)):
+            self._reached += 1
+            yield _unwrap(next(self._batches))
+
+    def close(self) -> None:
+        self._batches = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty, as is loading it: the data module keeps the state. Tells Lightning that the data can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ValidationLoader:
+    """Yields the batches of a ValidationSet in order."""
+
+    def __init__(self, validation_set: ValidationSet, num_workers: int = 0) -> None:
+        self.validation_set, self.num_workers = validation_set, num_workers
+
+    def __len__(self) -> int:
+        return len(self.validation_set)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from map(_unwrap, _loader(self.validation_set, self.num_workers))
+
+
+def _loader(dataset: Dataset, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes the batches
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every start of the workers draws from the global generator
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _unwrap(item: Batch | Exception) -> Batch:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
+def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str) -> None:
+    """Raise ValueError if not one of the first samples can be used."""
+    rejected: list[RejectedError] = []
+    for raw in islice(raws, PROBED_SAMPLES):
+        try:
+            decoder.decode(raw)
+            return
+        except RejectedError as error:
+            rejected.append(error)
+    if not rejected:
+        raise ValueError(f"the shards of {name} hold no samples; look at them with `icd data describe`")
+    remedy = REMEDIES.get(rejected[0].reason, "look at them with `icd data describe`")
+    raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({rejected[0]}); {remedy}")
+
+
+def _require(*, at_least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < at_least:
+            raise ValueError(f"{name} {value} must be at least {at_least}")

@@ -1,0 +1,335 @@
+"""The tiny world: procedural pictures with captions, whose edits have a known true result.
+
+A `Scene` holds every parameter of a picture, down to the phase of its textures and the seed of its noise. Changing one
+attribute with `dataclasses.replace` (or drawing a `random_edit`) and rendering again gives the *true* edited picture,
+equal to the first wherever the edit does not reach.
+
+Pictures are uint8 (size, size, 3), rendered in numpy with signed distances, so that edges are antialiased.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.88, 0.13, 0.14),
+    "orange": (1.00, 0.56, 0.08),
+    "yellow": (0.98, 0.90, 0.20),
+    "green": (0.13, 0.65, 0.24),
+    "cyan": (0.25, 0.83, 0.88),
+    "blue": (0.13, 0.28, 0.85),
+    "purple": (0.55, 0.20, 0.72),
+    "white": (0.95, 0.95, 0.95),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SIZES = {"small": 10.0, "large": 14.5}  # radius in pixels of a 64-pixel picture
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+LAYOUTS = ("single", "horizontal", "vertical")
+EDITS = ("color", "shape", "texture", "size", "background color", "background texture", "add", "remove")
+
+CANVAS = 64.0  # all lengths below are in pixels of a picture of this size
+TEXTURE_PERIOD = 10.0
+DARK_TONE = 0.6  # brightness of a texture's second tone
+NOISE_STD = 0.006
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; `center`, `radius` and `phase` in canvas pixels, `angle` in radians."""
+
+    shape: str
+    color: str
+    size: str
+    texture: str
+    center: tuple[float, float]
+    radius: float
+    angle: float = 0.0
+    phase: tuple[float, float] = (0.0, 0.0)
+
+    def words(self) -> str:
+        """Name the object as a caption does, e.g. "small red striped circle"."""
+        return " ".join(w for w in (self.size, self.color, self.texture, self.shape) if w != "plain")
+
+
+@dataclass(frozen=True)
+class Background:
+    """What lies behind the objects; `phase` in canvas pixels."""
+
+    color: str
+    texture: str
+    phase: tuple[float, float] = (0.0, 0.0)
+
+    def words(self) -> str:
+        return " ".join(w for w in (self.color, self.texture, "background") if w != "plain")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All parameters of one picture: one object, or two of which the first lies `relation` the second."""
+
+    things: tuple[Thing, ...]
+    background: Background
+    relation: str | None = None
+    light: tuple[float, float] = (0.0, 0.0)
+    noise_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.things) not in (1, 2) or (self.relation in RELATIONS) != (len(self.things) == 2):
+            raise ValueError(
+                f"a scene has one object and no relation, or two and one of {', '.join(RELATIONS)}; "
+                f"got {len(self.things)} objects and relation {self.relation!r}"
+            )
+
+    def caption(self) -> str:
+        """Describe the scene, e.g. "a small red circle left of a large blue ring on a green checkered background"."""
+        first = _with_article(self.things[0].words())
+        if self.relation is not None:
+            first = f"{first} {self.relation} {_with_article(self.things[1].words())}"
+        return f"{first} on {_with_article(self.background.words())}"
+
+    @property
+    def layout(self) -> str:
+        if self.relation is None:
+            return "single"
+        return "horizontal" if RELATIONS[self.relation][1] == 0 else "vertical"
+
+    def slots(self) -> tuple[Thing, ...]:
+        """The objects as a viewer reads them, left or upper one first, whichever the caption names first."""
+        return self.things[::-1] if self.relation in ("right of", "below") else self.things
+
+    def to_dict(self) -> dict:
+        """Return plain lists, strings and numbers, fit for JSON; `from_dict` restores the scene exactly."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> Scene:
+        """Restore a scene from `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
+        things = tuple(
+            Thing(**{**thing, "center": tuple(thing["center"]), "phase": tuple(thing["phase"])})
+            for thing in values["things"]
+        )
+        background = Background(**{**values["background"], "phase": tuple(values["background"]["phase"])})
+        rest = {"relation": values["relation"], "light": tuple(values["light"]), "noise_seed": values["noise_seed"]}
+        return Scene(things, background, **rest)
+
+
+def _with_article(words: str) -> str:
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+# --- drawing scenes at random -----------------------------------------------------------------------------------------
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """Draw a scene: one object or, in half of all cases, two; colours of objects differ from the background's."""
+    background = Background(_pick(rng, COLORS), _pick(rng, TEXTURES), _phase(rng))
+    relation = _pick(rng, RELATIONS) if rng.random() < 0.5 else None
+    count = 1 if relation is None else 2
+    things = [_random_thing(rng, center, background.color) for center in _centers(rng, relation)[:count]]
+    light = rng.uniform(-0.1, 0.1, 2)
+    return Scene(tuple(things), background, relation, (float(light[0]), float(light[1])), int(rng.integers(2**31)))
+
+
+def random_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> tuple[Scene, str]:
+    """Change one attribute of `scene` at random; return the true result and the kind of edit (one of EDITS).
+
+    All else, to the phase of the textures and the noise, stays as it was. "add" needs a scene of one object and
+    "remove" one of two: a `kind` that does not fit raises ValueError.
+    """
+    possible = [k for k in EDITS if k != ("add" if len(scene.things) == 2 else "remove")]
+    kind = kind if kind is not None else _pick(rng, possible)
+    if kind not in possible:
+        raise ValueError(f"edit {kind!r} does not fit this scene; possible: {', '.join(possible)}")
+    if kind == "add":
+        return _add_thing(scene, rng), kind
+    if kind == "remove":
+        return replace(scene, things=scene.things[:1], relation=None), kind
+    if kind.startswith("background"):
+        return replace(scene, background=_edit_background(scene, rng, kind.split()[1])), kind
+    index = int(rng.integers(len(scene.things)))
+    things = list(scene.things)
+    things[index] = _edit_thing(things[index], rng, kind, avoid={scene.background.color})
+    return replace(scene, things=tuple(things)), kind
+
+
+def _random_thing(rng: np.random.Generator, center: tuple[float, float], avoid: str) -> Thing:
+    size = _pick(rng, SIZES)
+    return Thing(
+        shape=_pick(rng, SHAPES),
+        color=_other(rng, COLORS, {avoid}),
+        size=size,
+        texture=_pick(rng, TEXTURES),
+        center=center,
+        radius=SIZES[size] + float(rng.uniform(-1, 1)),
+        angle=float(rng.uniform(-0.15, 0.15)),
+        phase=_phase(rng),
+    )
+
+
+def _centers(rng: np.random.Generator, relation: str | None) -> list[tuple[float, float]]:
+    """Places that leave room for two large objects, the first lying `relation` the second."""
+    middle = CANVAS / 2
+    along, across = rng.uniform(-1, 1, 2), rng.uniform(-7, 7, 2)
+    if relation is None:
+        return [(middle + float(across[0]), middle + float(across[1]))]
+    dx, dy = RELATIONS[relation]
+    return [
+        (middle + sign * dx * 16 + float(a if dx else c), middle + sign * dy * 16 + float(a if dy else c))
+        for sign, a, c in zip((1, -1), along, across, strict=True)
+    ]
+
+
+def _edit_thing(thing: Thing, rng: np.random.Generator, kind: str, avoid: set[str]) -> Thing:
+    if kind == "color":
+        return replace(thing, color=_other(rng, COLORS, avoid | {thing.color}))
+    if kind == "size":
+        size = _other(rng, SIZES, {thing.size})
+        return replace(thing, size=size, radius=thing.radius - SIZES[thing.size] + SIZES[size])
+    options = SHAPES if kind == "shape" else TEXTURES
+    return replace(thing, **{kind: _other(rng, options, {getattr(thing, kind)})})
+
+
+def _edit_background(scene: Scene, rng: np.random.Generator, part: str) -> Background:
+    background = scene.background
+    if part == "texture":
+        return replace(background, texture=_other(rng, TEXTURES, {background.texture}))
+    return replace(background, color=_other(rng, COLORS, {background.color, *(t.color for t in scene.things)}))
+
+
+def _add_thing(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Add a second object on the side with more room; the first may lie too near the middle, so the new one is small."""
+    first = scene.things[0]
+    dx, dy = CANVAS / 2 - first.center[0], CANVAS / 2 - first.center[1]
+    horizontal = abs(dx) >= abs(dy)
+    relation = ("left of" if dx >= 0 else "right of") if horizontal else ("above" if dy >= 0 else "below")
+    sx, sy = RELATIONS[relation]
+    center = (CANVAS / 2 - sx * 21, first.center[1]) if horizontal else (first.center[0], CANVAS / 2 - sy * 21)
+    second = replace(_random_thing(rng, center, scene.background.color), size="small", radius=SIZES["small"])
+    return replace(scene, things=(first, second), relation=relation)
+
+
+def _pick(rng: np.random.Generator, options) -> str:
+    options = tuple(options)
+    return options[int(rng.integers(len(options)))]
+
+
+def _other(rng: np.random.Generator, options, avoid: set[str]) -> str:
+    return _pick(rng, [option for option in options if option not in avoid])
+
+
+def _phase(rng: np.random.Generator) -> tuple[float, float]:
+    x, y = rng.uniform(0, TEXTURE_PERIOD, 2)
+    return (float(x), float(y))
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
+    """Draw the scene: uint8 (size, size, 3). The same scene gives the same picture, bit for bit."""
+    if size < 8:
+        raise ValueError(f"size {size} is too small to show anything; use 8 pixels or more")
+    x, y = _grid(size)
+    picture = _paint(scene.background.color, scene.background.texture, x, y, scene.background.phase, size)
+    for thing in scene.things:
+        left, top = x - thing.center[0], y - thing.center[1]
+        cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+        u, v = (cos * left + sin * top) / thing.radius, (cos * top - sin * left) / thing.radius
+        pixel = size / CANVAS * thing.radius
+        cover = np.clip(0.5 - _signed_distance(thing.shape, u, v) * pixel, 0, 1)[..., None]
+        paint = _paint(thing.color, thing.texture, left, top, thing.phase, size)
+        paint *= (1.0 - 0.18 * (u * u + v * v).clip(0, 1))[..., None]  # a little rounder than paper
+        picture += cover * (paint - picture)
+    middle = CANVAS / 2
+    picture *= (1 + scene.light[0] * (x / middle - 1) + scene.light[1] * (y / middle - 1))[..., None]
+    noise = np.random.default_rng(scene.noise_seed).standard_normal((size, size, 3), dtype=np.float32)
+    return (np.clip(picture + NOISE_STD * noise, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _grid(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    line = ((np.arange(size) + 0.5) * CANVAS / size).astype(np.float32)
+    x, y = np.meshgrid(line, line)
+    return x, y
+
+
+def _paint(color: str, texture: str, x, y, phase: tuple[float, float], size: int) -> NDArray[np.float32]:
+    """Fill (size, size, 3) with a colour in one or two tones; x, y in canvas pixels from the texture's origin."""
+    tone = np.asarray(COLORS[color], dtype=np.float32)
+    if texture == "plain":
+        return np.broadcast_to(tone, (*x.shape, 3)).copy()
+    sharpness = size / CANVAS * TEXTURE_PERIOD / np.pi / 2  # so that an edge is one picture pixel wide
+    a, b = (x + phase[0]) * (2 * np.pi / TEXTURE_PERIOD), (y + phase[1]) * (2 * np.pi / TEXTURE_PERIOD)
+    if texture == "striped":
+        wave = np.sin((a + b) * 0.75)
+    elif texture == "checkered":
+        wave = np.sin(a * 0.6) * np.sin(b * 0.6) * 2
+    else:  # dotted
+        wave = np.cos(a) + np.cos(b) - 0.7
+    mix = np.clip(0.5 + wave * sharpness * 0.8, 0, 1)[..., None]
+    return (tone * (1 - (1 - DARK_TONE) * mix)).astype(np.float32)
+
+
+def _signed_distance(shape: str, u, v):
+    """Distance in units of the radius, negative inside."""
+    if shape == "circle":
+        return np.hypot(u, v) - 0.95
+    if shape == "ring":
+        return np.abs(np.hypot(u, v) - 0.7) - 0.27
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.82
+    if shape == "cross":
+        long, short = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
+        return np.maximum(long - 1.0, short - 0.33)
+    if shape == "triangle":
+        return np.maximum(0.866 * np.abs(u) - 0.5 * v - 0.5, v - 0.72)
+    # star: fold the plane into one of ten half points, then it is the side of a line from tip to notch
+    angle = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    radius = np.hypot(u, v)
+    tip, notch = 1.08, 0.46
+    nx, ny = notch * np.sin(np.pi / 5), tip - notch * np.cos(np.pi / 5)
+    length = np.hypot(nx, ny)
+    return (radius * np.cos(angle) * nx + radius * np.sin(angle) * ny - tip * nx) / length
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+LABELS: dict[str, tuple[str, ...]] = {
+    "layout": LAYOUTS,
+    "background color": tuple(COLORS),
+    "background texture": TEXTURES,
+    **{
+        f"{name} {slot}": options
+        for slot in (1, 2)
+        for name, options in (
+            ("shape", SHAPES),
+            ("color", tuple(COLORS)),
+            ("size", tuple(SIZES)),
+            ("texture", TEXTURES),
+        )
+    },
+}
+ABSENT = -100  # torch's cross entropy ignores it
+
+
+def labels(scene: Scene) -> NDArray[np.int64]:
+    """What a viewer should recognise: int64 (len(LABELS),), indices into LABELS; ABSENT for a second object not there."""
+    values = {
+        "layout": scene.layout,
+        "background color": scene.background.color,
+        "background texture": scene.background.texture,
+    }
+    for slot, thing in enumerate(scene.slots(), 1):
+        values |= {f"{name} {slot}": getattr(thing, name) for name in ("shape", "color", "size", "texture")}
+    return np.array([LABELS[k].index(values[k]) if k in values else ABSENT for k in LABELS], dtype=np.int64)
+
+
+def vocabulary() -> set[str]:
+    """Every word that a caption can hold."""
+    names = (COLORS, SHAPES, SIZES, TEXTURES, RELATIONS)
+    return {"a", "an", "on", "background", *(word for group in names for name in group for word in name.split())}

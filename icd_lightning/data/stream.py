@@ -1,0 +1,250 @@
+"""Samples of shards as batches: an endless shuffled stream to train on, a fixed list to validate on.
+
+Every batch is a pure function of the seed and its place: (epoch, rank, worker, index). So two readers never see the
+same sample in an epoch, and a run can go on from any batch without having decoded those before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, count, islice
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from webdataset.tariterators import tarfile_samples
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.data.decoding import Decoded, NothingToReadError, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.manifest import Entry
+from icd_lightning.data.shards import Shard
+
+
+class Piece(NamedTuple):
+    """Samples `start` to `stop` (None: all) of one shard."""
+
+    url: str
+    start: int
+    stop: int | None
+
+    def read(self, tally: Tally, worker: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield raw samples; a shard that cannot be read (on) is counted once and left."""
+        errors: list[Exception] = []
+
+        def note(error: Exception) -> bool:  # webdataset's own warn_and_continue sleeps half a second an event
+            errors.append(error)
+            return True
+
+        yield from islice(tarfile_samples(iter([{"url": self.url}]), handler=note), self.start, self.stop)
+        if errors:
+            tally.skipped("broken_shard", f"{self.url} cannot be read to its end: {errors[0]}", worker)
+
+
+@dataclass(frozen=True)
+class TrainStream:
+    """What one rank trains on.
+
+    An epoch is `batches_per_epoch` batches on each rank. The shards are shuffled, the samples in that order are divided
+    over ranks and workers without overlap, and each worker shuffles its share through a buffer of `shuffle_buffer`
+    samples. If the shards hold several epochs, these follow each other through one order before the next is drawn. A
+    share that runs out, because samples were skipped or the epoch is longer than the data, is read again.
+    """
+
+    shards: tuple[Shard, ...]
+    decoder: SampleDecoder
+    batch_size: int
+    batches_per_epoch: int
+    seed: int = 0
+    shuffle_buffer: int = 1000
+    rank: int = 0
+    world_size: int = 1
+
+    def pieces(self, epoch: int, *, worker: int = 0, num_workers: int = 1) -> list[Piece]:
+        """The share of a worker in an epoch."""
+        if any(shard.samples is None for shard in self.shards):  # deal whole shards
+            reader, readers = self.rank * num_workers + worker, self.world_size * num_workers
+            return [Piece(shard.url, 0, None) for shard in self._order(epoch)[reader::readers]]
+        rank_size, total = self.batch_size * self.batches_per_epoch, sum(shard.samples or 0 for shard in self.shards)
+        epochs_per_pass = max(1, total // (rank_size * self.world_size))
+        passed, part = divmod(epoch, epochs_per_pass)
+        # in units of batches, so that each worker gets exactly what its batches need
+        owed = [0, *accumulate(len(range(w, self.batches_per_epoch, num_workers)) for w in range(num_workers))]
+        first = (part * self.world_size + self.rank) * self.batches_per_epoch
+        begin, end = ((first + owed[w]) * self.batch_size for w in (worker, worker + 1))
+        if total < rank_size * self.world_size:
+            begin, end = (place * total // (rank_size * self.world_size) for place in (begin, end))
+        return _cut(self._order(passed), begin, end)
+
+    def batches(
+        self, epoch: int, *, worker: int = 0, num_workers: int = 1, skip: int = 0, tally: Tally | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of a worker in an epoch, of images (B, 3, R, R), but for the first `skip`.
+
+        A picture that proves corrupt when decoded is replaced by the next good one of the share, which is then seen
+        twice: so a batch does not depend on those before it, and skipping needs no decoding.
+        """
+        tally = tally or Tally(num_workers)
+        reader = _Reader(self, tally, worker, self.pieces(epoch, worker=worker, num_workers=num_workers))
+        seed = f"{self.seed} {epoch} {self.rank}/{self.world_size} {worker}/{num_workers}"
+        raws = reader.admitted(random.Random(seed))
+        for _ in range(skip * self.batch_size):
+            next(raws)
+            tally.passed(worker)
+        decoded = map(reader.decode, raws)
+        ahead: deque[Decoded | None] = deque()
+        for _ in range(skip, len(range(worker, self.batches_per_epoch, num_workers))):
+            own = [ahead.popleft() if ahead else next(decoded) for _ in range(self.batch_size)]
+            good = [sample for sample in own if sample is not None]
+            for place in count():
+                if len(good) == self.batch_size:
+                    break
+                if place == len(ahead):
+                    ahead.append(next(decoded))
+                good += [sample for sample in [ahead[place]] if sample is not None]
+            yield collate(good)
+
+    def batches_from(
+        self, position: int, *, slot: int = 0, slots: int = 1, tally: Tally | None = None
+    ) -> Iterator[Batch]:
+        """Yield every `slots`-th batch from `position` + `slot` on, without end; `position` counts from epoch 0."""
+        position += slot
+        while True:
+            epoch, index = divmod(position, self.batches_per_epoch)
+            for batch in self.batches(epoch, worker=index % slots, num_workers=slots, skip=index // slots, tally=tally):
+                yield batch
+                position += slots
+
+    def _order(self, shuffled: int) -> list[Shard]:
+        order = list(self.shards)
+        random.Random(f"{self.seed} {shuffled}").shuffle(order)
+        return order
+
+
+def _cut(shards: list[Shard], begin: int, end: int) -> list[Piece]:
+    """Cut samples `begin` to `end` out of shards laid end to end."""
+    pieces, offset = [], 0
+    for shard in shards:
+        assert shard.samples is not None
+        start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
+        if start < stop:
+            pieces.append(Piece(shard.url, start, stop))
+        offset += shard.samples
+    return pieces
+
+
+class _Reader:
+    """Reads the share of one worker over and over, each time in another order."""
+
+    def __init__(self, stream: TrainStream, tally: Tally, worker: int, pieces: list[Piece]) -> None:
+        self.stream, self.tally, self.worker, self.pieces = stream, tally, worker, pieces
+        self.corrupt_in_a_row = 0
+
+    def admitted(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+        while True:
+            number = 0
+            for raw in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
+                number += 1
+                yield raw
+            if number == 0 or self.corrupt_in_a_row >= number:
+                whose = f"worker {self.worker} of rank {self.stream.rank}"
+                raise self.tally.nothing(f"none of the samples for {whose} could be used")
+            rng.shuffle(self.pieces)
+
+    def decode(self, raw: dict[str, Any]) -> Decoded | None:
+        try:
+            sample = self.stream.decoder.decode(raw)
+        except RejectedError as error:
+            self.corrupt_in_a_row += 1
+            self.tally.skipped(error.reason, error.detail, self.worker)
+            return None
+        self.corrupt_in_a_row = 0
+        self.tally.passed(self.worker)
+        return sample
+
+    def _checked(self) -> Iterator[dict[str, Any]]:
+        for piece in self.pieces:
+            for raw in piece.read(self.tally, self.worker):
+                try:
+                    self.stream.decoder.admit(raw)
+                except RejectedError as error:
+                    self.tally.skipped(error.reason, error.detail, self.worker)
+                else:
+                    yield raw
+
+
+def _shuffled(samples: Iterator[dict[str, Any]], size: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yield from a buffer of `size` samples at random."""
+    buffer: list[dict[str, Any]] = []
+    for sample in samples:
+        if len(buffer) < size:
+            buffer.append(sample)
+            continue
+        if size:
+            place = rng.randrange(size)
+            sample, buffer[place] = buffer[place], sample
+        yield sample
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class TrainDataset(IterableDataset):
+    """The batches of a TrainStream from `position` on, for a DataLoader with batch_size=None.
+
+    An error comes as the last item: raised in a worker, it would reach the user wrapped in the worker's traceback.
+    """
+
+    def __init__(self, stream: TrainStream, position: int, tally: Tally) -> None:
+        self.stream, self.position, self.tally = stream, position, tally
+
+    def __iter__(self) -> Iterator[Batch | NothingToReadError]:
+        info = get_worker_info()
+        slot, slots = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self.stream.batches_from(self.position, slot=slot, slots=slots, tally=self.tally)
+        except NothingToReadError as error:
+            yield error
+
+
+class ValidationSet(Dataset):
+    """The batches of images (<= B, 3, R, R) that one rank validates on.
+
+    Every sample belongs to one rank; the shares differ by one sample at most and come in equally many batches (else
+    ranks that wait for each other would hang), which differ by one sample at most too. A sample that cannot be used is
+    counted and left out of its batch.
+    """
+
+    def __init__(
+        self, entries: list[Entry], decoder: SampleDecoder, batch_size: int, *, rank: int, world_size: int, tally: Tally
+    ) -> None:
+        self.entries, self.decoder, self.tally = entries, decoder, tally
+        self.own = range(rank, len(entries), world_size)
+        self.batches = -(-len(entries) // (world_size * batch_size))
+        if len(entries) // world_size < self.batches:
+            raise ValueError(
+                f"{len(entries)} validation samples give no equal number of batches of {batch_size} on {world_size} "
+                f"ranks; use more samples or val_batch_size {batch_size + 1}"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def indices(self, batch: int) -> range:
+        """Which entries a batch is made of."""
+        first, last = (place * len(self.own) // self.batches for place in (batch, batch + 1))
+        return self.own[first:last]
+
+    def __getitem__(self, batch: int) -> Batch | NothingToReadError:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        samples = []
+        for index in self.indices(batch):
+            try:
+                samples.append(self.decoder.decode(self.entries[index].read()))
+                self.tally.passed(worker)
+            except RejectedError as error:
+                self.tally.skipped(error.reason, error.detail, worker)
+        if not samples:
+            return self.tally.nothing(f"no sample of validation batch {batch} could be used")
+        return collate(samples)

@@ -1,0 +1,133 @@
+"""The only home of w: w = 1 is unguided everywhere, and only here is 1 ever subtracted from it.
+
+Guidance enters a network in one of two ways: by classifier-free guidance, which evaluates it twice, or by an embedding
+of w that a guidance-distilled network was taught to obey. A `GuidanceSchedule` lets w depend on the timestep in either.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion.schedule import Denoiser
+
+
+def classifier_free_guidance(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: Tensor | float) -> Tensor:
+    """Guided noise (B, C, H, W) from two predictions (B, C, H, W) at guidance_scale, a number or (B,).
+
+    0 is unconditional, 1 is unguided: eps_cond.
+    """
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.view(-1, 1, 1, 1)
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+def guidance_embedding(guidance_scale: Tensor, dim: int = 512) -> Tensor:
+    """Embed guidance_scale (B,) as (B, dim) float32, the `timestep_cond` of a guidance-distilled UNet.
+
+    Sines, then cosines, of 1000 (w - 1) at dim / 2 frequencies from 1 down to 1/10000. ValueError for an odd dim.
+    """
+    if dim % 2 or dim < 4:
+        raise ValueError(
+            f"guidance embedding of width {dim} cannot hold sines and cosines; choose an even dim of 4 or more"
+        )
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
+    frequencies = torch.exp(exponents * (-math.log(10000.0) / (half - 1)))
+    angles = (guidance_scale.float() - 1)[:, None] * 1000.0 * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@dataclass(frozen=True)
+class GuidanceSchedule(ABC):
+    """w(t) (B,) float32 of t (B,): guidance_scale where guidance is on, 1 where it is off, between where it fades.
+
+    Limits of the subclasses are fractions of num_train_timesteps; ValueError if they are not ordered within [0, 1].
+    """
+
+    guidance_scale: float
+    _: KW_ONLY
+    num_train_timesteps: int = 1000
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The guidance scale (B,) float32 at timesteps t (B,)."""
+        strength = self.strength(t.float())
+        return (1 - strength) + strength * self.guidance_scale
+
+    @abstractmethod
+    def strength(self, t: Tensor) -> Tensor:
+        """How much of the guidance applies (B,), 0 to 1, at t (B,) float32."""
+
+    def _check_limits(self, **limits: float) -> None:
+        values = list(limits.values())
+        if not 0 <= values[0] <= values[-1] <= 1:
+            named = ", ".join(f"{name}={value}" for name, value in limits.items())
+            raise ValueError(f"{named}: choose fractions of the time axis between 0 and 1, in ascending order")
+
+
+@dataclass(frozen=True)
+class ConstantGuidance(GuidanceSchedule):
+    """The same w (B,) at every t (B,)."""
+
+    def strength(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class StepGuidance(GuidanceSchedule):
+    """Dynamic guidance, Sec. 3 of arXiv:2406.14539: guided for t (B,) <= tau T, unguided above; tau = 1 is constant."""
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check_limits(tau=self.tau)
+
+    def strength(self, t: Tensor) -> Tensor:
+        return (t <= self.tau * self.num_train_timesteps).float()
+
+
+@dataclass(frozen=True)
+class CADSGuidance(GuidanceSchedule):
+    """Guided below tau1, unguided above tau2, fading linearly between (arXiv:2310.17347); tau1 = tau2 is the step."""
+
+    tau1: float
+    tau2: float
+
+    def __post_init__(self) -> None:
+        self._check_limits(tau1=self.tau1, tau2=self.tau2)
+
+    def strength(self, t: Tensor) -> Tensor:
+        full, none = self.tau1 * self.num_train_timesteps, self.tau2 * self.num_train_timesteps
+        fading = ((none - t) / max(none - full, 1e-6)).clamp(0, 1)
+        return torch.where(t <= full, torch.ones_like(t), fading)
+
+
+@dataclass(frozen=True)
+class IntervalGuidance(GuidanceSchedule):
+    """Guided for lo T <= t (B,) <= hi T only (Kynkaanniemi et al., arXiv:2404.07724)."""
+
+    lo: float
+    hi: float
+
+    def __post_init__(self) -> None:
+        self._check_limits(lo=self.lo, hi=self.hi)
+
+    def strength(self, t: Tensor) -> Tensor:
+        total = self.num_train_timesteps
+        return ((t >= self.lo * total) & (t <= self.hi * total)).float()
+
+
+@dataclass(frozen=True)
+class GuidedDenoiser:
+    """A denoiser guided by w(t): eps (B, C, H, W) of x (B, C, H, W) and t (B,), at two evaluations a call."""
+
+    conditional: Denoiser
+    unconditional: Denoiser
+    guidance: GuidanceSchedule
+    nfe: ClassVar[int] = 2
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return classifier_free_guidance(self.unconditional(x, t), self.conditional(x, t), self.guidance(t))

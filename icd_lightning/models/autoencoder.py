@@ -1,0 +1,61 @@
+"""Pixels <-> latents, for any autoencoder of diffusers'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentAutoencoder(nn.Module):
+    """A frozen diffusers autoencoder with its scaling applied: images in [-1, 1] on one side, latents on the other.
+
+    Takes any class with `encode`, `decode` and `config`: AutoencoderKL (SD1.5, SDXL) has a posterior, AutoencoderDC
+    (tiny) is deterministic. The scaling factor, and a shift where there is one, come from the autoencoder's config.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False).eval()
+        self.scaling_factor = float(vae.config.get("scaling_factor", 1.0))
+        self.shift_factor = float(vae.config.get("shift_factor", None) or 0.0)
+
+    def train(self, mode: bool = True) -> LatentAutoencoder:
+        """Stay in evaluation mode: a frozen network has no other."""
+        return super().train(False)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config["latent_channels"])
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along each side."""
+        stages = self.vae.config.get("block_out_channels") or self.vae.config["encoder_block_out_channels"]
+        return int(2 ** (len(stages) - 1))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = False) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f).
+
+        The posterior's mean, as inversion wants it; with `sample`, a draw from it, as training wants it (the same
+        for an autoencoder without posterior). Raises ValueError where H or W is not a multiple of f.
+        """
+        height, width = images.shape[-2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(
+                f"image of {height} x {width} pixels: both sides must be multiples of {self.downsampling}; "
+                "crop or resize it first"
+            )
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            posterior = encoded.latent_dist
+            latents = posterior.sample(generator) if sample else posterior.mode()
+        else:
+            latents = encoded.latent
+        return ((latents - self.shift_factor) * self.scaling_factor).to(images.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
+        unscaled = latents.to(self.vae.dtype) / self.scaling_factor + self.shift_factor
+        return self.vae.decode(unscaled).sample.clamp(-1, 1).to(latents.dtype)

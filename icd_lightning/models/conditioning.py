@@ -1,0 +1,73 @@
+"""What a network is told besides x and t, in the words of diffusers. SD1.5 and SDXL differ in which fields are set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Prompt embeddings (B, L, D); for SDXL also pooled ones (B, P) and time_ids (B, 6): original size, croptarget."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pooled_prompt_embeds is None) != (self.time_ids is None):
+            raise ValueError("pooled_prompt_embeds and time_ids go together (SDXL): give both or neither")
+        for name in ("pooled_prompt_embeds", "time_ids"):
+            field = getattr(self, name)
+            if field is not None and len(field) != len(self.prompt_embeds):
+                raise ValueError(f"{name} holds {len(field)} samples, prompt_embeds {len(self.prompt_embeds)}")
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
+        """The chosen samples, always as a batch: an int gives a batch of one."""
+        if isinstance(index, int):
+            index = range(len(self))[index]  # negative counts from the end, and out of range is an IndexError
+            index = slice(index, index + 1)
+        return self._map(lambda field: field[index])
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join batches, (B1, L, D) and (B2, L, D) to (B1 + B2, L, D)."""
+
+        def join(name: str) -> Tensor | None:
+            fields = [getattr(part, name) for part in parts]
+            if all(field is None for field in fields):
+                return None
+            if any(field is None for field in fields):
+                raise ValueError(f"{name} is set in some of the conditionings to join and not in others")
+            return torch.cat(fields)
+
+        return Conditioning(join("prompt_embeds"), join("pooled_prompt_embeds"), join("time_ids"))
+
+    def repeat(self, count: int) -> Conditioning:
+        """The whole batch `count` times over, a b a b: (B, L, D) to (count B, L, D)."""
+        return Conditioning.cat([self] * count)
+
+    def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move, and cast the embeddings; time_ids keep their type, since 1023 is no bfloat16 number."""
+        moved = self._map(lambda field: field.to(device=device))
+        pooled = moved.pooled_prompt_embeds
+        return Conditioning(
+            moved.prompt_embeds.to(dtype=dtype), None if pooled is None else pooled.to(dtype=dtype), moved.time_ids
+        )
+
+    def unet_kwargs(self) -> dict:
+        """As keyword arguments of `UNet2DConditionModel`."""
+        kwargs: dict = {"encoder_hidden_states": self.prompt_embeds}
+        if self.pooled_prompt_embeds is not None:
+            kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled_prompt_embeds, "time_ids": self.time_ids}
+        return kwargs
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        fields = (self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
+        return Conditioning(*(None if field is None else change(field) for field in fields))

@@ -1,0 +1,140 @@
+"""What all training tasks share: the optimizer, clipping, reproducible draws, and checkpoints without frozen weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; each parameter group is clipped to the norm `clip` by itself (None: not at all)."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr {self.lr} must be positive")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip {self.clip} must be positive; null turns clipping off")
+
+    def factor(self, step: int, total: int) -> float:
+        """The learning rate at `step` of `total`, as a share of lr."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Draws:
+    """Random numbers of one training step, a pure function of (seed, step) for the joined batch of all ranks.
+
+    Each rank draws the whole and keeps its share, so that N processes see what one process with the joined batch
+    would see, and a resumed run sees what an unbroken one would have seen.
+    """
+
+    def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
+        state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+        self.generator = torch.Generator().manual_seed(int(state))  # on the CPU: the same numbers on any device
+        self.rank, self.world_size, self.device = rank, world_size, device
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, float32; the first dimension is this rank's batch size."""
+        return self._share(torch.randn(shape[0] * self.world_size, *shape[1:], generator=self.generator))
+
+    def integers(self, count: int, high: int) -> Tensor:
+        """Uniform over 0 ... high - 1, long (count,)."""
+        return self._share(torch.randint(high, (count * self.world_size,), generator=self.generator))
+
+    def uniform(self, count: int) -> Tensor:
+        """Uniform over [0, 1), float32 (count,)."""
+        return self._share(torch.rand(count * self.world_size, generator=self.generator))
+
+    def choice(self, count: int, values: Iterable[float]) -> Tensor:
+        """One of `values` for each sample, float32 (count,)."""
+        options = torch.tensor(list(values), dtype=torch.float32)
+        return options.to(self.device)[self.integers(count, len(options))]
+
+    def _share(self, joined: Tensor) -> Tensor:
+        return joined.chunk(self.world_size)[self.rank].to(self.device, non_blocking=True)
+
+
+class Task(lightning.LightningModule):
+    """A LightningModule with one AdamW. Subclasses name their parameter groups and their loss."""
+
+    def __init__(self, optimizer: OptimizerSettings = OptimizerSettings(), seed: int = 0) -> None:
+        super().__init__()
+        self.optimizer_settings = optimizer
+        self.seed = seed
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by name; each group is clipped by itself."""
+        return {"network": [p for p in self.parameters() if p.requires_grad]}
+
+    def configure_optimizers(self) -> dict:
+        settings = self.optimizer_settings
+        groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
+        optimizer = torch.optim.AdamW(
+            groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip each group by itself: here gradients are whole (accumulated, unscaled, summed over ranks)."""
+        for group in optimizer.param_groups:
+            limit = self.optimizer_settings.clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
+            self.log(f"grad_norm/{group['name']}", norm)
+
+    def draws(self) -> Draws:
+        """The random numbers of this micro-batch."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        return Draws(
+            self.seed, step, rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.device
+        )
+
+    def log_losses(self, total: Tensor, losses: dict[str, Tensor]) -> None:
+        """Log `train/loss` to the progress bar and each part as `train/<name>`."""
+        self.log("train/loss", total.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+
+    # Frozen weights come from their own files, so checkpoints leave them out.
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = self._trained_keys()
+        for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
+            if key in checkpoint:
+                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
+        trained, found = self._trained_keys(), set(checkpoint["state_dict"])
+        if trained != found:
+            wrong = sorted(trained ^ found)
+            raise ValueError(
+                f"checkpoint does not fit this task: {len(trained - found)} trained tensors missing, "
+                f"{len(found - trained)} unknown, e.g. {wrong[0]}; was it made with another model or LoRA rank?"
+            )
+        frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                checkpoint[key] = {**frozen, **checkpoint[key]}
+
+    def _trained_keys(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

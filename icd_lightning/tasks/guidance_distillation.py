@@ -1,0 +1,72 @@
+"""Stage 1: one network that obeys an embedded guidance scale, instead of two evaluations (arXiv:2210.03142)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.diffusion import NoisedData, guidance_distillation
+from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
+from icd_lightning.models.family import Family
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
+
+
+class GuidanceDistillation(Task):
+    """The student, a copy of the teacher with a guidance embedding, learns || eps(x, t, c, w) - eps_CFG(x, t, c; w) ||^2.
+
+    What it exports is the frozen teacher of stage 2.
+
+    Args:
+        family: where the teacher, the autoencoder and the text side come from.
+        guidance_scales: the w to learn, drawn evenly; 1 is unguided (SD1.5: 1, 8, 12, 16, 20).
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        guidance_scales: Sequence[float] = (1.0, 8.0, 12.0, 16.0, 20.0),
+        *,
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        if not guidance_scales or min(guidance_scales) < 1:
+            raise ValueError(f"guidance_scales {list(guidance_scales)} must be 1 (unguided) or more, and at least one")
+        self.guidance_scales = tuple(guidance_scales)
+        self.schedule = family.load_schedule()
+        self.autoencoder = family.load_autoencoder()
+        self.conditioner = family.load_conditioner()
+        self.teacher = family.load_unet(guided=False)
+        self.student = add_guidance_embedding(self.teacher).requires_grad_(True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        draws = self.draws()
+        w = draws.choice(len(batch.captions), self.guidance_scales)
+        loss = self.loss(batch, w, draws).mean()
+        self.log_losses(loss, {})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for scale in self.guidance_scales:
+            draws = Draws(self.seed, batch_idx, device=self.device)
+            w = torch.full((len(batch.captions),), scale, device=self.device)
+            self.log(f"val/error_w{scale:g}", self.loss(batch, w, draws).mean(), sync_dist=True)
+
+    def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
+        """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
+        latents = self.autoencoder.encode(batch.images, sample=True)
+        conditioning = self.conditioner(batch.captions)
+        unconditional = self.conditioner.unconditional(len(latents))
+        t = draws.integers(len(latents), self.schedule.num_train_timesteps)
+        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
+        teacher = cfg_denoiser(self.teacher, self.schedule, conditioning, unconditional, w)
+        student = guided_denoiser(self.student, self.schedule, conditioning, w)
+        return guidance_distillation(student, teacher, data, t)
+
+    def export(self, folder: Path) -> None:
+        """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it."""
+        self.student.save_pretrained(folder / "unet_guided")

@@ -1,0 +1,129 @@
+"""Stage 2: joint training of the forward and the reverse consistency model (Eq. 5, arXiv:2406.14539)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.diffusion import Boundaries, NoisedData, consistency, preservation
+from icd_lightning.models.checkpoints import load_student, save_student
+from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.family import Family
+from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the four losses, each named after the student it trains; 0 leaves a loss out, uncomputed."""
+
+    reverse_cd: float = 1.0
+    forward_cd: float = 1.0
+    reverse_preservation: float = 1.5
+    forward_preservation: float = 1.5
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) < 0 or not any(asdict(self).values()):
+            raise ValueError(f"loss weights must be 0 or more, and one at least positive; got {asdict(self)}")
+
+
+class InvertibleConsistencyDistillation(Task):
+    """Both students, LoRA adapters on one frozen guidance-distilled UNet, trained by the sum of up to four losses.
+
+    Args:
+        family: where the guidance-distilled teacher, the autoencoder and the text side come from.
+        boundaries: the upper ends of the segments, e.g. [259, 519, 779, 999]; they must lie on the solver grid.
+        guidance_scales: the w drawn for the reverse student's consistency loss; the forward student is unguided.
+        train: which student learns; the other one stays as `reverse_weights` or `forward_weights` left it.
+        reverse_weights, forward_weights: a student to start from, ours or a released file.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        boundaries: Sequence[int] = (259, 519, 779, 999),
+        *,
+        guidance_scales: Sequence[float] = (1.0, 8.0, 12.0, 16.0, 20.0),
+        losses: LossWeights = LossWeights(),
+        huber_c: float = 0.001,
+        lora: LoraSettings = LoraSettings(),
+        train: Literal["both", "reverse", "forward"] = "both",
+        reverse_weights: str | None = None,
+        forward_weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerSettings = OptimizerSettings(lr=8e-6),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        if huber_c <= 0:
+            raise ValueError(f"huber_c {huber_c} must be positive (the paper's is 0.001)")
+        self.boundaries = Boundaries((0, *boundaries) if boundaries[0] else tuple(boundaries))
+        self.guidance_scales = tuple(guidance_scales)
+        self.weights = losses
+        self.huber_c = huber_c
+        self.family = family
+        self.schedule = family.load_schedule()
+        self.autoencoder = family.load_autoencoder()
+        self.conditioner = family.load_conditioner()
+        self.students = Students(
+            family.load_unet(guided=True), self.schedule, lora=lora, gradient_checkpointing=gradient_checkpointing
+        )
+        for adapter, weights in (("cd", reverse_weights), ("fcd", forward_weights)):
+            if weights is not None:
+                load_student(self.students, adapter, weights)
+        self.trained = [name for name, direction in ADAPTERS.items() if train in ("both", direction)]
+        for adapter in set(ADAPTERS) - set(self.trained):
+            for parameter in self.students.parameters_of(adapter):
+                parameter.requires_grad_(False)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """One group for each student in training."""
+        return {ADAPTERS[adapter]: self.students.parameters_of(adapter) for adapter in self.trained}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        draws = self.draws()
+        latents = self.autoencoder.encode(batch.images, draws.generator, sample=True)
+        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
+        losses = self.losses(data, self.conditioner(batch.captions), draws)
+        total = sum(getattr(self.weights, name) * value.mean() for name, value in losses.items())
+        self.log_losses(total, {name: value.mean() for name, value in losses.items()})
+        return total
+
+    def losses(self, data: NoisedData, conditioning: Conditioning, draws: Draws) -> dict[str, Tensor]:
+        """The losses that count, each (B,): timesteps drawn afresh for each, the noise shared by all."""
+        boundaries, count = self.boundaries, len(data.x0)
+        w = draws.choice(count, self.guidance_scales)
+        i, j = (draws.integers(count, len(p)) for p in (boundaries.reverse_pairs, boundaries.forward_pairs))
+        k, n = (draws.integers(count, boundaries.num_segments) for _ in range(2))
+        reverse, forward, teacher = (
+            lambda w, adapter=adapter: self.students.denoiser(adapter, conditioning, w) for adapter in ("cd", "fcd", None)
+        )
+        c = self.huber_c
+        computed = {
+            "reverse_cd": lambda: consistency(reverse(w), teacher(w), data, boundaries.reverse_pairs[i], huber_c=c),
+            "forward_cd": lambda: consistency(forward(1.0), teacher(1.0), data, boundaries.forward_pairs[j], huber_c=c),
+            "reverse_preservation": lambda: preservation(
+                forward(1.0), reverse(1.0), data, boundaries.reverse_preservation[k], huber_c=c
+            ),
+            "forward_preservation": lambda: preservation(
+                reverse(1.0), forward(1.0), data, boundaries.forward_preservation[n], huber_c=c
+            ),
+        }
+        return {name: loss() for name, loss in computed.items() if self._counts(name)}
+
+    def _counts(self, name: str) -> bool:
+        """A loss counts where it has a weight and the student it is named after is in training."""
+        direction = name.split("_")[0]
+        return getattr(self.weights, name) > 0 and any(ADAPTERS[adapter] == direction for adapter in self.trained)
+
+    def export(self, folder: Path) -> None:
+        """Write each trained student to `forward/` or `reverse/`, as plain diffusers loads it."""
+        metadata = {"boundaries": list(self.boundaries.boundary_timesteps), "family": self.family.model}
+        for adapter in self.trained:
+            save_student(self.students, adapter, folder / ADAPTERS[adapter], metadata=metadata)

@@ -1,0 +1,82 @@
+"""Training of the tiny family's teacher: a text-to-image latent diffusion model from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.data.shapes import vocabulary
+from icd_lightning.diffusion import NoiseSchedule
+from icd_lightning.diffusion.losses import squared_error
+from icd_lightning.models.backbone import predict
+from icd_lightning.models.family import load_autoencoder
+from icd_lightning.models.text import CLIPConditioner
+from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.tasks.base import OptimizerSettings, Task
+
+
+class TeacherTraining(Task):
+    """Denoising with captions: UNet and text encoder together, on latents of a frozen autoencoder.
+
+    Args:
+        vae: folder of the autoencoder, in diffusers' layout.
+        unet: config of diffusers' UNet2DConditionModel.
+        text_encoder: config of transformers' CLIPTextModel; vocabulary and special tokens come from the picture world.
+        scheduler: config of the noise schedule, with its prediction type.
+        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        vae: str,
+        unet: dict,
+        text_encoder: dict,
+        scheduler: dict,
+        *,
+        caption_dropout: float = 0.1,
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, seed)
+        self.autoencoder = load_autoencoder(Path(vae))
+        self.schedule = NoiseSchedule.from_config(scheduler)
+        self.scheduler_config = scheduler
+        self.caption_dropout = caption_dropout
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer(vocabulary(), text_encoder["max_position_embeddings"])
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **special, **text_encoder))
+        self.conditioner = CLIPConditioner(tokenizer, encoder)
+        self.unet = UNet2DConditionModel.from_config(unet)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        draws, count = self.draws(), len(batch.captions)
+        dropped = draws.uniform(count).tolist()
+        captions = ["" if p < self.caption_dropout else c for p, c in zip(dropped, batch.captions, strict=True)]
+        loss = self.loss(batch.images, captions, draws).mean()
+        self.log_losses(loss, {})
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        draws = type(self.draws())(self.seed, batch_idx, device=self.device)
+        self.log("val/loss", self.loss(batch.images, batch.captions, draws).mean(), prog_bar=True, sync_dist=True)
+
+    def loss(self, images: Tensor, captions: list[str], draws) -> Tensor:
+        """Squared error of the network's output (eps or v) at a uniform timestep, (B,)."""
+        latents = self.autoencoder.encode(images, sample=True)
+        noise = draws.normal(*latents.shape)
+        t = draws.integers(len(latents), self.schedule.num_train_timesteps)
+        output = predict(self.unet, self.schedule.add_noise(latents, noise, t), t, self.conditioner(captions), None)
+        return squared_error(output, self.schedule.target(latents, noise, t))
+
+    def export(self, folder: Path) -> None:
+        """Write UNet, text encoder, tokenizer and scheduler in diffusers' layout."""
+        self.unet.save_pretrained(folder / "unet")
+        self.conditioner.text_encoder.save_pretrained(folder / "text_encoder")
+        self.conditioner.tokenizer.save_pretrained(folder / "tokenizer")
+        DDIMScheduler.from_config(self.scheduler_config).save_pretrained(folder / "scheduler")

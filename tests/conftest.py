@@ -1,0 +1,62 @@
+"""Fixtures that several packages' tests share."""
+
+import icd_lightning  # noqa: F401, I001  must come before diffusers and peft
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, set_peft_model_state_dict
+from torch import Tensor
+
+from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
+from icd_lightning.diffusion import Denoiser, NoiseSchedule, guidance_embedding
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule()
+
+
+def build_golden_unet(lora: str | None = None) -> UNet2DConditionModel:
+    """The UNet of meta.json; with a LoRA file's name, that adapter on it, by peft's own means."""
+    meta = load_json("meta.json")
+    unet = UNet2DConditionModel(**meta["unet_config"]).requires_grad_(False)
+    unet.load_state_dict(load_tensors("unet.safetensors"))
+    if lora is not None:
+        unet.add_adapter(LoraConfig(**meta["lora"]))
+        result = set_peft_model_state_dict(unet, load_tensors(lora))
+        assert not result.unexpected_keys
+    return unet.eval()
+
+
+def bind_unet(unet: UNet2DConditionModel):
+    """Bind prompt and guidance to a guidance-distilled UNet: see `golden_case.Bind`."""
+    width = unet.config.time_cond_proj_dim
+
+    def bind(prompt_embeds: Tensor, guidance: Guidance) -> Denoiser:
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            embedding = guidance_embedding(guidance(t), width)
+            return unet(x, t, encoder_hidden_states=prompt_embeds, timestep_cond=embedding).sample
+
+        return denoise
+
+    return bind
+
+
+@pytest.fixture(scope="session")
+def golden_networks() -> GoldenNetworks:
+    """Three separate UNets: the teacher, and each student with the one adapter it needs."""
+    teacher = build_golden_unet()
+    forward, reverse = build_golden_unet("lora_forward.safetensors"), build_golden_unet("lora_reverse.safetensors")
+    return GoldenNetworks(
+        teacher=bind_unet(teacher),
+        forward_model=bind_unet(forward),
+        reverse_model=bind_unet(reverse),
+        forward_lora=lora_parameters(forward, "default"),
+        reverse_lora=lora_parameters(reverse, "default"),
+    )
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

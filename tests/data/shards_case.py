@@ -1,0 +1,42 @@
+"""Samples that carry their number, so that a test can tell who saw which."""
+
+import numpy as np
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.data.manifest import index_shard
+from icd_lightning.data.shards import encode_sample
+
+
+def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str = "png") -> list[dict]:
+    """Samples whose key, picture, caption and metadata all carry their number."""
+    return [
+        encode_sample(
+            f"{number:05d}",
+            np.full((size, size, 3), number % 256, dtype=np.uint8),
+            f"picture {number}",
+            {"number": number, "title": f"title {number}"},
+            format=format,
+        )
+        for number in range(first, first + count)
+    ]
+
+
+def corrupt(sample: dict) -> dict:
+    """The sample with a picture whose header is good and whose pixels are not."""
+    return sample | {"png": sample["png"][:41]}
+
+
+def numbers(batch: Batch) -> list[int]:
+    """The numbers of a batch's samples, after checking that all its parts belong together."""
+    found = [int(key) for key in batch.keys]
+    assert batch.captions == [f"picture {number}" for number in found]
+    assert [metadata["number"] for metadata in batch.metadata] == found
+    assert ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist() == found
+    return found
+
+
+def cut_after(path, samples: int) -> None:
+    """Cut a shard between two samples and end it properly: a tar that reads without error."""
+    first_lost = index_shard(path)[0][samples]
+    header = min(offset for offset, _ in first_lost.files.values()) - 512
+    path.write_bytes(path.read_bytes()[:header] + bytes(1024))

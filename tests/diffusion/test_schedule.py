@@ -1,0 +1,163 @@
+import pytest
+import torch
+from torch import nn
+
+from icd_lightning.diffusion import NoisedData, NoiseSchedule
+
+TIMESTEPS = torch.tensor([0, 19, 259, 699, 999])
+
+
+@pytest.fixture
+def x0(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(5, 4, 8, 8, generator=generator)
+
+
+@pytest.fixture
+def noise(generator: torch.Generator, x0: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x0.shape, generator=generator)
+
+
+def test_variance_is_preserved(schedule: NoiseSchedule):
+    t = torch.arange(1000)
+    total = schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2
+    assert total.shape == (1000, 1, 1, 1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_zero_is_data_for_a_jump_and_the_first_row_for_a_network(schedule: NoiseSchedule):
+    assert schedule.alpha(0).item() == 1
+    assert schedule.sigma(0).item() == 0
+    assert schedule.alpha(0, set_alpha_to_one=False) == schedule.alphas_cumprod[0].sqrt()
+    assert 0.02 < schedule.sigma(0, set_alpha_to_one=False).item() < 0.04
+
+
+def test_int_and_tensor_timesteps_agree(schedule: NoiseSchedule, x0, noise):
+    t = torch.full((5,), 259)
+    assert torch.equal(schedule.add_noise(x0, noise, 259), schedule.add_noise(x0, noise, t))
+    assert torch.equal(schedule.ddim_step(x0, noise, 259, 0), schedule.ddim_step(x0, noise, t, torch.zeros_like(t)))
+
+
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
+def test_betas_run_from_start_to_end(beta_schedule: str):
+    schedule = NoiseSchedule(beta_schedule=beta_schedule, beta_start=0.001, beta_end=0.02)
+    betas = 1 - schedule.alphas_cumprod.double() / torch.cat([torch.ones(1), schedule.alphas_cumprod[:-1]]).double()
+    middle = {"linear": 0.0105, "scaled_linear": ((0.001**0.5 + 0.02**0.5) / 2) ** 2}[beta_schedule]
+    expected = torch.tensor([0.001, middle, 0.02], dtype=torch.float64)
+    torch.testing.assert_close(betas[[0, 500, 999]], expected, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_conversions_are_mutual_inverses(prediction_type: str, x0, noise):
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    x = schedule.add_noise(x0, noise, TIMESTEPS)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(schedule.x0_from_eps(x, noise, TIMESTEPS), x0, **close)
+    torch.testing.assert_close(schedule.eps_from_x0(x, x0, TIMESTEPS), noise, **close)
+    target = schedule.target(x0, noise, TIMESTEPS)
+    torch.testing.assert_close(schedule.eps_from_output(target, x, TIMESTEPS), noise, **close)
+    torch.testing.assert_close(schedule.output_from_eps(noise, x, TIMESTEPS), target, **close)
+
+
+def test_v_prediction_moves_x_as_eps_prediction_does(x0, noise):
+    by_eps, by_v = NoiseSchedule(), NoiseSchedule(prediction_type="v_prediction")
+    x, s = by_eps.add_noise(x0, noise, TIMESTEPS), torch.tensor([19, 0, 519, 259, 979])
+    assert torch.equal(by_eps.target(x0, noise, TIMESTEPS), noise)
+    velocity = by_v.target(x0, noise, TIMESTEPS)
+    assert not torch.allclose(velocity, noise, atol=0.1)
+    steps = [
+        schedule.ddim_step(x, schedule.eps_from_output(output, x, TIMESTEPS), TIMESTEPS, s)
+        for schedule, output in ((by_eps, noise), (by_v, velocity))
+    ]
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_there_and_back_at_fixed_eps_is_the_identity(schedule: NoiseSchedule, set_alpha_to_one: bool, x0, noise):
+    for s in TIMESTEPS.roll(2), torch.zeros_like(TIMESTEPS), torch.full_like(TIMESTEPS, 999):
+        away = schedule.ddim_step(x0, noise, TIMESTEPS, s, set_alpha_to_one=set_alpha_to_one)
+        back = schedule.ddim_step(away, noise, s, TIMESTEPS, set_alpha_to_one=set_alpha_to_one)
+        torch.testing.assert_close(back, x0, rtol=1e-4, atol=1e-5)
+
+
+def test_staying_changes_nothing_but_rounding(schedule: NoiseSchedule, x0, noise):
+    stayed = schedule.ddim_step(x0, noise, TIMESTEPS, TIMESTEPS)
+    torch.testing.assert_close(stayed, x0, rtol=1e-6, atol=1e-6)
+    assert torch.equal(stayed[0], x0[0]), "data is data"
+
+
+def test_two_steps_at_fixed_eps_are_one(schedule: NoiseSchedule, x0, noise):
+    by_way = schedule.ddim_step(schedule.ddim_step(x0, noise, 999, 519), noise, 519, 0)
+    torch.testing.assert_close(by_way, schedule.ddim_step(x0, noise, 999, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_true_noise_leads_exactly_to_the_data(schedule: NoiseSchedule, x0, noise):
+    x = NoisedData(x0, noise, schedule).at(TIMESTEPS[1:].repeat(2)[:5])
+    t = TIMESTEPS[1:].repeat(2)[:5]
+    torch.testing.assert_close(schedule.ddim_step(x, noise, t, 0), x0, rtol=1e-4, atol=1e-5)
+
+
+def test_arithmetic_stays_float32_for_half_precision_networks(x0, noise):
+    module = nn.Module()
+    module.schedule = NoiseSchedule()
+    exact = module.schedule.alphas_cumprod.clone()
+    module.to(torch.bfloat16)
+    assert torch.equal(module.schedule.alphas_cumprod, exact)
+    x, eps = x0.bfloat16(), noise.bfloat16()
+    for step in (
+        module.schedule.ddim_step(x, eps, 999, 979),
+        module.schedule.ddim_step(x, eps, TIMESTEPS, 0),
+        module.schedule.add_noise(x, eps, 19),
+    ):
+        assert step.dtype == torch.float32
+    assert module.schedule.ddim_step(x0.double(), noise.double(), 999, 979).dtype == torch.float64
+
+
+def test_the_table_is_no_part_of_a_checkpoint(schedule: NoiseSchedule):
+    assert not schedule.state_dict()
+
+
+def test_from_config_reads_what_diffusers_writes():
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_start=0.001, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction")
+    ours = NoiseSchedule.from_config(theirs.config)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert ours.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_solver_step_is_diffusers(prediction_type: str, x0, noise):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    theirs.set_timesteps(50)
+    ours = NoiseSchedule.from_config(theirs.config)
+    for t in (980, 500, 20, 0):
+        eps = ours.eps_from_output(noise, x0, t)
+        stepped = ours.ddim_step(x0, eps, t, max(t - 20, 0), set_alpha_to_one=False)
+        torch.testing.assert_close(stepped, theirs.step(noise, t, x0).prev_sample, rtol=1e-5, atol=1e-5)
+    t = torch.tensor([0, 19, 259, 699, 999])
+    torch.testing.assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t))
+    torch.testing.assert_close(ours.velocity(x0, noise, t), theirs.get_velocity(x0, noise, t))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2' is not supported; choose one of"),
+        ({"prediction_type": "sample"}, "'sample' is not supported; choose one of"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "got 0.5 and 0.1"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+    ],
+)
+def test_a_schedule_that_cannot_be_had_is_refused(config: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_config(config)

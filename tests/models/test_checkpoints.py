@@ -1,0 +1,255 @@
+"""Students in files: each alone, bit for bit, in a form that plain diffusers understands, and never the wrong one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from golden_case import golden_path, load_tensors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from students_case import ADAPTERS, LORA, run, tiny_batch, tiny_students, tiny_unet
+
+import icd_lightning._torchvision
+from icd_lightning.diffusion import Boundaries, NoiseSchedule
+from icd_lightning.models.checkpoints import load_student, lora_settings, save_student
+from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.students import LoraSettings, Students
+
+BOUNDARIES = Boundaries.parse("259,519,779,999")
+
+
+@pytest.fixture
+def students():
+    return tiny_students()
+
+
+@pytest.fixture
+def empty():
+    return Students(tiny_unet(), NoiseSchedule(), lora=LORA)
+
+
+def weights(students, adapter):
+    return {name: parameter.detach() for name, parameter in students.named_parameters_of(adapter).items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def save_both(students, folder):
+    for adapter in ADAPTERS:
+        save_student(students, adapter, folder / adapter, metadata={"boundaries": BOUNDARIES, "family": "tiny"})
+
+
+def eps_of(students, adapter, batch):
+    with torch.no_grad():
+        return students.predict(adapter, batch["x"], batch["t"], Conditioning(batch["prompt_embeds"]), batch["w"])
+
+
+def test_each_student_comes_back_alone_and_bit_for_bit(students, empty, tmp_path):
+    save_both(students, tmp_path)
+    fresh = {name: value.clone() for name, value in weights(empty, "fcd").items()}
+    load_student(empty, "cd", tmp_path / "cd")
+    assert same(weights(empty, "cd"), weights(students, "cd"))
+    assert same(weights(empty, "fcd"), fresh)
+    load_student(empty, "fcd", tmp_path / "fcd" / "pytorch_lora_weights.safetensors")
+    assert same(weights(empty, "fcd"), weights(students, "fcd"))
+    assert not same(weights(empty, "fcd"), weights(empty, "cd"))
+
+
+def test_a_file_says_what_it_holds(students, empty, tmp_path):
+    save_both(students, tmp_path)
+    about = load_student(empty, "fcd", tmp_path / "fcd")
+    assert (about["adapter"], about["direction"], about["rank"], about["alpha"]) == ("fcd", "forward", 4, 8)
+    assert about["family"] == "tiny"
+    assert about["boundaries"]["boundary_timesteps"] == [0, 259, 519, 779, 999]
+    assert json.loads((tmp_path / "fcd" / "icd.json").read_text()) == about
+    assert lora_settings(tmp_path / "fcd") == LORA
+
+
+def test_saving_replaces_the_student_and_nothing_else(students, empty, tmp_path):
+    folder = tmp_path / "exports" / "reverse"
+    save_student(students, "cd", folder, metadata={})
+    (folder / "README.md").write_text("a model card")
+    students.parameters_of("cd")[0].data.add_(1)
+    save_student(students, "cd", folder, metadata={})
+    load_student(empty, "cd", folder)
+    assert same(weights(empty, "cd"), weights(students, "cd"))
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "icd.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert [file.name for file in folder.parent.iterdir()] == ["reverse"]
+
+
+def test_an_interrupted_save_leaves_the_old_student(students, empty, tmp_path, monkeypatch):
+    save_student(students, "cd", tmp_path / "reverse", metadata={})
+    before = {name: value.clone() for name, value in weights(students, "cd").items()}
+
+    def interrupted(tensors, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("icd_lightning.models.checkpoints.save_file", interrupted)
+    students.parameters_of("cd")[0].data.add_(1)
+    for folder in ("reverse", "another"):
+        with pytest.raises(KeyboardInterrupt):
+            save_student(students, "cd", tmp_path / folder, metadata={})
+    load_student(empty, "cd", tmp_path / "reverse")
+    assert same(weights(empty, "cd"), before)
+    assert [file.name for file in tmp_path.iterdir()] == ["reverse"]
+
+
+# Plain diffusers
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_plain_pipeline_loads_it_with_the_right_strength(students, tmp_path, adapter):
+    save_both(students, tmp_path)
+    batch, parts = tiny_batch(), ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    pipe = StableDiffusionPipeline(
+        **dict.fromkeys(parts), unet=tiny_unet(), scheduler=DDIMScheduler(), requires_safety_checker=False
+    )
+    pipe.load_lora_weights(str(tmp_path / adapter))
+    with torch.no_grad():
+        assert torch.equal(run(pipe.unet, batch), eps_of(students, adapter, batch))
+
+
+ELSEWHERE = """
+import runpy, sys, torch
+folder, torchvision_fix = sys.argv[1:]
+runpy.run_path(torchvision_fix)["install"]()
+from diffusers import UNet2DConditionModel
+unet = UNet2DConditionModel.from_pretrained(folder + "/unet").eval()
+unet.load_lora_adapter(folder + "/cd", prefix="unet", use_safetensors=True)
+inputs = torch.load(folder + "/inputs.pt")
+with torch.no_grad():
+    torch.save(unet(**inputs).sample, folder + "/eps.pt")
+assert "icd_lightning" not in sys.modules
+"""
+
+
+def test_another_program_without_our_code_gets_the_same_eps(students, tmp_path):
+    save_both(students, tmp_path)
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    batch, inputs = tiny_batch(), {}
+    students.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.update(kwargs, sample=args[0], timestep=args[1]), with_kwargs=True
+    )
+    expected = eps_of(students, "cd", batch)
+    torch.save({**inputs, "return_dict": True}, tmp_path / "inputs.pt")
+    program = [sys.executable, "-c", ELSEWHERE, str(tmp_path), icd_lightning._torchvision.__file__]
+    subprocess.run(program, check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "eps.pt"), expected)  # threads may differ there
+
+
+# Files that others wrote
+
+
+@pytest.mark.parametrize(("adapter", "name"), [("fcd", "lora_forward.safetensors"), ("cd", "lora_reverse.safetensors")])
+def test_peft_files_load(empty, adapter, name):
+    assert load_student(empty, adapter, golden_path(name)) == {}
+    assert same(weights(empty, adapter), load_tensors(name))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [("cd", "iCD-SD15-reverse_259_519_779_999.safetensors"), ("fcd", "iCD-SD15-forward_19_259_519_779.safetensors")],
+)
+def test_released_files_load_with_alpha_8_and_round_trip(students, empty, tmp_path, adapter, name):
+    released = {f"unet.base_model.model.{key}": value for key, value in weights(students, adapter).items()}
+    save_file(released, tmp_path / name)
+    assert lora_settings(tmp_path / name) == LoraSettings(rank=4, alpha=8)
+    load_student(empty, adapter, tmp_path / name)
+    batch = tiny_batch()
+    assert torch.equal(eps_of(empty, adapter, batch), eps_of(students, adapter, batch))
+    file = save_student(empty, adapter, tmp_path / "ours", metadata={})
+    ours = {key.replace("unet.", "unet.base_model.model.", 1): value for key, value in load_file(file).items()}
+    assert same(ours, released)
+
+    with pytest.raises(ValueError, match=r"holds the (forward|reverse) model; adapter"):
+        load_student(empty, ADAPTERS[1 - ADAPTERS.index(adapter)], tmp_path / name)
+
+
+def test_files_of_diffusers_load(students, empty, tmp_path):
+    students.unet.save_lora_adapter(tmp_path / "by_diffusers", "cd")
+    load_student(empty, "cd", tmp_path / "by_diffusers")
+    assert same(weights(empty, "cd"), weights(students, "cd"))
+
+
+def test_half_precision_files_fill_float32_students(students, empty, tmp_path):
+    half = {name: value.half() for name, value in weights(students, "cd").items()}
+    save_file(half, tmp_path / "half.safetensors")
+    load_student(empty, "cd", tmp_path / "half.safetensors")
+    assert same(weights(empty, "cd"), {name: value.float() for name, value in half.items()})
+
+
+# What is refused
+
+
+def test_the_other_student_is_refused(students, empty, tmp_path):
+    save_both(students, tmp_path)
+    with pytest.raises(ValueError, match="holds the forward model; adapter 'cd' is the reverse model"):
+        load_student(empty, "cd", tmp_path / "fcd")
+
+
+def edit(file, goal, change):
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    change(tensors, header)
+    save_file(tensors, goal, metadata=header)
+    return goal
+
+
+NAME = "unet.conv.lora_A.weight"
+FIRST = "unet.down_blocks.0.resnets.0.conv1.lora_A.weight"
+DAMAGES = {
+    "lacks 1 of": lambda tensors, header: tensors.pop(FIRST),
+    "has 1 weights that these students have no place for": lambda tensors, header: tensors.update(
+        {NAME: torch.ones(1)}
+    ),
+    r"conv1.lora_A.weight is \(4, 1, 3, 3\), these students need \(4, 16, 3, 3\)": lambda tensors, header: (
+        tensors.update({FIRST: torch.ones(4, 1, 3, 3)})
+    ),
+    r"rank 4 and alpha 64, the students 4 and 8: .*alpha=64": lambda tensors, header: header.update(
+        lora_adapter_metadata=json.dumps({"unet.r": 4, "unet.lora_alpha": 64})
+    ),
+    "uses ..use_dora..": lambda tensors, header: header.update(
+        lora_adapter_metadata=json.dumps({"unet.use_dora": True})
+    ),
+    "is no student": lambda tensors, header: tensors.clear(),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGES)
+def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(students, empty, tmp_path, complaint):
+    file = save_student(students, "cd", tmp_path / "reverse", metadata={})
+    damaged = edit(file, tmp_path / "damaged.safetensors", DAMAGES[complaint])
+    before = {name: value.clone() for name, value in weights(empty, "cd").items()}
+    with pytest.raises(ValueError, match=complaint):
+        load_student(empty, "cd", damaged)
+    assert same(weights(empty, "cd"), before)
+
+
+def test_a_path_without_a_student_is_refused(empty, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no student at .*nowhere"):
+        load_student(empty, "cd", tmp_path / "nowhere")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_student(empty, "cd", tmp_path / "torn.safetensors")
+
+
+def test_metadata_that_would_not_come_back_is_refused(students, tmp_path):
+    with pytest.raises(ValueError, match=r"metadata may not set .'rank'."):
+        save_student(students, "cd", tmp_path / "reverse", metadata={"rank": 1})
+    with pytest.raises(ValueError, match="not Tensor"):
+        save_student(students, "cd", tmp_path / "reverse", metadata={"w": torch.ones(1)})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="that is a file"):
+        save_student(students, "cd", tmp_path / "file", metadata={})

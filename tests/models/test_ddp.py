@@ -1,0 +1,83 @@
+"""Two real gloo processes, half of the batch each, against one process with the joined batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from students_case import ADAPTERS, assert_same_gradients, gradients, loss_of, part, tiny_batch, tiny_students
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from icd_lightning.models.students import Students
+
+WORLD = 2
+WRAPS = {
+    "plain": {},
+    "find_unused": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+}
+CASES = [("plain", False), ("plain", True), ("find_unused", True), ("static_graph", True)]  # wrap, checkpointing
+
+
+class SummedLoss(nn.Module):
+    """Both students' losses in one forward pass, as DDP and Lightning want it."""
+
+    def __init__(self, students: Students) -> None:
+        super().__init__()
+        self.students = students
+
+    def forward(self, batch: dict) -> Tensor:
+        return sum(loss_of(self.students, adapter, batch) for adapter in ADAPTERS)
+
+
+def train(model: nn.Module, students: Students, batch: dict) -> dict:
+    """Two optimizer steps; gradients and weights of each student after the second."""
+    optimizer = torch.optim.SGD([p for a in ADAPTERS for p in students.parameters_of(a)], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.step()
+    weights = {adapter: students.named_parameters_of(adapter) for adapter in ADAPTERS}
+    return {
+        "gradients": {adapter: gradients(students, adapter) for adapter in ADAPTERS},
+        "weights": {a: {name: p.detach() for name, p in named.items()} for a, named in weights.items()},
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    results = {}
+    for wrap, checkpointing in CASES:
+        students = tiny_students(gradient_checkpointing=checkpointing).train()
+        model = DistributedDataParallel(SummedLoss(students), **WRAPS[wrap])
+        results[wrap, checkpointing] = train(model, students, part(tiny_batch(), slice(2 * rank, 2 * rank + 2)))
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ddp"))
+    torch.multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def joined():
+    students = tiny_students().train()
+    return train(SummedLoss(students), students, tiny_batch())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_equal_one_with_the_joined_batch(ranks, joined, case):
+    for rank in ranks:
+        for adapter in ADAPTERS:
+            assert_same_gradients(rank[case]["gradients"][adapter], joined["gradients"][adapter])
+            assert_same_gradients(rank[case]["weights"][adapter], joined["weights"][adapter])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_processes_stay_together_bit_for_bit(ranks, case):
+    first, second = (rank[case]["weights"] for rank in ranks)
+    for adapter in ADAPTERS:
+        assert all(torch.equal(weight, second[adapter][name]) for name, weight in first[adapter].items())
