@@ -78,7 +78,7 @@ class ConstantGuidance(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class StepGuidance(GuidanceSchedule):
-    """Dynamic guidance, Sec. 3 of arXiv:2406.14539: guided for t (B,) <= tau T, unguided above; tau = 1 is constant."""
+    """Dynamic guidance (arXiv:2406.14539): guided for t (B,) <= tau T, unguided above; tau = 1 is constant."""
 
     tau: float = 1.0
 

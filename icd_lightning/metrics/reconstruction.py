@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to the nearest of 0, 1, ..., 255, float32."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -11,10 +18,24 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
     Identical images give infinity.
     """
-    a, b = quantize(images), quantize(reference)
-    return 10 * torch.log10(255.0**2 / (a - b).square().mean((1, 2, 3)))
+    error = (quantize(images) - quantize(reference)).square().mean((1, 2, 3))
+    return 10 * torch.log10(255.0**2 / error)
 
 
-def quantize(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to the nearest of 0, 1, ..., 255, float32."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+class PSNR(MeanMetric):
+    """Mean over images of their `psnr`, in dB; synchronised over ranks."""
+
+    def update(self, images: Tensor, reference: Tensor) -> None:
+        super().update(psnr(images, reference))
+
+
+class SSIM(StructuralSimilarityIndexMeasure):
+    """Structural similarity (Wang et al., 2004), Gaussian window of 11 pixels, on 8-bit values."""
+
+    def __init__(self) -> None:
+        super().__init__(data_range=255.0)
+
+    def update(self, images: Tensor, reference: Tensor) -> None:
+        super().update(quantize(images), quantize(reference))
+
+

@@ -163,5 +163,5 @@ def test_the_tally_counts_by_reason_and_gives_up_in_the_end(monkeypatch, caplog)
     counts = {reason: count for reason, count in tally.counts().items() if count}
     assert counts == {"passed": 1, "too_small": 2, "no_caption": 2}
     assert len(caplog.records) == 2  # one for each reason
-    with pytest.raises(NothingToReadError, match=r"3 samples in a row could not be used .*too_small 2, no_caption 3"):
+    with pytest.raises(NothingToReadError, match=r"3 samples in a row could not be used .*no_caption 3, too_small 2"):
         tally.skipped("no_caption", "d", 1)

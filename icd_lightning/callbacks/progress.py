@@ -1,0 +1,73 @@
+"""What a person sees while a training runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+log = logging.getLogger(__name__)
+
+
+class TrainingProgress(RichProgressBar):
+    """A progress bar with loss, images a second and time left; in a log file, one line every `every_seconds`."""
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        super().__init__(theme=RichProgressBarTheme(metrics_format=".4g"), leave=True)
+        self.every_seconds = every_seconds
+        self._throughput = Throughput()
+        self._next_line = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._throughput.restart(trainer.global_step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Update the bar, and write a line where there is no terminal to draw a bar on."""
+        self._throughput.add(len(batch[0]) * trainer.world_size)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        now = time.monotonic()
+        if not sys.stdout.isatty() and now >= self._next_line and trainer.is_global_zero:
+            self._next_line = now + self.every_seconds
+            metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+            shown = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+            left = self._throughput.seconds_left(trainer.global_step, trainer.max_steps)
+            log.info("step %d/%d  %s  %s left", trainer.global_step, trainer.max_steps, shown, _clock(left))
+
+    def get_metrics(self, trainer, pl_module) -> dict:
+        """The logged ones and the throughput, without the run's version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {**metrics, "images/s": self._throughput.rate}
+
+
+class Throughput:
+    """Images a second since the training, or this part of it, began."""
+
+    def __init__(self) -> None:
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        self.first_step, self.images, self.start = step, 0, time.monotonic()
+
+    def add(self, images: int) -> None:
+        self.images += images
+
+    @property
+    def rate(self) -> float:
+        return self.images / max(1e-6, time.monotonic() - self.start)
+
+    def seconds_left(self, step: int, last: int) -> float:
+        done = max(1, step - self.first_step)
+        return (last - step) * (time.monotonic() - self.start) / done
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(max(0, seconds)))
+
+

@@ -1,0 +1,302 @@
+from itertools import chain
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from shards_case import corrupt, cut_after, numbered_samples, numbers
+
+from icd_lightning.data.datamodule import ShardDataModule
+from icd_lightning.data.shards import write_shards
+
+
+class Recorder(lightning.LightningModule):
+    """Learns one number from the pictures and remembers which it was shown."""
+
+    def __init__(self, stop_at: int | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_at = stop_at
+        self.trained: list[list[int]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        if len(self.trained) == self.stop_at:
+            raise RuntimeError("killed")
+        self.trained.append(numbers(batch))
+        return (batch.images.mean() - self.weight).square()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += numbers(batch)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer_for(tmp_path, **options) -> lightning.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    defaults = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, "use_distributed_sampler": False}
+    return lightning.Trainer(**(quiet | defaults | {"enable_checkpointing": False, "max_epochs": 2} | options))
+
+
+def data_for(urls, **options) -> ShardDataModule:
+    return ShardDataModule(str(urls), **({"batch_size": 5, "resolution": 8, "shuffle_buffer": 8} | options))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_trainer_sees_every_sample_once_an_epoch(shards, tmp_path, num_workers):
+    module = Recorder()
+    trainer_for(tmp_path).fit(module, datamodule=data_for(shards, num_workers=num_workers, val_urls=str(shards)))
+    assert [len(batch) for batch in module.trained] == [5] * 24
+    for epoch in (module.trained[:12], module.trained[12:]):
+        assert sorted(chain(*epoch)) == list(range(60))
+    assert module.trained[:12] != module.trained[12:]
+    assert module.validated[-60:] == list(range(60))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_gives_the_same_batches_each_time(shards, num_workers):
+    def first_epochs():
+        data = data_for(shards, num_workers=num_workers)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        assert len(loader) == 12
+        return [[numbers(batch) for batch in loader] for _ in range(2)]
+
+    epochs = first_epochs()
+    assert epochs == first_epochs()
+    assert epochs[0] != epochs[1]
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "epochs": {"max_epochs": 3},
+    "steps": {"max_epochs": -1, "max_steps": 36},
+    "short epochs": {"max_epochs": 8, "limit_train_batches": 5},
+    "accumulation": {"max_epochs": 3, "accumulate_grad_batches": 2},
+    "validation inside": {"max_epochs": 3, "val_check_interval": 4},
+}
+
+
+def unbroken(shards, tmp_path, run: str, data: dict) -> list[list[int]]:
+    module = Recorder()
+    trainer_for(tmp_path, **RUNS[run]).fit(module, datamodule=data_for(shards, **data))
+    return module.trained
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("stop_at", [3, 10, 12, 17])
+def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tmp_path, run, num_workers, stop_at):
+    if num_workers and run != "epochs":
+        pytest.skip("workers only need one kind of run")
+    data = {"num_workers": num_workers, "val_urls": str(shards)}
+    whole = unbroken(shards, tmp_path, run, data)
+    # saved at every second batch, and killed in one after: what was trained on since is trained on again
+    every = 2 // RUNS[run].get("accumulate_grad_batches", 1)
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_last=True, save_top_k=0, enable_version_counter=False)
+    killed, resumed = Recorder(stop_at), Recorder()
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer_for(tmp_path, callbacks=[save], enable_checkpointing=True, **RUNS[run]).fit(
+            killed, datamodule=data_for(shards, **data)
+        )
+    trainer = trainer_for(tmp_path, **RUNS[run])
+    trainer.fit(resumed, datamodule=data_for(shards, **data), ckpt_path=tmp_path / "last.ckpt")
+    assert killed.trained == whole[:stop_at]
+    assert resumed.trained == whole[len(whole) - len(resumed.trained) :]
+    assert stop_at - 4 < len(whole) - len(resumed.trained) <= stop_at
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("stop_at", [0, 7, 13])
+def test_a_run_saved_by_the_exception_itself_goes_on_with_the_batch_it_died_in(shards, tmp_path, run, stop_at):
+    whole = unbroken(shards, tmp_path, run, {})
+    killed, resumed = Recorder(stop_at), Recorder()
+    save = OnExceptionCheckpoint(tmp_path, filename="died")
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer_for(tmp_path, callbacks=[save], **RUNS[run]).fit(killed, datamodule=data_for(shards))
+    trainer_for(tmp_path, **RUNS[run]).fit(resumed, datamodule=data_for(shards), ckpt_path=tmp_path / "died.ckpt")
+    assert killed.trained + resumed.trained == whole
+
+
+@pytest.mark.parametrize("run", ["epochs", "steps"])
+@pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end", "on_train_end"])
+def test_a_run_saved_between_epochs_goes_on_with_the_next(shards, tmp_path, run, when):
+    class Save(Callback):
+        def state_dict(self):
+            return {}
+
+    def save(self, trainer, module):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            trainer.save_checkpoint(tmp_path / f"{len(module.trained)}.ckpt")
+
+    setattr(Save, when, save)
+    data = {"val_urls": str(shards)}
+    options = RUNS[run] | {"num_sanity_val_steps": 0}
+    whole = unbroken(shards, tmp_path, run, data)
+    half = {"max_epochs": 2} if run == "epochs" else {"max_epochs": -1, "max_steps": 24}
+    trainer_for(tmp_path, callbacks=[Save()], **(options | half)).fit(Recorder(), datamodule=data_for(shards, **data))
+    resumed = Recorder()
+    trainer_for(tmp_path, **options).fit(
+        resumed, datamodule=data_for(shards, **data), ckpt_path=tmp_path / "24.ckpt"
+    )
+    assert resumed.trained == whole[24:]
+
+
+def test_resuming_goes_on_exactly_among_corrupt_pictures(tmp_path):
+    samples = [corrupt(s) if n % 7 == 3 else s for n, s in enumerate(numbered_samples(60))]
+    write_shards(samples, tmp_path / "shards", shard_size=10, parameters={})
+    test_a_run_saved_by_the_exception_itself_goes_on_with_the_batch_it_died_in(
+        tmp_path / "shards", tmp_path, "epochs", 13
+    )
+
+
+def test_resuming_with_another_batch_size_goes_on_at_the_same_sample(shards, tmp_path, caplog):
+    save = OnExceptionCheckpoint(tmp_path, filename="died")
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer_for(tmp_path, callbacks=[save]).fit(Recorder(8), datamodule=data_for(shards))
+    resumed, fresh = Recorder(), Recorder()
+    options = {"batch_size": 10}
+    trainer_for(tmp_path, max_epochs=1).fit(fresh, datamodule=data_for(shards, **options))
+    trainer_for(tmp_path, max_steps=10).fit(
+        resumed, datamodule=data_for(shards, **options), ckpt_path=tmp_path / "died.ckpt"
+    )
+    assert resumed.trained[:2] == fresh.trained[4:]
+    assert "batch_size was 5, is 10" in caplog.text
+
+
+def test_starting_workers_leaves_the_global_generator_alone(shards):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    data = data_for(shards, num_workers=1, val_urls=str(shards))
+    data.setup("fit")
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+class CheckRanks(Callback):
+    """Gathers what all ranks saw; the assertions run in the ranks' own processes."""
+
+    def on_train_epoch_end(self, trainer, module):
+        every = [None] * trainer.world_size
+        torch.distributed.all_gather_object(every, module.trained)
+        assert sorted(chain(*chain(*every))) == list(range(60))
+        module.trained.clear()
+
+    def on_validation_end(self, trainer, module):
+        every = [None] * trainer.world_size
+        torch.distributed.all_gather_object(every, module.validated)
+        assert sorted(chain(*every)) == list(range(60))
+        module.validated.clear()
+
+
+@pytest.mark.parametrize("use_distributed_sampler", [False, True])
+def test_two_processes_share_out_the_samples(shards, tmp_path, use_distributed_sampler):
+    trainer_for(
+        tmp_path,
+        devices=2,
+        strategy="ddp_fork",
+        callbacks=[CheckRanks()],
+        num_sanity_val_steps=0,
+        use_distributed_sampler=use_distributed_sampler,
+    ).fit(Recorder(), datamodule=data_for(shards, num_workers=1, val_urls=str(shards), val_batch_size=7))
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"val_batch_size": 0}, "val_batch_size 0 must be at least 1"),
+        ({"resolution": 0}, "resolution 0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers -1 must be at least 0"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer -1 must be at least 0"),
+        ({"batches_per_epoch": 0}, "batches_per_epoch 0 must be at least 1"),
+    ],
+)
+def test_wrong_values_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        data_for("shards", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 16}, r"none of the first 60 samples of urls .*00000.tar is 8 x 8.*lower resolution"),
+        ({"caption_field": "caption"}, r"none of the first .*no json field 'caption'.*give caption_field"),
+        ({"batch_size": 61}, r"urls hold 60 samples, too few for one batch of 61 on each of 1 ranks"),
+        ({"verify": "off"}, r"how many samples .*00000.tar holds is not known in advance: give batches_per_epoch"),
+        (
+            {"verify": "off", "batches_per_epoch": 2, "num_workers": 7},
+            r"6 uncounted shards are too few for 7 readers \(1 ranks x 7 workers\)",
+        ),
+        ({"val_urls": "pipe:cat x.tar"}, r"val_urls holds pipe:cat x.tar"),
+        ({"val_urls": "/nowhere"}, r"/nowhere does not exist"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(shards, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        trainer_for(tmp_path).fit(Recorder(), datamodule=data_for(shards, **options))
+
+
+def test_damaged_and_empty_shards_are_refused_before_training(shards, tmp_path):
+    cut_after(shards / "00002.tar", 7)
+    with pytest.raises(ValueError, match=r"00002.tar holds 7 samples"):
+        trainer_for(tmp_path).fit(Recorder(), datamodule=data_for(shards))
+    with pytest.raises(FileNotFoundError, match=r"no .tar shards in"):
+        trainer_for(tmp_path).fit(Recorder(), datamodule=data_for(tmp_path))
+    (shards / "manifest.json").unlink()
+    for shard in shards.glob("*.tar"):
+        shard.write_bytes(bytes(1024))
+    with pytest.raises(ValueError, match="the shards of urls hold no samples"):
+        data_for(shards).setup("fit")
+
+
+def test_validation_needs_shards(shards, tmp_path):
+    with pytest.raises(ValueError, match="nothing to validate on: give val_urls"):
+        trainer_for(tmp_path).validate(Recorder(), datamodule=data_for(shards))
+    module = Recorder()
+    trainer_for(tmp_path).test(module, datamodule=data_for(shards, val_urls=str(shards), val_batch_size=8))
+    assert module.validated == list(range(60))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_that_go_bad_during_training_end_it_with_one_clear_error(shards, tmp_path, num_workers):
+    class Spoil(Callback):
+        def on_train_start(self, trainer, module):
+            for shard in shards.glob("*.tar"):
+                shard.unlink()
+
+    data = data_for(shards, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^none of the samples for worker 0 .* \(skipped: broken_shard \d+\)"):
+        trainer_for(tmp_path, callbacks=[Spoil()]).fit(Recorder(), datamodule=data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_callback_can_read_what_was_skipped_and_why(tmp_path, num_workers):
+    samples = numbered_samples(60)
+    samples[7] |= {"txt": b""}
+    samples[9] = corrupt(samples[9])
+    write_shards(samples, tmp_path / "shards", shard_size=10, parameters={})
+    seen = []
+
+    class Report(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(trainer.datamodule.train_tally.counts())
+
+    data = data_for(tmp_path / "shards", num_workers=num_workers, val_urls=str(tmp_path / "shards"))
+    module = Recorder()
+    trainer_for(tmp_path, callbacks=[Report()], num_sanity_val_steps=0, max_epochs=1).fit(module, datamodule=data)
+    assert seen[0]["no_caption"] >= 1
+    assert seen[0]["corrupt_image"] >= 1
+    assert data.val_tally.counts()["corrupt_image"] == 1
+    assert module.validated == [n for n in range(60) if n not in (7, 9)]
