@@ -69,5 +69,3 @@ class Throughput:
 
 def _clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(max(0, seconds)))
-
-

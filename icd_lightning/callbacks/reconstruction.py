@@ -5,52 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from icd_lightning.callbacks.pictures import log_grid
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing.method import UNGUIDED, seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 
 
 class ReconstructionCallback(lightning.Callback):
-    """Invert and generate validation pictures, and log what came back as `reconstruction/<metric>` (all ranks together).
+    """Invert and generate validation pictures; log what came back, over all ranks, unguided and as the task decodes.
+
+    `reconstruction/<metric>` is at w = 1, `reconstruction_guided/<metric>` with the task's `decoding`. A grid of
+    pictures goes to TensorBoard: original, reconstructed, reconstructed guided, generated from drawn noise.
 
     Args:
         metrics: any of psnr, ssim, and lpips, dinov2, fid, which load real pretrained networks or end the run early.
         num_images: pictures of each rank to look at in a validation.
-        guidance_scale, tau: the guided decoding shown in the picture grid.
+        grid_columns: pictures in a row of the grid.
     """
 
     def __init__(
-        self,
-        metrics: Sequence[str] = ("psnr", "ssim"),
-        *,
-        num_images: int = 64,
-        grid_columns: int = 8,
-        guidance_scale: float = 3.0,
-        tau: float = 0.8,
+        self, metrics: Sequence[str] = ("psnr", "ssim"), *, num_images: int = 32, grid_columns: int = 8
     ) -> None:
-        self.metrics = nn.ModuleDict(build_metrics(metrics))
-        self.latent_mse = MeanMetric()
         self.num_images, self.grid_columns = num_images, grid_columns
-        self.guidance = StepGuidance(guidance_scale, tau)
+        self.metrics = {name: self._metrics(metrics) for name in ("reconstruction", "reconstruction_guided")}
         self._seen = 0
+
+    @staticmethod
+    def _metrics(names: Sequence[str]) -> nn.ModuleDict:
+        return nn.ModuleDict({**build_metrics(names), "latent_mse": MeanMetric()})
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse a task without students; metrics follow the task's device."""
+        """Refuse a task without students."""
         if not isinstance(pl_module, InvertibleConsistencyDistillation):
-            raise ValueError(f"ReconstructionCallback needs both students; {type(pl_module).__name__} has none: leave it out")
+            raise ValueError(
+                f"ReconstructionCallback needs both students, and {type(pl_module).__name__} has none: "
+                "take it out of trainer.callbacks"
+            )
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        """Begin anew."""
+        """Begin anew, on the task's device."""
         self._seen = 0
-        for metric in (*self.metrics.values(), self.latent_mse):
-            metric.to(pl_module.device).reset()
+        for group in self.metrics.values():
+            for metric in group.to(pl_module.device).values():
+                metric.reset()
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch: Batch, batch_idx, dataloader_idx=0) -> None:
         """Reconstruct pictures until there are enough."""
@@ -60,26 +62,42 @@ class ReconstructionCallback(lightning.Callback):
         images, captions = batch.images[:count], batch.captions[:count]
         pipeline = pipeline_of(pl_module)
         noise = pipeline.invert(images, captions, seed=self._seen)
-        result = pipeline.generate(captions, noise)
-        self.latent_mse.update((pl_module.autoencoder.encode(result) - pl_module.autoencoder.encode(images)).square())
-        for metric in self.metrics.values():
-            metric.update(result, images)
+        results = {
+            name: pipeline.generate(captions, noise, guidance=guidance)
+            for name, guidance in zip(self.metrics, (UNGUIDED, pl_module.decoding), strict=True)
+        }
+        latents = pl_module.autoencoder.encode(images)
+        for name, result in results.items():
+            self._update(self.metrics[name], result, images, pl_module.autoencoder.encode(result) - latents)
         if self._seen == 0:
-            self._draw(trainer, pipeline, images, captions, noise, result)
+            self._draw(trainer, pl_module, images, captions, list(results.values()))
         self._seen += count
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         """Log the means over all ranks."""
-        for name, metric in {**self.metrics, "latent_mse": self.latent_mse}.items():
-            pl_module.log(f"reconstruction/{name}", metric.compute(), prog_bar=name == "psnr", rank_zero_only=False)
+        for name, group in self.metrics.items():
+            for metric_name, metric in group.items():
+                shown = (name, metric_name) == ("reconstruction", "psnr")
+                pl_module.log(f"{name}/{metric_name}", metric.compute(), prog_bar=shown)
 
-    def _draw(self, trainer, pipeline, images: Tensor, captions: Sequence[str], noise: Tensor, result: Tensor) -> None:
-        columns = min(self.grid_columns, len(images))
-        guided = pipeline.generate(captions[:columns], noise[:columns], guidance=self.guidance)
-        drawn = torch.randn(noise[:columns].shape, generator=torch.Generator().manual_seed(0)).to(noise)
-        generated = pipeline.generate(captions[:columns], drawn, guidance=self.guidance)
-        rows = [images[:columns], result[:columns], guided, generated]
-        log_grid(trainer, "pictures/original, reconstructed, guided, generated", rows)
+    @staticmethod
+    def _update(group: nn.ModuleDict, result: Tensor, images: Tensor, latent_error: Tensor) -> None:
+        for name, metric in group.items():
+            if name == "latent_mse":
+                metric.update(latent_error.square())
+            else:
+                metric.update(result, images)
+
+    def _draw(self, trainer, task, images: Tensor, captions: list[str], results: list[Tensor]) -> None:
+        count = min(self.grid_columns, len(images))
+        pipeline = pipeline_of(task)
+        noise = seeded_noise(pipeline.latent_shape(count, *images.shape[-2:]), 0, images.device)
+        generated = pipeline.generate(captions[:count], noise, guidance=task.decoding)
+        rows = [row[:count] for row in (images, *results, generated)]
+        log_grid(trainer, "original, reconstructed, guided, generated", rows)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text") and trainer.is_global_zero:
+                logger.experiment.add_text("captions", "  \n".join(captions[:count]), trainer.global_step)
 
 
 def pipeline_of(task: InvertibleConsistencyDistillation) -> InvertibleConsistencyPipeline:

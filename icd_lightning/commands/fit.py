@@ -49,7 +49,6 @@ class FitCommand(LightningCLI):
         """Set what must be set before any network exists."""
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
 
-
     def instantiate_trainer(self, **kwargs) -> lightning.Trainer:
         """Log to `trainer.default_root_dir` itself, so that a run has one folder and starting again finds it."""
         if self._get(self.config_init, "trainer.logger") in (None, True):

@@ -12,7 +12,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("icd_lightning.commands.fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
     "validate": ("icd_lightning.commands.fit:run", "run a task's validation"),
     "test": ("icd_lightning.commands.fit:run", "run a task's test"),
-    "edit": ("icd_lightning.commands.pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
+    "edit": (
+        "icd_lightning.commands.pictures:edit",
+        "edit a picture: icd edit photo.png --source '...' --target '...'",
+    ),
     "invert": ("icd_lightning.commands.pictures:invert", "encode a picture to noise, and check what comes back"),
     "generate": ("icd_lightning.commands.pictures:generate", "make a picture from a prompt"),
     "data shapes": ("icd_lightning.commands.data:shapes", "write shards of procedural captioned pictures"),

@@ -35,5 +35,7 @@ def call(function: Callable, name: str, args: list[str]) -> None:
 def shorten(message: str) -> str:
     """One line of jsonargparse's several: the key, the value, and the innermost reasons."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reasons = [line.removeprefix("- ") for line in lines if not re.match(r"(Subtypes|Errors):?|- typing\.|Given value", line)]
+    reasons = [
+        line.removeprefix("- ") for line in lines if not re.match(r"(Subtypes|Errors):?|- typing\.|Given value", line)
+    ]
     return "; ".join(dict.fromkeys(reasons))

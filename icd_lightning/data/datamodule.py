@@ -90,7 +90,7 @@ class ShardDataModule(lightning.LightningDataModule):
         if self.val_urls:
             self.validation_set = self._open_validation_set(rank, world_size)
         elif stage in ("validate", "test"):
-            raise ValueError(f"there is nothing to {stage} on: give val_urls, the shards to use")
+            raise ValueError("val_urls is not given: name the shards to validate or test on")
 
     def _open_stream(self, rank: int, world_size: int) -> TrainStream:
         shards = open_shards(self.urls, verify=self.verify)
@@ -199,31 +199,35 @@ class ShardDataModule(lightning.LightningDataModule):
 
 
 class TrainLoader:
-    """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`."""
+    """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`.
+
+    Without `position` it goes on where it was left.
+    """
 
     def __init__(
         self, stream: TrainStream, tally: Tally, *, num_workers: int = 0, position: Callable[[], int] | None = None
     ) -> None:
-        self.stream, self.tally, self.num_workers = stream, tally, num_workers
+        self.stream, self.tally, self.num_workers, self.position = stream, tally, num_workers, position
         self._reached = 0
-        self._position = position or (lambda: self._reached)
-        self._batches: Iterator[Batch | Exception] | None = None
+        # Lightning looks for this name to stop the workers when a run ends. Left to the garbage collector, which takes
+        # the queues first, each worker would be waited for in vain for five seconds.
+        self._iterator: Iterator[Batch | Exception] | None = None
 
     def __len__(self) -> int:
         return self.stream.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
-        position = self._position()
-        if self._batches is None or position != self._reached:
-            self._batches = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
+        position = self._reached if self.position is None else self.position()
+        if self._iterator is None or position != self._reached:
+            self._iterator = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
             self._reached = position
         for _ in range(len(self)):
             self._reached += 1
-            yield _unwrap(next(self._batches))
+            yield _unwrap(next(self._iterator))
 
     def close(self) -> None:
-        self._batches = None
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty, as is loading it: the data module keeps the state. Tells Lightning that the data can be resumed."""
@@ -238,12 +242,18 @@ class ValidationLoader:
 
     def __init__(self, validation_set: ValidationSet, num_workers: int = 0) -> None:
         self.validation_set, self.num_workers = validation_set, num_workers
+        self._iterator: Iterator[Batch | Exception] | None = None  # named as in TrainLoader
 
     def __len__(self) -> int:
         return len(self.validation_set)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from map(_unwrap, _loader(self.validation_set, self.num_workers))
+        self._iterator = iter(_loader(self.validation_set, self.num_workers))
+        for place in range(len(self)):
+            item = next(self._iterator)
+            if place == len(self) - 1:
+                self._iterator = None  # nobody asks for more than there is: let the workers go now
+            yield _unwrap(item)
 
 
 def _loader(dataset: Dataset, num_workers: int) -> DataLoader:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.data.images import resize_and_crop, to_images, to_rgb
 from icd_lightning.data.manifest import IMAGE_EXTENSIONS
 
 logger = logging.getLogger(__name__)
@@ -112,33 +113,6 @@ def _read_metadata(raw: dict[str, Any]) -> dict:
     if not isinstance(metadata, dict):
         raise RejectedError("corrupt_json", f"{_name(raw)}: a {type(metadata).__name__}, not an object with fields")
     return metadata
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn upright as EXIF says, put transparent pictures on white, convert to RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's conversion would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def resize_and_crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Resize the short side to `resolution` and cut out the centre; return it with the crop's (top, left)."""
-    scale = resolution / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution)), (top, left)
-
-
-def to_images(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-    """Stack B pictures, uint8 (H, W, 3), to images (B, 3, H, W), float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def collate(samples: Sequence[Decoded]) -> Batch:

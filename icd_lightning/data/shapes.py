@@ -240,8 +240,9 @@ def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
         _put(thing, picture, x, y, size)
     middle = CANVAS / 2
     picture *= 1 + scene.light[0] * (x / middle - 1) + scene.light[1] * (y / middle - 1)
-    noise = np.random.default_rng(scene.noise_seed).standard_normal((size, size, 3), dtype=np.float32)
-    noisy = picture.transpose(1, 2, 0) + NOISE_STD * noise
+    noisy = NOISE_STD * np.random.default_rng(scene.noise_seed).standard_normal((size, size, 3), dtype=np.float32)
+    planes = noisy.transpose(2, 0, 1)
+    np.add(picture, planes, out=planes)  # runs in the memory order of `picture`: `planes += picture` takes twice as long
     return (noisy.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -254,9 +255,8 @@ def _grid(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 def _put(thing: Thing, picture: NDArray[np.float32], x: NDArray, y: NDArray, size: int) -> None:
     """Draw an object over the picture (3, size, size), in place."""
-    # no shape reaches beyond 1.25 radii, nor its soft edge 1.5 pixels further: the rest need not be looked at
     pixel, (column, row) = size / CANVAS, thing.center
-    reach = 1.25 * thing.radius * pixel + 1.5
+    reach = REACH[thing.shape] * thing.radius * pixel + 1.5  # a soft edge ends within 1.5 pixels: beyond is no paint
     rows, columns = (slice(max(0, int(at * pixel - reach)), max(0, int(at * pixel + reach) + 1)) for at in (row, column))
     left, top = x[:, columns] - column, y[rows] - row
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
@@ -274,7 +274,7 @@ def _paint(
     """Fill (3, h, w) with a colour in one or two tones; x (1, w), y (h, 1) in canvas pixels from the texture's origin."""
     tone = np.asarray(COLORS[color], dtype=np.float32)[:, None, None]
     if texture == "plain":
-        return np.broadcast_to(tone, (3, len(y), x.shape[1])).copy()
+        return np.full((3, len(y), x.shape[1]), tone)
     sharpness = size / CANVAS * TEXTURE_PERIOD / np.pi / 2  # so that an edge is one picture pixel wide
     a, b = (x + phase[0]) * (2 * np.pi / TEXTURE_PERIOD), (y + phase[1]) * (2 * np.pi / TEXTURE_PERIOD)
     if texture == "striped":
@@ -285,6 +285,10 @@ def _paint(
         wave = np.cos(a) + np.cos(b) - 0.7
     mix = (0.5 + wave * sharpness * 0.8).clip(0, 1)
     return tone * (1 - (1 - DARK_TONE) * mix)
+
+
+REACH = {"circle": 0.95, "square": 1.16, "triangle": 1.23, "star": 1.08, "ring": 0.97, "cross": 1.06}
+"""How far from its centre a shape has points, in units of its radius."""
 
 
 def _signed_distance(shape: str, u, v):

@@ -6,6 +6,7 @@ same sample in an epoch, and a run can go on from any batch without having decod
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from webdataset.tariterators import tarfile_samples
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import Decoded, NothingToReadError, RejectedError, SampleDecoder, Tally, collate
@@ -37,7 +39,15 @@ class Piece(NamedTuple):
             errors.append(error)
             return True
 
-        yield from islice(tarfile_samples(iter([{"url": self.url}]), handler=note), self.start, self.stop)
+        try:
+            stream = gopen(self.url)
+        except Exception as error:  # whatever the scheme's opener raises
+            note(error)
+        else:
+            files = tar_file_expander([{"url": self.url, "stream": stream}], handler=note)
+            yield from islice(group_by_keys(files, handler=note), self.start, self.stop)
+            with contextlib.suppress(Exception):  # a pipe complains when it is closed before its end
+                stream.close()
         if errors:
             tally.skipped("broken_shard", f"{self.url} cannot be read to its end: {errors[0]}", worker)
 

@@ -7,10 +7,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-
-def quantize(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to the nearest of 0, 1, ..., 255, float32."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+from icd_lightning.data.images import quantize
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -37,5 +34,3 @@ class SSIM(StructuralSimilarityIndexMeasure):
 
     def update(self, images: Tensor, reference: Tensor) -> None:
         super().update(quantize(images), quantize(reference))
-
-

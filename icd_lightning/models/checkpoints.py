@@ -68,7 +68,7 @@ def load_student(students: Students, adapter: str, path: str | Path) -> dict[str
     Every key and shape must fit, alpha and rank must be those of `students.lora` (see `lora_settings`), and the
     direction, where the file or its name tells it, must be the adapter's.
     """
-    file = _weights_file(path)
+    file = weights_file(path)
     weights, header = _read(file)
     about = _about(header)
     targets = students.named_parameters_of(adapter)
@@ -90,7 +90,7 @@ def load_student(students: Students, adapter: str, path: str | Path) -> dict[str
 
 def lora_settings(path: str | Path) -> LoraSettings:
     """The settings with which `Students` must be built to hold the student in this folder or file."""
-    file = _weights_file(path)
+    file = weights_file(path)
     return _lora_settings(*_read(file), file)
 
 
@@ -112,7 +112,7 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
         os.replace(file, folder / file.name)
 
 
-def _weights_file(path: str | Path) -> Path:
+def weights_file(path: str | Path) -> Path:
     file = Path(path)
     if file.is_dir():
         file = file / WEIGHTS_NAME

@@ -48,7 +48,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
-        state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+        state = np.random.SeedSequence((seed, step % 2**64)).generate_state(1, np.uint64)[0]
         self.generator = torch.Generator().manual_seed(int(state))  # on the CPU: the same numbers on any device
         self.rank, self.world_size, self.device = rank, world_size, device
 
@@ -107,6 +107,16 @@ class Task(lightning.LightningModule):
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         return Draws(
             self.seed, step, rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.device
+        )
+
+    def validation_draws(self, batch_idx: int) -> Draws:
+        """The same random numbers for this batch in every validation."""
+        return Draws(
+            self.seed,
+            -1 - batch_idx,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            device=self.device,
         )
 
     def log_losses(self, total: Tensor, losses: dict[str, Tensor]) -> None:

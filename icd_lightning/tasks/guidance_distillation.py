@@ -52,7 +52,7 @@ class GuidanceDistillation(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for scale in self.guidance_scales:
-            draws = Draws(self.seed, batch_idx, device=self.device)
+            draws = self.validation_draws(batch_idx)
             w = torch.full((len(batch.captions),), scale, device=self.device)
             self.log(f"val/error_w{scale:g}", self.loss(batch, w, draws).mean(), sync_dist=True)
 

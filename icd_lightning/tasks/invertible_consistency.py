@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import Boundaries, NoisedData, consistency, preservation
+from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consistency, preservation
 from icd_lightning.models.checkpoints import load_student, save_student
-from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
@@ -42,6 +41,7 @@ class InvertibleConsistencyDistillation(Task):
         guidance_scales: the w drawn for the reverse student's consistency loss; the forward student is unguided.
         train: which student learns; the other one stays as `reverse_weights` or `forward_weights` left it.
         reverse_weights, forward_weights: a student to start from, ours or a released file.
+        decoding: the guidance with which validation decodes, beside w = 1; it has no part in training.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class InvertibleConsistencyDistillation(Task):
         reverse_weights: str | None = None,
         forward_weights: str | None = None,
         gradient_checkpointing: bool = False,
+        decoding: StepGuidance = StepGuidance(8.0, 0.8),
         optimizer: OptimizerSettings = OptimizerSettings(lr=8e-6),
         seed: int = 0,
     ) -> None:
@@ -67,7 +68,7 @@ class InvertibleConsistencyDistillation(Task):
         self.guidance_scales = tuple(guidance_scales)
         self.weights = losses
         self.huber_c = huber_c
-        self.family = family
+        self.family, self.decoding = family, decoding
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
@@ -87,25 +88,28 @@ class InvertibleConsistencyDistillation(Task):
         return {ADAPTERS[adapter]: self.students.parameters_of(adapter) for adapter in self.trained}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        draws = self.draws()
-        latents = self.autoencoder.encode(batch.images, draws.generator, sample=True)
-        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
-        losses = self.losses(data, self.conditioner(batch.captions), draws)
+        losses = self.losses(batch, self.draws())
         total = sum(getattr(self.weights, name) * value.mean() for name, value in losses.items())
         self.log_losses(total, {name: value.mean() for name, value in losses.items()})
         return total
 
-    def losses(self, data: NoisedData, conditioning: Conditioning, draws: Draws) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        losses = self.losses(batch, self.validation_draws(batch_idx))
+        self.log_dict({f"val/{name}": value.mean() for name, value in losses.items()}, sync_dist=True)
+
+    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The losses that count, each (B,): timesteps drawn afresh for each, the noise shared by all."""
-        boundaries, count = self.boundaries, len(data.x0)
+        latents = self.autoencoder.encode(batch.images, draws.generator, sample=True)
+        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
+        conditioning = self.conditioner(batch.captions)
+        boundaries, count, c = self.boundaries, len(latents), self.huber_c
         w = draws.choice(count, self.guidance_scales)
-        i, j = (draws.integers(count, len(p)) for p in (boundaries.reverse_pairs, boundaries.forward_pairs))
+        i, j = (draws.integers(count, len(pairs)) for pairs in (boundaries.reverse_pairs, boundaries.forward_pairs))
         k, n = (draws.integers(count, boundaries.num_segments) for _ in range(2))
-        reverse, forward, teacher = (
-            lambda w, adapter=adapter: self.students.denoiser(adapter, conditioning, w) for adapter in ("cd", "fcd", None)
-        )
-        c = self.huber_c
-        computed = {
+        teacher = partial(self.students.teacher, conditioning)
+        reverse = partial(self.students.reverse_model, conditioning)
+        forward = partial(self.students.forward_model, conditioning)
+        losses = {
             "reverse_cd": lambda: consistency(reverse(w), teacher(w), data, boundaries.reverse_pairs[i], huber_c=c),
             "forward_cd": lambda: consistency(forward(1.0), teacher(1.0), data, boundaries.forward_pairs[j], huber_c=c),
             "reverse_preservation": lambda: preservation(
@@ -115,7 +119,7 @@ class InvertibleConsistencyDistillation(Task):
                 reverse(1.0), forward(1.0), data, boundaries.forward_preservation[n], huber_c=c
             ),
         }
-        return {name: loss() for name, loss in computed.items() if self._counts(name)}
+        return {name: loss() for name, loss in losses.items() if self._counts(name)}
 
     def _counts(self, name: str) -> bool:
         """A loss counts where it has a weight and the student it is named after is in training."""

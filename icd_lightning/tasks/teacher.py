@@ -17,7 +17,7 @@ from icd_lightning.models.backbone import predict
 from icd_lightning.models.family import load_autoencoder
 from icd_lightning.models.text import CLIPConditioner
 from icd_lightning.models.tiny import build_tokenizer
-from icd_lightning.tasks.base import OptimizerSettings, Task
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
 
 
 class TeacherTraining(Task):
@@ -63,10 +63,10 @@ class TeacherTraining(Task):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        draws = type(self.draws())(self.seed, batch_idx, device=self.device)
-        self.log("val/loss", self.loss(batch.images, batch.captions, draws).mean(), prog_bar=True, sync_dist=True)
+        loss = self.loss(batch.images, batch.captions, self.validation_draws(batch_idx)).mean()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
 
-    def loss(self, images: Tensor, captions: list[str], draws) -> Tensor:
+    def loss(self, images: Tensor, captions: list[str], draws: Draws) -> Tensor:
         """Squared error of the network's output (eps or v) at a uniform timestep, (B,)."""
         latents = self.autoencoder.encode(images, sample=True)
         noise = draws.normal(*latents.shape)

@@ -38,7 +38,8 @@ class Recorder(lightning.LightningModule):
 def trainer_for(tmp_path, **options) -> lightning.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     defaults = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, "use_distributed_sampler": False}
-    return lightning.Trainer(**(quiet | defaults | {"enable_checkpointing": False, "max_epochs": 2} | options))
+    defaults |= {"enable_checkpointing": "callbacks" in options, "max_epochs": 2, "num_sanity_val_steps": 0}
+    return lightning.Trainer(**(quiet | defaults | options))
 
 
 def data_for(urls, **options) -> ShardDataModule:
@@ -100,7 +101,7 @@ def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tm
     save = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_last=True, save_top_k=0, enable_version_counter=False)
     killed, resumed = Recorder(stop_at), Recorder()
     with pytest.raises(RuntimeError, match="killed"):
-        trainer_for(tmp_path, callbacks=[save], enable_checkpointing=True, **RUNS[run]).fit(
+        trainer_for(tmp_path, callbacks=[save], **RUNS[run]).fit(
             killed, datamodule=data_for(shards, **data)
         )
     trainer = trainer_for(tmp_path, **RUNS[run])
@@ -130,12 +131,12 @@ def test_a_run_saved_between_epochs_goes_on_with_the_next(shards, tmp_path, run,
             return {}
 
     def save(self, trainer, module):
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit":
             trainer.save_checkpoint(tmp_path / f"{len(module.trained)}.ckpt")
 
     setattr(Save, when, save)
     data = {"val_urls": str(shards)}
-    options = RUNS[run] | {"num_sanity_val_steps": 0}
+    options = RUNS[run]
     whole = unbroken(shards, tmp_path, run, data)
     half = {"max_epochs": 2} if run == "epochs" else {"max_epochs": -1, "max_steps": 24}
     trainer_for(tmp_path, callbacks=[Save()], **(options | half)).fit(Recorder(), datamodule=data_for(shards, **data))
@@ -204,7 +205,6 @@ def test_two_processes_share_out_the_samples(shards, tmp_path, use_distributed_s
         devices=2,
         strategy="ddp_fork",
         callbacks=[CheckRanks()],
-        num_sanity_val_steps=0,
         use_distributed_sampler=use_distributed_sampler,
     ).fit(Recorder(), datamodule=data_for(shards, num_workers=1, val_urls=str(shards), val_batch_size=7))
 
@@ -262,7 +262,7 @@ def test_damaged_and_empty_shards_are_refused_before_training(shards, tmp_path):
 
 
 def test_validation_needs_shards(shards, tmp_path):
-    with pytest.raises(ValueError, match="nothing to validate on: give val_urls"):
+    with pytest.raises(ValueError, match="val_urls is not given"):
         trainer_for(tmp_path).validate(Recorder(), datamodule=data_for(shards))
     module = Recorder()
     trainer_for(tmp_path).test(module, datamodule=data_for(shards, val_urls=str(shards), val_batch_size=8))
@@ -295,7 +295,7 @@ def test_a_callback_can_read_what_was_skipped_and_why(tmp_path, num_workers):
 
     data = data_for(tmp_path / "shards", num_workers=num_workers, val_urls=str(tmp_path / "shards"))
     module = Recorder()
-    trainer_for(tmp_path, callbacks=[Report()], num_sanity_val_steps=0, max_epochs=1).fit(module, datamodule=data)
+    trainer_for(tmp_path, callbacks=[Report()], max_epochs=1).fit(module, datamodule=data)
     assert seen[0]["no_caption"] >= 1
     assert seen[0]["corrupt_image"] >= 1
     assert data.val_tally.counts()["corrupt_image"] == 1

@@ -1,0 +1,73 @@
+"""`icd tiny ...`: the family that ships with the package, packed and measured."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger(__name__)
+
+
+def report(*, model: str = "tiny", count: int = 512, seed: int = 1_000_003, out: str = "outputs/tiny-report") -> None:
+    """Measure a tiny family against its bars on held-out scenes; writes bars.json.
+
+    Args:
+        model: "tiny" (shipped) or a folder, e.g. outputs/tiny-weights/model.
+        count: scenes to measure on.
+        seed: which world they come from; training used the seeds 0 to 4.
+        out: folder for bars.json.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from icd_lightning.evaluation.bars import measure_family
+    from icd_lightning.evaluation.report import Table, print_table
+    from icd_lightning.evaluation.study import write_json
+    from icd_lightning.models.family import Family
+
+    if count < 1:
+        raise ValueError(f"count {count} must be 1 or more")
+    bars = measure_family(Family(model), count=count, seed=seed)
+    rows = tuple(
+        (
+            bar.name,
+            bar.value,
+            "" if bar.limit is None else f"{'>=' if bar.at_least else '<='} {bar.limit:g}",
+            _verdict(bar),
+        )
+        for bar in bars
+    )
+    table = Table(
+        f"{model} on {count} held-out scenes (seed {seed})",
+        "",
+        ("what", "measured", "bar", ""),
+        rows,
+        digits=(None, 4, None, None),
+    )
+    print_table(table, Console())
+    file = Path(out) / "bars.json"
+    write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
+    log.info("%s", file)
+
+
+def package(
+    *, source: str = "outputs/tiny-weights", out: str = "icd_lightning/weights/tiny", max_megabytes: float = 30.0
+) -> None:
+    """Turn the parts that `make tiny-weights` trained into the family that ships: half precision, with their records.
+
+    Args:
+        source: folder of the trainings.
+        out: folder of the family.
+        max_megabytes: refuse to write more than this.
+    """
+    from pathlib import Path
+
+    from icd_lightning.evaluation.packaging import package_family
+
+    size = package_family(Path(source), Path(out), max_megabytes)
+    log.info("%s: %.1f MB", out, size)
+
+
+def _verdict(bar) -> str:
+    return "" if bar.limit is None else "ok" if bar.passed else "MISSED"

@@ -1,0 +1,105 @@
+"""Pictures in files and in tensors. A picture is uint8 (H, W, 3), images are float32 (B, 3, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+log = logging.getLogger(__name__)
+
+MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
+
+
+def load_image(path: str | Path, resolution: int) -> torch.Tensor:
+    """Read any picture file to an image (1, 3, resolution, resolution): the centre, its short side resized.
+
+    Raises ValueError for what is no picture, cannot be decoded, or would decode to far too many pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a picture" if path.is_dir() else f"there is no picture at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large; twice as large is an error
+            image = to_rgb(Image.open(path))
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise ValueError(f"{path} has more than {most} million pixels: make it smaller first") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{path}, {_size(image.size)} pixels, is too narrow to cut a square out of it")
+    cut, _ = resize_and_crop(image, resolution)
+    if image.size != cut.size:
+        log.info("%s: the centre of its %s pixels, resized to %s", path, _size(image.size), _size(cut.size))
+    return to_images([np.asarray(cut)])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn upright as EXIF says, put transparent pictures on white, convert to RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's conversion would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Resize the short side to `resolution` and cut out the centre; return it with the crop's (top, left)."""
+    scale = resolution / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution)), (top, left)
+
+
+def to_images(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """Stack B pictures, uint8 (H, W, 3), to images (B, 3, H, W), float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def quantize(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] to the nearest of 0, 1, ..., 255, float32."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def to_pictures(images: torch.Tensor) -> NDArray[np.uint8]:
+    """Images (B, 3, H, W) in [-1, 1] to B pictures, uint8 (B, H, W, 3)."""
+    return quantize(images).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_png(picture: NDArray[np.uint8], path: Path, *, about: Mapping[str, object]) -> None:
+    """Write a picture, uint8 (H, W, 3), with `about` as text in the file's metadata, a key each."""
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_text(key, str(value))
+    write_whole(path, lambda temporary: Image.fromarray(picture).save(temporary, "PNG", pnginfo=info))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under another name, then rename it: nobody ever finds half a file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,128 @@
+"""The protocol of all editing methods: invert, generate, edit, over pictures (B, 3, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
+from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.text import CLIPConditioner
+
+UNGUIDED = StepGuidance(1.0)
+
+
+def seeded_noise(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise (B, C, H, W) in which sample i depends on seed + i alone, not on the batch or the device."""
+    count, *rest = shape
+    samples = [torch.randn(rest, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+    return torch.stack(samples).to(device)
+
+
+@dataclass(eq=False)
+class PromptSwap:
+    """eps = denoise(x, t) with the source's denoiser for t > tau T and the target's below: early steps keep the layout.
+
+    `nfe` counts the latest call.
+    """
+
+    source: Denoiser
+    target: Denoiser
+    tau: float
+    num_train_timesteps: int = 1000
+    nfe: int = field(default=1, init=False)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        above = bool((t > self.tau * self.num_train_timesteps).all())  # one t for the whole batch, when sampling
+        denoise = self.source if above else self.target
+        eps = denoise(x, t)
+        self.nfe = int(getattr(denoise, "nfe", 1))
+        return eps
+
+
+class EditingMethod(ABC):
+    """A way to noise and back. Latents are (B, C, h, w), scaled; guidance is any `GuidanceSchedule`, w = 1 unguided.
+
+    `on_step` is called after each step with the evaluations that it took (see `diffusion.sampling`).
+    """
+
+    autoencoder: LatentAutoencoder
+    conditioner: CLIPConditioner
+
+    @property
+    @abstractmethod
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the networks."""
+
+    @abstractmethod
+    def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
+        """The network that decodes, bound to prompts and guidance."""
+
+    @abstractmethod
+    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: int, on_step: OnStep | None) -> Tensor:
+        """Latents (B, C, h, w) to noise (B, C, h, w), unguided."""
+
+    @abstractmethod
+    def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
+        """Noise (B, C, h, w) to latents (B, C, h, w)."""
+
+    def latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape of the latents of `count` pictures of height x width pixels."""
+        factor = self.autoencoder.downsampling
+        return (count, self.autoencoder.latent_channels, height // factor, width // factor)
+
+    @torch.no_grad()
+    def invert(self, images: Tensor, prompts: Sequence[str], *, seed: int = 0, on_step: OnStep | None = None) -> Tensor:
+        """Encode pictures (B, 3, H, W) with their prompts to noise (B, C, h, w)."""
+        return self.to_noise(self.autoencoder.encode(images), prompts, seed=seed, on_step=on_step)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        guidance: GuidanceSchedule = UNGUIDED,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Decode noise (B, C, h, w), drawn or inverted, to pictures (B, 3, H, W)."""
+        return self.autoencoder.decode(self.from_noise(self.denoiser(prompts, guidance), noise, on_step=on_step))
+
+    @torch.no_grad()
+    def swap(
+        self,
+        noise: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule,
+        swap_tau: float,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Decode inverted noise (B, C, h, w) with the target prompts; while t > swap_tau T, with the source's, unguided."""
+        denoise = PromptSwap(
+            self.denoiser(source_prompts, UNGUIDED),
+            self.denoiser(target_prompts, guidance),
+            swap_tau,
+            self.schedule.num_train_timesteps,
+        )
+        return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
+
+    def edit(
+        self,
+        images: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule,
+        swap_tau: float = 0.8,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's."""
+        noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
+        return self.swap(noise, source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau, on_step=on_step)

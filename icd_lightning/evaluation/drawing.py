@@ -1,0 +1,137 @@
+"""Text and rounded shapes on a PIL picture, in a font that comes with Pillow and looks the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+At = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How letters look: size in pixels, colour, weight."""
+
+    size: int
+    color: str
+    bold: bool = False
+
+    @property
+    def height(self) -> int:
+        """Pixels from one line to the next."""
+        return round(self.size * 1.36)
+
+
+Line = tuple[str, Style]
+
+
+def text_width(text: str, style: Style) -> float:
+    return sum(font.getlength(part) for font, part in _runs(text, style.size))
+
+
+def wrap(text: str, style: Style, width: float) -> list[Line]:
+    """Break text into lines no wider than `width`: between words, or inside a word that is wider than a line."""
+    lines: list[str] = []
+    for paragraph in text.split("\n") if text else []:
+        line = ""
+        for word in paragraph.split():
+            joined = f"{line} {word}" if line else word
+            if text_width(joined, style) <= width:
+                line = joined
+                continue
+            lines += [line] if line else []
+            line = ""
+            for letter in word:
+                if line and text_width(line + letter, style) > width:
+                    lines.append(line)
+                    line = ""
+                line += letter
+        lines.append(line)
+    return [(line, style) for line in lines]
+
+
+def lines_height(lines: Sequence[Line]) -> int:
+    return sum(style.height for _, style in lines)
+
+
+def write(draw: ImageDraw.ImageDraw, at: At, line: Line, *, align: float = 0.0) -> None:
+    """Write a line whose top is at y; `align` 0, 0.5 and 1 put its left end, its middle or its right end at x."""
+    text, style = line
+    x, baseline = at[0] - align * text_width(text, style), at[1] + style.size
+    for font, part in _runs(text, style.size):
+        # the font has one weight: bold is the text once more, shifted by parts of a pixel
+        for shift in (0.0, style.size / 80, style.size / 40) if style.bold else (0.0,):
+            draw.text((x + shift, baseline), part, font=font, fill=style.color, anchor="ls")
+        x += font.getlength(part)
+
+
+def write_lines(draw: ImageDraw.ImageDraw, at: At, lines: Sequence[Line], *, align: float = 0.0) -> float:
+    """Write lines under one another; return the y below them."""
+    y = at[1]
+    for line in lines:
+        write(draw, (at[0], y), line, align=align)
+        y += line[1].height
+    return y
+
+
+def rounded_mask(size: tuple[int, int], radius: float, *, scale: int = 4) -> Image.Image:
+    """White inside a rounded rectangle, with smooth corners."""
+    mask = Image.new("L", (size[0] * scale, size[1] * scale))
+    box = (0, 0, mask.width - 1, mask.height - 1)
+    ImageDraw.Draw(mask).rounded_rectangle(box, radius * scale, fill=255)
+    return mask.reduce(scale)
+
+
+def fill_rounded(image: Image.Image, box: tuple[float, float, float, float], radius: float, color: str) -> None:
+    """Fill a rounded rectangle (left, top, right, bottom)."""
+    left, top, right, bottom = (round(edge) for edge in box)
+    image.paste(color, (left, top, right, bottom), rounded_mask((right - left, bottom - top), radius))
+
+
+def stroke(image: Image.Image, runs: Sequence[Sequence[At]], color: str, *, width: float = 3.0, scale: int = 3) -> None:
+    """Draw smooth lines through points of the picture; a run of one point is a dot."""
+    mask = Image.new("L", (image.width * scale, image.height * scale))
+    draw = ImageDraw.Draw(mask)
+    radius = width * scale / 2
+    for run in runs:
+        points = [(x * scale, y * scale) for x, y in run]
+        draw.line(points, fill=255, width=round(2 * radius), joint="curve")
+        for x, y in (points[0], points[-1]):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    image.paste(color, (0, 0, *image.size), mask.reduce(scale))
+
+
+def _runs(text: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+    """Split text where the font changes: Pillow's lacks arrows and Greek, matplotlib's DejaVu has them."""
+    return [
+        (_fallback_font(size) if missing else _font(size), "".join(letters))
+        for missing, letters in groupby(text, key=_is_missing)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+@lru_cache(maxsize=64)
+def _fallback_font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, round(size * 0.92))
+
+
+@lru_cache(maxsize=4096)
+def _is_missing(letter: str) -> bool:
+    if letter.isascii():
+        return False
+    font = _font(32)
+    return bytes(font.getmask(letter)) == bytes(font.getmask("\uffff"))

@@ -1,0 +1,73 @@
+"""`icd eval`: the students, the same jumps untrained, and DDIM-50, on the held-out picture world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from icd_lightning.diffusion import Boundaries
+from icd_lightning.editing.baselines.ddim import DDIMInversion
+from icd_lightning.editing.method import EditingMethod
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+from icd_lightning.evaluation.report import print_table
+from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out
+from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
+from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
+from icd_lightning.models.checkpoints import weights_file
+from icd_lightning.models.family import Family
+from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.models.students import Students
+
+DDIM, UNTRAINED, TRAINED = "DDIM-50", "untrained students", "iCD"
+
+
+def untrained_pipeline(family: Family, boundaries: Boundaries) -> InvertibleConsistencyPipeline:
+    """The guidance-distilled teacher's own weights through the students' jumps: what more steps alone give."""
+    students = Students(family.load_unet(guided=True), family.load_schedule())
+    return InvertibleConsistencyPipeline(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
+
+
+def teacher_hash(family: Family) -> str:
+    """Of all weights but the students'."""
+    return file_hash(*sorted(family.root.glob("*/*.safetensors")))
+
+
+def evaluate_inversion(
+    family: Family,
+    settings: StudySettings,
+    out: Path,
+    *,
+    forward: str | None = None,
+    reverse: str | None = None,
+    ddim: bool = True,
+) -> Path:
+    """Measure, print the tables, and write results.json; return its path. What was measured before is reused."""
+    trained = InvertibleConsistencyPipeline.from_pretrained(family, forward=forward, reverse=reverse)
+    network = SceneNetwork.from_pretrained(family.root / "scene_network")
+    students = [
+        weights_file(path or family.root / "students" / name)
+        for path, name in ((forward, "forward"), (reverse, "reverse"))
+    ]
+    methods: dict[str, tuple[Callable[[], EditingMethod], str]] = {
+        UNTRAINED: (lambda: untrained_pipeline(family, trained.boundaries), teacher_hash(family)),
+        TRAINED: (lambda: trained, teacher_hash(family) + file_hash(*students)),
+    }
+    if ddim:
+        methods = {DDIM: (lambda: DDIMInversion(family), teacher_hash(family)), **methods}
+    results = {}
+    for index, (name, (make, weights)) in enumerate(methods.items()):
+        key = {"method": name, "settings": settings, "weights": weights, "boundaries": trained.boundaries}
+        results[name] = remembered(
+            out / "parts" / f"{index}-{name.replace(' ', '-')}.json",
+            key,
+            lambda make=make: study(make(), network, settings),
+        )
+    ceiling = autoencoder_psnr(trained.autoencoder, held_out(settings.count, settings.seed))
+    console = Console()
+    print_table(reconstruction_table(results, settings, ceiling=ceiling, ours=TRAINED), console)
+    print_table(edit_table(results, settings, ours=TRAINED), console)
+    print_table(generation_table(results, settings, ours=TRAINED), console)
+    write_json(out / "results.json", {"settings": vars(settings), "autoencoder_psnr": ceiling, "methods": results})
+    return out / "results.json"

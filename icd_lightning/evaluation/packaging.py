@@ -1,0 +1,69 @@
+"""Makes the shipped family from what `make tiny-weights` trained: weights in half precision, and how they came to be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
+STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
+
+
+def package_family(source: Path, out: Path, max_megabytes: float) -> float:
+    """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
+    missing = [part for part in PARTS if not (source / "model" / part).is_dir()]
+    missing += [name for name in ("forward", "reverse") if not (source / "students" / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in PARTS:
+        _copy(source / "model" / part, temporary / part)
+    for name in ("forward", "reverse"):
+        _copy(source / "students" / name, temporary / "students" / name)
+    for stage in STAGES:
+        _record(source / stage, temporary / "training" / stage)
+    if (out / "README.md").is_file():
+        shutil.copy(out / "README.md", temporary / "README.md")
+    size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
+    if size > max_megabytes:
+        shutil.rmtree(temporary)
+        raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    return size
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a part; floating-point weights become float16, which is enough for inference and half the download."""
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target / file.name)
+            continue
+        with safe_open(file, "pt") as weights:
+            header = weights.metadata()
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
+        halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
+        if wrong:
+            raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
+        save_file(halved, target / file.name, metadata=header)
+
+
+def _record(run: Path, target: Path) -> None:
+    """Keep a training's configuration and its curves, thinned to some 200 points each."""
+    from icd_lightning.evaluation.curves import read_scalars
+
+    target.mkdir(parents=True)
+    shutil.copy(run / "config.yaml", target / "config.yaml")
+    curves = {}
+    for name, (steps, values) in read_scalars(run).items():
+        every = max(1, len(steps) // 200)
+        curves[name] = {"step": steps[::every], "value": [float(f"{value:.5g}") for value in values[::every]]}
+    (target / "curves.json").write_text(json.dumps(curves) + "\n")

@@ -1,0 +1,246 @@
+"""Results for somebody who was not there: a page, a picture and a table in the terminal, all from one `Report`.
+
+A `Report` is plain data: big numbers first, then panels of pictures, tables and curves, at last the facts that a rerun
+needs. `write_report` makes `report.html` (one file, nothing loaded from elsewhere) and `report.png` (for a README).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Picture = NDArray[np.uint8]
+Value = str | float | int | None
+
+MISSING = "–"  # noqa: RUF001  an en dash, as printed tables have it
+MAX_SERIES = 6  # as many colours as the eye keeps apart
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures uint8 (H, W, 3) in rows under column heads; None leaves a hole.
+
+    In labels and heads a newline starts a second, quieter line. `highlight` names the columns that are ours.
+    """
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Picture | None, ...]], ...]
+    highlight: int | tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for label, pictures in self.rows:
+            if len(pictures) != len(self.columns):
+                raise ValueError(
+                    f"panel {self.title!r}: row {label!r} has {len(pictures)} pictures for {len(self.columns)} columns; "
+                    "use None for a hole"
+                )
+            for column, picture in zip(self.columns, pictures, strict=True):
+                if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3):
+                    raise ValueError(
+                        f"panel {self.title!r}: {column!r} of row {label!r} is {picture.dtype} {picture.shape}; "
+                        "pictures are uint8 (H, W, 3)"
+                    )
+        _check_indices(f"panel {self.title!r}: highlight", self.highlighted, len(self.columns))
+
+    @property
+    def highlighted(self) -> tuple[int, ...]:
+        return (self.highlight,) if isinstance(self.highlight, int) else self.highlight
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers in columns; None is a gap.
+
+    `digits` gives each column's decimals (None: three significant digits of its largest value), `best` says per column
+    whether "max" or "min" is good: its best values are marked and the head gets an arrow.
+    """
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    highlight_rows: tuple[int, ...] = ()
+    digits: tuple[int | None, ...] | None = None
+    best: tuple[Literal["max", "min"] | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        width = len(self.header)
+        lines = {f"row {index}": row for index, row in enumerate(self.rows)}
+        lines |= {name: values for name in ("digits", "best") if (values := getattr(self, name)) is not None}
+        for name, values in lines.items():
+            if len(values) != width:
+                raise ValueError(f"table {self.title!r}: {name} has {len(values)} values for {width} columns")
+        _check_indices(f"table {self.title!r}: highlight_rows", self.highlight_rows, len(self.rows))
+
+    def column(self, index: int) -> list[Value]:
+        return [row[index] for row in self.rows]
+
+    def is_numeric(self, index: int) -> bool:
+        """True for a column of numbers, which is set flush right."""
+        values = [v for v in self.column(index) if v is not None]
+        return bool(values) and not any(isinstance(v, str) for v in values)
+
+    def heads(self) -> list[str]:
+        """The header, with an arrow where more or less is better."""
+        arrows = {"max": " ↑", "min": " ↓", None: ""}
+        return [head + arrows[good] for head, good in zip(self.header, self.best or (None,) * len(self.header))]
+
+    @property
+    def legend(self) -> str:
+        """What the marks mean; empty where there are none."""
+        good = set(self.best or ())
+        parts = [text for key, text in (("max", "↑ higher is better"), ("min", "↓ lower is better")) if key in good]
+        return ", ".join([*parts, "best in bold"]) if parts else ""
+
+    def cells(self) -> list[list[Cell]]:
+        """Every value as text, rounded as its column is, with the best of a column marked as they read."""
+        columns = [self._column_cells(index) for index in range(len(self.header))]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _column_cells(self, index: int) -> list[Cell]:
+        values, good = self.column(index), self.best[index] if self.best else None
+        numbers = [float(v) for v in values if isinstance(v, (int, float)) and not math.isnan(v)]
+        digits = self.digits[index] if self.digits else None
+        if digits is None:
+            digits = _digits(numbers)
+        texts = [format_value(value, digits) for value in values]
+        winner = None
+        if good is not None and numbers:
+            winner = format_value({"max": max, "min": min}[good](numbers), digits)
+        return [Cell(t, t == winner and not isinstance(v, str)) for t, v in zip(texts, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Lines over one x axis: name -> (x values, y values). Values that are not finite, or not above 0 on a log axis,
+    leave a gap."""
+
+    title: str
+    note: str
+    x_label: str
+    y_label: str
+    series: dict[str, tuple[Sequence[float], Sequence[float]]]
+    log_y: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.series) <= MAX_SERIES:
+            raise ValueError(f"curve {self.title!r}: {len(self.series)} series; show 1 to {MAX_SERIES} in one plot")
+        for name, (x, y) in self.series.items():
+            if len(x) != len(y):
+                raise ValueError(f"curve {self.title!r}: series {name!r} has {len(x)} x values and {len(y)} y values")
+
+
+Section = Panel | Table | Curve
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title, big numbers as (value, label), sections in reading order, and facts such as versions and the command."""
+
+    title: str
+    subtitle: str
+    summary: tuple[tuple[str, str], ...] = ()
+    sections: tuple[Section, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    report: Report, folder: str | Path, *, png_sections: Sequence[Section] | None = None
+) -> tuple[Path, Path]:
+    """Write report.html and report.png to `folder`, each whole or not at all; return their paths.
+
+    `png_sections` are drawn in the picture in place of the report's own: a README wants fewer rows than a page.
+    """
+    from icd_lightning.evaluation.page import page
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    html_path = folder / "report.html"
+    _write_whole(html_path, lambda temporary: temporary.write_text(page(report), encoding="utf-8"))
+    return html_path, draw_png(report, folder / "report.png", sections=png_sections)
+
+
+def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | None = None) -> Path:
+    """Draw the report, or these sections in place of its own, as one PNG 1600 pixels wide; return its path."""
+    from icd_lightning.evaluation.figure import figure
+
+    shown = report if sections is None else replace(report, sections=tuple(sections))
+    _write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG", optimize=True))
+    return Path(path)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print the table for a terminal: our rows in colour, best values bold."""
+    import rich.table
+    from rich import box
+    from rich.text import Text
+
+    note = "\n".join(text for text in (table.note, table.legend) if text)
+    out = rich.table.Table(
+        title=Text(table.title, "bold"),
+        caption=Text(note, "dim") if note else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for index, head in enumerate(table.heads()):
+        out.add_column(Text(head), justify="right" if table.is_numeric(index) else "left", vertical="bottom")
+    for index, cells in enumerate(table.cells()):
+        style = "cyan" if index in table.highlight_rows else ""
+        out.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in cells), style=style)
+    console.print(out)
+
+
+def format_value(value: Value, digits: int) -> str:
+    """A value of a table as text: integers whole, floats with `digits` decimals, thousands set apart."""
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return value
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "-∞"}.get(value, "nan")
+    return f"{value:,.{0 if isinstance(value, int) else digits}f}"
+
+
+def _digits(numbers: list[float]) -> int:
+    """Decimals that leave three significant digits of the largest number, at most six."""
+    largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
+    return 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
+
+
+def _check_indices(what: str, indices: tuple[int, ...], count: int) -> None:
+    for index in indices:
+        if not 0 <= index < count:
+            raise ValueError(f"{what} {index} is not one of 0 to {count - 1}")
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under another name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""One method over the held-out picture world: reconstruction, generation and edits, as plain numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from icd_lightning.data.scenes import HELD_OUT_SEED
+from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
+from icd_lightning.editing.method import EditingMethod
+from icd_lightning.evaluation.scenes import (
+    held_out,
+    measure_edits,
+    measure_generation,
+    measure_reconstruction,
+    random_edits,
+)
+from icd_lightning.models.scene_network import SceneNetwork
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How much to measure, on which held-out scenes, and with which guidance."""
+
+    count: int = 64
+    guidance_scale: float = 3.0
+    tau: float = 0.8
+    swap_tau: float = 0.8
+    seed: int = HELD_OUT_SEED
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count {self.count} must be 1 or more")
+
+    def guidances(self) -> dict[str, GuidanceSchedule]:
+        """Unguided, guided throughout, and dynamically guided."""
+        w = f"{self.guidance_scale:g}"
+        return {
+            "w 1": StepGuidance(1.0),
+            f"w {w}": StepGuidance(self.guidance_scale),
+            f"w {w}, tau {self.tau:g}": self.dynamic(),
+        }
+
+    def dynamic(self) -> StepGuidance:
+        """Guided for t <= tau T only."""
+        return StepGuidance(self.guidance_scale, self.tau)
+
+
+def study(method: EditingMethod, network: SceneNetwork, settings: StudySettings) -> dict[str, Any]:
+    """Measure a method; returns {"reconstruction": rows, "generation": shares, "edits": scores}, fit for JSON."""
+    scenes = held_out(settings.count, settings.seed)
+    edits = measure_edits(method, network, scenes, random_edits(scenes), settings.dynamic(), swap_tau=settings.swap_tau)
+    return {
+        "reconstruction": measure_reconstruction(method, scenes, settings.guidances()),
+        "generation": measure_generation(method, network, scenes, settings.dynamic()),
+        "edits": asdict(edits),
+    }
+
+
+def remembered(file: Path, key: Any, compute: Callable[[], dict]) -> dict:
+    """What `file` holds if it was computed under the same key (any JSON value); else compute and write it, atomically."""
+    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    if file.is_file():
+        stored = json.loads(file.read_text())
+        if stored.get("fingerprint") == fingerprint:
+            log.info("%s: reused", file)
+            return stored["result"]
+    result = compute()
+    write_json(file, {"fingerprint": fingerprint, "key": key, "result": result})
+    return result
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(temporary, file)
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the contents of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
