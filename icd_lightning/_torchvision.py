@@ -5,25 +5,29 @@ torchvision then fails on import with `operator torchvision::nms does not exist`
 peft and lpips down with it. Nothing here uses those operators, so it is enough that their names exist.
 """
 
+from __future__ import annotations
+
+import contextlib
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-MISSING_OPS = ("torchvision::nms", "torchvision::qnms")
+OPS = ("nms", "qnms")
 
 
 class _DeclareOpsBeforeImport(MetaPathFinder):
     """Steps in at the first `import torchvision`, so that importing icd_lightning itself stays light."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             spec = PathFinder.find_spec(fullname)
             if spec and spec.submodule_search_locations:
                 declare_missing_ops(Path(spec.submodule_search_locations[0]))
-        return None
 
 
 def install() -> None:
@@ -33,14 +37,12 @@ def install() -> None:
 
 
 def declare_missing_ops(torchvision_folder: Path) -> None:
-    """Declare the operators only where torchvision's own library cannot be loaded beside this torch."""
+    """Declare the operators only where torchvision's own libraries, beside this torch, do not bring them."""
     import torch
 
-    for library in sorted(torchvision_folder.glob("_C*.so")) + sorted(torchvision_folder.glob("_C*.pyd")):
-        try:
+    for library in [*torchvision_folder.glob("_C*.so"), *torchvision_folder.glob("_C*.pyd")]:
+        with contextlib.suppress(OSError):  # linked against a CUDA runtime that is not here
             torch.ops.load_library(str(library))
-            return
-        except OSError:  # linked against a CUDA runtime that is not here
-            continue
-    for name in MISSING_OPS:
-        torch.library.define(name, SCHEMA)
+    for name in OPS:
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", SCHEMA)

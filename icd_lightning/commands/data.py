@@ -92,7 +92,7 @@ def _encoded_scenes(
     from functools import partial
 
     draw = partial(_encoded_scene, seed=seed, size=size, format=format)
-    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 500)  # a process pays from some hundred pictures on
+    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 200)  # a process pays from some hundred pictures on
     if workers == 1:
         yield from map(draw, range(count))
         return

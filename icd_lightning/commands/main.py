@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("icd_lightning.commands.fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
@@ -40,6 +42,7 @@ def main(args: list[str] | None = None) -> None:
         return
     name, rest = _split(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
     try:
         _load(name)(name, rest)
     except (ValueError, OSError) as error:
@@ -48,10 +51,18 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error))
 
 
-def fail(message: str) -> None:
+NOISE = re.compile(r"Subtypes: |Errors:|Given value type|Does not validate against any|Expected a <class 'NoneType'>")
+"""Lines of jsonargparse's reports about the shape of the schema, not about what was wrong."""
+
+
+def fail(message: str) -> NoReturn:
     """Say what is wrong in one line and exit with code 2."""
-    line = " ".join(str(message).split())
-    sys.stderr.write(f"icd: error: {line}\n")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    causes = [line for line in lines if not NOISE.match(line)] or lines
+    text = "; ".join(dict.fromkeys(causes))
+    text = re.sub(r'^Parser key "([^"]+)":;? *', r"\1: ", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    sys.stderr.write(f"icd: error: {text}\n")
     raise SystemExit(2)
 
 
@@ -82,7 +93,6 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
         sys.stdout.write("".join(f"icd {n}: {line}\n" for n, (_, line) in COMMANDS.items() if n.split()[0] == args[0]))
         raise SystemExit(0)
     fail(f"no command {args[0]!r}; there is: {', '.join(COMMANDS)}")
-    raise AssertionError
 
 
 def _load(name: str) -> Callable[[str, list[str]], None]:

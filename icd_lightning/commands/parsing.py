@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from icd_lightning.commands.main import fail
+
+SHORT = {"output": "-o"}
+"""Options with a short name."""
 
 
 class OneLineErrors:
     """Mixin for a parser of jsonargparse: no usage text and no traceback before what is wrong."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Shorten jsonargparse's report to its cause, and exit with code 2."""
-        fail(shorten(message))
-        raise AssertionError
+        """Say what is wrong in one line, and exit with code 2."""
+        fail(message)
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -25,17 +28,44 @@ class Parser(OneLineErrors, ArgumentParser):
 
 
 def call(function: Callable, name: str, args: list[str]) -> None:
-    """Call `function` with the arguments that its signature defines; docstrings are the help."""
-    parser = Parser(prog=f"icd {name}", description=(function.__doc__ or "").split("\n\nArgs:")[0])
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
-    values = parser.instantiate_classes(parser.parse_args(args))
-    function(**values.as_dict())
+    """Call `function` with the arguments that its signature defines; its docstring is the help.
+
+    Parameters without default before the `*` are positional, `*prompts` takes any number, all others are options, and
+    so are those of a function to which `**options` is handed on.
+    """
+    values = _parser(function, name).parse_args(args).as_dict()
+    first: list[Any] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if _is_positional(parameter):
+            first.append(values.pop(parameter.name))
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            first += values.pop(parameter.name)
+    function(*first, **values)
 
 
-def shorten(message: str) -> str:
-    """One line of jsonargparse's several: the key, the value, and the innermost reasons."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reasons = [
-        line.removeprefix("- ") for line in lines if not re.match(r"(Subtypes|Errors):?|- typing\.|Given value", line)
-    ]
-    return "; ".join(dict.fromkeys(reasons))
+def _parser(function: Callable, name: str) -> Parser:
+    """A parser of the function's signature. jsonargparse would take all of it for options, flags for `--flag true`."""
+    text, hints = parse_docstring(function.__doc__ or ""), get_type_hints(function)
+    helps = {parameter.arg_name: parameter.description for parameter in text.params}
+    description = "\n\n".join(filter(None, (text.short_description, text.long_description)))
+    parser = Parser(prog=f"icd {name}", description=description, allow_abbrev=False)
+    ours = set()
+    for key, parameter in inspect.signature(function).parameters.items():
+        hint, options = hints.get(key), {"help": helps.get(key)}
+        if _is_positional(parameter):
+            parser.add_argument(key, type=hint, **options)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            parser.add_argument(key, nargs="*", type=hint, metavar=key.removesuffix("s").upper(), **options)
+        elif hint is bool:
+            parser.add_argument(f"--{key}", action=ActionYesNo, default=parameter.default, **options)
+        elif key in SHORT:
+            parser.add_argument(SHORT[key], f"--{key}", type=hint, default=parameter.default, **options)
+        else:
+            continue
+        ours.add(key)
+    parser.add_function_arguments(function, as_group=False, as_positional=False, fail_untyped=True, skip=ours)
+    return parser
+
+
+def _is_positional(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty

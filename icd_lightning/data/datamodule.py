@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any
 
 import lightning
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import RejectedError, SampleDecoder, Tally
+from icd_lightning.data.loaders import TrainLoader, ValidationLoader, ValidationSet
 from icd_lightning.data.manifest import Verify, index_shard
 from icd_lightning.data.shards import is_local, open_shards
-from icd_lightning.data.stream import Piece, TrainDataset, TrainStream, ValidationSet
+from icd_lightning.data.stream import Piece, TrainStream
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +83,7 @@ class ShardDataModule(lightning.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._resumed = None  # Lightning loads a checkpoint after this
         if stage in (None, "fit"):
             self.stream = self._open_stream(rank, world_size)
         if self.val_urls:
@@ -161,10 +160,11 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches a checkpoint's run had finished; warn if this run orders samples otherwise."""
-        assert self.stream is not None, "setup comes first"
+        if self.stream is None or not state_dict:  # the checkpoint is only evaluated
+            return
         self._resumed = state_dict
         was, now = state_dict["order"], self._order()
-        if different := [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]:
+        if different := [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]:
             logger.warning(
                 "data continue at the same point, but not with the same samples as without a stop: %s",
                 "; ".join(different),
@@ -196,85 +196,6 @@ class ShardDataModule(lightning.LightningDataModule):
             "shards": len(stream.shards),
             "samples": sum(shard.samples or 0 for shard in stream.shards),
         }
-
-
-class TrainLoader:
-    """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`.
-
-    Without `position` it goes on where it was left.
-    """
-
-    def __init__(
-        self, stream: TrainStream, tally: Tally, *, num_workers: int = 0, position: Callable[[], int] | None = None
-    ) -> None:
-        self.stream, self.tally, self.num_workers, self.position = stream, tally, num_workers, position
-        self._reached = 0
-        # Lightning looks for this name to stop the workers when a run ends. Left to the garbage collector, which takes
-        # the queues first, each worker would be waited for in vain for five seconds.
-        self._iterator: Iterator[Batch | Exception] | None = None
-
-    def __len__(self) -> int:
-        return self.stream.batches_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
-        position = self._reached if self.position is None else self.position()
-        if self._iterator is None or position != self._reached:
-            self._iterator = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
-            self._reached = position
-        for _ in range(len(self)):
-            self._reached += 1
-            yield _unwrap(next(self._iterator))
-
-    def close(self) -> None:
-        self._iterator = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty, as is loading it: the data module keeps the state. Tells Lightning that the data can be resumed."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
-class ValidationLoader:
-    """Yields the batches of a ValidationSet in order."""
-
-    def __init__(self, validation_set: ValidationSet, num_workers: int = 0) -> None:
-        self.validation_set, self.num_workers = validation_set, num_workers
-        self._iterator: Iterator[Batch | Exception] | None = None  # named as in TrainLoader
-
-    def __len__(self) -> int:
-        return len(self.validation_set)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(_loader(self.validation_set, self.num_workers))
-        for place in range(len(self)):
-            item = next(self._iterator)
-            if place == len(self) - 1:
-                self._iterator = None  # nobody asks for more than there is: let the workers go now
-            yield _unwrap(item)
-
-
-def _loader(dataset: Dataset, num_workers: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the dataset makes the batches
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else every start of the workers draws from the global generator
-    )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _unwrap(item: Batch | Exception) -> Batch:
-    if isinstance(item, Exception):
-        raise item
-    return item
 
 
 def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-log = logging.getLogger(__name__)
-
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
-def load_image(path: str | Path, resolution: int) -> torch.Tensor:
-    """Read any picture file to an image (1, 3, resolution, resolution): the centre, its short side resized.
+def read_picture(path: str | Path) -> Image.Image:
+    """Read a picture file of any format, mode and orientation to RGB.
 
-    Raises ValueError for what is no picture, cannot be decoded, or would decode to far too many pixels.
+    Raises ValueError for what is no picture, cannot be decoded, would decode to far too many pixels, or is a mere line.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,11 +35,8 @@ def load_image(path: str | Path, resolution: int) -> torch.Tensor:
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ValueError(f"{path}, {_size(image.size)} pixels, is too narrow to cut a square out of it")
-    cut, _ = resize_and_crop(image, resolution)
-    if image.size != cut.size:
-        log.info("%s: the centre of its %s pixels, resized to %s", path, _size(image.size), _size(cut.size))
-    return to_images([np.asarray(cut)])
+        raise ValueError(f"{path}, {image.width} x {image.height} pixels, is too narrow to cut a square out of it")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -99,7 +93,3 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"

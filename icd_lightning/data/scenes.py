@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
 
 import lightning
 import numpy as np
@@ -22,40 +24,70 @@ def scene_at(seed: int, index: int) -> Scene:
 
 
 def scene_batch(scenes: Sequence[Scene], keys: Sequence[str], size: int = 64) -> Batch:
-    """Render scenes to a Batch: images (B, 3, size, size) in [-1, 1], captions, and the scenes as metadata."""
+    """Render B scenes to a Batch: images (B, 3, size, size) in [-1, 1], captions, and the scenes as metadata."""
     pictures = np.stack([render(scene, size) for scene in scenes])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return Batch(images, [s.caption() for s in scenes], list(keys), [s.to_dict() for s in scenes])
+    place = {"original_size": (size, size), "crop_top_left": (0, 0)}
+    return Batch(images, [s.caption() for s in scenes], list(keys), [s.to_dict() | place for s in scenes])
 
 
 class SceneStream(IterableDataset):
-    """Batches `first`, `first + 1`, ... of a world, shared out over ranks and workers; a pure function of its arguments."""
+    """Batches `first`, `first + 1`, ... of a world, shared out over ranks and workers; the same at every reading.
 
-    def __init__(self, seed: int, batch_size: int, *, first: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.seed, self.batch_size, self.first = seed, batch_size, first
+    Together the ranks see what one rank with a batch `world_size` times as large would see. Endless, or with `stop`,
+    up to that batch.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.seed, self.batch_size, self.first, self.stop = seed, batch_size, first, stop
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        step, stride = (self.first + worker.id, worker.num_workers) if worker else (self.first, 1)
-        while True:
+        first, stride = (self.first + worker.id, worker.num_workers) if worker else (self.first, 1)
+        for step in count(first, stride) if self.stop is None else range(first, self.stop, stride):
             start = (step * self.world_size + self.rank) * self.batch_size
             indices = range(start, start + self.batch_size)
             yield scene_batch([scene_at(self.seed, i) for i in indices], [f"{self.seed}-{i}" for i in indices])
-            step += stride
 
 
 class SceneDataModule(lightning.LightningDataModule):
-    """Trains on scenes never seen before, validates on `val_count` fixed ones; resumes where training stopped."""
+    """Trains on scenes never seen before, validates on `val_count` fixed ones; resumes where training stopped.
+
+    Scenes never run out: end a training by the trainer's max_steps. A second epoch would show the first one's again.
+
+    Args:
+        batch_size: scenes in a batch of one rank.
+        seed: which world to train on.
+        val_count: scenes to validate on, of all ranks together.
+        val_batch_size: the batch size for those.
+        num_workers: processes that draw; 0 draws in the training process.
+    """
 
     def __init__(
-        self, *, batch_size: int = 32, seed: int = 0, val_count: int = 512, val_batch_size: int = 64, num_workers: int = 0
+        self,
+        *,
+        batch_size: int = 32,
+        seed: int = 0,
+        val_count: int = 512,
+        val_batch_size: int = 64,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         if seed == HELD_OUT_SEED:
             raise ValueError(f"seed {seed} is kept for held-out scenes; train on another")
-        if val_count % val_batch_size:
-            raise ValueError(f"val_count {val_count} must be a multiple of val_batch_size {val_batch_size}")
+        for name, value in (("batch_size", batch_size), ("val_count", val_count), ("val_batch_size", val_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
         self.save_hyperparameters()
         self._consumed = 0
 
@@ -64,28 +96,27 @@ class SceneDataModule(lightning.LightningDataModule):
         stream = SceneStream(
             self.hparams.seed, self.hparams.batch_size, first=self._consumed, rank=rank, world_size=world_size
         )
-        return DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.hparams.num_workers,
-            persistent_workers=self.hparams.num_workers > 0,
-        )
+        return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._place()
-        count, size = self.hparams.val_count, self.hparams.val_batch_size
-        batches = [
-            scene_batch([scene_at(HELD_OUT_SEED, i) for i in part], [f"held-out-{i}" for i in part])
-            for part in (range(start, start + size) for start in range(rank * size, count, world_size * size))
-        ]
-        return DataLoader(batches, batch_size=None)
+        total, size = self.hparams.val_count, self.hparams.val_batch_size
+        if total % (size * world_size):
+            raise ValueError(
+                f"val_count {total} must be a multiple of val_batch_size {size} x {world_size} ranks, so that all "
+                "ranks validate on equally many batches"
+            )
+        stop = total // (size * world_size)
+        stream = SceneStream(HELD_OUT_SEED, size, stop=stop, rank=rank, world_size=world_size)
+        return DataLoader(stream, batch_size=None)  # of a stream: Lightning would divide a list over ranks once more
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def state_dict(self) -> dict:
-        """How many batches the trainer has used; what a worker has prefetched does not count."""
-        return {"consumed": self.trainer.fit_loop.epoch_loop.total_batch_idx + 1}
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were trained on: not one that was interrupted, nor any that a worker has prefetched."""
+        return {"consumed": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the batch after those."""
         self._consumed = state_dict["consumed"]

@@ -9,8 +9,10 @@ Pictures are uint8 (size, size, 3), rendered in numpy with signed distances, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,13 @@ COLORS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = {"small": 10.0, "large": 14.5}  # radius in pixels of a 64-pixel picture
 TEXTURES = ("plain", "striped", "dotted", "checkered")
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "size": tuple(SIZES),
+    "texture": TEXTURES,
+}
+"""What an object can be; a background has a color and a texture."""
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 LAYOUTS = ("single", "horizontal", "vertical")
 EDITS = ("color", "shape", "texture", "size", "background color", "background texture", "add", "remove")
@@ -51,6 +60,9 @@ class Thing:
     angle: float = 0.0
     phase: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        _check(self, ATTRIBUTES)
+
     def words(self) -> str:
         """Name the object as a caption does, e.g. "small red striped circle"."""
         return " ".join(w for w in (self.size, self.color, self.texture, self.shape) if w != "plain")
@@ -64,7 +76,11 @@ class Background:
     texture: str
     phase: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        _check(self, ("color", "texture"))
+
     def words(self) -> str:
+        """Name the background as a caption does, e.g. "green checkered background"."""
         return " ".join(w for w in (self.color, self.texture, "background") if w != "plain")
 
 
@@ -94,6 +110,7 @@ class Scene:
 
     @property
     def layout(self) -> str:
+        """How the objects lie, one of LAYOUTS."""
         if self.relation is None:
             return "single"
         return "horizontal" if RELATIONS[self.relation][1] == 0 else "vertical"
@@ -102,13 +119,16 @@ class Scene:
         """The objects as a viewer reads them, left or upper one first, whichever the caption names first."""
         return self.things[::-1] if self.relation in ("right of", "below") else self.things
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain lists, strings and numbers, fit for JSON; `from_dict` restores the scene exactly."""
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: dict) -> Scene:
-        """Restore a scene from `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
+    def from_dict(values: dict[str, Any]) -> Scene:
+        """Restore a scene from `to_dict`, also after a trip through JSON (which turns tuples into lists).
+
+        What else the mapping holds is ignored. Raises ValueError for values that no scene has.
+        """
         things = tuple(
             Thing(**{**thing, "center": tuple(thing["center"]), "phase": tuple(thing["phase"])})
             for thing in values["things"]
@@ -116,6 +136,12 @@ class Scene:
         background = Background(**{**values["background"], "phase": tuple(values["background"]["phase"])})
         rest = {"relation": values["relation"], "light": tuple(values["light"]), "noise_seed": values["noise_seed"]}
         return Scene(things, background, **rest)
+
+
+def _check(part: Thing | Background, names: Iterable[str]) -> None:
+    for name in names:
+        if (value := getattr(part, name)) not in ATTRIBUTES[name]:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(ATTRIBUTES[name])}")
 
 
 def _with_article(words: str) -> str:
@@ -190,8 +216,7 @@ def _edit_thing(thing: Thing, rng: np.random.Generator, kind: str, avoid: set[st
     if kind == "size":
         size = _other(rng, SIZES, {thing.size})
         return replace(thing, size=size, radius=thing.radius - SIZES[thing.size] + SIZES[size])
-    options = SHAPES if kind == "shape" else TEXTURES
-    return replace(thing, **{kind: _other(rng, options, {getattr(thing, kind)})})
+    return replace(thing, **{kind: _other(rng, ATTRIBUTES[kind], {getattr(thing, kind)})})
 
 
 def _edit_background(scene: Scene, rng: np.random.Generator, part: str) -> Background:
@@ -202,7 +227,7 @@ def _edit_background(scene: Scene, rng: np.random.Generator, part: str) -> Backg
 
 
 def _add_thing(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Add a second object on the side with more room; the first may lie too near the middle, so the new one is small."""
+    """Add a second object on the side with more room; the first may lie near the middle, so the new one is small."""
     first = scene.things[0]
     dx, dy = CANVAS / 2 - first.center[0], CANVAS / 2 - first.center[1]
     horizontal = abs(dx) >= abs(dy)
@@ -213,12 +238,12 @@ def _add_thing(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, things=(first, second), relation=relation)
 
 
-def _pick(rng: np.random.Generator, options) -> str:
+def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     options = tuple(options)
     return options[int(rng.integers(len(options)))]
 
 
-def _other(rng: np.random.Generator, options, avoid: set[str]) -> str:
+def _other(rng: np.random.Generator, options: Iterable[str], avoid: set[str]) -> str:
     return _pick(rng, [option for option in options if option not in avoid])
 
 
@@ -240,30 +265,33 @@ def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
         _put(thing, picture, x, y, size)
     middle = CANVAS / 2
     picture *= 1 + scene.light[0] * (x / middle - 1) + scene.light[1] * (y / middle - 1)
-    noisy = NOISE_STD * np.random.default_rng(scene.noise_seed).standard_normal((size, size, 3), dtype=np.float32)
+    noisy = np.random.default_rng(scene.noise_seed).standard_normal((size, size, 3), dtype=np.float32)
+    noisy *= NOISE_STD
     planes = noisy.transpose(2, 0, 1)
-    np.add(picture, planes, out=planes)  # runs in the memory order of `picture`: `planes += picture` takes twice as long
+    np.add(picture, planes, out=planes)  # in the memory order of `picture`, twice as fast as `planes += picture`
     return (noisy.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Canvas coordinates of pixel centres: x (1, size), y (size, 1). Kept thin, for much depends on one of them only."""
+    """Canvas coordinates of pixel centres, x (1, size) and y (size, 1): thin, as much depends on one of them only."""
     line = ((np.arange(size) + 0.5) * CANVAS / size).astype(np.float32)
     return line[None, :], line[:, None]
 
 
 def _put(thing: Thing, picture: NDArray[np.float32], x: NDArray, y: NDArray, size: int) -> None:
     """Draw an object over the picture (3, size, size), in place."""
-    pixel, (column, row) = size / CANVAS, thing.center
-    reach = REACH[thing.shape] * thing.radius * pixel + 1.5  # a soft edge ends within 1.5 pixels: beyond is no paint
-    rows, columns = (slice(max(0, int(at * pixel - reach)), max(0, int(at * pixel + reach) + 1)) for at in (row, column))
-    left, top = x[:, columns] - column, y[rows] - row
+    scale = size / CANVAS
+    reach = REACH[thing.shape] * thing.radius * scale + 1.5  # in pixels; a soft edge ends 1.5 pixels out at the latest
+    columns, rows = (
+        slice(max(0, int(middle * scale - reach)), max(0, int(middle * scale + reach) + 1)) for middle in thing.center
+    )
+    left, top = x[:, columns] - thing.center[0], y[rows] - thing.center[1]
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     u, v = (cos * left + sin * top) / thing.radius, (cos * top - sin * left) / thing.radius
-    cover = (0.5 - _signed_distance(thing.shape, u, v) * (pixel * thing.radius)).clip(0, 1)
+    cover = (0.5 - _signed_distance(thing.shape, u, v) * (scale * thing.radius)).clip(0, 1)
     paint = _paint(thing.color, thing.texture, left, top, thing.phase, size)
-    paint *= 1.0 - 0.18 * (u * u + v * v).clip(0, 1)  # a little rounder than paper
+    paint *= 1.0 - 0.18 * np.minimum(u * u + v * v, 1)  # a little rounder than paper
     under = picture[:, rows, columns]
     under += cover * (paint - under)
 
@@ -271,7 +299,7 @@ def _put(thing: Thing, picture: NDArray[np.float32], x: NDArray, y: NDArray, siz
 def _paint(
     color: str, texture: str, x: NDArray, y: NDArray, phase: tuple[float, float], size: int
 ) -> NDArray[np.float32]:
-    """Fill (3, h, w) with a colour in one or two tones; x (1, w), y (h, 1) in canvas pixels from the texture's origin."""
+    """A colour in one or two tones, (3, h, w); x (1, w), y (h, 1) in canvas pixels from the texture's origin."""
     tone = np.asarray(COLORS[color], dtype=np.float32)[:, None, None]
     if texture == "plain":
         return np.full((3, len(y), x.shape[1]), tone)
@@ -291,8 +319,8 @@ REACH = {"circle": 0.95, "square": 1.16, "triangle": 1.23, "star": 1.08, "ring":
 """How far from its centre a shape has points, in units of its radius."""
 
 
-def _signed_distance(shape: str, u, v):
-    """Distance in units of the radius, negative inside."""
+def _signed_distance(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance (h, w) of points from the outline, negative inside; all in units of the radius."""
     if shape == "circle":
         return np.hypot(u, v) - 0.95
     if shape == "ring":
@@ -317,31 +345,22 @@ def _signed_distance(shape: str, u, v):
 
 LABELS: dict[str, tuple[str, ...]] = {
     "layout": LAYOUTS,
-    "background color": tuple(COLORS),
-    "background texture": TEXTURES,
-    **{
-        f"{name} {slot}": options
-        for slot in (1, 2)
-        for name, options in (
-            ("shape", SHAPES),
-            ("color", tuple(COLORS)),
-            ("size", tuple(SIZES)),
-            ("texture", TEXTURES),
-        )
-    },
+    "background color": ATTRIBUTES["color"],
+    "background texture": ATTRIBUTES["texture"],
+    **{f"{name} {slot}": options for slot in (1, 2) for name, options in ATTRIBUTES.items()},
 }
 ABSENT = -100  # torch's cross entropy ignores it
 
 
 def labels(scene: Scene) -> NDArray[np.int64]:
-    """What a viewer should recognise: int64 (len(LABELS),), indices into LABELS; ABSENT for a second object not there."""
+    """What a viewer should recognise, int64 (len(LABELS),): indices into LABELS, ABSENT for an object not there."""
     values = {
         "layout": scene.layout,
         "background color": scene.background.color,
         "background texture": scene.background.texture,
     }
     for slot, thing in enumerate(scene.slots(), 1):
-        values |= {f"{name} {slot}": getattr(thing, name) for name in ("shape", "color", "size", "texture")}
+        values |= {f"{name} {slot}": getattr(thing, name) for name in ATTRIBUTES}
     return np.array([LABELS[k].index(values[k]) if k in values else ABSENT for k in LABELS], dtype=np.int64)
 
 

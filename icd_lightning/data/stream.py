@@ -1,4 +1,4 @@
-"""Samples of shards as batches: an endless shuffled stream to train on, a fixed list to validate on.
+"""An endless shuffled stream of batches to train on.
 
 Every batch is a pure function of the seed and its place: (epoch, rank, worker, index). So two readers never see the
 same sample in an epoch, and a run can go on from any batch without having decoded those before.
@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import Decoded, NothingToReadError, RejectedError, SampleDecoder, Tally, collate
-from icd_lightning.data.manifest import Entry
+from icd_lightning.data.decoding import Decoded, RejectedError, SampleDecoder, Tally, collate
 from icd_lightning.data.shards import Shard
 
 
@@ -45,9 +43,11 @@ class Piece(NamedTuple):
             note(error)
         else:
             files = tar_file_expander([{"url": self.url, "stream": stream}], handler=note)
-            yield from islice(group_by_keys(files, handler=note), self.start, self.stop)
-            with contextlib.suppress(Exception):  # a pipe complains when it is closed before its end
-                stream.close()
+            try:
+                yield from islice(group_by_keys(files, handler=note), self.start, self.stop)
+            finally:
+                with contextlib.suppress(Exception):  # a pipe complains when it is closed before its end
+                    stream.close()
         if errors:
             tally.skipped("broken_shard", f"{self.url} cannot be read to its end: {errors[0]}", worker)
 
@@ -197,64 +197,3 @@ def _shuffled(samples: Iterator[dict[str, Any]], size: int, rng: random.Random) 
         yield sample
     rng.shuffle(buffer)
     yield from buffer
-
-
-class TrainDataset(IterableDataset):
-    """The batches of a TrainStream from `position` on, for a DataLoader with batch_size=None.
-
-    An error comes as the last item: raised in a worker, it would reach the user wrapped in the worker's traceback.
-    """
-
-    def __init__(self, stream: TrainStream, position: int, tally: Tally) -> None:
-        self.stream, self.position, self.tally = stream, position, tally
-
-    def __iter__(self) -> Iterator[Batch | NothingToReadError]:
-        info = get_worker_info()
-        slot, slots = (info.id, info.num_workers) if info else (0, 1)
-        try:
-            yield from self.stream.batches_from(self.position, slot=slot, slots=slots, tally=self.tally)
-        except NothingToReadError as error:
-            yield error
-
-
-class ValidationSet(Dataset):
-    """The batches of images (<= B, 3, R, R) that one rank validates on.
-
-    Every sample belongs to one rank; the shares differ by one sample at most and come in equally many batches (else
-    ranks that wait for each other would hang), which differ by one sample at most too. A sample that cannot be used is
-    counted and left out of its batch.
-    """
-
-    def __init__(
-        self, entries: list[Entry], decoder: SampleDecoder, batch_size: int, *, rank: int, world_size: int, tally: Tally
-    ) -> None:
-        self.entries, self.decoder, self.tally = entries, decoder, tally
-        self.own = range(rank, len(entries), world_size)
-        self.batches = -(-len(entries) // (world_size * batch_size))
-        if len(entries) // world_size < self.batches:
-            raise ValueError(
-                f"{len(entries)} validation samples give no equal number of batches of {batch_size} on {world_size} "
-                f"ranks; use more samples or val_batch_size {batch_size + 1}"
-            )
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def indices(self, batch: int) -> range:
-        """Which entries a batch is made of."""
-        first, last = (place * len(self.own) // self.batches for place in (batch, batch + 1))
-        return self.own[first:last]
-
-    def __getitem__(self, batch: int) -> Batch | NothingToReadError:
-        info = get_worker_info()
-        worker = info.id if info else 0
-        samples = []
-        for index in self.indices(batch):
-            try:
-                samples.append(self.decoder.decode(self.entries[index].read()))
-                self.tally.passed(worker)
-            except RejectedError as error:
-                self.tally.skipped(error.reason, error.detail, worker)
-        if not samples:
-            return self.tally.nothing(f"no sample of validation batch {batch} could be used")
-        return collate(samples)

@@ -19,6 +19,8 @@ UNGUIDED = StepGuidance(1.0)
 def seeded_noise(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise (B, C, H, W) in which sample i depends on seed + i alone, not on the batch or the device."""
     count, *rest = shape
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must be 0 or more, and less than 2^63")
     samples = [torch.randn(rest, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
     return torch.stack(samples).to(device)
 
@@ -35,6 +37,10 @@ class PromptSwap:
     tau: float
     num_train_timesteps: int = 1000
     nfe: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"swap_tau {self.tau} is no fraction of the time axis: choose between 0 and 1")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         above = bool((t > self.tau * self.num_train_timesteps).all())  # one t for the whole batch, when sampling

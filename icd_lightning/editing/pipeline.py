@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, generate, invert
@@ -42,6 +43,17 @@ class InvertibleConsistencyPipeline(EditingMethod):
         }
         ends = Boundaries.parse(boundaries or _common(found, paths), allow_off_grid=True)
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends)
+
+    def to(self, device: torch.device | str) -> InvertibleConsistencyPipeline:
+        """Move all networks; returns itself."""
+        for part in (self.students, self.autoencoder, self.conditioner):
+            part.to(device)
+        return self
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the pictures that the UNet was trained on."""
+        return int(self.students.unet.config.sample_size) * self.autoencoder.downsampling
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -39,7 +39,7 @@ def wrap(text: str, style: Style, width: float) -> list[Line]:
     lines: list[str] = []
     for paragraph in text.split("\n") if text else []:
         line = ""
-        for word in paragraph.split():
+        for word in filter(None, paragraph.split(" ")):  # no-break spaces hold
             joined = f"{line} {word}" if line else word
             if text_width(joined, style) <= width:
                 line = joined
@@ -59,22 +59,36 @@ def lines_height(lines: Sequence[Line]) -> int:
     return sum(style.height for _, style in lines)
 
 
-def write(draw: ImageDraw.ImageDraw, at: At, line: Line, *, align: float = 0.0) -> None:
+def write(image: Image.Image, at: At, line: Line, *, align: float = 0.0) -> None:
     """Write a line whose top is at y; `align` 0, 0.5 and 1 put its left end, its middle or its right end at x."""
     text, style = line
     x, baseline = at[0] - align * text_width(text, style), at[1] + style.size
     for font, part in _runs(text, style.size):
-        # the font has one weight: bold is the text once more, shifted by parts of a pixel
-        for shift in (0.0, style.size / 80, style.size / 40) if style.bold else (0.0,):
-            draw.text((x + shift, baseline), part, font=font, fill=style.color, anchor="ls")
+        if style.bold:
+            _write_bold(image, (x, baseline), part, style)
+        else:
+            ImageDraw.Draw(image).text((x, baseline), part, font=font, fill=style.color, anchor="ls")
         x += font.getlength(part)
 
 
-def write_lines(draw: ImageDraw.ImageDraw, at: At, lines: Sequence[Line], *, align: float = 0.0) -> float:
+def _write_bold(image: Image.Image, at: At, text: str, style: Style, *, scale: int = 6) -> None:
+    """The font has one weight: bold is its outline made thicker, drawn large so that parts of a pixel count."""
+    left, top, pad = int(at[0]), int(at[1]) - 2 * style.size, style.size
+    size = (round(text_width(text, style)) + 2 * pad, 3 * style.size)
+    mask = Image.new("L", (size[0] * scale, size[1] * scale))
+    origin = ((at[0] - left + pad) * scale, (at[1] - top) * scale)
+    font = _runs(text[:1], style.size * scale)[0][0]
+    weight = max(round(style.size * scale / 60), 1)
+    ImageDraw.Draw(mask).text(origin, text, font=font, fill=255, anchor="ls", stroke_width=weight)
+    mask = mask.reduce(scale)
+    image.paste(style.color, (left - pad, top, left - pad + size[0], top + size[1]), mask)
+
+
+def write_lines(image: Image.Image, at: At, lines: Sequence[Line], *, align: float = 0.0) -> float:
     """Write lines under one another; return the y below them."""
     y = at[1]
     for line in lines:
-        write(draw, (at[0], y), line, align=align)
+        write(image, (at[0], y), line, align=align)
         y += line[1].height
     return y
 

@@ -64,16 +64,14 @@ small { display: block; color: var(--muted); font-size: 0.8rem; font-weight: 400
 
 .panel { width: 100%; margin-top: 1.1rem; table-layout: fixed; }
 .panel td, .panel th { padding: 0.3rem; }
-.panel thead th { vertical-align: bottom; padding-bottom: 0.45rem; font-size: 0.92rem; line-height: 1.25; }
+.panel thead th { vertical-align: top; padding-bottom: 0.45rem; font-size: 0.92rem; line-height: 1.25; }
 .panel tbody th { padding-left: 0; padding-right: 1.1rem; font-size: 0.9rem; font-weight: 400; line-height: 1.4;
   vertical-align: middle; overflow-wrap: anywhere; }
 .panel .label { width: 21%; }
 .panel img { display: block; width: 100%; max-width: 16rem; height: auto; border-radius: 0.4rem; }
 .panel .ours { background: var(--tint); }
 .panel thead .ours { color: var(--accent); }
-.panel .first { border-top-left-radius: 0.8rem; border-bottom-left-radius: 0; }
 .panel thead .first { border-top-left-radius: 0.8rem; }
-.panel tbody .first, .panel tbody .last { border-radius: 0; }
 .panel thead .last { border-top-right-radius: 0.8rem; }
 .panel tbody tr:last-child .first { border-bottom-left-radius: 0.8rem; }
 .panel tbody tr:last-child .last { border-bottom-right-radius: 0.8rem; }
@@ -84,6 +82,7 @@ small { display: block; color: var(--muted); font-size: 0.8rem; font-weight: 400
 .numbers thead th { vertical-align: bottom; color: var(--muted); font-size: 0.86rem; line-height: 1.3;
   border-bottom: 1.5px solid var(--muted); }
 .numbers tbody th { font-weight: 400; min-width: 11rem; }
+.numbers td:not(.number) { min-width: 8.5rem; }
 .numbers .number { text-align: right; white-space: nowrap; }
 .numbers thead .number { white-space: normal; }
 .numbers .ours > * { background: var(--tint); }
@@ -108,14 +107,14 @@ footer dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 44rem) {
   .panel, .panel tbody, .panel tr { display: block; }
   .panel thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
-  .panel tbody tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: 0.5rem; margin-bottom: 1.6rem; }
+  .panel tbody tr { display: grid; grid-template-columns: repeat(var(--per-line), 1fr); gap: 0.5rem;
+    margin-bottom: 1.6rem; }
   .panel tbody th { grid-column: 1 / -1; padding: 0; }
   .panel tbody td, .panel tbody tr:last-child td { padding: 0.3rem; border-radius: 0.6rem; }
   .panel td::after { content: attr(data-head); display: block; margin-top: 0.25rem; color: var(--muted);
-    font-size: 0.76rem; line-height: 1.25; }
+    font-size: 0.76rem; line-height: 1.25; white-space: pre-line; }
   .panel td.ours::after { color: var(--accent); font-weight: 600; }
   .panel td.hole { display: none; }
-  .numbers tbody th { min-width: 8rem; }
   .numbers td, .numbers th { padding: 0.5rem 0.6rem; }
   footer dl { grid-template-columns: 1fr; gap: 0; }
   footer dd { margin-bottom: 0.6rem; }
@@ -155,7 +154,10 @@ def _colors() -> str:
 
 
 def _section(section: Section, name: str) -> str:
-    body = {Panel: _panel, Table: _table, Curve: _curve}[type(section)](section)
+    if isinstance(section, Panel):
+        body = _panel(section)
+    else:
+        body = _table(section) if isinstance(section, Table) else _curve(section)
     note = f'<p class="note">{escape(section.note)}</p>\n' if section.note else ""
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(section.title)}</h2>\n{note}{body}\n</section>'
 
@@ -169,10 +171,12 @@ def _panel(panel: Panel) -> str:
         for index, column in enumerate(panel.columns)
     )
     rows = "\n".join(_panel_row(panel, label, pictures) for label, pictures in panel.rows)
-    # the roles keep it a table where a narrow screen lays it out as a grid
+    per_line = 2 if len(panel.columns) in (2, 4) else 3  # on a narrow screen
+    # the roles keep it a table where that screen lays it out as a grid
     return (
-        f'<table class="panel" role="table"><thead role="rowgroup"><tr role="row"><td class="label"></td>{heads}</tr>'
-        f'</thead>\n<tbody role="rowgroup">\n{rows}\n</tbody></table>'
+        f'<table class="panel" role="table" style="--per-line: {per_line}">\n'
+        f'<thead role="rowgroup"><tr role="row"><td role="cell" class="label"></td>{heads}</tr></thead>\n'
+        f'<tbody role="rowgroup">\n{rows}\n</tbody></table>'
     )
 
 
@@ -183,8 +187,8 @@ def _panel_row(panel: Panel, label: str, pictures: tuple[Picture | None, ...]) -
             cells.append(f'<td role="cell"{_column_class(panel, index, "hole")}></td>')
             continue
         alt = escape(" ".join(f"{column}: {label}".split()))
-        head = escape(column.split("\n")[0])
-        cells.append(f'<td role="cell"{_column_class(panel, index)} data-head="{head}">{_image(picture, alt)}</td>')
+        kind, head = _column_class(panel, index), escape(column)
+        cells.append(f'<td role="cell"{kind} data-head="{head}">{_image(picture, alt)}</td>')
     return f'<tr role="row"><th scope="row" role="rowheader">{_two_lines(label)}</th>{"".join(cells)}</tr>'
 
 
@@ -192,7 +196,8 @@ def _column_class(panel: Panel, index: int, *others: str) -> str:
     ours = panel.highlighted
     names = [*others]
     if index in ours:
-        names += ["ours", *(["first"] if index - 1 not in ours else []), *(["last"] if index + 1 not in ours else [])]
+        names.append("ours")
+        names += [name for name, neighbour in (("first", index - 1), ("last", index + 1)) if neighbour not in ours]
     return f' class="{" ".join(names)}"' if names else ""
 
 

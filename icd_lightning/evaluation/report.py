@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -40,11 +42,12 @@ class Panel:
     highlight: int | tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_columns(f"panel {self.title!r}", self.columns)
         for label, pictures in self.rows:
             if len(pictures) != len(self.columns):
                 raise ValueError(
-                    f"panel {self.title!r}: row {label!r} has {len(pictures)} pictures for {len(self.columns)} columns; "
-                    "use None for a hole"
+                    f"panel {self.title!r}: row {label!r} has {len(pictures)} pictures for {len(self.columns)} "
+                    "columns; use None for a hole"
                 )
             for column, picture in zip(self.columns, pictures, strict=True):
                 if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3):
@@ -76,6 +79,7 @@ class Table:
     best: tuple[Literal["max", "min"] | None, ...] | None = None
 
     def __post_init__(self) -> None:
+        _check_columns(f"table {self.title!r}", self.header)
         width = len(self.header)
         lines = {f"row {index}": row for index, row in enumerate(self.rows)}
         lines |= {name: values for name in ("digits", "best") if (values := getattr(self, name)) is not None}
@@ -94,8 +98,10 @@ class Table:
 
     def heads(self) -> list[str]:
         """The header, with an arrow where more or less is better."""
-        arrows = {"max": " ↑", "min": " ↓", None: ""}
-        return [head + arrows[good] for head, good in zip(self.header, self.best or (None,) * len(self.header))]
+        arrows = {"max": "\u00a0↑", "min": "\u00a0↓", None: ""}
+        return [
+            head + arrows[good] for head, good in zip(self.header, self.best or (None,) * len(self.header), strict=True)
+        ]
 
     @property
     def legend(self) -> str:
@@ -111,15 +117,14 @@ class Table:
 
     def _column_cells(self, index: int) -> list[Cell]:
         values, good = self.column(index), self.best[index] if self.best else None
-        numbers = [float(v) for v in values if isinstance(v, (int, float)) and not math.isnan(v)]
+        numbers = [value for value in values if not isinstance(value, (str, NoneType)) and not math.isnan(value)]
         digits = self.digits[index] if self.digits else None
         if digits is None:
             digits = _digits(numbers)
         texts = [format_value(value, digits) for value in values]
-        winner = None
-        if good is not None and numbers:
-            winner = format_value({"max": max, "min": min}[good](numbers), digits)
-        return [Cell(t, t == winner and not isinstance(v, str)) for t, v in zip(texts, values, strict=True)]
+        # what reads the same as the best is as good as the best
+        winner = format_value({"max": max, "min": min}[good](numbers), digits) if good and numbers else None
+        return [Cell(text, best=text == winner) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | 
     from icd_lightning.evaluation.figure import figure
 
     shown = report if sections is None else replace(report, sections=tuple(sections))
-    _write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG", optimize=True))
+    _write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
     return Path(path)
 
 
@@ -220,14 +225,19 @@ def format_value(value: Value, digits: int) -> str:
     if isinstance(value, str):
         return value
     if not math.isfinite(value):
-        return {math.inf: "∞", -math.inf: "-∞"}.get(value, "nan")
-    return f"{value:,.{0 if isinstance(value, int) else digits}f}"
+        return {math.inf: "∞", -math.inf: "-∞"}.get(float(value), "nan")
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:,.{digits}f}"
 
 
-def _digits(numbers: list[float]) -> int:
+def _digits(numbers: Sequence[float]) -> int:
     """Decimals that leave three significant digits of the largest number, at most six."""
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
     return 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
+
+
+def _check_columns(what: str, columns: tuple[str, ...]) -> None:
+    if not columns:
+        raise ValueError(f"{what} has no columns; leave it out of the report")
 
 
 def _check_indices(what: str, indices: tuple[int, ...], count: int) -> None:

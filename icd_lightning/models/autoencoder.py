@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ class LatentAutoencoder(nn.Module):
 
     @property
     def latent_channels(self) -> int:
+        """C of the latents."""
         return int(self.vae.config["latent_channels"])
 
     @property
@@ -34,11 +37,12 @@ class LatentAutoencoder(nn.Module):
         return int(2 ** (len(stages) - 1))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = False) -> Tensor:
+    def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f).
 
-        The posterior's mean, as inversion wants it; with `sample`, a draw from it, as training wants it (the same
-        for an autoencoder without posterior). Raises ValueError where H or W is not a multiple of f.
+        The posterior's mean, as inversion wants it; or, as training wants it, a draw from the posterior, where
+        normal(B, C, h, w) gives the standard normal numbers for it (not asked for by an autoencoder without
+        posterior). Raises ValueError where H or W is not a multiple of f.
         """
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
@@ -48,14 +52,15 @@ class LatentAutoencoder(nn.Module):
             )
         encoded = self.vae.encode(images.to(self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
-            posterior = encoded.latent_dist
-            latents = posterior.sample(generator) if sample else posterior.mode()
+            latents = encoded.latent_dist.mean
+            if normal is not None:
+                latents = latents + encoded.latent_dist.std * normal(*latents.shape).to(latents)
         else:
             latents = encoded.latent
-        return ((latents - self.shift_factor) * self.scaling_factor).to(images.dtype)
+        return (latents.to(images.dtype) - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
-        unscaled = latents.to(self.vae.dtype) / self.scaling_factor + self.shift_factor
-        return self.vae.decode(unscaled).sample.clamp(-1, 1).to(latents.dtype)
+        unscaled = latents / self.scaling_factor + self.shift_factor
+        return self.vae.decode(unscaled.to(self.vae.dtype)).sample.clamp(-1, 1).to(latents.dtype)

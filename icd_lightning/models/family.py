@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,23 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def shipped(name: str = "tiny") -> Path:
     """The folder of a family whose weights come with the package."""
     return Path(str(files("icd_lightning") / "weights" / name))
+
+
+@dataclass(frozen=True)
+class EditingDefaults:
+    """How a family is best guided, where nobody says otherwise: `icd.json` in its folder, or the paper's for SD1.5."""
+
+    guidance_scale: float = 8.0
+    tau: float = 0.8
+
+    @classmethod
+    def read(cls, file: Path) -> EditingDefaults:
+        """From a JSON object of these fields; ValueError for any other content."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"{file} must be a JSON object with {known} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -51,11 +68,17 @@ class Family:
         """The model's folder; FileNotFoundError, with what to do, where there is none."""
         folder = shipped() if self.model == "tiny" else Path(self.model)
         if not (folder / "unet").is_dir() and not (folder / "vae").is_dir():
+            if self.model == "tiny":
+                raise FileNotFoundError(f"the family 'tiny' did not come with this package: there is no {folder}")
             raise FileNotFoundError(
-                f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout "
-                "(model.init_args.family.model, or MODEL=... of make), or use the shipped family 'tiny', which needs none"
+                f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout (--model, "
+                "model.init_args.family.model, or MODEL=... of make), or use the shipped family 'tiny', which needs none"
             )
         return folder
+
+    def load_defaults(self) -> EditingDefaults:
+        file = self.root / "icd.json"
+        return EditingDefaults.read(file) if file.is_file() else EditingDefaults()
 
     def load_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_config(json.loads((self.root / "scheduler" / "scheduler_config.json").read_text()))

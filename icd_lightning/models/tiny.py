@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -11,7 +12,10 @@ END_OF_WORD = "</w>"
 
 
 def build_tokenizer(words: Iterable[str], max_length: int) -> CLIPTokenizer:
-    """A byte-pair tokenizer in which each of `words` is one token; any other word falls apart into shorter pieces."""
+    """A byte-pair tokenizer in which each of `words` (of lower-case ASCII letters) is one token.
+
+    Any other word falls apart into shorter pieces, down to bytes. Prompts are cut to max_length tokens.
+    """
     merges: dict[tuple[str, str], int] = {}  # pair -> rank
     for word in sorted(set(words)):
         pieces = _split(word, merges)
@@ -28,8 +32,7 @@ def build_tokenizer(words: Iterable[str], max_length: int) -> CLIPTokenizer:
 def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
     """Cut a word as byte-pair encoding does: join the pair of the lowest rank until none is left."""
     pieces = [*word[:-1], word[-1] + END_OF_WORD]
-    while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]:
-        best = min(pairs, key=merges.__getitem__)
-        at = list(zip(pieces, pieces[1:], strict=False)).index(best)
-        pieces[at : at + 2] = ["".join(best)]
+    while known := [(merges[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in merges]:
+        _, at = min(known)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     return pieces

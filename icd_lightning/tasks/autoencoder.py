@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
@@ -55,7 +54,6 @@ class AutoencoderTraining(Task):
         self.log("val/psnr", psnr(images, batch.images).mean(), prog_bar=True, sync_dist=True)
         self.log("val/latent_std", latents.std(), sync_dist=True)
 
-    @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write the autoencoder in diffusers' layout, its scaling factor such that latents have unit variance."""
+        """Write the autoencoder in diffusers' layout; its scaling factor is 1: training held the latents standard."""
         self.vae.save_pretrained(folder / "vae")

@@ -1,9 +1,9 @@
-"""What all training tasks share: the optimizer, clipping, reproducible draws, and checkpoints without frozen weights."""
+"""What all training tasks share: optimizer, clipping, reproducible draws, and checkpoints without frozen weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,9 +29,13 @@ class OptimizerSettings:
             raise ValueError(f"lr {self.lr} must be positive")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip {self.clip} must be positive; null turns clipping off")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be 0 or more")
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay {self.decay!r} is not one of constant, cosine")
 
-    def factor(self, step: int, total: int) -> float:
-        """The learning rate at `step` of `total`, as a share of lr."""
+    def factor(self, step: int, total: float) -> float:
+        """The learning rate at `step` of `total` (infinite: the cosine never falls), as a share of lr."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":
@@ -73,6 +77,13 @@ class Draws:
         return joined.chunk(self.world_size)[self.rank].to(self.device, non_blocking=True)
 
 
+def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
+    """The w to draw from, or ValueError."""
+    if not scales or min(scales) < 1:
+        raise ValueError(f"guidance_scales {list(scales)} must be 1 (unguided) or more, and at least one")
+    return tuple(scales)
+
+
 class Task(lightning.LightningModule):
     """A LightningModule with one AdamW. Subclasses name their parameter groups and their loss."""
 
@@ -89,9 +100,13 @@ class Task(lightning.LightningModule):
         settings = self.optimizer_settings
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
         optimizer = torch.optim.AdamW(
-            groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            groups,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=self.trainer.precision != "16-mixed",  # it would unscale gradients by itself, after we clip them
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -104,7 +119,8 @@ class Task(lightning.LightningModule):
 
     def draws(self) -> Draws:
         """The random numbers of this micro-batch."""
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         return Draws(
             self.seed, step, rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.device
         )
@@ -127,6 +143,7 @@ class Task(lightning.LightningModule):
     # Frozen weights come from their own files, so checkpoints leave them out.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep what was trained."""
         trained = self._trained_keys()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
@@ -134,12 +151,14 @@ class Task(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
-        trained, found = self._trained_keys(), set(checkpoint["state_dict"])
-        if trained != found:
-            wrong = sorted(trained ^ found)
+        trained, found = self._trained_keys(), checkpoint["state_dict"].keys()
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
+        other = {name for name in trained & found if checkpoint["state_dict"][name].shape != shapes[name]}
+        if wrong := sorted((trained ^ found) | other):
             raise ValueError(
                 f"checkpoint does not fit this task: {len(trained - found)} trained tensors missing, "
-                f"{len(found - trained)} unknown, e.g. {wrong[0]}; was it made with another model or LoRA rank?"
+                f"{len(found - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
+                "was it made with another model or LoRA rank?"
             )
         frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
         for key in ("state_dict", "current_model_state"):

@@ -12,11 +12,11 @@ from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import NoisedData, guidance_distillation
 from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
 
 
 class GuidanceDistillation(Task):
-    """The student, a copy of the teacher with a guidance embedding, learns || eps(x, t, c, w) - eps_CFG(x, t, c; w) ||^2.
+    """The student, the teacher with a guidance embedding, learns || eps(x, t, c, w) - eps_CFG(x, t, c; w) ||^2.
 
     What it exports is the frozen teacher of stage 2.
 
@@ -34,16 +34,15 @@ class GuidanceDistillation(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
-        if not guidance_scales or min(guidance_scales) < 1:
-            raise ValueError(f"guidance_scales {list(guidance_scales)} must be 1 (unguided) or more, and at least one")
-        self.guidance_scales = tuple(guidance_scales)
+        self.guidance_scales = check_guidance_scales(guidance_scales)
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
         self.teacher = family.load_unet(guided=False)
-        self.student = add_guidance_embedding(self.teacher).requires_grad_(True)
+        self.student = add_guidance_embedding(self.teacher).float().requires_grad_(True)  # small steps need float32
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One w for each sample."""
         draws = self.draws()
         w = draws.choice(len(batch.captions), self.guidance_scales)
         loss = self.loss(batch, w, draws).mean()
@@ -51,6 +50,7 @@ class GuidanceDistillation(Task):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same noise and timesteps for every w."""
         for scale in self.guidance_scales:
             draws = self.validation_draws(batch_idx)
             w = torch.full((len(batch.captions),), scale, device=self.device)
@@ -58,7 +58,7 @@ class GuidanceDistillation(Task):
 
     def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
-        latents = self.autoencoder.encode(batch.images, sample=True)
+        latents = self.autoencoder.encode(batch.images, normal=draws.normal)
         conditioning = self.conditioner(batch.captions)
         unconditional = self.conditioner.unconditional(len(latents))
         t = draws.integers(len(latents), self.schedule.num_train_timesteps)

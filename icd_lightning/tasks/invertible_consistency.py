@@ -15,7 +15,7 @@ from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consis
 from icd_lightning.models.checkpoints import load_student, save_student
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,13 @@ class InvertibleConsistencyDistillation(Task):
         super().__init__(optimizer, seed)
         if huber_c <= 0:
             raise ValueError(f"huber_c {huber_c} must be positive (the paper's is 0.001)")
-        self.boundaries = Boundaries((0, *boundaries) if boundaries[0] else tuple(boundaries))
-        self.guidance_scales = tuple(guidance_scales)
+        self.boundaries = Boundaries(tuple(boundaries) if 0 in boundaries else (0, *boundaries))
+        self.guidance_scales = check_guidance_scales(guidance_scales)
         self.weights = losses
         self.huber_c = huber_c
+        self.trained = [name for name, direction in ADAPTERS.items() if train in ("both", direction)]
+        if not any(map(self._counts, asdict(losses))):
+            raise ValueError(f"none of the losses with a weight trains the {train} model; got {asdict(losses)}")
         self.family, self.decoding = family, decoding
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
@@ -78,7 +81,6 @@ class InvertibleConsistencyDistillation(Task):
         for adapter, weights in (("cd", reverse_weights), ("fcd", forward_weights)):
             if weights is not None:
                 load_student(self.students, adapter, weights)
-        self.trained = [name for name, direction in ADAPTERS.items() if train in ("both", direction)]
         for adapter in set(ADAPTERS) - set(self.trained):
             for parameter in self.students.parameters_of(adapter):
                 parameter.requires_grad_(False)
@@ -99,7 +101,7 @@ class InvertibleConsistencyDistillation(Task):
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The losses that count, each (B,): timesteps drawn afresh for each, the noise shared by all."""
-        latents = self.autoencoder.encode(batch.images, draws.generator, sample=True)
+        latents = self.autoencoder.encode(batch.images, normal=draws.normal)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
         conditioning = self.conditioner(batch.captions)
         boundaries, count, c = self.boundaries, len(latents), self.huber_c

@@ -18,7 +18,13 @@ from icd_lightning.tasks.base import OptimizerSettings, Task
 
 
 class SceneNetworkTraining(Task):
-    """Sum of one cross entropy an attribute; pictures are blurred by a little noise, as decoded latents are not clean."""
+    """The sum of one cross entropy an attribute; pictures get a little noise, since decoded latents are not clean.
+
+    Args:
+        channels: see `SceneNetwork`.
+        feature_dim: see `SceneNetwork`.
+        image_noise: standard deviation of the noise added to pictures in [-1, 1].
+    """
 
     def __init__(
         self,

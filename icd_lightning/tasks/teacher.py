@@ -68,7 +68,7 @@ class TeacherTraining(Task):
 
     def loss(self, images: Tensor, captions: list[str], draws: Draws) -> Tensor:
         """Squared error of the network's output (eps or v) at a uniform timestep, (B,)."""
-        latents = self.autoencoder.encode(images, sample=True)
+        latents = self.autoencoder.encode(images, normal=draws.normal)
         noise = draws.normal(*latents.shape)
         t = draws.integers(len(latents), self.schedule.num_train_timesteps)
         output = predict(self.unet, self.schedule.add_noise(latents, noise, t), t, self.conditioner(captions), None)

@@ -4,7 +4,7 @@ import numpy as np
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.manifest import index_shard
-from icd_lightning.data.shards import encode_sample
+from icd_lightning.data.shards import encode_sample, write_shards
 
 
 def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str = "png") -> list[dict]:
@@ -24,6 +24,13 @@ def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str =
 def corrupt(sample: dict) -> dict:
     """The sample with a picture whose header is good and whose pixels are not."""
     return sample | {"png": sample["png"][:41]}
+
+
+def with_corrupt(folder, bad: set[int], count: int = 60):
+    """Write shards of which the samples `bad` cannot be decoded."""
+    samples = [corrupt(sample) if number in bad else sample for number, sample in enumerate(numbered_samples(count))]
+    write_shards(samples, folder, shard_size=10, parameters={})
+    return folder
 
 
 def numbers(batch: Batch) -> list[int]:

@@ -9,6 +9,8 @@ from shards_case import corrupt, cut_after, numbered_samples, numbers
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import write_shards
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+
 
 class Recorder(lightning.LightningModule):
     """Learns one number from the pictures and remembers which it was shown."""
@@ -79,6 +81,7 @@ RUNS = {
     "short epochs": {"max_epochs": 8, "limit_train_batches": 5},
     "accumulation": {"max_epochs": 3, "accumulate_grad_batches": 2},
     "validation inside": {"max_epochs": 3, "val_check_interval": 4},
+    "validation by steps": {"max_steps": 36, "val_check_interval": 7, "check_val_every_n_epoch": None},
 }
 
 
@@ -88,22 +91,21 @@ def unbroken(shards, tmp_path, run: str, data: dict) -> list[list[int]]:
     return module.trained
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("stop_at", [3, 10, 12, 17])
+@pytest.mark.parametrize(
+    ("run", "stop_at", "num_workers"),
+    [*((run, stop_at, 0) for run in RUNS for stop_at in (3, 12)), ("epochs", 5, 2), ("epochs", 17, 2)],
+)
 def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tmp_path, run, num_workers, stop_at):
-    if num_workers and run != "epochs":
-        pytest.skip("workers only need one kind of run")
     data = {"num_workers": num_workers, "val_urls": str(shards)}
     whole = unbroken(shards, tmp_path, run, data)
     # saved at every second batch, and killed in one after: what was trained on since is trained on again
     every = 2 // RUNS[run].get("accumulate_grad_batches", 1)
-    save = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_last=True, save_top_k=0, enable_version_counter=False)
+    save = ModelCheckpoint(
+        tmp_path, every_n_train_steps=every, save_last=True, save_top_k=0, enable_version_counter=False
+    )
     killed, resumed = Recorder(stop_at), Recorder()
     with pytest.raises(RuntimeError, match="killed"):
-        trainer_for(tmp_path, callbacks=[save], **RUNS[run]).fit(
-            killed, datamodule=data_for(shards, **data)
-        )
+        trainer_for(tmp_path, callbacks=[save], **RUNS[run]).fit(killed, datamodule=data_for(shards, **data))
     trainer = trainer_for(tmp_path, **RUNS[run])
     trainer.fit(resumed, datamodule=data_for(shards, **data), ckpt_path=tmp_path / "last.ckpt")
     assert killed.trained == whole[:stop_at]
@@ -111,12 +113,11 @@ def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tm
     assert stop_at - 4 < len(whole) - len(resumed.trained) <= stop_at
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("stop_at", [0, 7, 13])
+@pytest.mark.parametrize(("run", "stop_at"), [*((run, 7) for run in RUNS), ("epochs", 1), ("steps", 13)])
 def test_a_run_saved_by_the_exception_itself_goes_on_with_the_batch_it_died_in(shards, tmp_path, run, stop_at):
     whole = unbroken(shards, tmp_path, run, {})
     killed, resumed = Recorder(stop_at), Recorder()
-    save = OnExceptionCheckpoint(tmp_path, filename="died")
+    save = ModelCheckpoint(tmp_path, filename="died", every_n_train_steps=999, save_on_exception=True)
     with pytest.raises(RuntimeError, match="killed"):
         trainer_for(tmp_path, callbacks=[save], **RUNS[run]).fit(killed, datamodule=data_for(shards))
     trainer_for(tmp_path, **RUNS[run]).fit(resumed, datamodule=data_for(shards), ckpt_path=tmp_path / "died.ckpt")
@@ -141,9 +142,7 @@ def test_a_run_saved_between_epochs_goes_on_with_the_next(shards, tmp_path, run,
     half = {"max_epochs": 2} if run == "epochs" else {"max_epochs": -1, "max_steps": 24}
     trainer_for(tmp_path, callbacks=[Save()], **(options | half)).fit(Recorder(), datamodule=data_for(shards, **data))
     resumed = Recorder()
-    trainer_for(tmp_path, **options).fit(
-        resumed, datamodule=data_for(shards, **data), ckpt_path=tmp_path / "24.ckpt"
-    )
+    trainer_for(tmp_path, **options).fit(resumed, datamodule=data_for(shards, **data), ckpt_path=tmp_path / "24.ckpt")
     assert resumed.trained == whole[24:]
 
 
@@ -167,6 +166,17 @@ def test_resuming_with_another_batch_size_goes_on_at_the_same_sample(shards, tmp
     )
     assert resumed.trained[:2] == fresh.trained[4:]
     assert "batch_size was 5, is 10" in caplog.text
+
+
+def test_a_checkpoint_can_be_evaluated(shards, tmp_path):
+    module = Recorder()
+    trainer = trainer_for(tmp_path, max_epochs=1)
+    trainer.fit(module, datamodule=data_for(shards))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer_for(tmp_path).validate(
+        module, datamodule=data_for(shards, val_urls=str(shards)), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert module.validated == list(range(60))
 
 
 def test_starting_workers_leaves_the_global_generator_alone(shards):

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from icd_lightning.data import decoding
-from icd_lightning.data.decoding import NothingToReadError, RejectedError, SampleDecoder, Tally, collate, to_images
+from icd_lightning.data.decoding import NothingToReadError, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.images import to_images
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

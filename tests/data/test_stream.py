@@ -1,12 +1,11 @@
 from itertools import chain, islice
 
 import pytest
-from shards_case import corrupt, numbered_samples, numbers
+from shards_case import corrupt, numbered_samples, numbers, with_corrupt
 
 from icd_lightning.data.decoding import NothingToReadError, SampleDecoder, Tally
-from icd_lightning.data.manifest import index_shard
 from icd_lightning.data.shards import open_shards, write_shards
-from icd_lightning.data.stream import Piece, TrainStream, ValidationSet
+from icd_lightning.data.stream import Piece, TrainStream
 
 
 def stream_over(urls, *, verify="count", min_size=None, **options) -> TrainStream:
@@ -107,12 +106,6 @@ def test_a_stream_entered_anywhere_goes_on_as_if_read_from_the_start(shards, slo
     assert sorted(chain(*whole[:12])) == sorted(chain(*whole[12:24])) == list(range(60))
 
 
-def with_corrupt(folder, bad: set[int], count: int = 60):
-    samples = [corrupt(s) if int(s["__key__"]) in bad else s for s in numbered_samples(count)]
-    write_shards(samples, folder, shard_size=10, parameters={})
-    return folder
-
-
 def test_a_corrupt_picture_is_replaced_by_a_good_one_of_the_same_share(tmp_path):
     bad = {3, 17, 18, 19, 59}
     with_corrupt(tmp_path, bad)
@@ -182,44 +175,3 @@ def test_only_bad_samples_end_in_an_error(tmp_path, spoil, reason):
 def test_a_piece_reads_a_part_of_a_shard(shards):
     keys = [raw["__key__"] for raw in Piece(str(shards / "00001.tar"), 2, 5).read(Tally())]
     assert keys == ["00012", "00013", "00014"]
-
-
-# --- validation -------------------------------------------------------------------------------------------------------
-
-
-def validation_sets(folder, batch_size: int, world_size: int) -> list[ValidationSet]:
-    entries = [entry for shard in open_shards(str(folder)) for entry in index_shard(shard.url)[0]]
-    return [
-        ValidationSet(entries, SampleDecoder(8), batch_size, rank=rank, world_size=world_size, tally=Tally())
-        for rank in range(world_size)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size"), [(60, 1), (7, 1), (1, 1), (7, 2), (8, 7), (2, 7), (5, 60), (1, 4)]
-)
-def test_validation_shows_every_sample_once_in_equally_many_batches(shards, batch_size, world_size):
-    sets = validation_sets(shards, batch_size, world_size)
-    assert len({len(one) for one in sets}) == 1
-    sizes = [len(one.indices(batch)) for one in sets for batch in range(len(one))]
-    assert 1 <= min(sizes) <= max(sizes) <= batch_size
-    assert sorted(chain(*(seen(one[batch] for batch in range(len(one))) for one in sets))) == list(range(60))
-
-
-def test_validation_of_one_rank_goes_in_order(shards):
-    (one,) = validation_sets(shards, 7, 1)
-    assert seen(one[batch] for batch in range(len(one))) == list(range(60))
-
-
-def test_validation_that_cannot_be_shared_out_is_refused(shards):
-    with pytest.raises(ValueError, match="60 validation samples give no equal number of batches of 1 on 7 ranks"):
-        validation_sets(shards, 1, 7)
-    with pytest.raises(ValueError, match="use more samples"):
-        validation_sets(shards, 8, 61)
-
-
-def test_validation_leaves_out_bad_samples_and_never_gives_an_empty_batch(tmp_path):
-    (one,) = validation_sets(with_corrupt(tmp_path, {3, 30, 31, 32}), 3, 1)
-    assert seen([one[1]]) == [4, 5]
-    assert one.tally.counts()["corrupt_image"] == 1
-    assert "no sample of validation batch 10" in str(one[10])

@@ -1,0 +1,157 @@
+"""What a Trainer iterates over: batches of a TrainStream or of a fixed set, made by worker processes or without.
+
+To Lightning these are plain iterables, not `DataLoader`s: so it neither wraps their samplers nor warns about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.data.decoding import NothingToReadError, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.manifest import Entry
+from icd_lightning.data.stream import TrainStream
+
+
+class TrainDataset(IterableDataset):
+    """The batches of a TrainStream from `position` on, for a DataLoader with batch_size=None.
+
+    An error comes as the last item: raised in a worker, it would reach the user wrapped in the worker's traceback.
+    """
+
+    def __init__(self, stream: TrainStream, position: int, tally: Tally) -> None:
+        self.stream, self.position, self.tally = stream, position, tally
+
+    def __iter__(self) -> Iterator[Batch | NothingToReadError]:
+        info = get_worker_info()
+        slot, slots = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self.stream.batches_from(self.position, slot=slot, slots=slots, tally=self.tally)
+        except NothingToReadError as error:
+            yield error
+
+
+class TrainLoader:
+    """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`.
+
+    Without `position` it goes on where it was left.
+    """
+
+    def __init__(
+        self, stream: TrainStream, tally: Tally, *, num_workers: int = 0, position: Callable[[], int] | None = None
+    ) -> None:
+        self.stream, self.tally, self.num_workers, self.position = stream, tally, num_workers, position
+        self._reached = 0
+        # Lightning looks for this name to stop the workers when a run ends. Left to the garbage collector, which takes
+        # the queues first, each worker would be waited for in vain for five seconds.
+        self._iterator: Iterator[Batch | Exception] | None = None
+
+    def __len__(self) -> int:
+        return self.stream.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
+        position = self._reached if self.position is None else self.position()
+        if self._iterator is None or position != self._reached:
+            self._iterator = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
+            self._reached = position
+        for _ in range(len(self)):
+            self._reached += 1
+            yield _unwrap(next(self._iterator))
+
+    def close(self) -> None:
+        self._iterator = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty, as is loading it: the data module keeps the state. Tells Lightning that the data can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ValidationSet(Dataset):
+    """The batches of images (<= B, 3, R, R) that one rank validates on.
+
+    Every sample belongs to one rank; the shares differ by one sample at most and come in equally many batches (else
+    ranks that wait for each other would hang), which differ by one sample at most too. A sample that cannot be used is
+    counted and left out of its batch.
+    """
+
+    def __init__(
+        self, entries: list[Entry], decoder: SampleDecoder, batch_size: int, *, rank: int, world_size: int, tally: Tally
+    ) -> None:
+        self.entries, self.decoder, self.tally = entries, decoder, tally
+        self.own = range(rank, len(entries), world_size)
+        self.batches = -(-len(entries) // (world_size * batch_size))
+        if len(entries) // world_size < self.batches:
+            raise ValueError(
+                f"{len(entries)} validation samples give no equal number of batches of {batch_size} on {world_size} "
+                f"ranks; use more samples or val_batch_size {batch_size + 1}"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def indices(self, batch: int) -> range:
+        """Which entries a batch is made of."""
+        first, last = (place * len(self.own) // self.batches for place in (batch, batch + 1))
+        return self.own[first:last]
+
+    def __getitem__(self, batch: int) -> Batch | NothingToReadError:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        samples = []
+        for index in self.indices(batch):
+            try:
+                samples.append(self.decoder.decode(self.entries[index].read()))
+                self.tally.passed(worker)
+            except RejectedError as error:
+                self.tally.skipped(error.reason, error.detail, worker)
+        if not samples:
+            return self.tally.nothing(f"no sample of validation batch {batch} could be used")
+        return collate(samples)
+
+
+class ValidationLoader:
+    """Yields the batches of a ValidationSet in order."""
+
+    def __init__(self, validation_set: ValidationSet, num_workers: int = 0) -> None:
+        self.validation_set, self.num_workers = validation_set, num_workers
+        self._iterator: Iterator[Batch | Exception] | None = None  # named as in TrainLoader
+
+    def __len__(self) -> int:
+        return len(self.validation_set)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._iterator = iter(_loader(self.validation_set, self.num_workers))
+        for place in range(len(self)):
+            item = next(self._iterator)
+            if place == len(self) - 1:
+                self._iterator = None  # nobody asks for more than there is: let the workers go now
+            yield _unwrap(item)
+
+
+def _loader(dataset: Dataset, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset makes the batches
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every start of the workers draws from the global generator
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _unwrap(item: Batch | Exception) -> Batch:
+    if isinstance(item, Exception):
+        raise item
+    return item

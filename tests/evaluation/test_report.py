@@ -1,0 +1,361 @@
+import base64
+import io
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from icd_lightning.data.shapes import random_scene, render
+from icd_lightning.evaluation.axes import axes, linear_axis, lines, log_axis
+from icd_lightning.evaluation.drawing import Style, text_width, wrap
+from icd_lightning.evaluation.report import Curve, Panel, Report, Table, draw_png, print_table, write_report
+
+HOSTILE = """<script>alert("1")</script> & 'quotes' [bold]"""
+
+
+class Reader(HTMLParser):
+    """Collects elements, and fails where they are not closed in the order in which they were opened."""
+
+    VOID = ("meta", "link", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def solid(color, height=64, width=64):
+    return np.broadcast_to(np.array(color, np.uint8), (height, width, 3)).copy()
+
+
+def scenes(count):
+    rng = np.random.default_rng(0)
+    return [(scene.caption(), render(scene)) for scene in (random_scene(rng) for _ in range(count))]
+
+
+def panel(columns=3, rows=2, **options):
+    labelled = tuple((caption, (picture,) * columns) for caption, picture in scenes(rows))
+    return Panel("Pictures", "What they show.", tuple(f"column {i}" for i in range(columns)), labelled, **options)
+
+
+def table(**options):
+    rows = (("DDIM", 100, 43.2101, None), ("ours", 8, 27.8, 0.5), ("untrained", 8, 20.31, math.nan))
+    return Table("Numbers", "", ("Method", "Evaluations", "PSNR", "Share"), rows, **options)
+
+
+def curve(**options):
+    return Curve("Loss", "", "step", "loss", {"a": ([1, 2, 3], [1.0, 0.5, 0.2]), "b": ([1, 3], [0.4, 0.3])}, **options)
+
+
+def report(*sections, **options):
+    return Report("A title", "A subtitle", (("8", "evaluations"),), sections, **options)
+
+
+def html_of(folder, *sections, **options):
+    path, _ = write_report(report(*sections, **options), folder, png_sections=())
+    return path.read_text()
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_writes_both_files_and_leaves_nothing_else(tmp_path):
+    everything = report(panel(), table(), curve(), facts={"seed": "0"})
+    paths = write_report(everything, tmp_path / "new" / "folder")
+    assert sorted(paths) == sorted((tmp_path / "new" / "folder").iterdir())
+    assert [path.name for path in paths] == ["report.html", "report.png"]
+    contents = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in write_report(everything, tmp_path)] == contents
+
+
+def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = draw_png(report(), tmp_path / "report.png")
+    before = path.read_bytes()
+
+    def save(image, file, **_):
+        file.write_bytes(b"half a pict")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="disk full"):
+        draw_png(report(table()), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_importing_the_data_loads_no_drawing_library():
+    code = (
+        "import sys, icd_lightning.evaluation.report; print({'PIL', 'matplotlib', 'rich', 'torch'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_loads_nothing_from_elsewhere(tmp_path):
+    text = html_of(tmp_path, panel(), table(), curve(), facts={"home": "https://example.org/"})
+    page = Reader(text)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert page.all("script") == []
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "default-src 'none'" in page.all("meta")[3]["content"]
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_page_holds_every_picture_bit_for_bit_with_a_description(tmp_path):
+    (one, first), (two, second) = scenes(2)
+    rows = ((one, (first, None)), (two, (second, first)))
+    images = Reader(html_of(tmp_path, Panel("Pictures", "", ("original", "rebuilt\n8 steps"), rows))).all("img")
+    assert [image["alt"] for image in images] == [f"original: {one}", f"original: {two}", f"rebuilt 8 steps: {two}"]
+    for image, picture in zip(images, (first, second, first), strict=True):
+        data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), picture)
+        assert (image["width"], image["height"]) == ("64", "64")
+
+
+def test_page_shrinks_large_pictures_and_keeps_their_form(tmp_path):
+    rows = (("", (solid((9, 9, 9), 512, 1024),)),)
+    (image,) = Reader(html_of(tmp_path, Panel("Pictures", "", ("original",), rows))).all("img")
+    assert (image["width"], image["height"]) == ("384", "192")
+
+
+def test_page_shows_text_as_it_is(tmp_path):
+    rows = ((HOSTILE, (solid((1, 2, 3)),)),)
+    sections = (
+        Panel(HOSTILE, HOSTILE, (HOSTILE,), rows),
+        Table(HOSTILE, HOSTILE, (HOSTILE,), ((HOSTILE,),)),
+        Curve(HOSTILE, HOSTILE, HOSTILE, HOSTILE, {HOSTILE: ([0, 1], [0, 1])}),
+    )
+    path, _ = write_report(Report(HOSTILE, HOSTILE, ((HOSTILE, HOSTILE),), sections, {HOSTILE: HOSTILE}), tmp_path)
+    page = Reader(path.read_text())
+    assert page.all("script") == []
+    assert page.all("img")[0]["alt"] == f"{HOSTILE}: {HOSTILE}"
+    assert page.texts.count(HOSTILE) == 20
+
+
+def test_tables_of_the_page_are_whole_and_numbers_stand_right(tmp_path):
+    page = Reader(html_of(tmp_path, table(highlight_rows=(1,))))
+    assert [head.get("class") for head in page.all("th") if head["scope"] == "col"] == [None] + ["number"] * 3
+    assert len([head for head in page.all("th") if head["scope"] == "row"]) == 3
+    assert [cell.get("class") for cell in page.all("td")] == ["number"] * 9
+    assert [row.get("class") for row in page.all("tr")] == [None, None, "ours", None]
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def drawn(*sections, tmp_path, **options):
+    return np.asarray(Image.open(draw_png(report(*sections, **options), tmp_path / "report.png")))
+
+
+def where(picture, color):
+    """Rows and columns of a colour, as (top, bottom, left, right), ends included."""
+    y, x = np.nonzero((picture[..., :3] == np.array(color)).all(-1))
+    return y.min(), y.max(), x.min(), x.max()
+
+
+def test_picture_is_a_sheet_with_clear_corners(tmp_path):
+    sheet = drawn(panel(), table(), curve(), tmp_path=tmp_path)
+    assert sheet.shape[1:] == (1600, 4)
+    assert sheet[0, 0, 3] == 0
+    assert sheet[sheet.shape[0] // 2, 800, 3] == 255
+    margins = np.concatenate([sheet[:, :40, :3], sheet[:, -40:, :3]], axis=1)
+    assert (margins == 255).all()
+
+
+def test_pictures_stand_under_one_another_and_never_overlap(tmp_path):
+    colors = [(200, 30 * i, 7) for i in range(6)]
+    rows = tuple(
+        (" ".join(["a very long caption"] * n), tuple(map(solid, colors[i : i + 3]))) for i, n in ((0, 1), (3, 30))
+    )
+    sheet = drawn(Panel("Pictures", "", ("a", "b", "c"), rows), tmp_path=tmp_path)
+    boxes = np.array([where(sheet, color) for color in colors])
+    assert len(set((boxes[:, 1] - boxes[:, 0]).tolist() + (boxes[:, 3] - boxes[:, 2]).tolist())) == 1  # equal squares
+    np.testing.assert_array_equal(boxes[:3, 2:], boxes[3:, 2:])
+    np.testing.assert_array_equal(boxes[:, :2].reshape(2, 3, 2), boxes[[0, 3], None, :2].repeat(3, axis=1))
+    assert (boxes[1:3, 2] > boxes[0:2, 3]).all()
+    assert boxes[3, 0] > boxes[0, 1]
+    ink = (sheet[..., :3].astype(int).sum(-1) < 120) & (np.arange(1600) < boxes[0, 2])[None]
+    assert np.nonzero(ink)[1].max() < boxes[0, 2] - 10  # the long caption keeps to its column
+
+
+def test_a_hole_stays_empty_and_ours_is_tinted(tmp_path):
+    rows = (("", (solid((10, 200, 10)), None)), ("", (solid((10, 10, 200)), solid((200, 10, 10)))))
+    sheet = drawn(Panel("Pictures", "", ("theirs", "ours"), rows, highlight=1), tmp_path=tmp_path)
+    row, column = where(sheet, (10, 200, 10)), where(sheet, (200, 10, 10))
+    hole = sheet[row[0] : row[1], column[2] : column[3], :3]
+    assert (hole == hole[0, 0]).all()
+    assert (hole[0, 0] != 255).any()
+    assert (sheet[row[0] : row[1], 100 : row[2] - 20, :3] == 255).all()
+
+
+def test_sections_may_be_chosen_for_the_picture(tmp_path):
+    few, many = panel(rows=1), panel(rows=4)
+    everything = report(many, table())
+    html, png = write_report(everything, tmp_path, png_sections=(few,))
+    assert len(Reader(html.read_text()).all("img")) == 12
+    direct = draw_png(report(few), tmp_path / "few.png")
+    assert png.read_bytes() == direct.read_bytes()
+    whole = Image.open(draw_png(everything, tmp_path / "whole.png"))
+    assert whole.height > Image.open(png).height + 3 * 200
+
+
+@pytest.mark.parametrize("count", [1, 8, 14, 40])
+def test_wide_tables_stay_on_the_sheet(tmp_path, count):
+    header = ("Method", *(f"quantity number {i}" for i in range(count)))
+    rows = tuple((f"method {n} with a long description of itself", *range(1000, 1000 + count)) for n in range(3))
+    sheet = drawn(Table("Numbers", "", header, rows, highlight_rows=(1,)), tmp_path=tmp_path)
+    assert (sheet[:, -40:, :3] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        (),
+        (Panel("Pictures", "", ("a",), ()),),
+        (Panel("Pictures", "", ("a",), (("", (None,)),)),),
+        (Panel("Pictures", "", ("a", "b"), (("x", (solid((1, 1, 1), 8, 40), solid((1, 1, 1), 40, 8))),)),),
+        (Table("Numbers", "", ("a", "b"), ()),),
+        (Curve("Loss", "", "x", "y", {"a": ([], [])}),),
+        (Curve("Loss", "", "x", "y", {"a": ([1], [0.0])}, log_y=True),),
+        (Curve("Loss", "", "x", "y", {"a": ([1], [2.0])}), curve(), curve()),
+    ],
+)
+def test_little_data_makes_a_report_too(tmp_path, sections):
+    html, png = write_report(Report("A title", "", (), sections), tmp_path)
+    Reader(html.read_text())
+    assert Image.open(png).width == 1600
+
+
+@pytest.mark.parametrize("width", [40, 150, 600])
+def test_wrapped_lines_fit_and_lose_no_letter(width):
+    text = "a small red striped circle left of a large blue ring → w ≤ 5\nhttps://example.org/a-word-wider-than-a-line"
+    style = Style(22, "#000000")
+    wrapped = [line for line, _ in wrap(text, style, width)]
+    assert all(text_width(line, style) <= width for line in wrapped)
+    assert "".join(wrapped).replace(" ", "") == "".join(text.split())
+    assert wrap("", style, width) == []
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def texts(shown):
+    return [[cell.text for cell in cells] for cells in shown.cells()]
+
+
+def test_numbers_are_rounded_by_column():
+    assert texts(table()) == [
+        ["DDIM", "100", "43.2", "–"],  # noqa: RUF001
+        ["ours", "8", "27.8", "0.500"],
+        ["untrained", "8", "20.3", "nan"],
+    ]
+    assert texts(table(digits=(None, 3, 2, 0)))[0] == ["DDIM", "100", "43.21", "–"]  # noqa: RUF001
+    values = ((math.inf, np.float32(0.25), np.int64(1234567)), (-math.inf, -1234.5, 3))
+    assert texts(Table("", "", ("a", "b", "c"), values)) == [["∞", "0", "1,234,567"], ["-∞", "-1,234", "3"]]
+
+
+def test_best_values_are_marked_as_they_read():
+    shown = table(best=(None, "min", "max", "max"), digits=(None, None, 1, 2))
+    assert [[cell.best for cell in cells] for cells in shown.cells()] == [
+        [False, False, True, False],
+        [False, True, False, True],
+        [False, True, False, False],
+    ]
+    assert shown.heads() == ["Method", "Evaluations\u00a0↓", "PSNR\u00a0↑", "Share\u00a0↑"]
+    assert shown.legend == "↑ higher is better, ↓ lower is better, best in bold"
+    assert table().legend == ""
+    close = Table("", "", ("a",), ((1.001,), (1.002,), (0.5,)), best=("max",), digits=(2,))
+    assert [cells[0].best for cells in close.cells()] == [True, True, False]
+
+
+def test_terminal_table_shows_values_as_they_are():
+    console = Console(file=io.StringIO(), width=120)
+    print_table(
+        Table("Title [red]", HOSTILE, ("Method [b]", "x"), ((HOSTILE, 1.25), ("b", None)), best=(None, "max")), console
+    )
+    out = console.file.getvalue()
+    for text in ("Title [red]", "Method [b]", HOSTILE, "1.25", "higher is better"):
+        assert text in out
+
+
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [(0.0, 1.0), (-3.0, 1200.0), (5.0, 5.0), (0.0, 0.0), (1e-7, 3e-7), (999.0, 1001.0), ()]
+)
+@pytest.mark.parametrize("tight", [False, True])
+def test_ticks_lie_on_the_axis(values, tight):
+    axis = linear_axis(values, tight=tight)
+    assert 2 <= len(axis.ticks) <= 9
+    assert len({text for _, text in axis.ticks}) == len(axis.ticks)
+    assert (axis.place(axis.low), axis.place(axis.high)) == (0, 1)
+    assert all(-1e-9 <= axis.place(value) <= 1 + 1e-9 for value in (*values, *(tick for tick, _ in axis.ticks)))
+
+
+@pytest.mark.parametrize("values", [(0.003, 0.09), (1e-9, 1e9), (1.0, 1.0), (0.1, 0.2), (7.0, 9.0), ()])
+def test_log_ticks_lie_on_the_axis(values):
+    axis = log_axis(values)
+    assert 2 <= len(axis.ticks) <= 8
+    assert all(-1e-9 <= axis.place(value) <= 1 + 1e-9 for value in (*values, *(tick for tick, _ in axis.ticks)))
+    assert axis.place(math.sqrt(axis.low * axis.high)) == pytest.approx(0.5)
+
+
+def test_gaps_break_a_line():
+    gapped = Curve("", "", "x", "y", {"a": ([0, 1, 2, 3, 4], [1.0, 10.0, math.nan, 0.0, 100.0])}, log_y=True)
+    (runs,) = lines(gapped, *axes(gapped))
+    assert [len(run) for run in runs] == [2, 1]
+    np.testing.assert_allclose(np.concatenate(runs), [(0, 0), (0.25, 0.5), (1, 1)], atol=1e-12)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Panel("P", "", ("a", "b"), (("x", (None,)),)), "row 'x' has 1 pictures for 2 columns"),
+        (lambda: Panel("P", "", ("a",), (("x", (np.zeros((3, 8, 8), np.uint8),)),)), r"uint8 \(3, 8, 8\)"),
+        (lambda: Panel("P", "", ("a",), (("x", (np.zeros((8, 8, 3), np.float32),)),)), "is float32"),
+        (lambda: Panel("P", "", (), ()), "no columns"),
+        (lambda: panel(highlight=3), "highlight 3 is not one of 0 to 2"),
+        (lambda: Table("T", "", ("a", "b"), ((1,),)), "row 0 has 1 values for 2 columns"),
+        (lambda: table(digits=(1,)), "digits has 1 values for 4 columns"),
+        (lambda: table(best=("max",)), "best has 1 values for 4 columns"),
+        (lambda: table(highlight_rows=(3,)), "highlight_rows 3 is not one of 0 to 2"),
+        (lambda: Curve("C", "", "x", "y", {"a": ([1, 2], [1])}), "2 x values and 1 y values"),
+        (lambda: Curve("C", "", "x", "y", {}), "0 series"),
+    ],
+)
+def test_mistakes_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
