@@ -67,7 +67,7 @@ tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## t
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \
 	  --config conf/tiny/students.yaml
 	$(ICD) tiny package
-	$(ICD) tiny report
+	$(ICD) tiny report --card
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)

@@ -12,9 +12,10 @@ CONFIGS = ("base.yaml", "model/tiny.yaml", "experiment/demo.yaml")
 
 
 def demo(
-    out: str = "outputs/demo",
     *,
+    out: str = "outputs/demo",
     conf: str = "conf",
+    model: str = "tiny",
     train_count: int = 4096,
     eval_count: int = 64,
     steps: int | None = None,
@@ -26,6 +27,7 @@ def demo(
     Args:
         out: folder of all results.
         conf: folder of the configuration files.
+        model: the shipped family, or the folder of another one of the picture world.
         train_count: pictures to train on.
         eval_count: held-out pictures to measure on.
         steps: training steps; by default what conf/experiment/demo.yaml says.
@@ -33,6 +35,7 @@ def demo(
     from icd_lightning.commands import fit
     from icd_lightning.commands.data import shapes
     from icd_lightning.evaluation.demo import DemoStudy
+    from icd_lightning.models.family import Family
 
     start, root = time.monotonic(), Path(out)
     missing = [str(Path(conf) / name) for name in CONFIGS if not (Path(conf) / name).is_file()]
@@ -44,13 +47,14 @@ def demo(
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
     shapes(str(root / "shards" / "val"), count=128, seed=1)
     log.info("2/4 before training: DDIM-50 and the untrained students")
-    study = DemoStudy(root, eval_count)
+    study = DemoStudy(root, eval_count, Family(model))
     study.measure_before()
     log.info("3/4 training both students")
     configs = [word for name in CONFIGS for word in ("--config", str(Path(conf) / name))]
     overrides = {
         "trainer.default_root_dir": root / "training",
         "data.init_args.urls": root / "shards" / "train",
+        "model.init_args.family.model": model,
         "data.init_args.val_urls": root / "shards" / "val",
         **({} if steps is None else {"trainer.max_steps": steps}),
     }

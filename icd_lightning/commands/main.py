@@ -71,9 +71,10 @@ def help_text() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
     return (
-        "usage: icd COMMAND [options]\n\nInvertible Consistency Distillation: generate in 3-4 steps, invert in 3-4 steps, "
-        f"edit pictures by prompt.\n\n{rows}\n\n`icd COMMAND --help` explains one. ICD_TRACEBACK=1 shows where an error "
-        "came from.\n"
+        "usage: icd COMMAND [options]\n\n"
+        "Invertible Consistency Distillation: generate in 3-4 steps, invert in 3-4 steps, edit pictures by prompt.\n\n"
+        f"{rows}\n\n"
+        "`icd COMMAND --help` explains one. ICD_TRACEBACK=1 shows where an error came from.\n"
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
 
@@ -21,6 +22,10 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line, and exit with code 2."""
         fail(message)
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's, with examples on lines of their own."""
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -48,14 +53,14 @@ def _parser(function: Callable, name: str) -> Parser:
     text, hints = parse_docstring(function.__doc__ or ""), get_type_hints(function)
     helps = {parameter.arg_name: parameter.description for parameter in text.params}
     description = "\n\n".join(filter(None, (text.short_description, text.long_description)))
-    parser = Parser(prog=f"icd {name}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"icd {name}", description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     ours = set()
     for key, parameter in inspect.signature(function).parameters.items():
         hint, options = hints.get(key), {"help": helps.get(key)}
         if _is_positional(parameter):
             parser.add_argument(key, type=hint, **options)
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            parser.add_argument(key, nargs="*", type=hint, metavar=key.removesuffix("s").upper(), **options)
+            parser.add_argument(key, nargs="*", default=[], type=hint, metavar=key.removesuffix("s").upper(), **options)
         elif hint is bool:
             parser.add_argument(f"--{key}", action=ActionYesNo, default=parameter.default, **options)
         elif key in SHORT:

@@ -7,7 +7,14 @@ import logging
 log = logging.getLogger(__name__)
 
 
-def report(*, model: str = "tiny", count: int = 512, seed: int = 1_000_003, out: str = "outputs/tiny-report") -> None:
+def report(
+    *,
+    model: str = "tiny",
+    count: int = 512,
+    seed: int = 1_000_003,
+    out: str = "outputs/tiny-report",
+    card: bool = False,
+) -> None:
     """Measure a tiny family against its bars on held-out scenes; writes bars.json.
 
     Args:
@@ -15,20 +22,21 @@ def report(*, model: str = "tiny", count: int = 512, seed: int = 1_000_003, out:
         count: scenes to measure on.
         seed: which world they come from; training used the seeds 0 to 4.
         out: folder for bars.json.
+        card: also write the model card, README.md in the family's folder.
     """
     from dataclasses import asdict
     from pathlib import Path
 
-    from rich.console import Console
-
     from icd_lightning.evaluation.bars import measure_family
-    from icd_lightning.evaluation.report import Table, print_table
+    from icd_lightning.evaluation.model_card import write_card
+    from icd_lightning.evaluation.report import Table, print_table, wide_console
     from icd_lightning.evaluation.study import write_json
     from icd_lightning.models.family import Family
 
     if count < 1:
         raise ValueError(f"count {count} must be 1 or more")
-    bars = measure_family(Family(model), count=count, seed=seed)
+    family = Family(model)
+    bars = measure_family(family, count=count, seed=seed)
     rows = tuple(
         (
             bar.name,
@@ -45,10 +53,12 @@ def report(*, model: str = "tiny", count: int = 512, seed: int = 1_000_003, out:
         rows,
         digits=(None, 4, None, None),
     )
-    print_table(table, Console())
+    print_table(table, wide_console())
     file = Path(out) / "bars.json"
     write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
     log.info("%s", file)
+    if card:
+        log.info("%s", write_card(family.root, bars, count=count, seed=seed))
 
 
 def package(

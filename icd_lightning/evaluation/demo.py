@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from icd_lightning.data.shapes import Scene
@@ -18,8 +17,8 @@ from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.curves import read_scalars
-from icd_lightning.evaluation.inversion import DDIM, UNTRAINED, teacher_hash, untrained_pipeline
-from icd_lightning.evaluation.report import Curve, Panel, Report, print_table, write_report
+from icd_lightning.evaluation.inversion import DDIM, TRAINED, UNTRAINED, teacher_hash, untrained_pipeline
+from icd_lightning.evaluation.report import Curve, Panel, Report, print_table, wide_console, write_report
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, random_edits
 from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
@@ -28,7 +27,6 @@ from icd_lightning.models.checkpoints import WEIGHTS_NAME
 from icd_lightning.models.family import Family
 from icd_lightning.models.scene_network import SceneNetwork
 
-TRAINED = "iCD, trained here"
 GENERATION_STEPS = (1, 2, 3, 4)
 
 
@@ -86,7 +84,7 @@ class DemoStudy:
             facts=self._facts(seconds),
         )
         paths = write_report(report, self.root, png_sections=(panels[0], panels[1], tables[0]))
-        console = Console()
+        console = wide_console()
         for table in tables:
             print_table(table, console)
         for path in (*paths, self.root / "metrics.json", self.root / "training"):
@@ -187,7 +185,7 @@ class DemoStudy:
             )
             columns.append(pipeline.generate(prompts, noise, guidance=guidance))
         heads = (DDIM, *(f"{steps} step{'s' if steps > 1 else ''}" for steps in GENERATION_STEPS))
-        note = "From drawn noise. The students were trained for 4 segments; with fewer steps they jump further than they learnt."
+        note = "From drawn noise. The students learnt 4 segments: with fewer steps they jump further than that."
         return Panel("Generation", note, heads, _rows(prompts, columns), (4,))
 
     def _heads(self, part: str, index: int | None) -> list[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import EditingMethod
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
-from icd_lightning.evaluation.report import print_table
+from icd_lightning.evaluation.report import print_table, wide_console
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out
 from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
@@ -20,7 +18,7 @@ from icd_lightning.models.family import Family
 from icd_lightning.models.scene_network import SceneNetwork
 from icd_lightning.models.students import Students
 
-DDIM, UNTRAINED, TRAINED = "DDIM-50", "untrained students", "iCD"
+DDIM, UNTRAINED, TRAINED = "DDIM-50", "untrained", "iCD"
 
 
 def untrained_pipeline(family: Family, boundaries: Boundaries) -> InvertibleConsistencyPipeline:
@@ -65,7 +63,7 @@ def evaluate_inversion(
             lambda make=make: study(make(), network, settings),
         )
     ceiling = autoencoder_psnr(trained.autoencoder, held_out(settings.count, settings.seed))
-    console = Console()
+    console = wide_console()
     print_table(reconstruction_table(results, settings, ceiling=ceiling, ours=TRAINED), console)
     print_table(edit_table(results, settings, ours=TRAINED), console)
     print_table(generation_table(results, settings, ours=TRAINED), console)

@@ -1,4 +1,4 @@
-"""Makes the shipped family from what `make tiny-weights` trained: weights in half precision, and how they came to be."""
+"""Makes the shipped family of what `make tiny-weights` trained: weights in half precision, with their records."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
+EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8}
 STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
 
 
@@ -28,6 +29,7 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
         _copy(source / "students" / name, temporary / "students" / name)
     for stage in STAGES:
         _record(source / stage, temporary / "training" / stage)
+    (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
     if (out / "README.md").is_file():
         shutil.copy(out / "README.md", temporary / "README.md")
     size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -193,6 +194,13 @@ def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | 
     shown = report if sections is None else replace(report, sections=tuple(sections))
     _write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
     return Path(path)
+
+
+def wide_console() -> Console:
+    """A console wide enough for our tables where the output is a file, which has no width of its own."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def print_table(table: Table, console: Console) -> None:

@@ -66,7 +66,7 @@ def study(method: EditingMethod, network: SceneNetwork, settings: StudySettings)
 
 
 def remembered(file: Path, key: Any, compute: Callable[[], dict]) -> dict:
-    """What `file` holds if it was computed under the same key (any JSON value); else compute and write it, atomically."""
+    """What `file` holds, if it was computed under the same key (any JSON value); else compute it and write it."""
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     if file.is_file():
         stored = json.loads(file.read_text())

@@ -20,8 +20,8 @@ def reconstruction_table(
             rows.append((name, row["guidance"], *values))
     return Table(
         title="Reconstruction: to noise and back",
-        note=f"{settings.count} held-out pictures, encoded at w 1 and decoded as the second column says. The autoencoder "
-        "alone is the best that latents can give. Seconds of one picture, in batches, on this machine.",
+        note=f"{settings.count} held-out pictures, encoded at w 1 and decoded as the second column says. The "
+        "autoencoder alone is the best that latents can give. Seconds of one picture, in batches, on this machine.",
         header=("method", "decoding", "PSNR (dB)", "SSIM", "latent MSE", "evaluations", "seconds"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),
@@ -39,9 +39,9 @@ def edit_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *
     )
     return Table(
         title="Edits by prompt, against their true results",
-        note=f"{settings.count} edits of one attribute each (colour, shape, texture or size of an object, colour or texture "
-        f"of the background), w {settings.guidance_scale:g}, tau {settings.tau:g}. Attributes as read by a small network "
-        "made for this world; PSNR to the true edit and, outside the edited region, to the original.",
+        note=f"{settings.count} edits of one attribute each (colour, shape, texture or size of an object, colour or "
+        f"texture of the background), w {settings.guidance_scale:g}, tau {settings.tau:g}. Attributes as read by a "
+        "small network made for this world; PSNR to the true edit and, outside the edited region, to the original.",
         header=(
             "method",
             "changed as asked (%)",
@@ -63,8 +63,8 @@ def generation_table(results: Mapping[str, dict[str, Any]], settings: StudySetti
     rows = tuple((name, *(100 * result["generation"][key] for key in names)) for name, result in results.items())
     return Table(
         title="Generation: attributes of the caption that the picture shows (%)",
-        note=f"{settings.count} pictures from drawn noise, w {settings.guidance_scale:g}, tau {settings.tau:g}, as read by "
-        "the same network.",
+        note=f"{settings.count} pictures from drawn noise, w {settings.guidance_scale:g}, tau {settings.tau:g}, as read "
+        "by the same network.",
         header=("method", *names),
         rows=rows,
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),

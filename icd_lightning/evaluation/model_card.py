@@ -1,0 +1,65 @@
+"""The model card of the shipped family: how it was made, and what it was measured to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from icd_lightning.evaluation.bars import Bar
+
+HEAD = """# The tiny family
+
+A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/data/shapes.py`: 64 x 64 pixels,
+one or two objects on a background, captions such as "a small red striped circle left of a large blue ring on a
+green checkered background". It exists so that all of invertible consistency distillation runs on a laptop's processor, through
+the very code that serves SD1.5 and SDXL. It knows nothing but this world.
+
+| part | class | what it is |
+|---|---|---|
+| `vae` | `AutoencoderDC` | 64 x 64 pixels <-> latents of 16 x 8 x 8 with unit variance |
+| `tokenizer`, `text_encoder` | `CLIPTokenizer`, `CLIPTextModel` | one token a word, 24 tokens, width 128 |
+| `unet` | `UNet2DConditionModel` | the teacher, v-prediction |
+| `unet_guided` | `UNet2DConditionModel` | stage 1: the teacher with a guidance embedding |
+| `students/forward`, `students/reverse` | LoRA | stage 2: the two students of iCD |
+| `scene_network` | `SceneNetwork` | reads pictures, to judge them; it is not CLIP, Inception or LPIPS |
+
+Everything is float16 on disk. `make tiny-weights` trains it from nothing, by the configurations kept with the curves in
+`training/`. The pictures are drawn by this repository's code and the weights are under its licence.
+"""
+
+
+def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> Path:
+    """Write `README.md` beside the weights; return its path."""
+    rows = "\n".join(f"| {bar.name} | {bar.value:.4g} | {_limit(bar)} |" for bar in bars)
+    measured = (
+        f"## Measured\n\nOn {count} held-out scenes of the world with seed {seed}, by `icd tiny report --count {count} "
+        f"--seed {seed} --card`; other seeds give other scenes.\n\n| what | measured | bar |\n|---|---|---|\n{rows}\n"
+    )
+    file = folder / "README.md"
+    temporary = folder / ".README.md.tmp"
+    temporary.write_text("\n".join([HEAD, _trainings(folder / "training"), measured]))
+    temporary.replace(file)
+    return file
+
+
+def _limit(bar: Bar) -> str:
+    if bar.limit is None:
+        return ""
+    return f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}{'' if bar.passed else ', MISSED'}"
+
+
+def _trainings(folder: Path) -> str:
+    """One line a stage, out of the configuration that it ran with."""
+    rows = []
+    for file in sorted(folder.glob("*/config.yaml")):
+        config = yaml.safe_load(file.read_text())
+        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        values = (config["trainer"]["max_steps"], data["batch_size"], model["optimizer"]["lr"], model["seed"])
+        rows.append(f"| {file.parent.name} | " + " | ".join(map(str, values)) + " |")
+    return (
+        "## Trained\n\n| stage | steps | batch | learning rate | seed |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
