@@ -2,12 +2,15 @@
 
 import icd_lightning  # noqa: F401, I001  must come before diffusers and peft
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor
 
+from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
 from icd_lightning.diffusion import Denoiser, NoiseSchedule, guidance_embedding
 
@@ -60,3 +63,9 @@ def golden_networks() -> GoldenNetworks:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_family(tmp_path_factory) -> Path:
+    """A family of random weights with both students, to read from."""
+    return write_family(tmp_path_factory.mktemp("family"))

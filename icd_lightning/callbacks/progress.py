@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 
@@ -36,8 +37,9 @@ class TrainingProgress(RichProgressBar):
             self._next_line = now + self.every_seconds
             metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
             shown = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
-            left = self._throughput.seconds_left(trainer.global_step, trainer.max_steps)
-            log.info("step %d/%d  %s  %s left", trainer.global_step, trainer.max_steps, shown, _clock(left))
+            last = trainer.estimated_stepping_batches
+            left = self._throughput.seconds_left(trainer.global_step, last)
+            log.info("step %d/%s  %s  %s left", trainer.global_step, last, shown, _clock(left))
 
     def get_metrics(self, trainer, pl_module) -> dict:
         """The logged ones and the throughput, without the run's version number."""
@@ -62,10 +64,13 @@ class Throughput:
     def rate(self) -> float:
         return self.images / max(1e-6, time.monotonic() - self.start)
 
-    def seconds_left(self, step: int, last: int) -> float:
+    def seconds_left(self, step: int, last: float) -> float:
         done = max(1, step - self.first_step)
         return (last - step) * (time.monotonic() - self.start) / done
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(max(0, seconds)))
+    if not math.isfinite(seconds):
+        return "for ever"
+    minutes, rest = divmod(round(max(0, seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -31,6 +31,8 @@ class ReconstructionCallback(lightning.Callback):
     def __init__(
         self, metrics: Sequence[str] = ("psnr", "ssim"), *, num_images: int = 32, grid_columns: int = 8
     ) -> None:
+        if min(num_images, grid_columns) < 1:
+            raise ValueError(f"num_images {num_images} and grid_columns {grid_columns} must be 1 or more")
         self.num_images, self.grid_columns = num_images, grid_columns
         self.metrics = {name: self._metrics(metrics) for name in ("reconstruction", "reconstruction_guided")}
         self._seen = 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 
 import lightning
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icd_lightning.commands.parsing import OneLineErrors
 from icd_lightning.tasks.base import Task
@@ -22,6 +24,8 @@ NOT_NEWS = (
     ".*The `srun` command is available.*",
 )
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 class FitParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with our errors."""
@@ -29,6 +33,19 @@ class FitParser(OneLineErrors, LightningArgumentParser):
 
 class FitCommand(LightningCLI):
     """LightningCLI over a Task and a LightningDataModule, both named by the configuration."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            model_class=Task,
+            datamodule_class=lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=FitParser,
+            parser_kwargs={"prog": "icd"},
+            args=args,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -61,21 +78,19 @@ def run(args: list[str]) -> None:
     """Compose the configuration, build trainer, task and data, and call the trainer."""
     for message in NOT_NEWS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
-    FitCommand(
-        model_class=Task,
-        datamodule_class=lightning.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        parser_class=FitParser,
-        parser_kwargs={"prog": "icd"},
-        args=args,
-    )
+    try:
+        FitCommand(args)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except SystemExit as end:
+        raise SystemExit(INTERRUPTED if end.code == 1 else end.code) from None  # Lightning's 1 means Ctrl-C alone
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Tips and advertisements are not."""
+    """Tips and advertisements are not, nor what RunCheckpoint says better."""
     message = record.getMessage()
-    return not any(word in message for word in ("Tip", "litlogger", "TPU available", "HPU available"))
+    return not any(
+        word in message for word in ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt")
+    )

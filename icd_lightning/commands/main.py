@@ -6,9 +6,12 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from icd_lightning.commands.guide import GUIDES
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("icd_lightning.commands.fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
@@ -41,10 +44,15 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.write(f"icd {__version__}\n")
         return
     name, rest = _split(args)
+    if name in GUIDES and {"-h", "--help"} & set(rest):
+        sys.stdout.write(GUIDES[name])
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
     try:
         _load(name)(name, rest)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, OSError) as error:
         if os.environ.get("ICD_TRACEBACK"):
             raise
@@ -101,7 +109,7 @@ def _load(name: str) -> Callable[[str, list[str]], None]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     if attribute == "run":  # LightningCLI parses by itself
-        return lambda name, args: function([name, *args])
+        return lambda name, args: function([name, *("--help" if word == "--help_all" else word for word in args)])
     from icd_lightning.commands.parsing import call
 
     return lambda name, args: call(function, name, args)

@@ -224,7 +224,7 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
     """Find, check and count shards; raise ValueError or FileNotFoundError for the first that is not as it should be.
 
     `verify` compares each local shard with the manifest beside it: "bytes" its size, "count" also its number of samples
-    (some 20,000 samples a second), "sha256" also its content. Counts come from the manifest or else from the tar's
+    (some 10,000 samples a second), "sha256" also its content. Counts come from the manifest or else from the tar's
     headers; with "off", and for shards that are not local, `samples` is None.
     """
     found = find_shards(urls)

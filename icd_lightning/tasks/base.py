@@ -117,6 +117,10 @@ class Task(lightning.LightningModule):
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
             self.log(f"grad_norm/{group['name']}", norm)
 
+    def test_step(self, batch, batch_idx: int) -> None:
+        """As validation, on the data module's test set."""
+        self.validation_step(batch, batch_idx)
+
     def draws(self) -> Draws:
         """The random numbers of this micro-batch."""
         # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume

@@ -31,6 +31,10 @@ class LossWeights:
         if min(asdict(self).values()) < 0 or not any(asdict(self).values()):
             raise ValueError(f"loss weights must be 0 or more, and one at least positive; got {asdict(self)}")
 
+    def of(self, direction: str) -> dict[str, float]:
+        """Those of the losses that train the forward or the reverse student, where they are not 0."""
+        return {name: value for name, value in asdict(self).items() if name.startswith(direction) and value > 0}
+
 
 class InvertibleConsistencyDistillation(Task):
     """Both students, LoRA adapters on one frozen guidance-distilled UNet, trained by the sum of up to four losses.
@@ -66,11 +70,15 @@ class InvertibleConsistencyDistillation(Task):
             raise ValueError(f"huber_c {huber_c} must be positive (the paper's is 0.001)")
         self.boundaries = Boundaries(tuple(boundaries) if 0 in boundaries else (0, *boundaries))
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        self.weights = losses
         self.huber_c = huber_c
-        self.trained = [name for name, direction in ADAPTERS.items() if train in ("both", direction)]
-        if not any(map(self._counts, asdict(losses))):
+        directions = [direction for direction in ADAPTERS.values() if train in ("both", direction)]
+        self.weights = {name: value for direction in directions for name, value in losses.of(direction).items()}
+        if not self.weights:
             raise ValueError(f"none of the losses with a weight trains the {train} model; got {asdict(losses)}")
+        # a student that no loss reaches is not in training: DDP would wait for its gradients
+        self.trained = [
+            adapter for adapter, direction in ADAPTERS.items() if direction in directions and losses.of(direction)
+        ]
         self.family, self.decoding = family, decoding
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
@@ -91,7 +99,7 @@ class InvertibleConsistencyDistillation(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self.draws())
-        total = sum(getattr(self.weights, name) * value.mean() for name, value in losses.items())
+        total = sum(self.weights[name] * value.mean() for name, value in losses.items())
         self.log_losses(total, {name: value.mean() for name, value in losses.items()})
         return total
 
@@ -121,12 +129,7 @@ class InvertibleConsistencyDistillation(Task):
                 reverse(1.0), forward(1.0), data, boundaries.forward_preservation[n], huber_c=c
             ),
         }
-        return {name: loss() for name, loss in losses.items() if self._counts(name)}
-
-    def _counts(self, name: str) -> bool:
-        """A loss counts where it has a weight and the student it is named after is in training."""
-        direction = name.split("_")[0]
-        return getattr(self.weights, name) > 0 and any(ADAPTERS[adapter] == direction for adapter in self.trained)
+        return {name: loss() for name, loss in losses.items() if name in self.weights}
 
     def export(self, folder: Path) -> None:
         """Write each trained student to `forward/` or `reverse/`, as plain diffusers loads it."""

@@ -287,9 +287,9 @@ def test_every_kind_of_edit_happens():
 def test_edits_that_do_not_fit_are_refused():
     rng = np.random.default_rng(0)
     single, pair = one(), next(scene for scene in world(20) if scene.relation)
-    with pytest.raises(ValueError, match="'remove' does not fit this scene; possible: color, .*, add$"):
+    with pytest.raises(ValueError, match=r"'remove' does not fit this scene; possible: color, .*, add$"):
         random_edit(single, rng, "remove")
-    with pytest.raises(ValueError, match="'add' does not fit this scene; possible: color, .*, remove$"):
+    with pytest.raises(ValueError, match=r"'add' does not fit this scene; possible: color, .*, remove$"):
         random_edit(pair, rng, "add")
     with pytest.raises(ValueError, match="'rotate' does not fit"):
         random_edit(pair, rng, "rotate")
@@ -312,14 +312,23 @@ def test_the_same_scene_gives_the_same_picture():
         assert not np.array_equal(render(scene), render(replace(scene, noise_seed=scene.noise_seed + 1)))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("radius", [1.1, 9.0, 60.0])
+def test_no_shape_paints_beyond_its_reach(shape, radius):
+    """Not even with the soft edge, 1.5 pixels on: radius is that of the object in pixels."""
+    angle, beyond = np.meshgrid(np.linspace(0, 2 * np.pi, 3601), np.linspace(0, 5, 50))
+    r = shapes.REACH[shape] + (1.5 + beyond) / radius
+    assert (shapes._signed_distance(shape, r * np.cos(angle), r * np.sin(angle)) * radius).min() >= 0.5
+
+
 @pytest.mark.parametrize("size", [8, 64, 100])
-def test_nothing_is_cut_off_where_the_renderer_does_not_look(monkeypatch, size):
+def test_the_renderer_may_leave_out_what_lies_beyond_the_reach(monkeypatch, size):
     rng = np.random.default_rng(0)
     scenes = [
         one(shape=shape, radius=radius, angle=rng.uniform(-3, 3), center=tuple(rng.uniform(-10, 74, 2)))
         for shape in SHAPES
-        for radius in (3.0, 9.0, 15.5, 30.0)
-        for _ in range(5)
+        for radius in (3.0, 9.0, 30.0)
+        for _ in range(3)
     ]
     pictures = [render(scene, size) for scene in scenes]
     monkeypatch.setattr(shapes, "REACH", dict.fromkeys(SHAPES, 100.0))

@@ -1,0 +1,82 @@
+"""Checkpoints from which a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps `checkpoints/last.ckpt` in the run's folder: at every `every_n_train_steps`, at the last step, at Ctrl-C.
+
+    Only ever between two optimizer steps. Saved in the middle of one, as Lightning would on an exception, a checkpoint
+    may hold half an update, lacks the gradients accumulated so far, and during a validation has averaged weights in the
+    place of the trained ones; and a rank that saves because it failed waits for the others for ever. So the first
+    Ctrl-C (or SIGTERM) lets the step end, on all ranks the same one; the second stops at once, and like any error
+    leaves the checkpoint before.
+    """
+
+    def __init__(self, every_n_train_steps: int = 250) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps {every_n_train_steps} must be 1 or more")
+        super().__init__(
+            save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
+        )
+        self._asked_to_stop = False
+        self._handlers: dict[signal.Signals, signal.Handlers] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen for signals."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Save if it is time to, or time to stop."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        done, stop = trainer.global_step == trainer.max_steps, self._asked_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if done or stop:
+            self._save(trainer)
+        if stop and not done:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save what ended otherwise than by max_steps."""
+        self._save(trainer)
+        self._restore_handlers()
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        """Say where the run can go on; nothing is saved here."""
+        if not isinstance(exception, KeyboardInterrupt):
+            self._restore_handlers()
+        elif trainer.is_global_zero:
+            saved = self._last_global_step_saved
+            rest = f"the same command goes on after step {saved} (ckpt_path: last)" if saved else "nothing is saved"
+            log.info("stopped at step %d; %s", trainer.global_step, rest)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        log.info("stopping after this step; once more to stop at once")
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
