@@ -81,11 +81,12 @@ def write_family(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def write_students(folder: Path, family: Family, *, seed: int = 0, boundaries: list[int] = BOUNDARIES) -> None:
-    """Write `forward/` and `reverse/`, of rank 4, away from the teacher and from each other."""
+def write_students(folder: Path, family: Family, *, seed: int = 0, boundaries: list[int] | None = BOUNDARIES) -> None:
+    """Write `forward/` and `reverse/`, of rank 4, away from the teacher and from each other; None: of no boundaries."""
     students = Students(family.load_unet(guided=True), family.load_schedule(), lora=LoraSettings(rank=4))
     generator = torch.Generator().manual_seed(seed)
+    about = {"family": "random"} | ({} if boundaries is None else {"boundaries": boundaries})
     for adapter, direction in ADAPTERS.items():
         for parameter in students.parameters_of(adapter):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        save_student(students, adapter, folder / direction, metadata={"boundaries": boundaries, "family": "random"})
+        save_student(students, adapter, folder / direction, metadata=about)

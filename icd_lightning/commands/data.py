@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 
 def shapes(
-    out: str,
-    count: int,
+    out: str = "data/shapes",
     *,
+    count: int,
     shard_size: int = 1000,
     format: Literal["png", "jpg"] = "png",
     seed: int = 0,

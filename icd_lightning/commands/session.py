@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning import __version__
@@ -100,8 +100,8 @@ def save_image(path: Path, image: Tensor, about: dict[str, str]) -> None:
 
 def save_latents(path: Path, latents: Tensor, about: dict[str, str]) -> None:
     """Write latents (B, C, h, w) as safetensors, whole or not at all."""
-    tensors = {"latents": latents.float().cpu().contiguous()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+    data = save({"latents": latents.float().cpu().contiguous()}, metadata=about)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))  # safetensors' own writer ignores the umask
 
 
 def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:

@@ -96,7 +96,7 @@ class SceneDataModule(lightning.LightningDataModule):
         stream = SceneStream(
             self.hparams.seed, self.hparams.batch_size, first=self._consumed, rank=rank, world_size=world_size
         )
-        return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers)
+        return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers, collate_fn=_unchanged)
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._place()
@@ -108,7 +108,8 @@ class SceneDataModule(lightning.LightningDataModule):
             )
         stop = total // (size * world_size)
         stream = SceneStream(HELD_OUT_SEED, size, stop=stop, rank=rank, world_size=world_size)
-        return DataLoader(stream, batch_size=None)  # of a stream: Lightning would divide a list over ranks once more
+        # of a stream, for Lightning would divide a list over ranks once more
+        return DataLoader(stream, batch_size=None, collate_fn=_unchanged)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -120,3 +121,7 @@ class SceneDataModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the batch after those."""
         self._consumed = state_dict["consumed"]
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

@@ -14,6 +14,10 @@ from icd_lightning.models.conditioning import Conditioning
 log = logging.getLogger(__name__)
 
 
+MAX_REPORTS = 20
+"""Cut prompts that are logged; captions on the web are long, and a training sees millions of them."""
+
+
 class CLIPConditioner(nn.Module):
     """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
 
@@ -21,17 +25,17 @@ class CLIPConditioner(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self._reported: set[str] = set()
 
     @property
     def max_length(self) -> int:
         return int(self.text_encoder.config.max_position_embeddings)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged."""
-        for prompt, ids in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+        """Token ids (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged, once."""
+        for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if len(ids) > self.max_length:
-                lost = self.tokenizer.decode(ids[self.max_length - 1 : -1])
-                log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
+                self._report(prompt, self.tokenizer.decode(ids[self.max_length - 1 : -1]))
         padded = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
@@ -46,3 +50,11 @@ class CLIPConditioner(nn.Module):
     def unconditional(self, batch_size: int) -> Conditioning:
         """The embeddings that stand for no prompt, (B, L, D)."""
         return self([""]).repeat(batch_size)
+
+    def _report(self, prompt: str, lost: str) -> None:
+        if prompt in self._reported or len(self._reported) >= MAX_REPORTS:
+            return
+        self._reported.add(prompt)
+        log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
+        if len(self._reported) == MAX_REPORTS:
+            log.warning("prompts cut from now on are not reported")

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from icd_lightning.commands.data import describe, shapes
+from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest, index_shard
 from icd_lightning.data.scenes import scene_at
 from icd_lightning.data.shapes import Scene, render
@@ -17,7 +18,7 @@ def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
     from io import BytesIO
     from json import loads
 
-    shapes(str(tmp_path), 25, shard_size=10, seed=3, num_workers=1)
+    shapes(str(tmp_path), count=25, shard_size=10, seed=3, num_workers=1)
     samples = samples_of(tmp_path)
     assert [sample["__key__"] for sample in samples] == [f"{n:08d}" for n in range(25)]
     for index, sample in enumerate(samples):
@@ -29,20 +30,20 @@ def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
 
 def test_the_number_of_workers_changes_nothing(tmp_path):
     for workers in (1, 2):
-        shapes(str(tmp_path / str(workers)), 210, size=8, shard_size=150, num_workers=workers)
+        shapes(str(tmp_path / str(workers)), count=210, size=8, shard_size=150, num_workers=workers)
     assert Manifest.load(tmp_path / "1") == Manifest.load(tmp_path / "2")
     assert Manifest.load(tmp_path / "1").samples == 210
 
 
 def test_shapes_keeps_what_it_wrote_before_and_says_so(tmp_path, capsys):
-    shapes(str(tmp_path), 5, format="jpg", num_workers=1)
+    shapes(str(tmp_path), count=5, format="jpg", num_workers=1)
     before = (tmp_path / "00000.tar").stat()
-    shapes(str(tmp_path), 5, format="jpg", num_workers=1)
+    shapes(str(tmp_path), count=5, format="jpg", num_workers=1)
     assert "already" in capsys.readouterr().out
     assert (tmp_path / "00000.tar").stat() == before
     with pytest.raises(ValueError, match=r"count 5, not 6.*--overwrite"):
-        shapes(str(tmp_path), 6, format="jpg", num_workers=1)
-    shapes(str(tmp_path), 6, format="jpg", overwrite=True, num_workers=1)
+        shapes(str(tmp_path), count=6, format="jpg", num_workers=1)
+    shapes(str(tmp_path), count=6, format="jpg", overwrite=True, num_workers=1)
     assert Manifest.load(tmp_path).samples == 6
 
 
@@ -57,14 +58,14 @@ def test_shapes_keeps_what_it_wrote_before_and_says_so(tmp_path, capsys):
     ],
 )
 def test_shapes_refuses_wrong_values_and_touches_nothing(tmp_path, options, message):
-    shapes(str(tmp_path), 5, num_workers=1)
+    shapes(str(tmp_path), count=5, num_workers=1)
     with pytest.raises(ValueError, match=message):
         shapes(**({"out": str(tmp_path), "count": 5, "overwrite": True} | options))
     assert len(samples_of(tmp_path)) == 5
 
 
 def test_describe_shows_what_is_there_and_fails_where_the_manifest_does(tmp_path, capsys):
-    shapes(str(tmp_path), 25, shard_size=10, num_workers=1)
+    shapes(str(tmp_path), count=25, shard_size=10, num_workers=1)
     describe(str(tmp_path))
     shown = capsys.readouterr().out
     for part in ("25", "25 png", "64 x 64", "background", "agrees"):
@@ -73,3 +74,14 @@ def test_describe_shows_what_is_there_and_fails_where_the_manifest_does(tmp_path
     shard.write_bytes(shard.read_bytes()[:20000])
     with pytest.raises(ValueError, match=r"00001.tar holds \d samples"):
         describe([str(tmp_path / "{00000..00002}.tar")])
+
+
+def test_the_command_line(tmp_path, capsys):
+    main(["data", "shapes", "--out", str(tmp_path), "--count", "5", "--format", "jpg"])
+    main(["data", "shapes", "--out", str(tmp_path), "--count", "6", "--overwrite"])
+    main(["data", "describe", str(tmp_path)])
+    assert "6 png" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "shapes", "--out", str(tmp_path), "--count", "7"])
+    assert stopped.value.code == 2
+    assert "count 6, not 7" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_ranks_together_see_the_joined_batch(world_size):
 def test_workers_give_what_one_process_gives(first):
     for rank in range(2):
         stream = SceneStream(7, 2, first=first, stop=first + 7, rank=rank, world_size=2)
-        loader = DataLoader(stream, batch_size=None, num_workers=3)
+        loader = DataLoader(stream, batch_size=None, num_workers=2, collate_fn=lambda batch: batch)
         assert all(same(*pair) for pair in zip(loader, stream, strict=True))
 
 
@@ -114,9 +114,9 @@ def fit(module: Recorder, folder, *, max_steps: int, resume: bool = False, **dat
     trainer.fit(module, datamodule=scenes, ckpt_path=folder / "last.ckpt" if resume else None)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("interrupt_at", [4, 6])
-def test_an_interrupted_run_goes_on_with_the_batch_it_was_stopped_in(tmp_path, num_workers, interrupt_at):
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("interrupt_at", "num_workers"), [(4, 0), (6, 0), (6, 2)])
+def test_an_interrupted_run_goes_on_with_the_batch_it_was_stopped_in(tmp_path, interrupt_at, num_workers):
     stopped, resumed = Recorder(interrupt_at), Recorder()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(stopped, tmp_path, max_steps=9, num_workers=num_workers)
@@ -124,6 +124,7 @@ def test_an_interrupted_run_goes_on_with_the_batch_it_was_stopped_in(tmp_path, n
     assert [key for batch in stopped.trained + resumed.trained for key in batch] == numbered(7, range(18))
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_run_can_be_prolonged(tmp_path):
     short, longer = Recorder(), Recorder()
     fit(short, tmp_path, max_steps=4)

@@ -1,0 +1,107 @@
+import os
+import signal
+
+import lightning
+import pytest
+import torch
+from toy_case import Toy, toy_loader
+from training_case import trainer_for
+
+from icd_lightning.callbacks.averaging import ExponentialAverage
+from icd_lightning.callbacks.checkpoint import RunCheckpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+
+class Send(lightning.Callback):
+    """Sends this process signals in the middle of a micro-batch."""
+
+    def __init__(self, batch_idx: int, *signals: int) -> None:
+        self.batch_idx, self.signals = batch_idx, signals
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.fit_loop.batch_idx == self.batch_idx:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+class FailIn(lightning.Callback):
+    """Fails in the first validation."""
+
+    def on_validation_batch_start(self, trainer, *_) -> None:
+        raise RuntimeError("failed")
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Lightning ignores SIGINT from the first on, for good."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def fit(folder, *callbacks, every: int = 100, **options) -> Toy:
+    task = Toy()
+    options = {"max_steps": 8, "callbacks": [*callbacks, RunCheckpoint(every)], "enable_checkpointing": True, **options}
+    trainer_for(folder, **options).fit(task, toy_loader(), toy_loader(2), ckpt_path="last")
+    return task
+
+
+def saved(folder) -> dict:
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_whole_step_that_is_saved(tmp_path, number):
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", Send(2, number))
+    assert saved(tmp_path / "run")["global_step"] == 3
+    assert fit(tmp_path / "run").number.item() == whole.number.item()
+    assert saved(tmp_path / "run")["global_step"] == 8
+
+
+def test_it_waits_for_the_last_micro_batch_of_a_step(tmp_path):
+    options = {"accumulate_grad_batches": 3, "max_steps": 4}
+    whole = fit(tmp_path / "whole", **options)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", Send(3, signal.SIGINT), **options)
+    state = saved(tmp_path / "run")
+    assert state["global_step"] == 2
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 6
+    assert fit(tmp_path / "run", **options).number.item() == whole.number.item()
+
+
+def test_a_second_signal_stops_at_once_and_saves_nothing(tmp_path):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Send(4, signal.SIGINT, signal.SIGINT), every=3)
+    assert saved(tmp_path)["global_step"] == 3
+
+
+def test_an_error_leaves_the_checkpoint_before(tmp_path):
+    """In a validation the averaged weights stand in the place of the trained ones: not a moment to save."""
+    options = {"val_check_interval": 5, "check_val_every_n_epoch": None, "every": 3}
+    with pytest.raises(RuntimeError, match="failed"):
+        fit(tmp_path / "run", ExponentialAverage(0.5), FailIn(), **options)
+    assert saved(tmp_path / "run")["global_step"] == 3
+    whole = fit(tmp_path / "whole", ExponentialAverage(0.5), **options)
+    assert fit(tmp_path / "run", ExponentialAverage(0.5), **options).number.item() == whole.number.item()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 5}])
+def test_the_last_step_is_saved_whatever_ends_the_run(tmp_path, options):
+    fit(tmp_path, every=2, **options)
+    assert saved(tmp_path)["global_step"] == 5
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fit(tmp_path, max_steps=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_no_steps_between_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="every_n_train_steps 0 must be 1 or more"):
+        RunCheckpoint(0)

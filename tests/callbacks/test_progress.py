@@ -1,0 +1,47 @@
+import logging
+import re
+
+import pytest
+from toy_case import Toy, toy_loader
+from training_case import trainer_for
+
+from icd_lightning.callbacks.progress import Throughput, TrainingProgress, _clock
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+
+def test_a_log_gets_lines_with_loss_images_a_second_and_time_left(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "icd_lightning")
+    progress = TrainingProgress(every_seconds=0)
+    trainer_for(tmp_path, max_steps=3, callbacks=[progress], enable_progress_bar=True).fit(Toy(), toy_loader())
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("icd_lightning")]
+    assert len(lines) == 3
+    for step, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"step {step}/3  train/loss \S+  images/s \S+  \d+:\d\d:\d\d left", line), line
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_lines_keep_their_distance(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "icd_lightning")
+    progress = TrainingProgress(every_seconds=3600)
+    trainer_for(tmp_path, max_steps=5, callbacks=[progress], enable_progress_bar=True).fit(Toy(), toy_loader())
+    assert sum(record.name.startswith("icd_lightning") for record in caplog.records) == 1
+
+
+def test_throughput_counts_from_where_a_run_went_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    throughput = Throughput()
+    throughput.restart(50)
+    for _ in range(10):
+        throughput.add(8)
+    now[0] += 20
+    assert throughput.rate == 4.0
+    assert throughput.seconds_left(60, 100) == 80.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00:00"), (59.6, "0:01:00"), (130_000, "36:06:40"), (float("inf"), "for ever")]
+)
+def test_time_left_can_be_longer_than_a_day(seconds, shown):
+    assert _clock(seconds) == shown

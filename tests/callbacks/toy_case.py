@@ -1,0 +1,36 @@
+"""The smallest task, for callbacks that do not ask what is trained."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from icd_lightning.tasks.base import OptimizerSettings, Task
+
+
+class Toy(Task):
+    """Learns one number; the frozen ones and the buffers beside it are of any type."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerSettings(lr=0.1))
+        self.number = torch.nn.Parameter(torch.zeros(1))
+        self.frozen = torch.nn.Parameter(torch.randn(1000).to(torch.bfloat16), requires_grad=False)
+        self.register_buffer("table", torch.rand(1000))
+        self.register_buffer("index", torch.arange(1000))
+
+    def training_step(self, batch, batch_idx):
+        loss = (batch[0].mean() - self.number).square().sum()
+        self.log_losses(loss, {"part": loss})
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/number", self.number)
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "number.txt").write_text(repr(self.number.item()))
+
+
+def toy_loader(count: int = 32) -> DataLoader:
+    """Batches of 2 numbers."""
+    return DataLoader(TensorDataset(torch.linspace(1, 2, count)), batch_size=2)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from training_case import distillation, frozen_weights, same, scenes_data, trainer_for
+
+from icd_lightning.callbacks.checkpoint import RunCheckpoint
+from icd_lightning.data.scenes import scene_at, scene_batch
+from icd_lightning.models.family import Family
+from icd_lightning.tasks.base import Draws, OptimizerSettings
+from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+SCALES = (1.0, 3.0, 5.0)
+
+
+def stage_one(random_family, **options) -> GuidanceDistillation:
+    return GuidanceDistillation(
+        Family(str(random_family)), SCALES, optimizer=OptimizerSettings(lr=2e-2, betas=(0.9, 0.99)), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return scene_batch([scene_at(1, i) for i in range(8)], [str(i) for i in range(8)])
+
+
+def error(task: GuidanceDistillation, batch, w: float) -> float:
+    with torch.no_grad():
+        return task.loss(batch, torch.full((len(batch.captions),), w), Draws(0, 0)).mean().item()
+
+
+@pytest.fixture(scope="module")
+def trained(random_family, scenes, batch, tmp_path_factory):
+    """A task after 12 steps, its folder, and the errors and frozen weights that it began with."""
+    folder, task = tmp_path_factory.mktemp("guidance"), stage_one(random_family)
+    before, frozen = {w: error(task, batch, w) for w in SCALES}, frozen_weights(task)
+    trainer = trainer_for(folder, max_steps=12, callbacks=[RunCheckpoint()], enable_checkpointing=True)
+    trainer.fit(task, datamodule=scenes_data(scenes, batch_size=8))
+    task.export(folder)
+    return task, folder, before, frozen
+
+
+def test_the_student_begins_as_the_teacher_without_guidance(trained):
+    *_, before, _ = trained
+    assert before[1.0] < 1e-10
+    assert 1e-8 < before[3.0] < before[5.0]
+
+
+def test_training_teaches_the_guidance_scale(trained, batch):
+    task, _, before, _ = trained
+    for w in (3.0, 5.0):
+        assert error(task, batch, w) < 0.7 * before[w], w
+
+
+def test_the_teacher_stays_frozen_and_out_of_the_checkpoint(trained):
+    task, folder, _, frozen = trained
+    assert any(name.startswith("teacher.") for name in frozen)
+    assert same(frozen_weights(task), frozen)
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == {f"student.{name}" for name, _ in task.student.named_parameters()}
+
+
+def test_what_it_exports_is_the_teacher_of_stage_two(random_family, trained, batch):
+    task, folder, *_ = trained
+    loaded = Family(str(random_family), guided_unet=str(folder / "unet_guided")).load_unet(guided=True)
+    assert same(loaded.state_dict(), task.student.state_dict())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    family = Family(str(random_family), guided_unet=str(folder / "unet_guided"))
+    stage_two = type(distillation(random_family))(family, guidance_scales=SCALES)
+    losses = stage_two.losses(batch, Draws(0, 0))
+    assert all(torch.isfinite(value).all() for value in losses.values())
+
+
+def test_a_guided_teacher_and_scales_below_one_are_refused(random_family):
+    with pytest.raises(ValueError, match=r"guidance_scales \[0.5, 3\] must be 1"):
+        GuidanceDistillation(Family(str(random_family)), (0.5, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        GuidanceDistillation(Family(str(random_family)), ())
+
+
+def test_validation_logs_an_error_for_each_scale(random_family, scenes, tmp_path, batch):
+    task = stage_one(random_family)
+    trainer = trainer_for(tmp_path)
+    metrics, again = (
+        trainer.validate(task, datamodule=scenes_data(scenes, val_urls=str(scenes)), verbose=False)[0] for _ in range(2)
+    )
+    assert metrics.keys() == {"val/error_w1", "val/error_w3", "val/error_w5"}
+    assert metrics == again  # the same noise and timesteps every time

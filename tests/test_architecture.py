@@ -1,0 +1,94 @@
+"""Imports point one way: a part of the package may use what lies below it or beside it, and nothing above.
+
+diffusion <- models <- tasks, editing <- callbacks, evaluation <- apps, commands;   data and metrics beside models
+"""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import icd_lightning
+
+PACKAGE = Path(icd_lightning.__file__).parent
+LAYERS = [{"diffusion"}, {"data", "metrics", "models"}, {"editing", "tasks"}, {"callbacks", "evaluation"}]
+LAYERS += [{"apps", "commands"}]
+LIGHTNING_MODULES = ("data/datamodule.py", "data/scenes.py")
+LIGHTNING_PARTS = ("tasks", "callbacks", "commands")
+
+MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import: write the full name"
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "icd_lightning"
+                else {node.module}
+            )
+    return found
+
+
+def part_of(name: str) -> str | None:
+    """The part of the package that a module belongs to, e.g. "models"; None for the package itself and for others."""
+    words = name.split(".")
+    return words[1] if words[0] == "icd_lightning" and len(words) > 1 and not words[1].startswith("_") else None
+
+
+def parts_used() -> dict[str, set[str]]:
+    used: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        part = name.split("/")[0]
+        used.setdefault(part, set()).update(filter(None, map(part_of, imports(path))))
+    return {part: others - {part} for part, others in used.items() if not part.endswith(".py")}
+
+
+def test_every_part_has_its_layer():
+    known = set().union(*LAYERS)
+    assert {name.split("/")[0] for name in MODULES if "/" in name} <= known
+
+
+@pytest.mark.parametrize("part", sorted(parts_used()))
+def test_imports_point_one_way(part):
+    level = next(index for index, layer in enumerate(LAYERS) if part in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    assert parts_used()[part] <= allowed
+
+
+def test_parts_of_one_layer_do_not_use_each_other_in_a_circle():
+    uses = parts_used()
+    while leaves := {part for part, others in uses.items() if not others & uses.keys()}:
+        uses = {part: others for part, others in uses.items() if part not in leaves}
+    assert not uses
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("diffusion/")])
+def test_the_mathematics_needs_torch_and_the_standard_library_only(module):
+    allowed = {"torch", *sys.stdlib_module_names}
+    assert all(name.split(".")[0] in allowed or part_of(name) == "diffusion" for name in imports(MODULES[module]))
+
+
+def users_of(*libraries: str) -> set[str]:
+    return {
+        name for name, path in MODULES.items() if libraries and {i.split(".")[0] for i in imports(path)} & {*libraries}
+    }
+
+
+def test_lightning_stays_with_what_it_runs():
+    elsewhere = {
+        name for name in users_of("lightning", "pytorch_lightning") if name.split("/")[0] not in LIGHTNING_PARTS
+    }
+    assert elsewhere <= set(LIGHTNING_MODULES)
+
+
+def test_adapters_are_handled_in_one_place():
+    assert {name.split("/")[0] for name in users_of("peft")} == {"models"}
