@@ -38,10 +38,10 @@ lint: $(STAMP) ## ruff, and mypy on the mathematics
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 data/shapes/train/manifest.json: | $(STAMP)
-	$(ICD) data shapes data/shapes/train --count 20000 --seed 0
+	$(ICD) data shapes --out data/shapes/train --count 20000 --seed 0
 
 data/shapes/val/manifest.json: | $(STAMP)
-	$(ICD) data shapes data/shapes/val --count 512 --seed 1
+	$(ICD) data shapes --out data/shapes/val --count 512 --seed 1
 
 train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train both tiny students longer; results in outputs/train-tiny
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)

@@ -55,11 +55,11 @@ def shapes(
     Console().print(f"{out} holds {manifest.samples} pictures in {len(manifest.shards)} shards")
 
 
-def describe(urls: str | list[str], *, examples: int = 4) -> None:
+def describe(*urls: str, examples: int = 4) -> None:
     """Count the samples of shards, show their files, sizes and captions, hold them against manifest.json.
 
     Args:
-        urls: A folder, shards, or patterns such as `shards/{00000..00009}.tar`.
+        urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`.
         examples: Samples to look into in each shard.
     """
     from rich.console import Console
@@ -67,7 +67,7 @@ def describe(urls: str | list[str], *, examples: int = 4) -> None:
 
     from icd_lightning.data.shards import describe_shards
 
-    found = describe_shards(urls, examples=examples)
+    found = describe_shards(list(urls), examples=examples)
     table = Table(show_header=False, box=None)
     table.add_row("shards", f"{found.shards}")
     table.add_row("samples", f"{found.samples}")
@@ -101,12 +101,10 @@ def _encoded_scenes(
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
-    import numpy as np
-
-    from icd_lightning.data.shapes import random_scene, render
+    from icd_lightning.data.shapes import render, scene_at
     from icd_lightning.data.shards import encode_sample
 
-    scene = random_scene(np.random.default_rng((seed, index)))
+    scene = scene_at(seed, index)
     return encode_sample(f"{index:08d}", render(scene, size), scene.caption(), scene.to_dict(), format=format)
 
 
@@ -114,12 +112,10 @@ def _version(size: int) -> str:
     """Change with the world: shards that an older program drew are not taken for today's."""
     import hashlib
 
-    import numpy as np
-
-    from icd_lightning.data.shapes import random_scene, render
+    from icd_lightning.data.shapes import render, scene_at
 
     digest = hashlib.sha256()
     for index in range(8):
-        scene = random_scene(np.random.default_rng((0, index)))
+        scene = scene_at(0, index)
         digest.update(scene.caption().encode() + render(scene, size).tobytes())
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ Train. Configurations are laid one over the other, each holding only what it cha
   conf/tiny/                the stages of `make tiny-weights`, each after conf/tiny/base.yaml
 
 Train
-  icd data shapes data/shapes/train --count 20000; icd data shapes data/shapes/val --count 512 --seed 1
+  icd data shapes --out data/shapes/train --count 20000; icd data shapes --out data/shapes/val --count 512 --seed 1
   icd fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml
 An ablation, in a folder of its own
   icd fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \\

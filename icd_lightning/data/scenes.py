@@ -12,15 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.shapes import Scene, random_scene, render
-
-HELD_OUT_SEED = 1_000_003
-"""Scenes of this seed are for validation; no training seed may equal it."""
-
-
-def scene_at(seed: int, index: int) -> Scene:
-    """The scene number `index` of the world `seed`; the same on every machine."""
-    return random_scene(np.random.default_rng((seed, index)))
+from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, render, scene_at
 
 
 def scene_batch(scenes: Sequence[Scene], keys: Sequence[str], size: int = 64) -> Batch:

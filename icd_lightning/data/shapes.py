@@ -46,6 +46,9 @@ TEXTURE_PERIOD = 10.0
 DARK_TONE = 0.6  # brightness of a texture's second tone
 NOISE_STD = 0.006
 
+HELD_OUT_SEED = 1_000_003
+"""Scenes of this seed are for validation; no training seed may equal it."""
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -159,6 +162,11 @@ def random_scene(rng: np.random.Generator) -> Scene:
     things = [_random_thing(rng, center, background.color) for center in _centers(rng, relation)[:count]]
     light = rng.uniform(-0.1, 0.1, 2)
     return Scene(tuple(things), background, relation, (float(light[0]), float(light[1])), int(rng.integers(2**31)))
+
+
+def scene_at(seed: int, index: int) -> Scene:
+    """The scene number `index` of the world `seed`; the same on every machine."""
+    return random_scene(np.random.default_rng((seed, index)))
 
 
 def random_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> tuple[Scene, str]:

@@ -17,7 +17,7 @@ UNGUIDED = StepGuidance(1.0)
 
 
 def seeded_noise(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise (B, C, H, W) in which sample i depends on seed + i alone, not on the batch or the device."""
+    """Standard normal noise (B, C, H, W); sample i depends on seed + i alone, not on the batch or the device."""
     count, *rest = shape
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed {seed} must be 0 or more, and less than 2^63")
@@ -109,7 +109,7 @@ class EditingMethod(ABC):
         swap_tau: float,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Decode inverted noise (B, C, h, w) with the target prompts; while t > swap_tau T, with the source's, unguided."""
+        """Decode inverted noise (B, C, h, w): the target prompts, but while t > swap_tau T the source's, unguided."""
         denoise = PromptSwap(
             self.denoiser(source_prompts, UNGUIDED),
             self.denoiser(target_prompts, guidance),

@@ -11,10 +11,10 @@ from icd_lightning.evaluation.bars import Bar
 
 HEAD = """# The tiny family
 
-A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/data/shapes.py`: 64 x 64 pixels,
-one or two objects on a background, captions such as "a small red striped circle left of a large blue ring on a
-green checkered background". It exists so that all of invertible consistency distillation runs on a laptop's processor, through
-the very code that serves SD1.5 and SDXL. It knows nothing but this world.
+A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/data/shapes.py`: 64 x 64
+pixels, one or two objects on a background, captions such as "a small red striped circle left of a large blue ring on a
+green checkered background". It exists so that all of invertible consistency distillation runs on a laptop's processor,
+through the very code that serves SD1.5 and SDXL. It knows nothing but this world.
 
 | part | class | what it is |
 |---|---|---|

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icd_lightning.data.scenes import HELD_OUT_SEED, scene_at, scene_batch
-from icd_lightning.data.shapes import ABSENT, Scene, labels, random_edit
+from icd_lightning.data.scenes import scene_batch
+from icd_lightning.data.shapes import ABSENT, HELD_OUT_SEED, Scene, labels, random_edit, scene_at
 from icd_lightning.diffusion import GuidanceSchedule, Step
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.metrics.attributes import attribute_accuracy

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icd_lightning.data.scenes import HELD_OUT_SEED
+from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.method import EditingMethod
 from icd_lightning.evaluation.scenes import (

@@ -63,7 +63,7 @@ def generation_table(results: Mapping[str, dict[str, Any]], settings: StudySetti
     rows = tuple((name, *(100 * result["generation"][key] for key in names)) for name, result in results.items())
     return Table(
         title="Generation: attributes of the caption that the picture shows (%)",
-        note=f"{settings.count} pictures from drawn noise, w {settings.guidance_scale:g}, tau {settings.tau:g}, as read "
+        note=f"{settings.count} pictures from drawn noise, w {settings.guidance_scale:g}, tau {settings.tau:g}, read "
         "by the same network.",
         header=("method", *names),
         rows=rows,

@@ -74,7 +74,7 @@ class FID(FrechetInceptionDistance):
 
 def lpips() -> LPIPS:
     """LPIPS with VGG16. FileNotFoundError, with what to fetch, where its weights are not on this machine."""
-    return LPIPS(_lpips_vgg16(torch.load(_find(VGG16_URL, "lpips"), map_location="cpu", weights_only=True)))
+    return LPIPS(_lpips_vgg16(_load(_find(VGG16_URL, "lpips"))))
 
 
 def fid() -> FID:
@@ -91,15 +91,23 @@ def _square(images: Tensor, size: int) -> Tensor:
 
 
 def _lpips_vgg16(vgg16: dict[str, Tensor]) -> nn.Module:
-    """lpips' network with its own heads and torchvision's trunk, weight by weight: none may stay random."""
+    """lpips' network with its own heads and torchvision's trunk, built without weights, so that none stays random."""
     import lpips
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # torchvision's, about the arguments that lpips gives it
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # random: else it would download
-    names = network.net.state_dict()  # sliceN.<i>.weight for torchvision's features.<i>.weight
-    network.net.load_state_dict({name: vgg16[f"features.{name.split('.', 1)[1]}"] for name in names})
+        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    # sliceN.<i>.weight is torchvision's features.<i>.weight
+    trunk = {f"net.{name}": vgg16[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
+    heads = _load(Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth")
+    network.scaling_layer = lpips.ScalingLayer()  # constants
+    network.load_state_dict(trunk | heads, strict=False, assign=True)  # `lins` is `lin0` ... once more
+    assert not any(value.is_meta for value in network.state_dict().values())
     return network
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _load_dinov2() -> tuple[Any, nn.Module]:

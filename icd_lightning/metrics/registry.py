@@ -19,7 +19,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
 
 
 def build_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """One metric for each name; each takes update(images, reference), (B, 3, H, W) in [-1, 1]. ValueError if unknown."""
+    """One metric a name, ValueError if unknown; each takes update(images, reference), (B, 3, H, W) in [-1, 1]."""
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"no metric {unknown[0]!r}; there is: {', '.join(METRICS)}")

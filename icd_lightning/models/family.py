@@ -1,4 +1,4 @@
-"""Where a model family's parts lie: a folder or hub id in diffusers' layout. SD1.5, SDXL and tiny differ in nothing else."""
+"""Where a model family's parts lie: a folder in diffusers' layout. SD1.5, SDXL and tiny differ in nothing else."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Family:
             if self.model == "tiny":
                 raise FileNotFoundError(f"the family 'tiny' did not come with this package: there is no {folder}")
             raise FileNotFoundError(
-                f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout (--model, "
-                "model.init_args.family.model, or MODEL=... of make), or use the shipped family 'tiny', which needs none"
+                f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout "
+                "(--model, model.init_args.family.model, or MODEL=... of make), or use the shipped family 'tiny'"
             )
         return folder
 
@@ -101,7 +101,8 @@ class Family:
                 return _frozen(UNet2DConditionModel.from_pretrained(folder, torch_dtype=self.dtype))
         raise FileNotFoundError(
             f"no guidance-distilled UNet at {self.guided_unet!r} or {self.root / self.guided_unet}: "
-            "train one with conf/task/guidance_distillation.yaml and name its folder in model.init_args.family.guided_unet"
+            "train one with conf/task/guidance_distillation.yaml and name its folder in "
+            "model.init_args.family.guided_unet"
         )
 
 

@@ -33,13 +33,17 @@ def data_for(scenes: Path, held_out: Path):
 
 def test_it_logs_what_the_pipeline_gives(random_family, scenes, held_out, tmp_path):
     task, data = distillation(random_family, decoding=DECODING), data_for(scenes, held_out)
-    metrics = trainer_for(tmp_path, callbacks=[ReconstructionCallback(num_images=5)]).validate(task, data, verbose=False)
+    metrics = trainer_for(tmp_path, callbacks=[ReconstructionCallback(num_images=5)]).validate(
+        task, data, verbose=False
+    )
     pipeline, parts = pipeline_of(task), []
     for seed, batch in zip((0, 3), data.val_dataloader(), strict=True):
         count = min(3, 5 - seed)  # pictures 0 to 2, then 3 and 4
         images, captions = batch.images[:count], batch.captions[:count]
         noise = pipeline.invert(images, captions, seed=seed)
-        parts.append([images, pipeline.generate(captions, noise), pipeline.generate(captions, noise, guidance=DECODING)])
+        parts.append(
+            [images, pipeline.generate(captions, noise), pipeline.generate(captions, noise, guidance=DECODING)]
+        )
     images, *results = (torch.cat(part) for part in zip(*parts, strict=True))
     for name, result in zip(("reconstruction", "reconstruction_guided"), results, strict=True):
         assert metrics[0][f"{name}/psnr"] == pytest.approx(psnr(result, images).mean().item(), rel=1e-5)

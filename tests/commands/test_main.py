@@ -93,7 +93,7 @@ def test_a_group_lists_its_commands(capsys):
         ("eval --count three", "count: Expected a int. Got value: three"),
         ("eval --count", "argument --count: expected one argument"),
         ("demo --steps x", "steps: Expected a int; Given value: x"),
-        ("data describe", "the following arguments are required: urls"),
+        ("data describe", "urls [] name no shards"),
         ("data describe nowhere", "nowhere"),
         ("fit --config nowhere.yaml", "nowhere.yaml"),
         ("fit --trainer.max_stpes 3", "unrecognized arguments: --trainer.max_stpes 3"),

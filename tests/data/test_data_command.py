@@ -5,8 +5,7 @@ from PIL import Image
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest, index_shard
-from icd_lightning.data.scenes import scene_at
-from icd_lightning.data.shapes import Scene, render
+from icd_lightning.data.shapes import Scene, render, scene_at
 from icd_lightning.data.shards import open_shards
 
 
@@ -73,7 +72,7 @@ def test_describe_shows_what_is_there_and_fails_where_the_manifest_does(tmp_path
     shard = tmp_path / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:20000])
     with pytest.raises(ValueError, match=r"00001.tar holds \d samples"):
-        describe([str(tmp_path / "{00000..00002}.tar")])
+        describe(str(tmp_path / "{00000..00001}.tar"), str(tmp_path / "00002.tar"))
 
 
 def test_the_command_line(tmp_path, capsys):

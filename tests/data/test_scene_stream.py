@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_pictures
-from icd_lightning.data.scenes import HELD_OUT_SEED, SceneDataModule, SceneStream, scene_at, scene_batch
-from icd_lightning.data.shapes import Scene, render
+from icd_lightning.data.scenes import SceneDataModule, SceneStream, scene_batch
+from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, render, scene_at
 
 
 def keys(batches: Iterable[Batch]) -> list[list[str]]:

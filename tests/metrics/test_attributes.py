@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from icd_lightning.data.scenes import scene_at
-from icd_lightning.data.shapes import ABSENT, LABELS, labels
+from icd_lightning.data.shapes import ABSENT, LABELS, labels, scene_at
 from icd_lightning.metrics.attributes import GROUPS, attribute_accuracy
 
 NAMES = list(LABELS)

@@ -79,11 +79,16 @@ def test_fid_without_its_package_says_so(home, monkeypatch):
 def test_lpips_takes_every_weight_of_vgg16_and_its_own_heads():
     from torchvision.models import vgg16
 
-    weights = {name: torch.full_like(value, 0.01) for name, value in vgg16().state_dict().items()}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features.")}
+    weights = {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
     network = pretrained._lpips_vgg16(weights)
     assert len(network.net.state_dict()) == 26
     assert all((value == 0.01).all() for value in network.net.state_dict().values())
     assert (network.lin0.model[1].weight >= 0).all()  # the trained heads are not negative; random ones are
+    black, white = torch.full((1, 3, 32, 32), -1.0), torch.ones(1, 3, 32, 32)
+    assert network(black, black) == 0
+    assert network(black, white) > 0
     with pytest.raises(KeyError):
         pretrained._lpips_vgg16({name: value for name, value in weights.items() if "28" not in name})
 

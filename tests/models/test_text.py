@@ -1,14 +1,12 @@
 """Prompts become embeddings as the text encoder's own library makes them; what is cut is said."""
 
-import logging
-
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from icd_lightning.data.shapes import vocabulary
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.text import CLIPConditioner
+from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner
 from icd_lightning.models.tiny import build_tokenizer
 
 LENGTH, WIDTH = 24, 16
@@ -66,15 +64,27 @@ def test_special_tokens_are_those_of_the_tokenizer(words):
     assert ids[1, 1:].tolist() == [end] + [pad] * (LENGTH - 2)
 
 
-def test_a_prompt_that_is_cut_is_logged_with_what_is_lost(conditioner, caplog):
+def reports(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("icd_lightning")]
+
+
+def test_a_prompt_that_is_cut_is_logged_once_with_what_is_lost(caplog):
+    conditioner = build_conditioner(vocabulary())
     words = ["red"] * 20 + ["star", "ring", "cross", "circle"]
     fits, cut = " ".join(words[:22]), " ".join(words)
-    with caplog.at_level(logging.WARNING, logger="icd_lightning"):
+    for _ in range(2):
         ids = conditioner.tokenize([fits, cut])
-    assert torch.equal(ids[0], ids[1])
-    assert ids.shape == (2, LENGTH)
-    (message,) = (record.getMessage() for record in caplog.records if record.name.startswith("icd_lightning"))
-    assert message == f"prompt {cut!r} is longer than {LENGTH} tokens; cut: 'cross circle'"
+        assert torch.equal(ids[0], ids[1])
+        assert ids.shape == (2, LENGTH)
+    assert reports(caplog) == [f"prompt {cut!r} is longer than {LENGTH} tokens; cut: 'cross circle'"]
+
+
+def test_a_training_on_long_captions_does_not_fill_the_log(caplog):
+    conditioner = build_conditioner(vocabulary())
+    for count in range(30, 90):
+        conditioner.tokenize(["red " * count])
+    assert len(reports(caplog)) == MAX_REPORTS + 1
+    assert reports(caplog)[-1] == "prompts cut from now on are not reported"
 
 
 def test_unconditional_is_the_empty_prompt(conditioner):

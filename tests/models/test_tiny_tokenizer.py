@@ -26,7 +26,9 @@ def test_it_does_not_matter_how_the_words_come(tokenizer):
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("words", [("ab", "abc", "bc"), ("abab", "ab", "aba"), ("aaaa", "aa", "aaa"), ("a", "b")])
+@pytest.mark.parametrize(
+    "words", [("ab", "abc", "bc"), ("abab", "ab", "aba"), ("aaaa", "aa", "aaa"), ("abx", "bcx", "zabcy"), ("a", "b")]
+)
 def test_words_made_of_each_other_stay_whole(words):
     tokenizer = build_tokenizer(words, LENGTH)
     assert [tokenizer.tokenize(word) for word in words] == [[f"{word}</w>"] for word in words]

@@ -1,13 +1,19 @@
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from ddp_case import train
 from training_case import Losses, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
-from icd_lightning.data.scenes import scene_at, scene_batch
+from icd_lightning.data.scenes import scene_batch
+from icd_lightning.data.shapes import scene_at
 from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consistency, preservation
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
@@ -137,7 +143,9 @@ def test_the_base_never_moves(random_family, scenes, tmp_path, batch):
     trainer_for(tmp_path, max_steps=2).fit(task, datamodule=scenes_data(scenes))
     assert same(frozen_weights(task), frozen)
     plain = Family(str(random_family)).load_unet(guided=True).state_dict()
-    base = {name.replace(".base_layer", ""): p for name, p in task.students.unet.named_parameters() if "lora" not in name}
+    base = {
+        name.replace(".base_layer", ""): p for name, p in task.students.unet.named_parameters() if "lora" not in name
+    }
     assert same(base, {name: plain[name] for name in base})
 
 
@@ -195,14 +203,14 @@ def test_accumulated_micro_batches_are_one_step_by_their_mean_gradient(random_fa
 
 
 RUNS = {
-    "plain": ({}, ()),
-    "accumulated": ({"accumulate_grad_batches": 2}, ()),
-    "averaged": ({}, (ExponentialAverage,)),
+    "plain": ({}, (), LossWeights()),
+    "accumulated": ({"accumulate_grad_batches": 2}, (), LossWeights(0.0, 1.0, 1.0, 0.0)),
+    "averaged": ({}, (ExponentialAverage,), LossWeights(0.0, 1.0, 1.0, 0.0)),
 }
 DECAYING = OptimizerSettings(lr=1e-3, warmup_steps=2, decay="cosine")
 
 
-class Killed(lightning.Callback):
+class Kill(lightning.Callback):
     """Fails in the middle of a step, as a machine does."""
 
     def __init__(self, step: int) -> None:
@@ -213,41 +221,38 @@ class Killed(lightning.Callback):
             raise RuntimeError("killed")
 
 
-def fit(random_family, scenes, folder: Path, run: str, *callbacks, **options):
-    """A run over 6 steps with a checkpoint at every second; its losses and its task."""
-    trainer_options, averages = RUNS[run]
-    losses, task = Losses(), distillation(random_family, optimizer=options.pop("optimizer", DECAYING))
+def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DECAYING, max_steps: int = 4):
+    """A run with a checkpoint at every second step, from the last one if there is one; its losses and its task."""
+    options, averages, weights = RUNS[run]
+    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights)
     callbacks = [*(make(0.5) for make in averages), losses, RunCheckpoint(2), *callbacks]
-    options = {"max_steps": 6, "callbacks": callbacks, "enable_checkpointing": True, **trainer_options, **options}
-    try:
-        trainer_for(folder, **options).fit(task, datamodule=scenes_data(scenes), ckpt_path="last")
-    except RuntimeError as error:
-        assert str(error) == "killed"
+    trainer = trainer_for(folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True, **options)
+    with suppress(RuntimeError):
+        trainer.fit(task, datamodule=scenes_data(scenes), ckpt_path="last")
     return losses.values, task
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(random_family, scenes, tmp_path, run):
     whole, unbroken = fit(random_family, scenes, tmp_path / "whole", run)
-    before, _ = fit(random_family, scenes, tmp_path / "broken", run, Killed(3))
+    before, _ = fit(random_family, scenes, tmp_path / "broken", run, Kill(3))
     rest, resumed = fit(random_family, scenes, tmp_path / "broken", run)
     micro = RUNS[run][0].get("accumulate_grad_batches", 1)
+    assert len(whole) == 4 * micro
     assert before == whole[: 3 * micro]
     assert rest == whole[2 * micro :]  # the step after the checkpoint is done again
     for direction, weights in student_weights(unbroken).items():
         assert same(student_weights(resumed)[direction], weights)
 
 
-def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_been_longer_from_the_start(
-    random_family, scenes, tmp_path
-):
-    steady = OptimizerSettings(lr=1e-3, warmup_steps=2)
-    whole, unbroken = fit(random_family, scenes, tmp_path / "whole", "averaged", optimizer=steady)
-    fit(random_family, scenes, tmp_path / "longer", "averaged", optimizer=steady, max_steps=3)
-    again, _ = fit(random_family, scenes, tmp_path / "longer", "averaged", optimizer=steady, max_steps=3)
-    rest, longer = fit(random_family, scenes, tmp_path / "longer", "averaged", optimizer=steady)
+def test_a_finished_run_goes_on_with_more_steps_as_one_longer_from_the_start(random_family, scenes, tmp_path):
+    settings = {"run": "averaged", "optimizer": OptimizerSettings(lr=1e-3, warmup_steps=2)}
+    whole, unbroken = fit(random_family, scenes, tmp_path / "whole", max_steps=3, **settings)
+    fit(random_family, scenes, tmp_path / "longer", max_steps=1, **settings)
+    again, _ = fit(random_family, scenes, tmp_path / "longer", max_steps=1, **settings)
+    rest, longer = fit(random_family, scenes, tmp_path / "longer", max_steps=3, **settings)
     assert again == []  # there was nothing left to do
-    assert rest == whole[3:]
+    assert rest == whole[1:]
     for direction, weights in student_weights(unbroken).items():
         assert same(student_weights(longer)[direction], weights)
 
@@ -329,3 +334,42 @@ def test_exported_students_load_into_the_pipeline(random_family, trained, batch)
     pictures = [p.generate(batch.captions, noise, guidance=guidance) for p in (loaded, trained_now)]
     assert torch.equal(*pictures)
     assert torch.equal(*(p.invert(batch.images, batch.captions) for p in (loaded, trained_now)))
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(random_family, tmp_path_factory):
+    """What two gloo processes, half of the batch each, end with."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("ddp_case.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, random_family, folder], env=environment, check=True, capture_output=True)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_equal_one_with_the_joined_batch(random_family, ranks, tmp_path):
+    losses, weights, metrics, _ = train(random_family, tmp_path)
+    of_the_halves = [sum(halves) / 2 for halves in zip(*(rank[0] for rank in ranks), strict=True)]
+    assert of_the_halves == pytest.approx(losses, rel=1e-4)
+    start = student_weights(distillation(random_family))
+    for direction, named in weights.items():
+        for name, weight in named.items():
+            step = ranks[0][1][direction][name] - start[direction][name]
+            torch.testing.assert_close(step, weight - start[direction][name], rtol=1e-2, atol=2e-5)
+            assert torch.equal(ranks[0][1][direction][name], ranks[1][1][direction][name])
+    for name in EVALUATIONS:
+        torch.testing.assert_close(
+            ranks[0][2][f"grad_norm/{directions(name)[0]}"],
+            metrics[f"grad_norm/{directions(name)[0]}"],
+            rtol=1e-3,
+            atol=0,
+        )
+
+
+def test_two_processes_agree_on_the_metrics_of_a_validation(ranks):
+    first, second = (rank[2] for rank in ranks)
+    names = [name for name in first if name.startswith(("reconstruction", "val/"))]
+    assert {"reconstruction/psnr", "reconstruction_guided/latent_mse", "val/reverse_cd"} <= set(names)
+    assert all(first[name] == second[name] for name in names)

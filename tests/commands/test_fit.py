@@ -1,0 +1,211 @@
+"""`icd fit` from end to end: a random family, the real configurations, two steps."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_case import write_scenes
+
+from icd_lightning.commands.guide import GUIDES
+from icd_lightning.commands.main import main
+from icd_lightning.evaluation.curves import read_scalars
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+CONF = Path(__file__).parents[2] / "conf"
+CONFIGS = [word for name in ("base", "model/tiny") for word in ("--config", str(CONF / f"{name}.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 8)
+
+
+@pytest.fixture(scope="module")
+def command(random_family, scenes):
+    """The words of `icd fit` for a small run into a folder; more options come last and win."""
+
+    def words(folder: Path, *options: str) -> list[str]:
+        settings = {
+            "model.init_args.family.model": random_family,
+            "model.init_args.lora.rank": 4,
+            "data.init_args.urls": scenes,
+            "data.init_args.val_urls": scenes,
+            "data.init_args.batch_size": 2,
+            "data.init_args.val_batch_size": 4,
+            "trainer.default_root_dir": folder,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": 1,
+            "trainer.max_steps": 2,
+            "trainer.val_check_interval": 2,
+            "trainer.log_every_n_steps": 1,
+        }
+        return ["fit", *CONFIGS, *(f"--{key}={value}" for key, value in settings.items()), *options]
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory) -> Path:
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    main(command(folder))
+    return folder
+
+
+def steps(folder: Path) -> int:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+def test_a_run_leaves_everything_in_its_folder(run):
+    assert {file.name for file in run.iterdir() if not file.name.startswith("events")} == {
+        "config.yaml",
+        "checkpoints",
+        "forward",
+        "reverse",
+    }
+    assert steps(run) == 2
+    scalars = read_scalars(run)
+    losses = {f"train/{name}" for name in ("loss", "reverse_cd", "forward_cd")}
+    losses |= {f"{stage}/{name}_preservation" for stage in ("train", "val") for name in ("reverse", "forward")}
+    assert losses | {"reconstruction/psnr", "reconstruction_guided/ssim", "grad_norm/forward"} <= scalars.keys()
+
+
+def test_the_same_command_again_has_nothing_left_to_do(run, command):
+    students = [(run / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("forward", "reverse")]
+    main(command(run))
+    assert steps(run) == 2
+    assert students == [
+        (run / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("forward", "reverse")
+    ]
+
+
+def test_a_runs_own_config_makes_it_again(run, tmp_path):
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)])
+    for name in ("forward", "reverse"):
+        first, second = (
+            (folder / name / "pytorch_lora_weights.safetensors").read_bytes() for folder in (run, tmp_path)
+        )
+        assert first == second
+
+
+def test_validate_measures_the_last_checkpoint(run, capsys):
+    main(["validate", "--config", str(run / "config.yaml")])
+    assert "reconstruction_guided/psnr" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def interrupted(command, tmp_path_factory):
+    """A run that Ctrl-C stopped: its folder, exit code and console."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    lines = {"class_path": "icd_lightning.callbacks.progress.TrainingProgress", "init_args": {"every_seconds": 0}}
+    words = command(
+        folder, "--trainer.max_steps=100000", "--trainer.limit_val_batches=0", f"--trainer.callbacks+={lines}"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "icd_lightning.commands.main", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    console = []
+    for line in process.stderr:
+        console.append(line)
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+    return folder, process.wait(), "".join(console)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
+    folder, code, console = interrupted
+    assert code == 130
+    assert f"the same command goes on after step {steps(folder)}" in console
+    assert "Traceback" not in console
+
+
+def test_the_console_says_each_thing_once(interrupted):
+    lines = [line for line in interrupted[2].splitlines() if line and not line.startswith("step ")]
+    assert len([line for line in lines if "Seed set to 0" in line]) == 1
+    assert len(lines) == len(set(lines))
+
+
+def test_the_next_call_goes_on(interrupted, command, caplog):
+    folder, *_ = interrupted
+    done = steps(folder)
+    with caplog.at_level(logging.INFO):
+        main(command(folder, f"--trainer.max_steps={done + 1}", "--trainer.limit_val_batches=0"))
+    assert "Restored all states from the checkpoint" in caplog.text
+    assert steps(folder) == done + 1
+    logged, _ = read_scalars(folder)["train/loss"]
+    assert len(logged) == done + 1
+
+
+WRONG = {
+    "a key": ("--trainer.max_stepz=3", "max_stepz"),
+    "a key of the task": ("--model.init_args.huber=3", "huber"),
+    "a value": ("--trainer.max_steps=many", "many"),
+    "a loss": ("--model.init_args.losses.backward_cd=1", "backward_cd"),
+    "a weight": ("--model.init_args.losses.reverse_cd=-1", "loss weights must be 0 or more"),
+    "a learning rate": ("--model.init_args.optimizer.lr=-1", "lr -1.0 must be positive"),
+    "a class": ("--model=Missing", "Missing"),
+    "a config": ("--config=nowhere.yaml", "nowhere.yaml"),
+    "a model": ("--model.init_args.family.model=nowhere", "no model at 'nowhere'"),
+    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled UNet at 'nowhere'"),
+    "shards": ("--data.init_args.urls=nowhere", "nowhere"),
+    "a student": ("--model.init_args.forward_weights=nowhere", "no student at nowhere"),
+    "boundaries": ("--model.init_args.boundaries=[249,499,699,999]", "boundary 249 is not on the 50-step solver grid"),
+    "a size": ("--data.init_args.resolution=60", "both sides must be multiples of 8"),
+    "a batch": ("--data.init_args.batch_size=0", "batch_size 0 must be at least 1"),
+    "a device": ("--trainer.accelerator=gpu", "gpu"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said_in_one_line(command, tmp_path, capsys, what):
+    option, said = WRONG[what]
+    if what == "a device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as exit_:
+        main(command(tmp_path, option))
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icd: error:")]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_a_config_before_the_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", "conf/base.yaml", "fit"])
+    assert exit_.value.code == 2
+    assert "--config comes before the command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_help_is_a_guide_that_imports_nothing_heavy(name):
+    program = (
+        "import sys; from icd_lightning.commands.main import main; "
+        f"main(['{name}', '--help']); assert not {{'torch', 'lightning', 'jsonargparse'}} & sys.modules.keys()"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown == GUIDES[name]
+
+
+def test_what_the_guide_names_exists():
+    for name in ("experiment", "ablation", "task", "tiny", "model"):
+        assert f"conf/{name}/" in GUIDES["fit"]
+        assert (CONF / name).is_dir()
+
+
+def test_help_all_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--help_all"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--trainer.accumulate_grad_batches" in shown
+    assert "--model.help" in shown

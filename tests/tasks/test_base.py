@@ -1,0 +1,267 @@
+"""What every task relies on: draws that know no ranks and no interruptions, clipping, and lean checkpoints."""
+
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*does not have many workers")
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def sequence(draws: Draws, count: int) -> list[Tensor]:
+    """What a step of a batch of `count` on each rank could ask for."""
+    return [
+        draws.normal(count, 4, 2),
+        draws.integers(count, 50),
+        draws.uniform(count),
+        draws.choice(count, (1.0, 8.0, 20.0)),
+        draws.normal(count),
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_draw_for_the_joined_batch(world_size):
+    joined = sequence(Draws(3, 17), 8)
+    ranks = [sequence(Draws(3, 17, rank=r, world_size=world_size), 8 // world_size) for r in range(world_size)]
+    for whole, *parts in zip(joined, *ranks, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_seed_and_step_alone_decide():
+    torch.manual_seed(0)
+    first = sequence(Draws(3, 17), 8)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, first, sequence(Draws(3, 17), 8)))
+    for seed, step in ((3, 18), (4, 17), (17, 3), (3, -18)):
+        assert not torch.equal(first[0], Draws(seed, step).normal(8, 4, 2))
+
+
+def test_draws_have_the_distributions_they_name():
+    draws, count = Draws(0, 0), 20_000
+    normal, whole, uniform = draws.normal(count), draws.integers(count, 7), draws.uniform(count)
+    chosen = draws.choice(count, [1, 8, 8, 20])
+    assert normal.mean().abs() < 0.03
+    assert normal.std() == pytest.approx(1, abs=0.03)
+    assert whole.dtype == torch.long
+    assert torch.bincount(whole, minlength=7).float().div(count) == pytest.approx([1 / 7] * 7, abs=0.015)
+    assert 0 <= uniform.min() < 0.01 < 0.99 < uniform.max() < 1
+    assert chosen.dtype == torch.float32
+    assert [(chosen == w).float().mean().item() for w in (1, 8, 20)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr 0.0 must be positive"),
+        ({"clip": -1.0}, "clip -1.0 must be positive; null turns clipping off"),
+        ({"warmup_steps": -1}, "warmup_steps -1 must be 0 or more"),
+        ({"decay": "linear"}, "decay 'linear' is not one of constant, cosine"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSettings(**settings)
+
+
+@pytest.mark.parametrize("scales", [[], [1.0, 0.5]])
+def test_guidance_scales_begin_at_one(scales):
+    with pytest.raises(ValueError, match=r"guidance_scales \[.*\] must be 1 \(unguided\) or more, and at least one"):
+        check_guidance_scales(scales)
+    assert check_guidance_scales([1, 8.0]) == (1, 8.0)
+
+
+def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
+    cosine, constant = (OptimizerSettings(warmup_steps=4, decay=decay) for decay in ("cosine", "constant"))
+    assert [cosine.factor(step, 24) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert cosine.factor(14, 24) == pytest.approx(0.5)
+    assert cosine.factor(24, 24) == cosine.factor(30, 24) == pytest.approx(0)
+    assert [constant.factor(step, 24) for step in range(0, 25, 8)] == [0.25, 1, 1, 1]
+    assert cosine.factor(1000, float("inf")) == 1
+    assert OptimizerSettings(decay="cosine").factor(0, 1) == 1
+
+
+# --- with a Trainer ---------------------------------------------------------------------------------------------------
+
+
+class Halves(Task):
+    """Two layers in training, in groups of their own, behind one that is frozen; noise from the draws."""
+
+    def __init__(self, width: int = 3, *, stop_at: int | None = None, **options) -> None:
+        super().__init__(**options)
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(2, 4).requires_grad_(False)
+        self.left, self.right = nn.Linear(4, width), nn.Linear(4, width)
+        self.stop_at = stop_at
+        self.gradients: list[dict[str, float]] = []
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"left": [*self.left.parameters()], "right": [*self.right.parameters()]}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        draws = self.draws()
+        hidden = self.frozen(batch + draws.normal(*batch.shape))
+        if self.trainer.global_step == self.stop_at:
+            raise RuntimeError("killed")
+        losses = {"left": self.left(hidden).square().mean(), "right": 100 * self.right(hidden).square().mean()}
+        total = losses["left"] + losses["right"]
+        self.log_losses(total, losses)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        before = self.norms(optimizer)
+        super().on_before_optimizer_step(optimizer)
+        self.gradients.append({"before": before, "after": self.norms(optimizer)})
+
+    @staticmethod
+    def norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        groups = {group["name"]: [p.grad.flatten() for p in group["params"]] for group in optimizer.param_groups}
+        return {name: torch.cat(gradients).norm().item() for name, gradients in groups.items()}
+
+
+def fit(task: Task, folder: Path, *, max_steps: int = 8, resume: Path | None = None, callbacks=(), val=None, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=3, save_on_exception=True)
+    trainer = lightning.Trainer(
+        max_steps=max_steps, default_root_dir=folder, callbacks=[save, *callbacks], **quiet, **options
+    )
+    batches = torch.randn(max_steps * options.get("accumulate_grad_batches", 1), 6, 2, generator=torch.Generator())
+    trainer.fit(task, DataLoader(Stream(batches, trainer), batch_size=None), val, ckpt_path=resume)
+    return trainer
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches from the trainer's place in the training on, as a data module gives them."""
+
+    def __init__(self, batches: Tensor, trainer: lightning.Trainer) -> None:
+        self.batches, self.trainer = batches, trainer
+
+    def __iter__(self):
+        yield from self.batches[self.trainer.fit_loop.epoch_loop.batch_progress.total.processed :]
+
+
+def weights(task: Task) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in task.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_each_group_is_clipped_by_itself(tmp_path):
+    task = Halves(optimizer=OptimizerSettings(clip=1.0))
+    trainer = fit(task, tmp_path)
+    assert len(task.gradients) == 8
+    for norms in task.gradients:
+        assert norms["before"]["right"] > 10 > 1 > norms["before"]["left"]
+        assert norms["after"]["right"] == pytest.approx(1, abs=1e-4)
+        assert norms["after"]["left"] == norms["before"]["left"]
+    assert trainer.callback_metrics["grad_norm/right"] == pytest.approx(task.gradients[-1]["before"]["right"])
+    assert {"train/loss", "train/left", "train/right", "grad_norm/left"} <= trainer.callback_metrics.keys()
+
+
+def test_without_clip_gradients_stay_as_they_are(tmp_path):
+    task = Halves(optimizer=OptimizerSettings(clip=None))
+    fit(task, tmp_path, accumulate_grad_batches=2)
+    assert len(task.gradients) == 8
+    assert all(norms["before"] == norms["after"] for norms in task.gradients)
+
+
+def test_what_is_frozen_neither_moves_nor_is_saved(tmp_path):
+    task = Halves()
+    before = weights(task)
+    fit(task, tmp_path, max_steps=6)
+    after = weights(task)
+    assert {name for name in after if torch.equal(after[name], before[name])} == {"frozen.weight", "frozen.bias"}
+    saved = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert saved.keys() == {f"{side}.{name}" for side in ("left", "right") for name in ("weight", "bias")}
+    other = Halves()
+    other.frozen.weight.data.add_(1)
+    fit(other, tmp_path, max_steps=6, resume=tmp_path / "last.ckpt")
+    assert torch.equal(other.left.weight, after["left.weight"])
+    assert torch.equal(other.frozen.weight, before["frozen.weight"] + 1)  # the ones at hand, not those of the file
+
+
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize("stop_at", [4, 6])
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(tmp_path, averaging, stop_at):
+    settings = OptimizerSettings(lr=1e-2, warmup_steps=3, decay="cosine")
+
+    def callbacks():
+        return [EMAWeightAveraging(decay=0.5)] if averaging else []
+
+    whole, killed, resumed = (Halves(optimizer=settings, stop_at=stop) for stop in (None, stop_at, None))
+    fit(whole, tmp_path / "whole", callbacks=callbacks())
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(killed, tmp_path / "killed", callbacks=callbacks())
+    trainer = fit(resumed, tmp_path / "killed", callbacks=callbacks(), resume=tmp_path / "killed" / "last.ckpt")
+    assert trainer.global_step == 8
+    assert resumed.gradients == whole.gradients[stop_at:]
+    assert same(weights(resumed), weights(whole))
+
+
+def test_averaged_weights_are_saved_lean_beside_the_current_ones(tmp_path):
+    task = Halves(optimizer=OptimizerSettings(lr=1e-2))
+    fit(task, tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)], max_steps=6)
+    saved = torch.load(tmp_path / "last.ckpt")
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys()
+    assert not [name for name in saved["state_dict"] if name.startswith("frozen")]
+    assert not same(saved["state_dict"], saved["current_model_state"])
+
+
+def drop(state: dict[str, Tensor]) -> None:
+    del state["left.bias"]
+
+
+def add(state: dict[str, Tensor]) -> None:
+    state["middle.bias"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("width", "spoil", "message"),
+    [
+        (3, drop, r"1 trained tensors missing, 0 unknown, 0 of another shape, e.g. left.bias"),
+        (3, add, r"0 trained tensors missing, 1 unknown, 0 of another shape, e.g. middle.bias"),
+        (
+            5,
+            lambda state: None,
+            r"0 trained tensors missing, 0 unknown, 4 of another shape, e.g. left.bias; was it made",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, width, spoil, message):
+    fit(Halves(), tmp_path, max_steps=3)
+    checkpoint = torch.load(tmp_path / "last.ckpt")
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "spoilt.ckpt")
+    with pytest.raises(ValueError, match=message):
+        fit(Halves(width), tmp_path, resume=tmp_path / "spoilt.ckpt")
+
+
+def test_validation_draws_the_same_every_time_and_nothing_that_training_draws(tmp_path):
+    drawn: dict[str, list[Tensor]] = {"train": [], "val": []}
+
+    class Watched(Halves):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            drawn["train"].append(self.draws().normal(6, 2))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            drawn["val"].append(self.validation_draws(batch_idx).normal(6, 2))
+
+    every_four = {"val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    fit(Watched(), tmp_path, val=DataLoader(torch.zeros(2, 6, 2), batch_size=None), **every_four)
+    first, again = drawn["val"][:2], drawn["val"][2:]
+    assert len(again) == 2
+    assert all(map(torch.equal, first, again))
+    assert len({tuple(noise.flatten().tolist()) for noise in drawn["train"] + first}) == 8 + 2

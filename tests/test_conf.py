@@ -1,0 +1,181 @@
+"""Every configuration in conf/: what it composes to, that it builds, and what an ablation changes."""
+
+from pathlib import Path
+
+import pytest
+from training_case import write_scenes
+
+from icd_lightning.commands.fit import FitCommand
+from icd_lightning.diffusion import StepGuidance
+from icd_lightning.tasks.autoencoder import AutoencoderTraining
+from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
+from icd_lightning.tasks.scene_network import SceneNetworkTraining
+from icd_lightning.tasks.teacher import TeacherTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+CONF = Path(__file__).parents[1] / "conf"
+TINY, SD15 = ("base", "model/tiny"), ("base", "model/sd15")
+ONE_DEVICE = ("--trainer.devices=1", "--trainer.strategy=auto")
+WHOLES = {  # what is composed of which files, and the task that comes out
+    "tiny": ((*TINY, "experiment/tiny"), InvertibleConsistencyDistillation),
+    "demo": ((*TINY, "experiment/demo"), InvertibleConsistencyDistillation),
+    "sd15": ((*SD15, "experiment/sd15_paper"), InvertibleConsistencyDistillation),
+    "stage 1": ((*SD15, "task/guidance_distillation"), GuidanceDistillation),
+    "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),
+    "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
+    "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
+    "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
+    "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
+}
+
+TWO, THREE, FOUR = ({"boundaries": ends} for ends in ([499, 999], [339, 679, 999], [259, 519, 699, 999]))
+WITHOUT_LF, WITHOUT_LR = {"losses.forward_preservation": 0.0}, {"losses.reverse_preservation": 0.0}
+UNGUIDED, CONSTANT, DYNAMIC = {"decoding.guidance_scale": 1.0}, {"decoding.tau": 1.0}, {"decoding.tau": 0.7}
+ABLATIONS = {  # Table 2, arXiv:2406.14539; there is no D
+    "A": TWO | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
+    "B": THREE | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
+    "C": FOUR | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
+    "E": FOUR | WITHOUT_LR | UNGUIDED | {"losses.forward_cd": 0.0},
+    "F": FOUR | WITHOUT_LR | UNGUIDED,
+    "G": FOUR | UNGUIDED,
+    "H": FOUR | WITHOUT_LF | WITHOUT_LR | CONSTANT,
+    "I": FOUR | WITHOUT_LF | WITHOUT_LR | DYNAMIC,
+    "J": FOUR | WITHOUT_LR | DYNAMIC,
+    "K": FOUR | DYNAMIC,
+}
+
+
+class Built(FitCommand):
+    """Composes and builds, and trains nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def arguments(names, *options: str) -> list[str]:
+    return ["fit", *(word for name in names for word in ("--config", str(CONF / f"{name}.yaml"))), *options]
+
+
+@pytest.fixture(scope="module")
+def cli(random_family):
+    """One command, since its parser takes longest to make; `cli.parser.parse_args` and `build` use it again."""
+    return Built(arguments(TINY, f"--model.init_args.family.model={random_family}"))
+
+
+def compose(cli, names, *options: str) -> dict:
+    """The composed configuration, flat: value by dotted key."""
+
+    def flat(values: dict, prefix: str = "") -> dict:
+        nested = {
+            key: flat(v, f"{prefix}{key}.") if isinstance(v, dict) else {prefix + key: v} for key, v in values.items()
+        }
+        return {key: value for part in nested.values() for key, value in part.items()}
+
+    return flat(cli.parser.parse_args(arguments(names, *options)).fit.as_dict())
+
+
+def build(cli, names, *options: str):
+    """The task, the data and the trainer that a configuration makes."""
+    cli.config = cli.parser.parse_args(arguments(names, *options))
+    cli.instantiate_classes()
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def test_no_configuration_is_forgotten():
+    known = {name for names, _ in WHOLES.values() for name in names} | {f"ablation/{letter}" for letter in ABLATIONS}
+    assert {str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml")} == known
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_path, whole):
+    names, task_class = WHOLES[whole]
+    options = [f"--trainer.default_root_dir={tmp_path}"]
+    if task_class in (GuidanceDistillation, InvertibleConsistencyDistillation):
+        options.append(f"--model.init_args.family.model={random_family}")
+    if task_class is TeacherTraining:
+        options.append(f"--model.init_args.vae={random_family / 'vae'}")
+    if whole == "sd15":
+        composed = compose(cli, names, *options)
+        assert (
+            composed["trainer.devices"]
+            * composed["trainer.accumulate_grad_batches"]
+            * composed["data.init_args.batch_size"]
+            == 512
+        )
+        options += ONE_DEVICE
+    task, _, trainer = build(cli, names, *options)
+    assert type(task) is task_class
+    assert trainer.max_steps > 0
+    assert {"TrainingProgress", "ExportWeights"} <= {type(callback).__name__ for callback in trainer.callbacks}
+
+
+@pytest.mark.parametrize("letter", ABLATIONS)
+def test_an_ablation_changes_what_it_says_and_nothing_else(cli, random_family, letter):
+    base, ablation = compose(cli, TINY), compose(cli, (*TINY, f"ablation/{letter}"))
+    assert ablation.keys() == base.keys()
+    changed = {key: value for key, value in ablation.items() if value != base[key]}
+    assert changed == {f"model.init_args.{key}": value for key, value in ABLATIONS[letter].items()}
+    task, *_ = build(cli, (*TINY, f"ablation/{letter}"), f"--model.init_args.family.model={random_family}")
+    assert task.boundaries.boundary_timesteps == (0, *ABLATIONS[letter]["boundaries"])
+
+
+def test_the_defaults_are_the_papers_recipe(cli):
+    composed = compose(cli, SD15)
+    task = {key.removeprefix("model.init_args."): value for key, value in composed.items() if key.startswith("model.")}
+    expected = {
+        "guidance_scales": [1, 8, 12, 16, 20],
+        "huber_c": 0.001,
+        "losses.reverse_cd": 1.0,
+        "losses.forward_cd": 1.0,
+        "losses.reverse_preservation": 1.5,
+        "losses.forward_preservation": 1.5,
+        "lora.rank": 64,
+        "lora.alpha": 8,
+        "optimizer.lr": 8e-6,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.clip": 1.0,
+        "optimizer.decay": "constant",
+        "decoding.guidance_scale": 8.0,
+        "decoding.tau": 0.8,
+    }
+    assert {key: task[key] for key in expected} == expected
+    assert composed["trainer.max_steps"] == 6000
+
+
+def test_the_last_word_on_the_command_line_wins(cli, random_family):
+    family = f"--model.init_args.family.model={random_family}"
+    options = ("--model.init_args.losses.reverse_cd=0.5", "--model.init_args.decoding.tau=1.0", "--trainer.max_steps=7")
+    task, _, trainer = build(cli, TINY, family, *options)
+    assert task.weights == vars(LossWeights(reverse_cd=0.5))
+    assert task.decoding == StepGuidance(3.0, 1.0)
+    assert trainer.max_steps == 7
+
+
+def test_sd15_trains_a_half_precision_base(cli, random_family, tmp_path):
+    """One step of its very configuration, on a family that fits a test: bfloat16 base, checkpointing, validation."""
+    scenes = write_scenes(tmp_path / "scenes", 8)
+    data = {
+        "urls": scenes,
+        "val_urls": scenes,
+        "batch_size": 2,
+        "val_batch_size": 4,
+        "resolution": 64,
+        "num_workers": 0,
+    }
+    task, data, trainer = build(
+        cli,
+        (*SD15, "experiment/sd15_paper"),
+        f"--model.init_args.family.model={random_family}",
+        f"--trainer.default_root_dir={tmp_path}",
+        *ONE_DEVICE,
+        *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.accumulate_grad_batches=1"),
+        *("--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"),
+        *(f"--data.init_args.{key}={value}" for key, value in data.items()),
+    )
+    trainer.callbacks = [callback for callback in trainer.callbacks if type(callback).__name__ != "TrainingProgress"]
+    trainer.fit(task, datamodule=data)
+    assert task.students.unet.conv_out.weight.dtype.itemsize == 2
+    assert trainer.callback_metrics["reconstruction/psnr"] > 0
+    assert (tmp_path / "forward").is_dir()
