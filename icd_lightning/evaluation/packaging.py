@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8}
@@ -55,7 +55,7 @@ def _copy(source: Path, target: Path) -> None:
         wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
         if wrong:
             raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
-        save_file(halved, target / file.name, metadata=header)
+        (target / file.name).write_bytes(save(halved, metadata=header))
 
 
 def _record(run: Path, target: Path) -> None:

@@ -121,7 +121,9 @@ def add_guidance_embedding(unet: UNet2DConditionModel, dim: int = 512) -> UNet2D
     if unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"this UNet already has a guidance embedding of width {unet.config.time_cond_proj_dim}")
     with torch.device("meta"):  # every weight is replaced below, so none is drawn
-        guided = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": dim})
+        # diffusers would drop a value again that it noted as "default, since the file did not say"
+        config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
+        guided = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": dim})
     weights = {name: weight.detach().clone() for name, weight in unet.state_dict().items()}
     first = weights["time_embedding.linear_1.weight"]
     weights["time_embedding.cond_proj.weight"] = first.new_zeros(first.shape[1], dim)

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
@@ -54,7 +54,7 @@ def save_student(students: Students, adapter: str, folder: str | Path, *, metada
     temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")  # beside its goal, where a rename is one atomic step
     temporary.mkdir(parents=True)
     try:
-        save_file(weights, temporary / WEIGHTS_NAME, metadata=header)
+        (temporary / WEIGHTS_NAME).write_bytes(save(weights, metadata=header))  # save_file lets nobody else read
         (temporary / "icd.json").write_text(about + "\n")
         _move_into_place(temporary, folder)
     finally:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from icd_lightning.data.shapes import LABELS
@@ -56,7 +56,8 @@ class SceneNetwork(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_NAME)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        (folder / WEIGHTS_NAME).write_bytes(save(weights))
         (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n")
 
     @staticmethod

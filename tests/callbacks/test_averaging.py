@@ -51,7 +51,7 @@ def test_a_run_averaged_by_lightning_goes_on(tmp_path):
 
     def fit(steps: int, *callbacks) -> float:
         task = Toy()
-        options = {"max_steps": steps, "callbacks": callbacks, "enable_checkpointing": True}
+        options = {"max_steps": steps, "callbacks": [*callbacks], "enable_checkpointing": True}
         trainer_for(tmp_path, **options).fit(task, toy_loader(), ckpt_path="last")
         return task.number.item()
 

@@ -1,7 +1,10 @@
 """A UNet as a denoiser: classifier-free guidance as defined, and a guidance embedding that begins at zero."""
 
+import json
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from students_case import run, tiny_batch, tiny_unet
 
 from icd_lightning.diffusion.guidance import ConstantGuidance, StepGuidance
@@ -81,6 +84,16 @@ def test_a_new_guidance_embedding_changes_nothing_yet(batch, dtype):
     eps = guided_denoiser(guided, NoiseSchedule(), conditioning, batch["w"])(x, t)
     assert torch.equal(eps, predict(unet, x, t, conditioning, None))
     assert eps.dtype == torch.float32
+
+
+def test_a_stored_config_that_does_not_mention_the_embedding_gets_one(tmp_path):
+    """As those of stock models: diffusers notes such a key as a default, and would drop a value given for it."""
+    tiny_unet(time_cond_proj_dim=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["time_cond_proj_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    guided = add_guidance_embedding(UNet2DConditionModel.from_pretrained(tmp_path))
+    assert guided.time_embedding.cond_proj.weight.shape[1] == 512
 
 
 def test_a_new_guidance_embedding_learns_and_is_a_copy(batch):
