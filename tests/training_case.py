@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import icd_lightning  # noqa: F401 (before lightning: it makes a CUDA torchvision importable beside a CPU torch)
+
+# isort: split
 import lightning
 import torch
 from torch import Tensor

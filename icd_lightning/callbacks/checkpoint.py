@@ -29,7 +29,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(
             save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
         )
-        self._asked_to_stop = False
+        self._asked_to_stop = self._stopping = False
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -47,9 +47,13 @@ class RunCheckpoint(ModelCheckpoint):
         done, stop = trainer.global_step == trainer.max_steps, self._asked_to_stop
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        self._stopping = stop and not done
         if done or stop:
             self._save(trainer)
-        if stop and not done:
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Stop, now that the step before is saved, and logged and validated too."""
+        if self._stopping:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

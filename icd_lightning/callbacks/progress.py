@@ -15,37 +15,45 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgress(RichProgressBar):
-    """A progress bar with loss, images a second and time left; in a log file, one line every `every_seconds`."""
+    """A bar with loss, images a second and time left; where there is no terminal, one line every `every_seconds`."""
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g"), leave=True)
         self.every_seconds = every_seconds
         self._throughput = Throughput()
         self._next_line = 0.0
+        self._last_step = math.inf
+        if not sys.stdout.isatty():
+            self.disable()  # a bar drawn into a file is noise
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._throughput.restart(trainer.global_step)
+        self._last_step = trainer.estimated_stepping_batches
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Update the bar, and write a line where there is no terminal to draw a bar on."""
+        """Update the bar, or write a line."""
         self._throughput.add(len(batch[0]) * trainer.world_size)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         now = time.monotonic()
-        if not sys.stdout.isatty() and now >= self._next_line and trainer.is_global_zero:
+        if self.is_disabled and now >= self._next_line and trainer.is_global_zero:
             self._next_line = now + self.every_seconds
-            metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-            shown = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
-            last = trainer.estimated_stepping_batches
-            left = self._throughput.seconds_left(trainer.global_step, last)
-            log.info("step %d/%s  %s  %s left", trainer.global_step, last, shown, _clock(left))
+            metrics = self.get_metrics(trainer, pl_module).items()
+            shown = "  ".join(
+                f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in metrics
+            )
+            log.info("step %d/%s  %s", trainer.global_step, self._last_step, shown)
 
     def get_metrics(self, trainer, pl_module) -> dict:
-        """The logged ones and the throughput, without the run's version number."""
+        """The logged ones, the throughput and the time left, without the run's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {**metrics, "images/s": self._throughput.rate}
+        left = self._throughput.seconds_left(trainer.global_step, self._last_step)
+        return {**metrics, "images/s": self._throughput.rate, "left": _clock(left)}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"  # of a run that counts steps Lightning would write "Epoch 0/-2"
 
 
 class Throughput:

@@ -59,7 +59,10 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error))
 
 
-NOISE = re.compile(r"Subtypes: |Errors:|Given value type|Does not validate against any|Expected a <class 'NoneType'>")
+NOISE = re.compile(
+    r"Subtypes: |Errors:|Given value type|Given value: (Namespace|\{)|Does not validate against any|"
+    r"Expected a <class 'NoneType'>"
+)
 """Lines of jsonargparse's reports about the shape of the schema, not about what was wrong."""
 
 

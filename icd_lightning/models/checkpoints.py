@@ -54,7 +54,8 @@ def save_student(students: Students, adapter: str, folder: str | Path, *, metada
     temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")  # beside its goal, where a rename is one atomic step
     temporary.mkdir(parents=True)
     try:
-        (temporary / WEIGHTS_NAME).write_bytes(save(weights, metadata=header))  # save_file lets nobody else read
+        data = _sorted_metadata(save(weights, metadata=header))
+        (temporary / WEIGHTS_NAME).write_bytes(data)  # save_file lets nobody else read
         (temporary / "icd.json").write_text(about + "\n")
         _move_into_place(temporary, folder)
     finally:
@@ -101,6 +102,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise ValueError(f"metadata must be JSON values or dataclasses, not {type(value).__name__}: {value!r}")
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: written in any, equal students would be unequal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+    assert len(text) == size, "as long as before, but for the order"
+    return data[:8] + text + data[8 + size :]
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:

@@ -72,7 +72,8 @@ class Family:
                 raise FileNotFoundError(f"the family 'tiny' did not come with this package: there is no {folder}")
             raise FileNotFoundError(
                 f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout "
-                "(--model, model.init_args.family.model, or MODEL=... of make), or use the shipped family 'tiny'"
+                "(--model, model.init_args.family.model, or MODEL=... of make), or the shipped family 'tiny', which "
+                "`make demo` uses"
             )
         return folder
 

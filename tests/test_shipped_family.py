@@ -1,0 +1,65 @@
+"""The weights that come with the package: complete, small, and able to do what the rest builds on."""
+
+import pytest
+import torch
+
+from icd_lightning.data.shapes import LABELS
+from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing.method import seeded_noise
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+from icd_lightning.evaluation.inversion import untrained_pipeline
+from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, label_tensor
+from icd_lightning.metrics.attributes import attribute_accuracy
+from icd_lightning.metrics.reconstruction import psnr
+from icd_lightning.models.family import Family
+from icd_lightning.models.scene_network import SceneNetwork
+
+SCENES = held_out(24)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return Family("tiny")
+
+
+@pytest.fixture(scope="module")
+def students(family):
+    return InvertibleConsistencyPipeline.from_pretrained(family)
+
+
+def test_the_whole_family_is_small_and_in_half_precision(family):
+    files = [file for file in family.root.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 30e6
+    assert {"README.md", "icd.json"} <= {file.name for file in files}
+    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in ("teacher", "students"))
+
+
+def test_the_autoencoder_reaches_its_bar(family):
+    assert autoencoder_psnr(family.load_autoencoder(), SCENES) >= 31
+
+
+def test_the_scene_network_reads_true_scenes(family):
+    network = SceneNetwork.from_pretrained(family.root / "scene_network")
+    found = network.read(images_of(SCENES))
+    assert found.shape == (len(SCENES), len(LABELS))
+    assert all(share >= 0.95 for share in attribute_accuracy(found, label_tensor(SCENES)).values())
+
+
+def test_trained_students_come_back_nearer_than_untrained_ones(family, students):
+    images, prompts = images_of(SCENES[:12]), [scene.caption() for scene in SCENES[:12]]
+    quality = {}
+    for name, pipeline in (("trained", students), ("untrained", untrained_pipeline(family, students.boundaries))):
+        quality[name] = psnr(pipeline.generate(prompts, pipeline.invert(images, prompts)), images).mean()
+    assert quality["trained"] > quality["untrained"] + 1
+
+
+def test_a_prompt_decides_what_is_generated(students):
+    noise = seeded_noise(students.latent_shape(4, 64, 64), 0)
+    red, blue = (
+        students.generate([f"a large white star on a {color} background"] * 4, noise, guidance=StepGuidance(3.0))
+        for color in ("red", "blue")
+    )
+    corner = (slice(None), slice(None), slice(0, 8), slice(0, 8))
+    assert (red[corner].mean((2, 3))[:, 0] > blue[corner].mean((2, 3))[:, 0]).all()
+    assert (red[corner].mean((2, 3))[:, 2] < blue[corner].mean((2, 3))[:, 2]).all()
+    assert torch.isfinite(red).all()
