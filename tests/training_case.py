@@ -18,6 +18,10 @@ from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 
 
+FEW = {"lora": LoraSettings(rank=2, target_modules=("to_q", "conv1")), "forward_weights": None, "reverse_weights": None}
+"""Options of `distillation`: small new adapters, for when it matters that something is trained, not what."""
+
+
 def write_scenes(folder: Path, count: int = 24, *, seed: int = 0) -> Path:
     """Shards of captioned pictures, 8 in each."""
     scenes = [scene_at(seed, i) for i in range(count)]

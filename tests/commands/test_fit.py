@@ -23,7 +23,7 @@ CONFIGS = [word for name in ("base", "model/tiny") for word in ("--config", str(
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("scenes"), 8)
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 4)
 
 
 @pytest.fixture(scope="module")

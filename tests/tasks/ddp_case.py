@@ -1,10 +1,15 @@
 """Two steps of stage 2 over a stream of scenes; as a script, in two processes: ddp_case.py FAMILY FOLDER."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+import lightning
+import torch
 from training_case import Losses, distillation, student_weights, trainer_for
 
+from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.callbacks.reconstruction import ReconstructionCallback
 from icd_lightning.data.scenes import SceneDataModule
 
@@ -12,27 +17,39 @@ BATCH = 4
 """Of all processes together."""
 
 
-def train(family: Path, folder: Path, *, devices: int = 1):
-    """Train and validate; return the losses of this rank, the students' weights, and the metrics."""
-    task, losses = distillation(family), Losses()
+class InterruptSecondRank(lightning.Callback):
+    """Ctrl-C in the second step; when both ranks are through with it, what they have is written down."""
+
+    def __init__(self, folder: Path, losses: Losses) -> None:
+        self.folder, self.losses = folder, losses
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 2:
+            found = self.losses.values, student_weights(pl_module), dict(trainer.callback_metrics)
+            torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
+            trainer.strategy.barrier()  # rank 0 will end the other one
+
+
+def train(family: Path, folder: Path, *callbacks, devices: int = 1, **options):
+    """Train and validate; losses of this rank, the students' weights, the metrics."""
+    task, losses = distillation(family), next((c.losses for c in callbacks if hasattr(c, "losses")), Losses())
     trainer = trainer_for(
         folder,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_steps=2,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        callbacks=[losses, ReconstructionCallback()],
+        **{"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None, **options},
+        callbacks=[losses, *callbacks, ReconstructionCallback(), RunCheckpoint()],
+        enable_checkpointing=True,
     )
     data = SceneDataModule(batch_size=BATCH // devices, val_count=4, val_batch_size=4 // devices)
     trainer.fit(task, datamodule=data)
-    return losses.values, student_weights(task), dict(trainer.callback_metrics), trainer.global_rank
+    return losses.values, student_weights(task), dict(trainer.callback_metrics)
 
 
 if __name__ == "__main__":
-    import torch
-
     torch.set_num_threads(1)
     family, folder = map(Path, sys.argv[1:])
-    result = train(family, folder, devices=2)
-    torch.save(result[:3], folder / f"rank{result[3]}.pt")
+    train(family, folder, InterruptSecondRank(folder, Losses()), devices=2, strategy="ddp", max_steps=100)

@@ -8,7 +8,7 @@ import lightning
 import pytest
 import torch
 from ddp_case import train
-from training_case import Losses, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
+from training_case import FEW, Losses, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
@@ -224,7 +224,7 @@ class Kill(lightning.Callback):
 def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DECAYING, max_steps: int = 4):
     """A run with a checkpoint at every second step, from the last one if there is one; its losses and its task."""
     options, averages, weights = RUNS[run]
-    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights)
+    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights, **FEW)
     callbacks = [*(make(0.5) for make in averages), losses, RunCheckpoint(2), *callbacks]
     trainer = trainer_for(folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True, **options)
     with suppress(RuntimeError):
@@ -286,8 +286,9 @@ def test_averaged_weights_are_exported(random_family, scenes, tmp_path):
 @pytest.fixture(scope="module")
 def trained(random_family, scenes, tmp_path_factory):
     """A run of 2 steps: its folder, with a checkpoint and both students exported, and its task."""
-    folder = tmp_path_factory.mktemp("trained")
-    _, task = fit(random_family, scenes, folder, "plain", max_steps=2)
+    folder, task = tmp_path_factory.mktemp("trained"), distillation(random_family)
+    trainer = trainer_for(folder, max_steps=2, callbacks=[RunCheckpoint()], enable_checkpointing=True)
+    trainer.fit(task, datamodule=scenes_data(scenes))
     task.export(folder)
     return folder, task
 
@@ -340,17 +341,24 @@ def test_exported_students_load_into_the_pipeline(random_family, trained, batch)
 
 
 @pytest.fixture(scope="module")
-def ranks(random_family, tmp_path_factory):
-    """What two gloo processes, half of the batch each, end with."""
+def ddp(random_family, tmp_path_factory) -> Path:
+    """The folder of two gloo processes, half of the batch each; the second one is interrupted in its second step."""
     folder = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_case.py")
+    command = [sys.executable, Path(__file__).with_name("ddp_case.py"), random_family, folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, random_family, folder], env=environment, check=True, capture_output=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(ddp):
+    """What each process had after two steps: losses, students' weights, metrics."""
+    return [torch.load(ddp / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_two_processes_equal_one_with_the_joined_batch(random_family, ranks, tmp_path):
-    losses, weights, metrics, _ = train(random_family, tmp_path)
+    losses, weights, metrics = train(random_family, tmp_path)
     of_the_halves = [sum(halves) / 2 for halves in zip(*(rank[0] for rank in ranks), strict=True)]
     assert of_the_halves == pytest.approx(losses, rel=1e-4)
     start = student_weights(distillation(random_family))
@@ -363,6 +371,10 @@ def test_two_processes_equal_one_with_the_joined_batch(random_family, ranks, tmp
         assert (moved - expected).norm() < 1e-2 * expected.norm()
         norms = [found[f"grad_norm/{direction}"] for found in (ranks[0][2], metrics)]
         torch.testing.assert_close(*norms, rtol=1e-3, atol=0)
+
+
+def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted(ddp):
+    assert torch.load(ddp / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_two_processes_agree_on_the_metrics_of_a_validation(ranks):
