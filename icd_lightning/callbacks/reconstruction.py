@@ -80,7 +80,8 @@ class ReconstructionCallback(lightning.Callback):
         for name, group in self.metrics.items():
             for metric_name, metric in group.items():
                 shown = (name, metric_name) == ("reconstruction", "psnr")
-                pl_module.log(f"{name}/{metric_name}", metric.compute(), prog_bar=shown)
+                # sync_dist averages what is equal on all ranks already; without it Lightning warns
+                pl_module.log(f"{name}/{metric_name}", metric.compute(), prog_bar=shown, sync_dist=True)
 
     @staticmethod
     def _update(group: nn.ModuleDict, result: Tensor, images: Tensor, latent_error: Tensor) -> None:

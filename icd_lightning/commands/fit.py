@@ -22,6 +22,9 @@ NOT_NEWS = (
     ".*exists and is not empty.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*The `srun` command is available.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # frozen networks
+    ".*infer the `batch_size` from an ambiguous collection.*",  # it takes the pictures', which is right
+    ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
 
 INTERRUPTED = 128 + signal.SIGINT

@@ -5,6 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
+import icd_lightning  # noqa: F401 (before lightning: it makes a CUDA torchvision importable beside a CPU torch)
+
+# isort: split
 import lightning
 import torch
 from training_case import Losses, distillation, student_weights, trainer_for

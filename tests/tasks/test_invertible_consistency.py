@@ -347,7 +347,8 @@ def ddp(random_family, tmp_path_factory) -> Path:
     command = [sys.executable, Path(__file__).with_name("ddp_case.py"), random_family, folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1, result.stderr
+    assert (folder / "checkpoints").is_dir(), result.stderr
+    assert result.returncode == 1
     return folder
 
 
