@@ -24,6 +24,7 @@ NOT_NEWS = (
     ".*The `srun` command is available.*",
     r".*module\(s\) in eval mode at the start of training.*",  # frozen networks
     ".*infer the `batch_size` from an ambiguous collection.*",  # it takes the pictures', which is right
+    ".*is smaller than the logging interval.*",  # which counts steps, not batches of an epoch
     ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from icd_lightning.commands.guide import GUIDES
 
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     if name in GUIDES and {"-h", "--help"} & set(rest):
         sys.stdout.write(GUIDES[name])
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
     try:
         _load(name)(name, rest)
@@ -57,6 +57,18 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("ICD_TRACEBACK"):
             raise
         fail(str(error))
+
+
+class _Console(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress bar, while it is drawn, puts itself there."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
 
 
 NOISE = re.compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.inversion import DDIM, TRAINED, UNTRAINED, teacher_hash, untrained_pipeline
-from icd_lightning.evaluation.report import Curve, Panel, Report, print_table, wide_console, write_report
+from icd_lightning.evaluation.report import (
+    Curve,
+    Panel,
+    Report,
+    markdown_table,
+    print_table,
+    wide_console,
+    write_report,
+)
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, random_edits
-from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
+from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json, write_text
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
 from icd_lightning.metrics.reconstruction import quantize
 from icd_lightning.models.checkpoints import WEIGHTS_NAME
@@ -63,7 +72,7 @@ class DemoStudy:
             self.root / "results" / f"{file}.json", key, lambda: study(self.methods[name], self.network, self.settings)
         )
 
-    def report(self, *, seconds: float) -> None:
+    def report(self, *, seconds: float | None) -> None:
         """Write metrics.json, report.html and report.png; print the table and the paths."""
         scenes = held_out(self.settings.count, self.settings.seed)
         ceiling = autoencoder_psnr(self.methods[DDIM].autoencoder, scenes)
@@ -83,11 +92,13 @@ class DemoStudy:
             sections=(panels[0], tables[0], panels[1], tables[1], panels[2], tables[2], *curves),
             facts=self._facts(seconds),
         )
-        paths = write_report(report, self.root, png_sections=(panels[0], panels[1], tables[0]))
+        shown = (replace(panels[1], rows=panels[1].rows[:5]), replace(panels[0], rows=panels[0].rows[:3]), tables[0])
+        paths = write_report(report, self.root, png_sections=shown)
+        write_text(self.root / "tables.md", "\n".join(markdown_table(table) for table in tables))
         console = wide_console()
         for table in tables:
             print_table(table, console)
-        for path in (*paths, self.root / "metrics.json", self.root / "training"):
+        for path in (*paths, self.root / "tables.md", self.root / "metrics.json", self.root / "training"):
             console.print(str(path), highlight=False)
 
     # Numbers
@@ -98,7 +109,7 @@ class DemoStudy:
             "autoencoder_psnr": ceiling,
             "before": {DDIM: self.results[DDIM], "students": self.results[UNTRAINED]},
             "after": {"students": self.results[TRAINED]},
-            "machine": self._facts(0.0),
+            "machine": self._facts(None),
         }
 
     def _summary(self) -> tuple[tuple[str, str], ...]:
@@ -114,7 +125,7 @@ class DemoStudy:
             (f"{100 * after['edits']['changed']:.0f} %", "of the edited attributes come out as asked"),
         )
 
-    def _facts(self, seconds: float) -> dict[str, str]:
+    def _facts(self, seconds: float | None) -> dict[str, str]:
         facts = {
             "command": "make demo",
             "python": platform.python_version(),
@@ -122,7 +133,7 @@ class DemoStudy:
             "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "held-out world": f"seed {self.settings.seed}",
         }
-        return {**facts, "this call took": f"{seconds / 60:.1f} minutes"} if seconds else facts
+        return facts if seconds is None else {**facts, "took": f"{seconds / 60:.1f} minutes"}
 
     def _curves(self) -> tuple[Curve, ...]:
         scalars = read_scalars(self.root / "training")

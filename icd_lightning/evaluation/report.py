@@ -196,6 +196,14 @@ def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | 
     return Path(path)
 
 
+def markdown_table(table: Table) -> str:
+    """The table for a README, under its title and with its note below."""
+    marks = ["--:" if table.is_numeric(index) else "---" for index in range(len(table.header))]
+    lines = [table.heads(), marks, *([cell.text for cell in row] for row in table.cells())]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{table.title}**\n\n{rows}\n\n{table.note}\n"
+
+
 def wide_console() -> Console:
     """A console wide enough for our tables where the output is a file, which has no width of its own."""
     from rich.console import Console

@@ -79,10 +79,15 @@ def remembered(file: Path, key: Any, compute: Callable[[], dict]) -> dict:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
+    """Write JSON, whole or not at all."""
+    write_text(file, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text under a temporary name, then rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, file)
 
 

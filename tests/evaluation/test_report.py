@@ -13,7 +13,17 @@ from rich.console import Console
 from icd_lightning.data.shapes import random_scene, render
 from icd_lightning.evaluation.axes import axes, linear_axis, lines, log_axis
 from icd_lightning.evaluation.drawing import Style, text_width, wrap
-from icd_lightning.evaluation.report import Curve, Panel, Report, Table, draw_png, print_table, write_report
+from icd_lightning.evaluation.report import (
+    MISSING,
+    Curve,
+    Panel,
+    Report,
+    Table,
+    draw_png,
+    markdown_table,
+    print_table,
+    write_report,
+)
 
 HOSTILE = """<script>alert("1")</script> & 'quotes' [bold]"""
 
@@ -359,3 +369,11 @@ def test_gaps_break_a_line():
 def test_mistakes_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_table_in_markdown_has_a_line_for_each_row_and_its_note():
+    table = Table("Title", "What it means.", ("method", "dB"), (("a", 1.25), ("b", None)), digits=(None, 1))
+    lines = markdown_table(table).splitlines()
+    assert lines[0] == "**Title**"
+    assert lines[2:6] == ["| method | dB |", "| --- | --: |", "| a | 1.2 |", f"| b | {MISSING} |"]
+    assert lines[-1] == "What it means."

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -49,7 +50,7 @@ def gradients(task, direction: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_loss_without_weight_is_not_computed(random_family, batch, monkeypatch, name):
-    task = distillation(random_family, losses=LossWeights(**{**dict.fromkeys(EVALUATIONS, 1.0), name: 0.0}))
+    task = distillation(random_family, losses=LossWeights(**{**dict.fromkeys(EVALUATIONS, 1.0), name: 0.0}), **FEW)
     predict, calls = task.students.predict, []
     monkeypatch.setattr(task.students, "predict", lambda *args: calls.append(args[0]) or predict(*args))
     assert task.losses(batch, Draws(0, 0)).keys() == EVALUATIONS.keys() - {name}
@@ -127,7 +128,7 @@ def test_one_student_alone_is_trained_from_given_weights(random_family, scenes, 
     task = distillation(random_family, **({"train": direction} if by == "train" else {"losses": others}))
     before, frozen = student_weights(task), frozen_weights(task)
     assert task.parameter_groups().keys() == {direction}
-    trainer_for(tmp_path, max_steps=2).fit(task, datamodule=scenes_data(scenes))
+    trainer_for(tmp_path, max_steps=1).fit(task, datamodule=scenes_data(scenes))
     after = student_weights(task)
     assert same(after[other], before[other])
     assert not any(torch.equal(weight, before[direction][name]) for name, weight in after[direction].items())
@@ -344,11 +345,19 @@ def test_exported_students_load_into_the_pipeline(random_family, trained, batch)
 def ddp(random_family, tmp_path_factory) -> Path:
     """The folder of two gloo processes, half of the batch each; the second one is interrupted in its second step."""
     folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     command = [sys.executable, Path(__file__).with_name("ddp_case.py"), random_family, folder]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (folder / "checkpoints").is_dir(), result.stderr
-    assert result.returncode == 1
+    processes = [  # started together, as torchrun does, for Lightning would start the second after the first
+        subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert (folder / "rank1.pt").is_file(), "\n".join(errors)
+    assert [process.returncode for process in processes] == [1, 1]
     return folder
 
 
