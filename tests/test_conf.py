@@ -7,6 +7,7 @@ import pytest
 from training_case import write_scenes
 
 from icd_lightning.commands.fit import FitCommand
+from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.tasks.autoencoder import AutoencoderTraining
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
@@ -156,6 +157,25 @@ def test_the_last_word_on_the_command_line_wins(cli, random_family):
     assert task.weights == vars(LossWeights(reverse_cd=0.5))
     assert task.decoding == StepGuidance(3.0, 1.0)
     assert trainer.max_steps == 7
+
+
+def test_a_callback_is_added_as_the_guide_says(cli, random_family):
+    (option,) = (word for word in GUIDES["fit"].split() if word.startswith("--trainer.callbacks+="))
+    *_, trainer = build(cli, TINY, f"--model.init_args.family.model={random_family}", option)
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert {"ExponentialAverage", "ReconstructionCallback", "RunCheckpoint"} <= set(names)
+    assert names[-1] == "RunCheckpoint"  # after the average of its step
+
+
+def test_a_typo_in_an_overlay_is_one_line_and_exit_code_2(cli, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {losses: {forward_preservatoin: 0.0}}}")
+    with pytest.raises(SystemExit) as stop:
+        cli.parser.parse_args([*arguments(TINY), "--config", str(overlay)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "forward_preservatoin" in error
 
 
 def test_sd15_trains_a_half_precision_base(cli, random_family, tmp_path):

@@ -37,7 +37,10 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            heard = (
+                n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
+            )  # nohup, cmd &
+            self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in heard}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Save if it is time to, or time to stop."""

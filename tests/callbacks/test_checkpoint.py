@@ -34,8 +34,9 @@ class FailIn(lightning.Callback):
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """Lightning ignores SIGINT from the first on, for good."""
+    """As in a terminal: Lightning ignores SIGINT from the first one on, and so does what runs in the background."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -94,6 +95,12 @@ def test_an_error_leaves_the_checkpoint_before(tmp_path):
 def test_the_last_step_is_saved_whatever_ends_the_run(tmp_path, options):
     fit(tmp_path, every=2, **options)
     assert saved(tmp_path)["global_step"] == 5
+
+
+def test_a_run_in_the_background_goes_on_ignoring_ctrl_c(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fit(tmp_path, Send(2, signal.SIGINT))
+    assert saved(tmp_path)["global_step"] == 8
 
 
 def test_handlers_are_put_back(tmp_path):

@@ -114,6 +114,7 @@ def interrupted(command, tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests run by `&`
         text=True,
     )
     console = []

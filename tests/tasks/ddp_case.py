@@ -54,5 +54,6 @@ def train(family: Path, folder: Path, *callbacks, devices: int = 1, **options):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
     family, folder = map(Path, sys.argv[1:])
     train(family, folder, InterruptSecondRank(folder, Losses()), devices=2, strategy="ddp", max_steps=100)

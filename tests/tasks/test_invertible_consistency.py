@@ -1,17 +1,8 @@
-import os
-import socket
-import subprocess
-import sys
-from contextlib import suppress
-from pathlib import Path
-
 import lightning
 import pytest
 import torch
-from ddp_case import train
-from training_case import FEW, Losses, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
+from training_case import FEW, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
-from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.data.scenes import scene_batch
 from icd_lightning.data.shapes import scene_at
@@ -26,7 +17,6 @@ from icd_lightning.tasks.invertible_consistency import LossWeights
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
 EVALUATIONS = {"reverse_cd": 3, "forward_cd": 3, "reverse_preservation": 2, "forward_preservation": 2}
-EQUAL = LossWeights(1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -180,107 +170,6 @@ def test_each_student_is_clipped_by_itself(random_family, scenes, tmp_path):
         assert trainer.callback_metrics[f"grad_norm/{direction}"] > 1e-2
 
 
-# --- accumulation, resuming, averaging --------------------------------------------------------------------------------
-
-
-def test_accumulated_micro_batches_are_one_step_by_their_mean_gradient(random_family, scenes, tmp_path):
-    task = distillation(random_family, losses=EQUAL, optimizer=OptimizerSettings(clip=None))
-    by_micro_batch, found = [], []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            loss = sum(value.mean() for value in task.losses(batch, Draws(0, batch_idx)).values())
-            trained = [p for p in task.parameters() if p.requires_grad]
-            by_micro_batch.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
-
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            found.append(torch.cat([p.grad.flatten() for p in task.parameters() if p.requires_grad]))
-
-    trainer = trainer_for(tmp_path, max_steps=1, accumulate_grad_batches=2, callbacks=[Watch()])
-    trainer.fit(task, datamodule=scenes_data(scenes))
-    assert len(found) == 1
-    assert len(by_micro_batch) == 2
-    torch.testing.assert_close(found[0], torch.stack(by_micro_batch).mean(0), rtol=1e-4, atol=1e-6)
-
-
-RUNS = {
-    "plain": ({}, (), LossWeights()),
-    "accumulated": ({"accumulate_grad_batches": 2}, (), LossWeights(0.0, 1.0, 1.0, 0.0)),
-    "averaged": ({}, (ExponentialAverage,), LossWeights(0.0, 1.0, 1.0, 0.0)),
-}
-DECAYING = OptimizerSettings(lr=1e-3, warmup_steps=2, decay="cosine")
-
-
-class Kill(lightning.Callback):
-    """Fails in the middle of a step, as a machine does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_after_backward(self, trainer, pl_module) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("killed")
-
-
-def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DECAYING, max_steps: int = 4):
-    """A run with a checkpoint at every second step, from the last one if there is one; its losses and its task."""
-    options, averages, weights = RUNS[run]
-    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights, **FEW)
-    callbacks = [*(make(0.5) for make in averages), losses, RunCheckpoint(2), *callbacks]
-    trainer = trainer_for(folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True, **options)
-    with suppress(RuntimeError):
-        trainer.fit(task, datamodule=scenes_data(scenes), ckpt_path="last")
-    return losses.values, task
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(random_family, scenes, tmp_path, run):
-    whole, unbroken = fit(random_family, scenes, tmp_path / "whole", run)
-    before, _ = fit(random_family, scenes, tmp_path / "broken", run, Kill(3))
-    rest, resumed = fit(random_family, scenes, tmp_path / "broken", run)
-    micro = RUNS[run][0].get("accumulate_grad_batches", 1)
-    assert len(whole) == 4 * micro
-    assert before == whole[: 3 * micro]
-    assert rest == whole[2 * micro :]  # the step after the checkpoint is done again
-    for direction, weights in student_weights(unbroken).items():
-        assert same(student_weights(resumed)[direction], weights)
-
-
-def test_a_finished_run_goes_on_with_more_steps_as_one_longer_from_the_start(random_family, scenes, tmp_path):
-    settings = {"run": "averaged", "optimizer": OptimizerSettings(lr=1e-3, warmup_steps=2)}
-    whole, unbroken = fit(random_family, scenes, tmp_path / "whole", max_steps=3, **settings)
-    fit(random_family, scenes, tmp_path / "longer", max_steps=1, **settings)
-    again, _ = fit(random_family, scenes, tmp_path / "longer", max_steps=1, **settings)
-    rest, longer = fit(random_family, scenes, tmp_path / "longer", max_steps=3, **settings)
-    assert again == []  # there was nothing left to do
-    assert rest == whole[1:]
-    for direction, weights in student_weights(unbroken).items():
-        assert same(student_weights(longer)[direction], weights)
-
-
-def test_averaged_weights_are_exported(random_family, scenes, tmp_path):
-    task, steps = distillation(random_family), []
-
-    class Record(lightning.Callback):
-        def on_train_batch_end(self, *_) -> None:
-            steps.append(student_weights(task))
-
-    frozen = frozen_weights(task)
-    trainer = trainer_for(tmp_path, max_steps=3, callbacks=[Record(), ExponentialAverage(0.75)])
-    trainer.fit(task, datamodule=scenes_data(scenes))
-    task.export(tmp_path)
-    exported = student_weights(
-        distillation(random_family, **{f"{d}_weights": str(tmp_path / d) for d in ADAPTERS.values()})
-    )
-    for direction, weights in exported.items():
-        for name, weight in weights.items():
-            first, second, third = (step[direction][name] for step in steps)
-            expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
-            torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
-            assert not torch.equal(weight, third)
-    assert same(frozen_weights(task), frozen)
-
-
 # --- checkpoints and files --------------------------------------------------------------------------------------------
 
 
@@ -336,59 +225,3 @@ def test_exported_students_load_into_the_pipeline(random_family, trained, batch)
     pictures = [p.generate(batch.captions, noise, guidance=guidance) for p in (loaded, trained_now)]
     assert torch.equal(*pictures)
     assert torch.equal(*(p.invert(batch.images, batch.captions) for p in (loaded, trained_now)))
-
-
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ddp(random_family, tmp_path_factory) -> Path:
-    """The folder of two gloo processes, half of the batch each; the second one is interrupted in its second step."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    command = [sys.executable, Path(__file__).with_name("ddp_case.py"), random_family, folder]
-    processes = [  # started together, as torchrun does, for Lightning would start the second after the first
-        subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert (folder / "rank1.pt").is_file(), "\n".join(errors)
-    assert [process.returncode for process in processes] == [1, 1]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ranks(ddp):
-    """What each process had after two steps: losses, students' weights, metrics."""
-    return [torch.load(ddp / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_two_processes_equal_one_with_the_joined_batch(random_family, ranks, tmp_path):
-    losses, weights, metrics = train(random_family, tmp_path)
-    of_the_halves = [sum(halves) / 2 for halves in zip(*(rank[0] for rank in ranks), strict=True)]
-    assert of_the_halves == pytest.approx(losses, rel=1e-4)
-    start = student_weights(distillation(random_family))
-    for direction, named in weights.items():
-        first, second = (rank[1][direction] for rank in ranks)
-        assert same(first, second)
-        moved, expected = (
-            torch.cat([(after[name] - start[direction][name]).flatten() for name in named]) for after in (first, named)
-        )
-        assert (moved - expected).norm() < 1e-2 * expected.norm()
-        norms = [found[f"grad_norm/{direction}"] for found in (ranks[0][2], metrics)]
-        torch.testing.assert_close(*norms, rtol=1e-3, atol=0)
-
-
-def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted(ddp):
-    assert torch.load(ddp / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-
-
-def test_two_processes_agree_on_the_metrics_of_a_validation(ranks):
-    first, second = (rank[2] for rank in ranks)
-    names = [name for name in first if name.startswith(("reconstruction", "val/"))]
-    assert {"reconstruction/psnr", "reconstruction_guided/latent_mse", "val/reverse_cd"} <= set(names)
-    assert all(first[name] == second[name] for name in names)
