@@ -47,6 +47,12 @@ train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## tra
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)
 
 train-sd15: $(STAMP) ## the paper's SD1.5 training: MODEL=folder GUIDED=stage-1 UNet DATA='shards/{00000..00099}.tar'
+	@test -n "$(MODEL)" -a -n "$(GUIDED)" -a -n "$(DATA)" || { printf '%s\n' \
+	  'make train-sd15 needs what does not come with this repository:' \
+	  '  MODEL=$(or $(MODEL),?)   folder of Stable Diffusion 1.5 in diffusers layout (unet, vae, text_encoder, ...)' \
+	  '  GUIDED=$(or $(GUIDED),?)   folder of the guidance-distilled UNet (stage 1; conf/task/guidance_distillation.yaml trains it)' \
+	  '  DATA=$(or $(DATA),?)   WebDataset shards of pictures and captions, e.g. /data/laion/{00000..01999}.tar' \
+	  'The tiny family needs none of them: make demo'; exit 2; }
 	$(ICD) fit --config conf/base.yaml --config conf/model/sd15.yaml --config conf/experiment/sd15_paper.yaml \
 	  $(if $(MODEL),--model.init_args.family.model='$(MODEL)') \
 	  $(if $(GUIDED),--model.init_args.family.guided_unet='$(GUIDED)') \

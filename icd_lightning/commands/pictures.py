@@ -31,7 +31,7 @@ def edit(
 ) -> None:
     """Edit a picture: take it to noise with the prompt that describes it, and back with another.
 
-    icd edit photo.jpg --source "a cat on a bench" --target "a dog on a bench"
+    icd edit star.png --source "a red star on a blue background" --target "a yellow star on a blue background"
 
     Args:
         image: Picture of any format and size; its centre is cut out, as large as the model's pictures are.
@@ -53,6 +53,7 @@ def edit(
     picture = read_picture(image)
     path = free(output, beside(image, "edited.png"), overwrite=overwrite)
     session = load(**options)
+    session.warn_of_unknown_words(source, target)
     guidance = session.guidance(guidance_scale, tau)
     swap_tau = guidance.tau if swap_tau is None else swap_tau
     images, run = session.fit(picture, image), Run()
@@ -75,7 +76,7 @@ def invert(
 ) -> None:
     """Take a picture to noise, write that, and decode it again to show what comes back.
 
-    icd invert photo.jpg --prompt "a cat on a bench"
+    icd invert star.png --prompt "a large red star on a blue background"
 
     Args:
         image: Picture of any format and size; its centre is cut out, as large as the model's pictures are.
@@ -94,6 +95,7 @@ def invert(
     path = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
     shown = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
     session = load(**options)
+    session.warn_of_unknown_words(prompt)
     about = session.about("invert", UNGUIDED, image=Path(image).name, prompt=prompt, seed=seed)
     images, run = session.fit(picture, image), Run()
     noise = session.pipeline.invert(images, [prompt], seed=seed, on_step=run.steps.append)
@@ -144,6 +146,7 @@ def generate(
     default = Path("generated.png") if latents is None else beside(latents, "generated.png")
     paths = free_numbered(output, default, len(wanted), overwrite=overwrite)
     session = load(**options)
+    session.warn_of_unknown_words(*prompts)
     guidance, shape = session.guidance(guidance_scale, tau), session.noise_shape(len(wanted))
     if noise is not None and noise.shape[1:] != shape[1:]:
         raise ValueError(f"{latents} holds latents of shape {tuple(noise.shape[1:])}; this model's are {shape[1:]}")

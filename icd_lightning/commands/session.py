@@ -42,6 +42,15 @@ class Session:
         ends = ",".join(map(str, pipeline.boundaries.boundary_timesteps))
         return cls(pipeline, place, defaults, {"model": model, **students, "boundaries": ends})
 
+    def warn_of_unknown_words(self, *prompts: str) -> None:
+        """Say which words a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
+        if not self.defaults.closed_vocabulary:
+            return
+        words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
+        unknown = [word for word in words if len(self.pipeline.conditioner.tokenizer(word).input_ids) > 3]
+        if unknown:
+            log.warning("%s does not know: %s; expect nonsense", self.settings["model"], ", ".join(unknown))
+
     def guidance(self, guidance_scale: float | None, tau: float | None) -> StepGuidance:
         """Dynamic guidance; None is the family's default."""
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale

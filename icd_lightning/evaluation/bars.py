@@ -63,7 +63,7 @@ def _autoencoder(teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: in
     joined = torch.cat(latents).transpose(0, 1).flatten(1)
     return [
         Bar("autoencoder: PSNR (dB)", float(torch.cat(values).mean()), 31.0),
-        Bar("autoencoder: largest |mean| of a latent channel", float(joined.mean(1).abs().max())),
+        Bar("autoencoder: largest absolute mean of a latent channel", float(joined.mean(1).abs().max())),
         Bar("autoencoder: smallest standard deviation of a latent channel", float(joined.std(1).min())),
         Bar("autoencoder: largest standard deviation of a latent channel", float(joined.std(1).max())),
     ]

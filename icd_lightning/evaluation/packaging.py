@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
-EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8}
+EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8, "closed_vocabulary": True}
 STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
 
 

@@ -32,6 +32,7 @@ class EditingDefaults:
 
     guidance_scale: float = 8.0
     tau: float = 0.8
+    closed_vocabulary: bool = False  # it knows those words only that its tokenizer keeps whole
 
     @classmethod
     def read(cls, file: Path) -> EditingDefaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from icd_lightning.models.checkpoints import load_student, save_student
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class InvertibleConsistencyDistillation(Task):
         self.students = Students(
             family.load_unet(guided=True), self.schedule, lora=lora, gradient_checkpointing=gradient_checkpointing
         )
+        given = {"reverse": reverse_weights, "forward": forward_weights}
+        for direction, weights in given.items():
+            if train not in ("both", direction) and weights is None:
+                log.warning("train: %s without %s_weights: the other student is the teacher itself", train, direction)
         for adapter, weights in (("cd", reverse_weights), ("fcd", forward_weights)):
             if weights is not None:
                 load_student(self.students, adapter, weights)

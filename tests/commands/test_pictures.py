@@ -234,3 +234,17 @@ def test_a_model_that_is_not_there(folder, capsys):
         main([*edit(), "--model", "nowhere"])
     assert stop.value.code == 2
     assert "no model at 'nowhere'" in capsys.readouterr().err
+
+
+def test_words_that_a_closed_vocabulary_lacks_are_named(random_family, tmp_path, monkeypatch, caplog):
+    import shutil
+
+    folder = tmp_path / "family"
+    shutil.copytree(random_family, folder)
+    arguments = ["generate", "a red dog on a blue background", "--model", str(folder)]
+    monkeypatch.chdir(tmp_path)
+    main([*arguments, "-o", "open.png"])
+    assert "does not know" not in caplog.text
+    (folder / "icd.json").write_text('{"guidance_scale": 3.0, "closed_vocabulary": true}')
+    main([*arguments, "-o", "closed.png"])
+    assert "does not know: dog; expect nonsense" in caplog.text
