@@ -8,8 +8,8 @@ from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.inversion import untrained_pipeline
-from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, label_tensor
-from icd_lightning.metrics.attributes import attribute_accuracy
+from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of
+from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.models.scene_network import SceneNetwork

@@ -11,8 +11,8 @@ from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.evaluation.scenes import batches, held_out, images_of, label_tensor, measure_generation
-from icd_lightning.metrics.attributes import attribute_accuracy
+from icd_lightning.evaluation.scenes import batches, held_out, images_of, measure_generation
+from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.backbone import cfg_denoiser, guided_denoiser
 from icd_lightning.models.family import Family

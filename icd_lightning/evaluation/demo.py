@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icd_lightning.data.images import to_pictures
 from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
@@ -31,7 +32,6 @@ from icd_lightning.evaluation.report import (
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, random_edits
 from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json, write_text
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
-from icd_lightning.metrics.reconstruction import quantize
 from icd_lightning.models.checkpoints import WEIGHTS_NAME
 from icd_lightning.models.family import Family
 from icd_lightning.models.scene_network import SceneNetwork
@@ -209,5 +209,5 @@ class DemoStudy:
 
 def _rows(labels: Sequence[str], columns: Sequence[Tensor]) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
     """Columns of pictures (B, 3, H, W) in [-1, 1] to rows of uint8 (H, W, 3)."""
-    arrays = [quantize(column).permute(0, 2, 3, 1).byte().numpy() for column in columns]
+    arrays = [to_pictures(column) for column in columns]
     return tuple((label, tuple(array[i] for array in arrays)) for i, label in enumerate(labels))

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from icd_lightning.evaluation.bars import Bar
+from icd_lightning.evaluation.study import write_text
 
 HEAD = """# The tiny family
 
@@ -38,9 +39,7 @@ def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> P
         f"--seed {seed} --card`; other seeds give other scenes.\n\n| what | measured | bar |\n|---|---|---|\n{rows}\n"
     )
     file = folder / "README.md"
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text("\n".join([HEAD, _trainings(folder / "training"), measured]))
-    temporary.replace(file)
+    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured]))
     return file
 
 

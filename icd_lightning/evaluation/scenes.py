@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import ABSENT, HELD_OUT_SEED, Scene, labels, random_edit, scene_at
+from icd_lightning.data.shapes import ABSENT, HELD_OUT_SEED, Scene, random_edit, scene_at
 from icd_lightning.diffusion import GuidanceSchedule, Step
 from icd_lightning.editing.method import EditingMethod, seeded_noise
-from icd_lightning.metrics.attributes import attribute_accuracy
+from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import PSNR, SSIM, psnr
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.scene_network import SceneNetwork
@@ -43,11 +43,6 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
 def images_of(scenes: Sequence[Scene]) -> Tensor:
     """The scenes' pictures, (B, 3, 64, 64) in [-1, 1]."""
     return scene_batch(scenes, [""] * len(scenes)).images
-
-
-def label_tensor(scenes: Sequence[Scene]) -> Tensor:
-    """What the scenes show, long (B, len(LABELS))."""
-    return torch.from_numpy(np.stack([labels(scene) for scene in scenes]))
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from icd_lightning.data.images import write_whole
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.method import EditingMethod
@@ -84,11 +84,8 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text under a temporary name, then rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    """Write text, whole or not at all."""
+    write_whole(file, lambda temporary: temporary.write_text(text))
 
 
 def file_hash(*files: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from icd_lightning.data.shapes import ABSENT, LABELS
+from icd_lightning.data.shapes import ABSENT, LABELS, Scene, labels
 
 GROUPS = {
     "layout": ("layout",),
@@ -13,6 +17,11 @@ GROUPS = {
     **{f"object {name}": (f"{name} 1", f"{name} 2") for name in ("color", "shape", "size", "texture")},
 }
 """Attributes that are counted together: those of both objects count as one kind."""
+
+
+def label_tensor(scenes: Sequence[Scene]) -> Tensor:
+    """What the scenes show, long (B, len(LABELS))."""
+    return torch.from_numpy(np.stack([labels(scene) for scene in scenes]))
 
 
 def attribute_accuracy(found: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.shapes import ABSENT, Scene, labels
-from icd_lightning.metrics.attributes import attribute_accuracy
+from icd_lightning.data.shapes import ABSENT, Scene
+from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.models.scene_network import SceneNetwork
 from icd_lightning.tasks.base import OptimizerSettings, Task
 
@@ -63,4 +62,4 @@ class SceneNetworkTraining(Task):
 
 def scene_labels(metadata: Sequence[dict]) -> Tensor:
     """Labels of the scenes that a batch's metadata describe, long (B, len(LABELS))."""
-    return torch.from_numpy(np.stack([labels(Scene.from_dict(values)) for values in metadata]))
+    return label_tensor([Scene.from_dict(values) for values in metadata])
