@@ -34,7 +34,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Update the bar, or write a line."""
-        self._throughput.add(len(batch[0]) * trainer.world_size)
+        self._throughput.add(len(batch.captions) * trainer.world_size)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         now = time.monotonic()
         if self.is_disabled and now >= self._next_line and trainer.is_global_zero:

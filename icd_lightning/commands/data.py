@@ -55,6 +55,55 @@ def shapes(
     Console().print(f"{out} holds {manifest.samples} pictures in {len(manifest.shards)} shards")
 
 
+def cache_latents(
+    *urls: str,
+    out: str,
+    vae: str,
+    resolution: int = 64,
+    min_size: int | None = None,
+    caption_field: str | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Encode the pictures of shards once, so that training needs no encoder; go on where an earlier call stopped.
+
+    Train on the result as on any shards, with the same resolution. Each epoch draws fresh samples of the posterior.
+
+    Args:
+        urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`.
+        out: Folder for the new shards, one for each old one and named like it.
+        vae: Folder of the autoencoder in diffusers' layout, such as the `vae` folder of a model.
+        resolution: Pixels of a side. The short side is resized to it, the centre cut out.
+        min_size: Leave out pictures with a short side under this many pixels; `resolution` if not given.
+        caption_field: Take captions from this field of the json file instead of the txt file.
+        batch_size: Pictures encoded at once.
+        device: Where to encode: auto, cpu, cuda, cuda:1, ...
+        overwrite: Replace other shards in the folder.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from icd_lightning.commands.session import find_device
+    from icd_lightning.data.decoding import SampleDecoder
+    from icd_lightning.data.latents import cache_latents as write
+    from icd_lightning.models.family import load_autoencoder
+
+    place = find_device(device)
+    autoencoder = load_autoencoder(Path(vae)).to(place)
+    manifest = write(
+        urls,
+        out,
+        lambda images: autoencoder.moments(images.to(place)),
+        autoencoder=autoencoder.fingerprint,
+        decoder=SampleDecoder(resolution, caption_field, min_size),
+        batch_size=batch_size,
+        overwrite=overwrite,
+    )
+    Console().print(f"{out} holds the latents of {manifest.samples} pictures in {len(manifest.shards)} shards")
+
+
 def describe(*urls: str, examples: int = 4) -> None:
     """Count the samples of shards, show their files, sizes and captions, hold them against manifest.json.
 

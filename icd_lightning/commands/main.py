@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "invert": ("icd_lightning.commands.pictures:invert", "encode a picture to noise, and check what comes back"),
     "generate": ("icd_lightning.commands.pictures:generate", "make a picture from a prompt"),
     "data shapes": ("icd_lightning.commands.data:shapes", "write shards of procedural captioned pictures"),
+    "data cache-latents": (
+        "icd_lightning.commands.data:cache_latents",
+        "encode shards of pictures once, to train without an encoder",
+    ),
     "data describe": ("icd_lightning.commands.data:describe", "count and check shards"),
     "eval": ("icd_lightning.commands.evaluate:evaluate", "measure inversion, generation and edits on held-out scenes"),
     "demo": ("icd_lightning.commands.demo:demo", "the whole method on this machine, in minutes, with a report"),

@@ -20,8 +20,9 @@ from icd_lightning.data.manifest import IMAGE_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
-REASONS = ("no_image", "no_caption", "too_small", "corrupt_image", "corrupt_json", "broken_shard")
+REASONS = ("no_image", "no_caption", "too_small", "corrupt_image", "corrupt_json", "corrupt_latents", "wrong_resolution", "broken_shard")
 MAX_SKIPPED_IN_A_ROW = 10_000
+MOMENTS = "moments.npy"  # the file of a sample that holds an encoder's output instead of a picture
 
 
 class RejectedError(Exception):
@@ -38,12 +39,13 @@ class NothingToReadError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """One sample: picture uint8 (R, R, 3), caption, key, metadata."""
+    """One sample: picture uint8 (R, R, 3) or the moments of its latents, the other being None; caption, key, metadata."""
 
-    picture: NDArray[np.uint8]
+    picture: NDArray[np.uint8] | None
     caption: str
     key: str
     metadata: dict
+    moments: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,15 @@ class SampleDecoder:
         """Raise `RejectedError` for whatever can be found wrong without decoding pixels."""
         _read_metadata(raw)
         self._caption(raw)
-        self._open(raw)
+        if MOMENTS not in raw:
+            self._open(raw)
 
     def decode(self, raw: dict[str, Any]) -> Decoded:
-        """Decode to a picture uint8 (R, R, 3); raise `RejectedError` if the sample cannot be used."""
-        metadata, caption, image = _read_metadata(raw), self._caption(raw), self._open(raw)
+        """Decode to a picture uint8 (R, R, 3) or moments; raise `RejectedError` if the sample cannot be used."""
+        metadata, caption = _read_metadata(raw), self._caption(raw)
+        if MOMENTS in raw:
+            return Decoded(None, caption, raw["__key__"], metadata, self._moments(raw, metadata))
+        image = self._open(raw)
         try:
             image = to_rgb(image)
             cut, crop_top_left = resize_and_crop(image, self.resolution)
@@ -90,6 +96,16 @@ class SampleDecoder:
             size = f"{image.width} x {image.height}"
             raise RejectedError("too_small", f"{_name(raw)} is {size}, its short side under {min_size} pixels")
         return image
+
+    def _moments(self, raw: dict[str, Any], metadata: dict) -> NDArray[np.float16]:
+        try:
+            moments, resolution = np.load(BytesIO(raw[MOMENTS])), metadata["moments"]["resolution"]
+        except (ValueError, EOFError, KeyError, TypeError) as error:
+            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
+        if resolution != self.resolution:
+            detail = f"{_name(raw)} was encoded at {resolution} pixels, not {self.resolution}"
+            raise RejectedError("wrong_resolution", detail)
+        return moments
 
     def _caption(self, raw: dict[str, Any]) -> str:
         if self.caption_field is not None:
@@ -116,9 +132,14 @@ def _read_metadata(raw: dict[str, Any]) -> dict:
 
 
 def collate(samples: Sequence[Decoded]) -> Batch:
-    """Join samples into a Batch: images (B, 3, R, R)."""
-    pictures, captions, keys, metadata = zip(*samples, strict=True)
-    return Batch(to_images(pictures), list(captions), list(keys), list(metadata))
+    """Join samples into a Batch: images (B, 3, R, R), or moments."""
+    pictures, captions, keys, metadata, moments = zip(*samples, strict=True)
+    if any(one is None for one in moments):
+        if any(one is not None for one in moments):
+            raise NothingToReadError("some shards hold pictures and some hold latents: train on one kind at a time")
+        return Batch(to_images(pictures), list(captions), list(keys), list(metadata))
+    joined = torch.from_numpy(np.stack(moments)).float()
+    return Batch(None, list(captions), list(keys), list(metadata), joined)
 
 
 class Tally:

@@ -28,7 +28,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "white": (0.95, 0.95, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES = {"small": 10.0, "large": 14.5}  # radius in pixels of a 64-pixel picture
+SIZES = {"small": 10.5, "large": 15.0}  # radius in pixels of a 64-pixel picture
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -37,7 +37,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "texture": TEXTURES,
 }
 """What an object can be; a background has a color and a texture."""
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+# Without "right of" and "below": a causal text encoder reads an object's words before the relation, so that where the
+# object named first lies would depend on a word its own tokens cannot see. So a scene has one caption, too.
+RELATIONS = {"left of": (-1, 0), "above": (0, -1)}
 LAYOUTS = ("single", "horizontal", "vertical")
 EDITS = ("color", "shape", "texture", "size", "background color", "background texture", "add", "remove")
 
@@ -118,10 +120,6 @@ class Scene:
             return "single"
         return "horizontal" if RELATIONS[self.relation][1] == 0 else "vertical"
 
-    def slots(self) -> tuple[Thing, ...]:
-        """The objects as a viewer reads them, left or upper one first, whichever the caption names first."""
-        return self.things[::-1] if self.relation in ("right of", "below") else self.things
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, strings and numbers, fit for JSON; `from_dict` restores the scene exactly."""
         return asdict(self)
@@ -155,9 +153,9 @@ def _with_article(words: str) -> str:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: one object or, in half of all cases, two; colours of objects differ from the background's."""
+    """Draw a scene: one object or, in two of five cases, two; colours of objects differ from the background's."""
     background = Background(_pick(rng, COLORS), _pick(rng, TEXTURES), _phase(rng))
-    relation = _pick(rng, RELATIONS) if rng.random() < 0.5 else None
+    relation = _pick(rng, RELATIONS) if rng.random() < 0.4 else None
     count = 1 if relation is None else 2
     things = [_random_thing(rng, center, background.color) for center in _centers(rng, relation)[:count]]
     light = rng.uniform(-0.1, 0.1, 2)
@@ -199,8 +197,8 @@ def _random_thing(rng: np.random.Generator, center: tuple[float, float], avoid: 
         size=size,
         texture=_pick(rng, TEXTURES),
         center=center,
-        radius=SIZES[size] + float(rng.uniform(-1, 1)),
-        angle=float(rng.uniform(-0.15, 0.15)),
+        radius=SIZES[size] + float(rng.uniform(-0.5, 0.5)),
+        angle=float(rng.uniform(-0.08, 0.08)),
         phase=_phase(rng),
     )
 
@@ -208,7 +206,7 @@ def _random_thing(rng: np.random.Generator, center: tuple[float, float], avoid: 
 def _centers(rng: np.random.Generator, relation: str | None) -> list[tuple[float, float]]:
     """Places that leave room for two large objects, the first lying `relation` the second."""
     middle = CANVAS / 2
-    along, across = rng.uniform(-1, 1, 2), rng.uniform(-7, 7, 2)
+    along, across = rng.uniform(-1, 1, 2), rng.uniform(-2, 2, 2)
     if relation is None:
         return [(middle + float(across[0]), middle + float(across[1]))]
     dx, dy = RELATIONS[relation]
@@ -236,14 +234,15 @@ def _edit_background(scene: Scene, rng: np.random.Generator, part: str) -> Backg
 
 def _add_thing(scene: Scene, rng: np.random.Generator) -> Scene:
     """Add a second object on the side with more room; the first may lie near the middle, so the new one is small."""
-    first = scene.things[0]
-    dx, dy = CANVAS / 2 - first.center[0], CANVAS / 2 - first.center[1]
+    old, middle = scene.things[0], CANVAS / 2
+    dx, dy = middle - old.center[0], middle - old.center[1]
     horizontal = abs(dx) >= abs(dy)
-    relation = ("left of" if dx >= 0 else "right of") if horizontal else ("above" if dy >= 0 else "below")
-    sx, sy = RELATIONS[relation]
-    center = (CANVAS / 2 - sx * 21, first.center[1]) if horizontal else (first.center[0], CANVAS / 2 - sy * 21)
-    second = replace(_random_thing(rng, center, scene.background.color), size="small", radius=SIZES["small"])
-    return replace(scene, things=(first, second), relation=relation)
+    comes_second = (dx if horizontal else dy) >= 0
+    place = middle + (21 if comes_second else -21)
+    center = (place, old.center[1]) if horizontal else (old.center[0], place)
+    new = replace(_random_thing(rng, center, scene.background.color), size="small", radius=SIZES["small"])
+    things = (old, new) if comes_second else (new, old)
+    return replace(scene, things=things, relation="left of" if horizontal else "above")
 
 
 def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
@@ -256,7 +255,7 @@ def _other(rng: np.random.Generator, options: Iterable[str], avoid: set[str]) ->
 
 
 def _phase(rng: np.random.Generator) -> tuple[float, float]:
-    x, y = rng.uniform(0, TEXTURE_PERIOD, 2)
+    x, y = rng.uniform(-1.5, 1.5, 2)
     return (float(x), float(y))
 
 
@@ -367,7 +366,7 @@ def labels(scene: Scene) -> NDArray[np.int64]:
         "background color": scene.background.color,
         "background texture": scene.background.texture,
     }
-    for slot, thing in enumerate(scene.slots(), 1):
+    for slot, thing in enumerate(scene.things, 1):
         values |= {f"{name} {slot}": getattr(thing, name) for name in ATTRIBUTES}
     return np.array([LABELS[k].index(values[k]) if k in values else ABSENT for k in LABELS], dtype=np.int64)
 

@@ -111,12 +111,12 @@ def write_shards(
         stale.unlink(missing_ok=True)
     manifest = Manifest(parameters, complete=False)
     manifest.save(folder)
-    remaining = _with_progress(samples, f"writing {folder}", total)
+    remaining = with_progress(samples, f"writing {folder}", total)
     for index in count():
         if (first := next(remaining, None)) is None:
             break
         name = f"{index:05d}.tar"
-        record = _write_shard(chain([first], islice(remaining, shard_size - 1)), folder / name)
+        record = write_shard(chain([first], islice(remaining, shard_size - 1)), folder / name)
         manifest = replace(manifest, shards={**manifest.shards, name: record})
         manifest.save(folder)
     if not manifest.shards:
@@ -126,7 +126,8 @@ def write_shards(
     return manifest
 
 
-def _write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
+def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
+    """Write one shard, which gets its name only when it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     written = 0
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -142,7 +143,8 @@ def _write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
     return record
 
 
-def _with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
+def with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the samples and draw a bar on the terminal, if stderr is one."""
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, Task, TextColumn
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 
@@ -36,13 +39,22 @@ class LatentAutoencoder(nn.Module):
         stages = self.vae.config.get("block_out_channels") or self.vae.config["encoder_block_out_channels"]
         return int(2 ** (len(stages) - 1))
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
-        """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f).
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells autoencoders apart whose latents do not fit each other; the same in float32 and float16."""
+        parameters = list(self.vae.encoder.parameters())
+        ends = b"".join(end.detach().cpu().half().numpy().tobytes() for end in (parameters[0], parameters[-1]))
+        return hashlib.sha256(ends).hexdigest()[:16]
 
-        The posterior's mean, as inversion wants it; or, as training wants it, a draw from the posterior, where
-        normal(B, C, h, w) gives the standard normal numbers for it (not asked for by an autoencoder without
-        posterior). Raises ValueError where H or W is not a multiple of f.
+    def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f): `sample` of their `moments`."""
+        return self.sample(self.moments(images), normal=normal)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Return mean and log-variance (B, 2 C, H/f, W/f) of the posterior, or the latent (B, C, H/f, W/f) itself.
+
+        Raises ValueError where H or W is not a multiple of f.
         """
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
@@ -51,13 +63,25 @@ class LatentAutoencoder(nn.Module):
                 "crop or resize it first"
             )
         encoded = self.vae.encode(images.to(self.vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            latents = encoded.latent_dist.mean
+        moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
+        return moments.to(images.dtype)
+
+    @torch.no_grad()
+    def sample(self, moments: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
+        """Return scaled latents (B, C, h, w) for what `moments` returned.
+
+        The posterior's mean, as inversion wants it; or, as training wants it, a draw from the posterior, where
+        normal(B, C, h, w) gives the standard normal numbers for it (not asked for by an autoencoder without
+        posterior).
+        """
+        if moments.shape[1] == 2 * self.latent_channels:
+            posterior = DiagonalGaussianDistribution(moments)
+            latents = posterior.mean
             if normal is not None:
-                latents = latents + encoded.latent_dist.std * normal(*latents.shape).to(latents)
+                latents = latents + posterior.std * normal(*latents.shape).to(latents)
         else:
-            latents = encoded.latent
-        return (latents.to(images.dtype) - self.shift_factor) * self.scaling_factor
+            latents = moments
+        return (latents - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

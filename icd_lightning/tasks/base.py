@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icd_lightning.data.batch import Batch
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -128,6 +130,18 @@ class Task(lightning.LightningModule):
         return Draws(
             self.seed, step, rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.device
         )
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Latents (B, C, h, w) to train on: encoded from the batch's images, or drawn from moments encoded before."""
+        if batch.moments is None:
+            return self.autoencoder.encode(batch.images, normal=draws.normal)
+        made_by, ours = batch.metadata[0]["moments"]["autoencoder"], self.autoencoder.fingerprint
+        if made_by != ours:
+            raise ValueError(
+                f"the data's latents were encoded by autoencoder {made_by}, but this family's is {ours}: "
+                "write them again with `icd data cache-latents`"
+            )
+        return self.autoencoder.sample(batch.moments, normal=draws.normal)
 
     def validation_draws(self, batch_idx: int) -> Draws:
         """The same random numbers for this batch in every validation."""

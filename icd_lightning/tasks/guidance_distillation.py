@@ -23,6 +23,8 @@ class GuidanceDistillation(Task):
     Args:
         family: where the teacher, the autoencoder and the text side come from.
         guidance_scales: the w to learn, drawn evenly; 1 is unguided (SD1.5: 1, 8, 12, 16, 20).
+        relative: divide a sample's loss by 1 + (w - 1)^2. What is to be learned grows as (w - 1)^2, so that without
+            this the largest scales drown the small ones, and w = 1 suffers that the student knew from the start.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class GuidanceDistillation(Task):
         family: Family,
         guidance_scales: Sequence[float] = (1.0, 8.0, 12.0, 16.0, 20.0),
         *,
+        relative: bool = False,
         optimizer: OptimizerSettings = OptimizerSettings(),
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
+        self.relative = relative
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
@@ -45,7 +49,8 @@ class GuidanceDistillation(Task):
         """One w for each sample."""
         draws = self.draws()
         w = draws.choice(len(batch.captions), self.guidance_scales)
-        loss = self.loss(batch, w, draws).mean()
+        weight = 1 / (1 + (w - 1) ** 2) if self.relative else torch.ones_like(w)
+        loss = (weight * self.loss(batch, w, draws)).mean()
         self.log_losses(loss, {})
         return loss
 
@@ -58,7 +63,7 @@ class GuidanceDistillation(Task):
 
     def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
-        latents = self.autoencoder.encode(batch.images, normal=draws.normal)
+        latents = self.latents(batch, draws)
         conditioning = self.conditioner(batch.captions)
         unconditional = self.conditioner.unconditional(len(latents))
         t = draws.integers(len(latents), self.schedule.num_train_timesteps)

@@ -116,7 +116,7 @@ class InvertibleConsistencyDistillation(Task):
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The losses that count, each (B,): timesteps drawn afresh for each, the noise shared by all."""
-        latents = self.autoencoder.encode(batch.images, normal=draws.normal)
+        latents = self.latents(batch, draws)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
         conditioning = self.conditioner(batch.captions)
         boundaries, count, c = self.boundaries, len(latents), self.huber_c
