@@ -1,7 +1,7 @@
 """The losses: pure functions of denoisers, one value per sample (B,); averaging and weighting are the task's.
 
 An iteration of invertible consistency distillation (Eq. 5, arXiv:2406.14539) sums four, named after the student they
-train. Each of them can be evaluated alone:
+train. Each of them can be evaluated alone, or its plan `together` with the others' (see `calls`):
 
     data = NoisedData(x0, noise, schedule)
     reverse_cd           = consistency(reverse_model, teacher, data, boundaries.reverse_pairs[i], ...)
@@ -10,14 +10,14 @@ train. Each of them can be evaluated alone:
     forward_preservation = preservation(reverse_model, forward_model, data, boundaries.forward_preservation[k], ...)
 
 Teacher and reverse_model share one w per sample in the first; every network is unguided (w = 1) in the other three.
-What needs no gradient is evaluated before the one call that does, so a loss never holds more than one graph. A teacher
-that was evaluated for several losses in one batch is passed as `lambda x, t: its_share`.
+What needs no gradient is evaluated before the one call that does, so a loss never holds more than one graph.
 """
 
 import torch
 from torch import Tensor
 
 from icd_lightning.diffusion.boundaries import RoundTrips, TrainingPairs
+from icd_lightning.diffusion.calls import Call, Plan, alone
 from icd_lightning.diffusion.schedule import Denoiser, NoisedData
 
 
@@ -44,6 +44,18 @@ def _difference(pred: Tensor, target: Tensor) -> Tensor:
 def consistency(
     student: Denoiser, teacher: Denoiser, data: NoisedData, pairs: TrainingPairs, *, huber_c: float
 ) -> Tensor:
+    """`consistency_plan` evaluated alone, (B,)."""
+    return alone(consistency_plan(student, teacher, data, pairs, huber_c=huber_c))
+
+
+def preservation(away: Denoiser, back: Denoiser, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Tensor:
+    """`preservation_plan` evaluated alone, (B,)."""
+    return alone(preservation_plan(away, back, data, trips, huber_c=huber_c))
+
+
+def consistency_plan(
+    student: Denoiser, teacher: Denoiser, data: NoisedData, pairs: TrainingPairs, *, huber_c: float
+) -> Plan:
     """L_CD (B,): from t and from the teacher's next point t_next, the student must land on the same x at the boundary.
 
     pairs holds t, t_next, boundary (B,) of either direction. At t_next = boundary the student stays where it is, so
@@ -51,22 +63,25 @@ def consistency(
     """
     schedule = data.schedule
     x = data.at(pairs.t)
-    with torch.no_grad():
-        x_next = schedule.ddim_step(x, teacher(x, pairs.t), pairs.t, pairs.t_next, set_alpha_to_one=False)
-        target = schedule.jump(student, x_next, pairs.t_next, pairs.boundary)
-    return pseudo_huber(schedule.jump(student, x, pairs.t, pairs.boundary), target, huber_c)
+    eps = yield Call(teacher, x, pairs.t, turn=0)
+    x_next = schedule.ddim_step(x, eps, pairs.t, pairs.t_next, set_alpha_to_one=False)
+    eps = yield Call(student, x_next, pairs.t_next, turn=1)
+    target = schedule.ddim_step(x_next, eps, pairs.t_next, pairs.boundary)
+    eps = yield Call(student, x, pairs.t, turn=2)
+    return pseudo_huber(schedule.ddim_step(x, eps, pairs.t, pairs.boundary), target, huber_c)
 
 
-def preservation(away: Denoiser, back: Denoiser, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Tensor:
+def preservation_plan(away: Denoiser, back: Denoiser, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Plan:
     """L_f or L_r (B,): jump from t to the segment's other end s with `away`, return with `back`, and find x_t again.
 
     Eq. 4, arXiv:2406.14539. trips holds t, s (B,). Only `back` gets gradient: L_f goes down with the reverse student
     and trains the forward one on the way up, L_r is its mirror image.
     """
     x = data.at(trips.t)
-    with torch.no_grad():
-        x_away = data.schedule.jump(away, x, trips.t, trips.s)
-    return pseudo_huber(data.schedule.jump(back, x_away, trips.s, trips.t), x, huber_c)
+    eps = yield Call(away, x, trips.t, turn=1)
+    x_away = data.schedule.ddim_step(x, eps, trips.t, trips.s)
+    eps = yield Call(back, x_away, trips.s, turn=2)
+    return pseudo_huber(data.schedule.ddim_step(x_away, eps, trips.s, trips.t), x, huber_c)
 
 
 def guidance_distillation(student: Denoiser, teacher: Denoiser, data: NoisedData, t: Tensor) -> Tensor:

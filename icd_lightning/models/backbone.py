@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from icd_lightning.diffusion.calls import Call
 from icd_lightning.diffusion.guidance import classifier_free_guidance, guidance_embedding
 from icd_lightning.diffusion.schedule import NoiseSchedule
 from icd_lightning.models.conditioning import Conditioning
+
+GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
 
 Guidance = float | Tensor | Callable[[Tensor], Tensor]
 """A guidance scale w for all samples, one for each (B,), or a `GuidanceSchedule` w_t (B,) = schedule(t (B,))."""
@@ -49,22 +59,48 @@ def predict(unet: UNet2DConditionModel, x: Tensor, t: Tensor, conditioning: Cond
 
 @dataclass(frozen=True, eq=False)
 class UNetDenoiser:
-    """eps (B, C, H, W) = denoise(x (B, C, H, W), t (B,)) by one evaluation of output = network(x, t, w)."""
+    """eps (B, C, H, W) = denoise(x (B, C, H, W), t (B,)) by one evaluation of network(x, t, conditioning, w)."""
 
-    network: Callable[[Tensor, Tensor, Tensor], Tensor]
+    network: Callable[[Tensor, Tensor, Conditioning, Tensor], Tensor]
     schedule: NoiseSchedule
+    conditioning: Conditioning
     guidance: Guidance
     nfe: int = 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.schedule.eps_from_output(self.network(x, t, scale_at(self.guidance, t)), x, t)
+        output = self.network(x, t, self.conditioning, scale_at(self.guidance, t))
+        return self.schedule.eps_from_output(output, x, t)
+
+
+def evaluate_joined(calls: Sequence[Call]) -> list[Tensor]:
+    """Make calls of UNetDenoisers, those of the same network as one batch; the results are in the order of the calls."""
+    groups: dict[Any, list[int]] = {}
+    for place, call in enumerate(calls):
+        groups.setdefault(call.denoise.network, []).append(place)
+    results: dict[int, Tensor] = {}
+    for places in groups.values():
+        own = [calls[place] for place in places]
+        joined = own[0] if len(own) == 1 else _join(own)
+        results.update(zip(places, joined.make().split([len(call.x) for call in own]), strict=True))
+    return [results[place] for place in range(len(calls))]
+
+
+def _join(calls: Sequence[Call]) -> Call:
+    first = calls[0].denoise
+    denoise = UNetDenoiser(
+        first.network,
+        first.schedule,
+        Conditioning.cat([call.denoise.conditioning for call in calls]),
+        torch.cat([scale_at(call.denoise.guidance, call.t) for call in calls]),
+    )
+    return Call(denoise, torch.cat([call.x for call in calls]), torch.cat([call.t for call in calls]), calls[0].turn)
 
 
 def guided_denoiser(
     unet: UNet2DConditionModel, schedule: NoiseSchedule, conditioning: Conditioning, guidance: Guidance
 ) -> UNetDenoiser:
     """Bind a UNet with guidance embedding to its prompt and guidance scale; gradients flow."""
-    return UNetDenoiser(lambda x, t, w: predict(unet, x, t, conditioning, w), schedule, guidance)
+    return UNetDenoiser(partial(predict, unet), schedule, conditioning, guidance)
 
 
 @dataclass(eq=False)
@@ -126,6 +162,45 @@ def add_guidance_embedding(unet: UNet2DConditionModel, dim: int = 512) -> UNet2D
         guided = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": dim})
     weights = {name: weight.detach().clone() for name, weight in unet.state_dict().items()}
     first = weights["time_embedding.linear_1.weight"]
-    weights["time_embedding.cond_proj.weight"] = first.new_zeros(first.shape[1], dim)
+    weights[GUIDANCE_WEIGHT] = first.new_zeros(first.shape[1], dim)
     guided.load_state_dict(weights, assign=True)
     return guided.train(unet.training)
+
+
+def guided_unet_from_file(file: Path, config: dict[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
+    """The guidance-distilled UNet of this plain UNet's config, from one file with its state dict.
+
+    Such are the released `sd15_cfg_distill.pt` and `sdxl_cfg_distill.pt`. Raises ValueError if the file holds anything
+    but tensors, another UNet's, or a UNet without guidance embedding.
+    """
+    weights = _read_weights(file)
+    if GUIDANCE_WEIGHT not in weights:
+        raise ValueError(
+            f"{file} holds {len(weights)} weights and no {GUIDANCE_WEIGHT}, so it is not the state dict of a "
+            "guidance-distilled UNet"
+        )
+    with torch.device("meta"):  # every weight is replaced below, so none is drawn
+        unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": weights[GUIDANCE_WEIGHT].shape[1]})
+    expected = unet.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    other = [name for name in expected.keys() & weights.keys() if weights[name].shape != expected[name].shape]
+    if wrong := [*missing, *unknown, *sorted(other)]:
+        raise ValueError(
+            f"{file} is not of this model's UNet: {len(missing)} weights missing, {len(unknown)} unknown, {len(other)} "
+            f"of another shape, for example {wrong[0]}"
+        )
+    unet.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return unet
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """A state dict, safetensors or pickled; nothing in a pickle is run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as a file of weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{file} holds something else than one UNet's state dict, a dict of tensors by name")
+    return weights

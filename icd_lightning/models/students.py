@@ -163,11 +163,7 @@ class Students(nn.Module):
     def denoiser(self, adapter: str | None, conditioning: Conditioning, guidance: Guidance) -> UNetDenoiser:
         """Bind adapter (None: the teacher, without gradient), prompt and guidance to a callable eps = denoise(x, t)."""
 
-        def network(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and adapter is not None):
-                return self.predict(adapter, x, t, conditioning, w)
-
-        return UNetDenoiser(network, self.schedule, guidance)
+        return UNetDenoiser(_Network(self, adapter), self.schedule, conditioning, guidance)
 
     def teacher(self, conditioning: Conditioning, guidance: Guidance) -> UNetDenoiser:
         """The bare UNet, without gradient."""
@@ -180,6 +176,18 @@ class Students(nn.Module):
     def reverse_model(self, conditioning: Conditioning, guidance: Guidance) -> UNetDenoiser:
         """Noise -> image."""
         return self.denoiser("cd", conditioning, guidance)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The UNet with one adapter; equal to another of the same, so that calls of both can be made as one batch."""
+
+    students: Students
+    adapter: str | None
+
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.adapter is not None):
+            return self.students.predict(self.adapter, x, t, conditioning, w)
 
 
 def _check(adapter: str) -> None:

@@ -11,13 +11,18 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.models.sharding import shard_unets
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW; each parameter group is clipped to the norm `clip` by itself (None: not at all)."""
+    """AdamW; each parameter group is clipped to the norm `clip` by itself (None: not at all).
+
+    `kind: adamw8bit` keeps its two averages in a byte for each weight instead of four: on a GPU, with bitsandbytes.
+    """
 
     lr: float = 1e-4
     weight_decay: float = 0.0
@@ -25,6 +30,7 @@ class OptimizerSettings:
     clip: float | None = 1.0
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -35,6 +41,8 @@ class OptimizerSettings:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be 0 or more")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay {self.decay!r} is not one of constant, cosine")
+        if self.kind not in ("adamw", "adamw8bit"):
+            raise ValueError(f"kind {self.kind!r} is not one of adamw, adamw8bit")
 
     def factor(self, step: int, total: float) -> float:
         """The learning rate at `step` of `total` (infinite: the cosine never falls), as a share of lr."""
@@ -44,6 +52,24 @@ class OptimizerSettings:
             return 1.0
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def build(self, groups: list[dict], *, fused: bool) -> torch.optim.Optimizer:
+        """The optimizer of these parameter groups, on the device where they lie."""
+        shared = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        if self.kind == "adamw":
+            return torch.optim.AdamW(groups, fused=fused, **shared)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise ValueError("optimizer kind adamw8bit cannot be spread over devices: take adamw, or strategy ddp")
+        if any(not parameter.is_cuda for parameter in parameters):
+            raise ValueError("optimizer kind adamw8bit needs a CUDA GPU: take adamw")
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                f"optimizer kind adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or take adamw"
+            ) from error
+        return AdamW8bit(groups, **shared)
 
 
 class Draws:
@@ -79,6 +105,14 @@ class Draws:
         return joined.chunk(self.world_size)[self.rank].to(self.device, non_blocking=True)
 
 
+def drop_captions(captions: Sequence[str], share: float, draws: Draws) -> list[str]:
+    """The captions, this share of them empty; without a share nothing is drawn."""
+    if share == 0:
+        return list(captions)
+    drawn = draws.uniform(len(captions)).tolist()
+    return ["" if number < share else caption for number, caption in zip(drawn, captions, strict=True)]
+
+
 def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """The w to draw from, or ValueError."""
     if not scales or min(scales) < 1:
@@ -98,16 +132,22 @@ class Task(lightning.LightningModule):
         """What is trained, by name; each group is clipped by itself."""
         return {"network": [p for p in self.parameters() if p.requires_grad]}
 
+    def configure_model(self) -> None:
+        """Under ShardedStrategy, spread the networks over its devices."""
+        if self.device_mesh is None:
+            return
+        shard_unets(self, self.device_mesh["data_parallel"])
+        if whole := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
+            raise ValueError(
+                f"{type(self).__name__} trains more than UNets ({whole[0]}, ...), which this strategy cannot spread: "
+                "take strategy ddp"
+            )
+
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # it would unscale gradients by itself, after we clip them
-        )
+        # with fp16 a fused one would unscale gradients by itself, after we clip them
+        optimizer = settings.build(groups, fused=self.trainer.precision != "16-mixed")
         total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -117,7 +157,7 @@ class Task(lightning.LightningModule):
         for group in optimizer.param_groups:
             limit = self.optimizer_settings.clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-            self.log(f"grad_norm/{group['name']}", norm)
+            self.log(f"grad_norm/{group['name']}", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def test_step(self, batch, batch_idx: int) -> None:
         """As validation, on the data module's test set."""

@@ -9,14 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consistency, preservation
-from icd_lightning.models.checkpoints import load_student, save_student
+from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance
+from icd_lightning.diffusion.calls import Plan, together
+from icd_lightning.diffusion.losses import consistency_plan, preservation_plan
+from icd_lightning.models.backbone import evaluate_joined
+from icd_lightning.models.cards import write_student_card
+from icd_lightning.models.checkpoints import load_student, save_kohya, save_student
+from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, drop_captions
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class InvertibleConsistencyDistillation(Task):
         guidance_scales: the w drawn for the reverse student's consistency loss; the forward student is unguided.
         train: which student learns; the other one stays as `reverse_weights` or `forward_weights` left it.
         reverse_weights, forward_weights: a student to start from, ours or a released file.
+        caption_dropout: the share of captions that are left empty in training.
         decoding: the guidance with which validation decodes, beside w = 1; it has no part in training.
     """
 
@@ -64,6 +71,7 @@ class InvertibleConsistencyDistillation(Task):
         reverse_weights: str | None = None,
         forward_weights: str | None = None,
         gradient_checkpointing: bool = False,
+        caption_dropout: float = 0.0,
         decoding: StepGuidance = StepGuidance(8.0, 0.8),
         optimizer: OptimizerSettings = OptimizerSettings(lr=8e-6),
         seed: int = 0,
@@ -71,9 +79,12 @@ class InvertibleConsistencyDistillation(Task):
         super().__init__(optimizer, seed)
         if huber_c <= 0:
             raise ValueError(f"huber_c {huber_c} must be positive (the paper's is 0.001)")
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout {caption_dropout} must be 0 or more and less than 1")
         self.boundaries = Boundaries(tuple(boundaries) if 0 in boundaries else (0, *boundaries))
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        self.huber_c = huber_c
+        self.huber_c, self.caption_dropout = huber_c, caption_dropout
+        self.segments: dict[str, Tensor] = {}  # of the samples of the latest losses, (B,) each
         directions = [direction for direction in ADAPTERS.values() if train in ("both", direction)]
         self.weights = {name: value for direction in directions for name, value in losses.of(direction).items()}
         if not self.weights:
@@ -83,6 +94,7 @@ class InvertibleConsistencyDistillation(Task):
             adapter for adapter, direction in ADAPTERS.items() if direction in directions and losses.of(direction)
         ]
         self.family, self.decoding = family, decoding
+        family.check(guided=True)
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
@@ -105,41 +117,68 @@ class InvertibleConsistencyDistillation(Task):
         return {ADAPTERS[adapter]: self.students.parameters_of(adapter) for adapter in self.trained}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self.losses(batch, self.draws())
+        draws = self.draws()
+        batch = batch._replace(captions=drop_captions(batch.captions, self.caption_dropout, draws))
+        losses = self.losses(batch, draws)
         total = sum(self.weights[name] * value.mean() for name, value in losses.items())
         self.log_losses(total, {name: value.mean() for name, value in losses.items()})
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return, for callbacks, each sample's losses; `segments` says where on the time axis they were taken."""
         losses = self.losses(batch, self.validation_draws(batch_idx))
         self.log_dict({f"val/{name}": value.mean() for name, value in losses.items()}, sync_dist=True)
+        return losses
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The losses that count, each (B,): timesteps drawn afresh for each, the noise shared by all."""
         latents = self.latents(batch, draws)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
-        conditioning = self.conditioner(batch.captions)
+        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
+        conditioning = self.conditioner(batch.captions, framing)
         boundaries, count, c = self.boundaries, len(latents), self.huber_c
         w = draws.choice(count, self.guidance_scales)
         i, j = (draws.integers(count, len(pairs)) for pairs in (boundaries.reverse_pairs, boundaries.forward_pairs))
         k, n = (draws.integers(count, boundaries.num_segments) for _ in range(2))
+        ends = torch.tensor(boundaries.boundary_timesteps, device=i.device)
+        self.segments = {
+            "reverse_cd": torch.bucketize(boundaries.reverse_pairs[i].boundary, ends),
+            "forward_cd": torch.bucketize(boundaries.forward_pairs[j].boundary, ends) - 1,
+            "reverse_preservation": k,
+            "forward_preservation": n,
+        }
         teacher = partial(self.students.teacher, conditioning)
         reverse = partial(self.students.reverse_model, conditioning)
         forward = partial(self.students.forward_model, conditioning)
-        losses = {
-            "reverse_cd": lambda: consistency(reverse(w), teacher(w), data, boundaries.reverse_pairs[i], huber_c=c),
-            "forward_cd": lambda: consistency(forward(1.0), teacher(1.0), data, boundaries.forward_pairs[j], huber_c=c),
-            "reverse_preservation": lambda: preservation(
+        plans: dict[str, Plan] = {
+            "reverse_cd": consistency_plan(reverse(w), teacher(w), data, boundaries.reverse_pairs[i], huber_c=c),
+            "forward_cd": consistency_plan(forward(1.0), teacher(1.0), data, boundaries.forward_pairs[j], huber_c=c),
+            "reverse_preservation": preservation_plan(
                 forward(1.0), reverse(1.0), data, boundaries.reverse_preservation[k], huber_c=c
             ),
-            "forward_preservation": lambda: preservation(
+            "forward_preservation": preservation_plan(
                 reverse(1.0), forward(1.0), data, boundaries.forward_preservation[n], huber_c=c
             ),
         }
-        return {name: loss() for name, loss in losses.items() if name in self.weights}
+        return together({name: plan for name, plan in plans.items() if name in self.weights}, evaluate_joined)
 
     def export(self, folder: Path) -> None:
-        """Write each trained student to `forward/` or `reverse/`, as plain diffusers loads it."""
-        metadata = {"boundaries": list(self.boundaries.boundary_timesteps), "family": self.family.model}
+        """Write each trained student for plain diffusers, with a card, to `forward/`, `reverse/`; for others to `kohya/`."""
+        ends = list(self.boundaries.boundary_timesteps)
+        settings = {
+            "family": self.family.model,
+            "boundaries": ends,
+            "steps": self.global_step,
+            "losses": self.weights,
+            "guidance_scales": list(self.guidance_scales),
+            "huber_c": self.huber_c,
+            "caption_dropout": self.caption_dropout,
+            "optimizer": asdict(self.optimizer_settings),
+            "seed": self.seed,
+        }
+        metadata = {"boundaries": ends, "family": self.family.model}
         for adapter in self.trained:
-            save_student(self.students, adapter, folder / ADAPTERS[adapter], metadata=metadata)
+            direction = ADAPTERS[adapter]
+            save_student(self.students, adapter, folder / direction, metadata=metadata)
+            save_kohya(self.students, adapter, folder / "kohya" / f"{direction}.safetensors", metadata=metadata)
+            write_student_card(folder / direction, direction, self.boundaries, self.students.lora, settings)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.shapes import vocabulary
@@ -15,8 +13,7 @@ from icd_lightning.diffusion import NoiseSchedule
 from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.models.backbone import predict
 from icd_lightning.models.family import load_autoencoder
-from icd_lightning.models.text import CLIPConditioner
-from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.models.tiny import build_conditioner, build_unet, save_teacher
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
 
 
@@ -48,11 +45,8 @@ class TeacherTraining(Task):
         self.scheduler_config = scheduler
         self.caption_dropout = caption_dropout
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer(vocabulary(), text_encoder["max_position_embeddings"])
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **special, **text_encoder))
-        self.conditioner = CLIPConditioner(tokenizer, encoder)
-        self.unet = UNet2DConditionModel.from_config(unet)
+        self.conditioner = build_conditioner(vocabulary(), text_encoder)
+        self.unet = build_unet(unet)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws, count = self.draws(), len(batch.captions)
@@ -82,8 +76,5 @@ class TeacherTraining(Task):
         return (share * total).long().clamp(max=total - 1)
 
     def export(self, folder: Path) -> None:
-        """Write UNet, text encoder, tokenizer and scheduler in diffusers' layout."""
-        self.unet.save_pretrained(folder / "unet")
-        self.conditioner.text_encoder.save_pretrained(folder / "text_encoder")
-        self.conditioner.tokenizer.save_pretrained(folder / "tokenizer")
-        DDIMScheduler.from_config(self.scheduler_config).save_pretrained(folder / "scheduler")
+        """Write all but the autoencoder, in diffusers' layout."""
+        save_teacher(folder, self.unet, self.conditioner, self.scheduler_config)

@@ -15,6 +15,8 @@ from icd_lightning.diffusion import (
     pseudo_huber,
     squared_error,
 )
+from icd_lightning.diffusion.calls import alone, one_by_one, together
+from icd_lightning.diffusion.losses import consistency_plan, preservation_plan
 
 C = 0.001
 
@@ -124,16 +126,35 @@ def test_preservation_trains_the_way_back_alone(boundaries, data):
     assert back.calls == [(trips.s.tolist(), True)]
 
 
-def test_a_merged_teacher_gives_the_same_losses(schedule, boundaries, data):
-    """The teacher's two batches can be evaluated as one: everything it needs is known beforehand."""
-    student, teacher = Linear(), Gaussian(mean=0.5, std=0.2, schedule=schedule)
-    index = torch.tensor([0, 5, 12, 25, 38, 48])
-    both = [boundaries.reverse_pairs[index], boundaries.forward_pairs[index]]
-    merged = teacher(torch.cat([data.at(p.t) for p in both]), torch.cat([p.t for p in both])).chunk(2)
-    for pairs, eps in zip(both, merged, strict=True):
-        apart = consistency(student, teacher, data, pairs, huber_c=C)
-        joined = consistency(student, lambda x, t, eps=eps: eps, data, pairs, huber_c=C)
-        torch.testing.assert_close(joined, apart)
+def test_losses_evaluated_together_are_those_evaluated_alone(schedule, boundaries, data):
+    """The solver's calls come first, then the targets', then the students': so those of one network can be joined."""
+    forward, reverse = Linear(), Linear()
+    teacher = Gaussian(mean=0.5, std=0.2, schedule=schedule)
+    index, segment = torch.tensor([0, 5, 12, 25, 38, 48]), torch.tensor([0, 1, 2, 3, 0, 1])
+    made = []
+
+    def evaluate(calls):
+        made.append([(call.denoise, call.grad) for call in calls])
+        return one_by_one(calls)
+
+    def plans():
+        return {
+            "reverse_cd": consistency_plan(reverse, teacher, data, boundaries.reverse_pairs[index], huber_c=C),
+            "forward_cd": consistency_plan(forward, teacher, data, boundaries.forward_pairs[index], huber_c=C),
+            "reverse_preservation": preservation_plan(
+                forward, reverse, data, boundaries.reverse_preservation[segment], huber_c=C
+            ),
+        }
+
+    joined = together(plans(), evaluate)
+    assert joined.keys() == plans().keys()
+    for name, plan in plans().items():
+        torch.testing.assert_close(joined[name], alone(plan), rtol=0, atol=0)
+    assert made == [
+        [(teacher, False), (teacher, False)],
+        [(reverse, False), (forward, False), (forward, False)],
+        [(reverse, True), (forward, True), (reverse, True)],
+    ]
 
 
 T = torch.tensor([0, 99, 299, 499, 799, 999])

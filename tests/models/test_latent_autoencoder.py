@@ -116,3 +116,20 @@ def test_sides_that_do_not_divide_are_refused(kind, multiple, height, width):
         ValueError, match=f"{height} x {width} pixels: both sides must be multiples of {multiple}; crop"
     ):
         LatentAutoencoder(BUILDERS[kind]()).encode(torch.zeros(1, 3, height, width))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_moments_kept_on_disk_give_the_latents_that_encoding_gives(images, kind):
+    autoencoder = LatentAutoencoder(BUILDERS[kind]())
+    moments = autoencoder.moments(images)
+    for normal in (None, noise):
+        assert torch.equal(autoencoder.sample(moments, normal=normal), autoencoder.encode(images, normal=normal))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_fingerprint_tells_other_weights_but_not_another_precision(kind):
+    fingerprint = LatentAutoencoder(BUILDERS[kind]()).fingerprint
+    assert LatentAutoencoder(BUILDERS[kind]().half()).fingerprint == fingerprint
+    other = BUILDERS[kind]()
+    nn.init.normal_(next(other.encoder.parameters()))
+    assert LatentAutoencoder(other).fingerprint != fingerprint

@@ -7,8 +7,8 @@ from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.data.scenes import scene_batch
 from icd_lightning.data.shapes import scene_at
 from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consistency, preservation
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings
 from icd_lightning.tasks.base import Draws, OptimizerSettings
@@ -41,17 +41,38 @@ def gradients(task, direction: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_loss_without_weight_is_not_computed(random_family, batch, monkeypatch, name):
     task = distillation(random_family, losses=LossWeights(**{**dict.fromkeys(EVALUATIONS, 1.0), name: 0.0}), **FEW)
-    predict, calls = task.students.predict, []
-    monkeypatch.setattr(task.students, "predict", lambda *args: calls.append(args[0]) or predict(*args))
+    calls = count_calls(task, monkeypatch)
     assert task.losses(batch, Draws(0, 0)).keys() == EVALUATIONS.keys() - {name}
-    assert len(calls) == sum(EVALUATIONS.values()) - EVALUATIONS[name]
+    evaluations = sum(EVALUATIONS.values()) - EVALUATIONS[name]
+    assert sum(count for _, count in calls) == evaluations * len(batch.captions)
+
+
+def test_ten_evaluations_take_five_calls_of_twice_the_batch(random_family, batch, monkeypatch):
+    task = distillation(random_family, **FEW)
+    calls = count_calls(task, monkeypatch)
+    task.losses(batch, Draws(0, 0))
+    twice = 2 * len(batch.captions)
+    assert calls[0] == (None, twice)
+    assert sorted(calls[1:]) == [("cd", twice), ("cd", twice), ("fcd", twice), ("fcd", twice)]
+
+
+def count_calls(task, monkeypatch) -> list[tuple[str | None, int]]:
+    """The network's calls from now on: adapter and number of samples."""
+    predict, calls = task.students.predict, []
+
+    def counted(adapter, x, *args):
+        calls.append((adapter, len(x)))
+        return predict(adapter, x, *args)
+
+    monkeypatch.setattr(task.students, "predict", counted)
+    return calls
 
 
 def test_each_loss_trains_the_student_it_is_named_after_alone(random_family, batch):
     task = distillation(random_family)
     for name, loss in task.losses(batch, Draws(0, 0)).items():
         task.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        loss.mean().backward(retain_graph=True)  # the losses share calls of the network
         own, other = directions(name)
         assert gradients(task, own), name
         assert not gradients(task, other), name
@@ -215,11 +236,11 @@ def test_a_checkpoint_of_another_rank_is_refused_by_the_trainer(random_family, s
 
 def test_exported_students_load_into_the_pipeline(random_family, trained, batch):
     folder, task = trained
-    loaded = InvertibleConsistencyPipeline.from_pretrained(
+    loaded = InvertibleConsistency.from_pretrained(
         Family(str(random_family)), forward=str(folder / "forward"), reverse=str(folder / "reverse")
     )
     assert loaded.boundaries.boundary_timesteps == task.boundaries.boundary_timesteps
-    trained_now = InvertibleConsistencyPipeline(task.students, task.autoencoder, task.conditioner, task.boundaries)
+    trained_now = InvertibleConsistency(task.students, task.autoencoder, task.conditioner, task.boundaries)
     noise = seeded_noise(loaded.latent_shape(3, 64, 64), 0)
     guidance = StepGuidance(3.0, 0.8)
     pictures = [p.generate(batch.captions, noise, guidance=guidance) for p in (loaded, trained_now)]
