@@ -14,7 +14,7 @@ import icd_lightning
 
 PACKAGE = Path(icd_lightning.__file__).parent
 LAYERS = (
-    {"diffusion"},
+    {"diffusion", "files"},
     {"data", "metrics", "models"},
     {"editing", "tasks"},
     {"callbacks", "evaluation"},

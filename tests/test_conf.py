@@ -9,6 +9,7 @@ from training_case import write_scenes
 from icd_lightning.commands.fit import FitCommand
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing.baselines.registry import METHODS
 from icd_lightning.tasks.autoencoder import AutoencoderTraining
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
@@ -23,8 +24,15 @@ ONE_DEVICE = ("--trainer.devices=1", "--trainer.strategy=auto")
 WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny": ((*TINY, "experiment/tiny"), InvertibleConsistencyDistillation),
     "demo": ((*TINY, "experiment/demo"), InvertibleConsistencyDistillation),
+    "ablations": ((*TINY, "experiment/ablations"), InvertibleConsistencyDistillation),
     "sd15": ((*SD15, "experiment/sd15_paper"), InvertibleConsistencyDistillation),
+    "sd15, other data": ((*SD15, "data/buckets", "data/remote"), InvertibleConsistencyDistillation),
+    "sd15, random": ((*SD15, "model/sd15_random"), InvertibleConsistencyDistillation),
+    "sdxl": (("base", "model/sdxl"), InvertibleConsistencyDistillation),
+    "sdxl, random": (("base", "model/sdxl", "model/sdxl_random"), InvertibleConsistencyDistillation),
     "stage 1": ((*SD15, "task/guidance_distillation"), GuidanceDistillation),
+    "tiny, watched": ((*TINY, "callbacks/tiny"), InvertibleConsistencyDistillation),
+    "sd15, watched": ((*SD15, "callbacks/sd15"), InvertibleConsistencyDistillation),
     "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),
     "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
     "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
@@ -94,6 +102,7 @@ def build(cli, names, *options: str):
 
 def test_no_configuration_is_forgotten():
     known = {name for names, _ in WHOLES.values() for name in names} | {f"ablation/{letter}" for letter in ABLATIONS}
+    known |= {f"method/{name}" for name in METHODS}  # tests/editing/test_baselines.py looks into them
     assert {str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml")} == known
 
 

@@ -5,8 +5,8 @@ import torch
 
 from icd_lightning.data.shapes import LABELS
 from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.inversion import untrained_pipeline
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of
 from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
@@ -24,7 +24,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def students(family):
-    return InvertibleConsistencyPipeline.from_pretrained(family)
+    return InvertibleConsistency.from_pretrained(family)
 
 
 def test_the_whole_family_is_small_and_in_half_precision(family):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.data.shapes import render, scene_at
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import scene_at
 from icd_lightning.data.shards import encode_sample, write_shards
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings

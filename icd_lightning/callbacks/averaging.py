@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from icd_lightning.models.sharding import assign, gathered, part_like
+
+log = logging.getLogger(__name__)
 
 
-class ExponentialAverage(WeightAveraging):
+class ExponentialAverage(lightning.Callback):
     """Validate and export an exponential moving average of the trained weights, updated after every step.
 
-    Lightning's EMAWeightAveraging averages by `decay a + (1 - decay) b`, which by rounding moves weights that never
-    change, a bfloat16 base visibly; here what is frozen stays as it is, bit for bit.
+    Of the trained weights alone, spread over devices as they are: Lightning's WeightAveraging copies the whole task, a
+    second frozen base included. Checkpoints are as it writes them: the average in `state_dict`, what is trained on in
+    `current_model_state`.
 
     Args:
         decay: how much of the average stays at each step.
@@ -20,8 +30,74 @@ class ExponentialAverage(WeightAveraging):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"decay {decay} must lie between 0 and 1")
+        self.decay = decay
+        self._averages: dict[str, Tensor] = {}
+        self._averaged_step = 0
+        self._in_place = False  # whether the task holds the averages, and `_averages` what is trained
 
-        def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-            return torch.lerp(averaged, current, 1 - decay)
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Follow the weights to their device."""
+        self._averaged_step = trainer.global_step
+        for name, parameter in self._trained(pl_module):
+            if name in self._averages:
+                self._averages[name] = self._averages[name].to(parameter.device)
 
-        super().__init__(use_buffers=False, avg_fn=average)  # buffers are copied
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Average, if this was the last micro-batch of a step."""
+        if trainer.global_step == self._averaged_step:
+            return
+        self._averaged_step = trainer.global_step
+        for name, parameter in self._trained(pl_module):
+            if name in self._averages:
+                self._averages[name].lerp_(parameter, 1 - self.decay)
+            else:  # the first step
+                self._averages[name] = parameter.detach().clone()
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        """Put the averages in the place of the weights."""
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        """Put the weights back."""
+        self._swap(pl_module)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Leave the averages in place, to be exported."""
+        self._swap(pl_module)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        """Save the averages beside the weights; all processes come here."""
+        if not self._averages:
+            return
+        held, kept = checkpoint["state_dict"], gathered(self._averages)
+        averages, current = (held, kept) if self._in_place else (kept, held)
+        checkpoint["state_dict"] = {**held, **averages}
+        checkpoint["current_model_state"] = {**held, **current}
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged_step)}
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        """Take up both. The task holds the averages already, which is all that a finished or measured run needs."""
+        finished = 0 <= trainer.max_steps <= checkpoint["global_step"]
+        if finished or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "current_model_state" not in checkpoint:
+            log.warning("the checkpoint was made without averaging: averages begin at its weights")
+        current = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        for name, parameter in self._trained(pl_module):
+            self._averages[name] = part_like(checkpoint["state_dict"][name], parameter).clone()
+            assign(parameter, current[name])
+
+    @torch.no_grad()
+    def _swap(self, pl_module: lightning.LightningModule) -> None:
+        if not self._averages:
+            return
+        self._in_place = not self._in_place
+        for name, parameter in self._trained(pl_module):
+            here = parameter.detach().clone()
+            parameter.copy_(self._averages[name])
+            self._averages[name].copy_(here)
+
+    @staticmethod
+    def _trained(pl_module: lightning.LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad)

@@ -21,6 +21,10 @@ class RunCheckpoint(ModelCheckpoint):
     place of the trained ones; and a rank that saves because it failed waits for the others for ever. So the first
     Ctrl-C (or SIGTERM) lets the step end, on all ranks the same one; the second stops at once, and like any error
     leaves the checkpoint before.
+
+    On a SLURM cluster Lightning answers SIGUSR1, which `sbatch --signal=SIGUSR1@120` sends before the time is up, by
+    saving and requeueing the job at once; here it does so after the step, on all ranks the same one. The requeued job
+    goes on from the last checkpoint.
     """
 
     def __init__(self, every_n_train_steps: int = 250) -> None:
@@ -29,17 +33,18 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(
             save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
         )
-        self._asked_to_stop = self._stopping = False
+        self._asked_to_stop = self._asked_to_requeue = self._stopping = self._trained = False
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Listen for signals."""
         super().on_train_start(trainer, pl_module)
+        self._trained = True
         self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
         if threading.current_thread() is threading.main_thread():
-            heard = (
-                n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
-            )  # nohup, cmd &
+            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]  # nohup, cmd &
+            if callable(signal.getsignal(signal.SIGUSR1)):  # by Lightning, under SLURM
+                heard.append(signal.SIGUSR1)
             self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in heard}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -47,22 +52,29 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        done, stop = trainer.global_step == trainer.max_steps, self._asked_to_stop
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        done, stop = trainer.global_step == trainer.max_steps, self._any(trainer, self._asked_to_stop)
         self._stopping = stop and not done
         if done or stop:
             self._save(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         """Stop, now that the step before is saved, and logged and validated too."""
-        if self._stopping:
-            raise KeyboardInterrupt
+        if not self._stopping:
+            return
+        if self._any(trainer, self._asked_to_requeue) and signal.SIGUSR1 in self._handlers:
+            self._handlers[signal.SIGUSR1](signal.SIGUSR1, None)
+        raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what ended otherwise than by max_steps."""
         self._save(trainer)
         self._restore_handlers()
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so if there was nothing left to do."""
+        if not self._trained and trainer.is_global_zero and 0 <= trainer.max_steps <= trainer.global_step:
+            step, last = trainer.global_step, trainer.max_steps
+            log.info("already at step %d of %d; raise trainer.max_steps to go on", step, last)
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Say where the run can go on; nothing is saved here."""
@@ -77,11 +89,20 @@ class RunCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    @staticmethod
+    def _any(trainer: lightning.Trainer, decision: bool) -> bool:
+        """Whether it is true on any rank."""
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked_to_stop:
+        if self._asked_to_stop and signum != signal.SIGUSR1:
             raise KeyboardInterrupt
         self._asked_to_stop = True
-        log.info("stopping after this step; once more to stop at once")
+        if signum == signal.SIGUSR1:
+            self._asked_to_requeue = True
+            log.info("stopping after this step, to be requeued")
+        else:
+            log.info("stopping after this step; once more to stop at once")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning
-from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from icd_lightning.callbacks.pictures import log_grid
+from icd_lightning.callbacks.evaluation import StudentEvaluation, pipeline_of
+from icd_lightning.callbacks.pictures import log_grid, noise_images
 from icd_lightning.data.batch import Batch
+from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
-from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
-from icd_lightning.metrics.registry import build_metrics
-from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
+
+PLAIN, GUIDED = "reconstruction/{}", "reconstruction_guided/{}"
 
 
-class ReconstructionCallback(lightning.Callback):
+class ReconstructionCallback(StudentEvaluation):
     """Invert and generate validation pictures; log what came back, over all ranks, unguided and as the task decodes.
 
-    `reconstruction/<metric>` is at w = 1, `reconstruction_guided/<metric>` with the task's `decoding`. A grid of
-    pictures goes to TensorBoard: original, reconstructed, reconstructed guided, generated from drawn noise.
+    `reconstruction/<metric>` is at w = 1, `reconstruction_guided/<metric>` with the task's `decoding`; `latent_mse` is
+    the mean squared error of the latents. A grid of pictures goes to TensorBoard: originals, the noise that they were
+    inverted to, what came back of it, and pictures generated from drawn noise.
 
     Args:
-        metrics: any of psnr, ssim, and lpips, dinov2, fid, which load real pretrained networks or end the run early.
+        metrics: names of metrics.registry, e.g. psnr, ssim, lpips, dinov2; or the presets tiny and icd. Those with
+            pretrained networks load the real ones or end the run early.
         num_images: pictures of each rank to look at in a validation.
         grid_columns: pictures in a row of the grid.
     """
@@ -31,78 +33,53 @@ class ReconstructionCallback(lightning.Callback):
     def __init__(
         self, metrics: Sequence[str] = ("psnr", "ssim"), *, num_images: int = 32, grid_columns: int = 8
     ) -> None:
-        if min(num_images, grid_columns) < 1:
-            raise ValueError(f"num_images {num_images} and grid_columns {grid_columns} must be 1 or more")
-        self.num_images, self.grid_columns = num_images, grid_columns
-        self.metrics = {name: self._metrics(metrics) for name in ("reconstruction", "reconstruction_guided")}
-        self._seen = 0
-
-    @staticmethod
-    def _metrics(names: Sequence[str]) -> nn.ModuleDict:
-        return nn.ModuleDict({**build_metrics(names), "latent_mse": MeanMetric()})
+        if grid_columns < 1:
+            raise ValueError(f"grid_columns {grid_columns} must be 1 or more")
+        super().__init__(metrics, (PLAIN, GUIDED), num_images)
+        self.grid_columns = grid_columns
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse a task without students."""
-        if not isinstance(pl_module, InvertibleConsistencyDistillation):
-            raise ValueError(
-                f"ReconstructionCallback needs both students, and {type(pl_module).__name__} has none: "
-                "take it out of trainer.callbacks"
-            )
+        super().setup(trainer, pl_module, stage)
+        for metrics in self.metrics.values():
+            metrics.setdefault("latent_mse", MeanMetric())
 
-    def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        """Begin anew, on the task's device."""
-        self._seen = 0
-        for group in self.metrics.values():
-            for metric in group.to(pl_module.device).values():
-                metric.reset()
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch: Batch, batch_idx, dataloader_idx=0) -> None:
-        """Reconstruct pictures until there are enough."""
-        count = min(len(batch.captions), self.num_images - self._seen)
-        if count <= 0:
-            return
-        images, captions = batch.images[:count], batch.captions[:count]
-        pipeline = pipeline_of(pl_module)
-        noise = pipeline.invert(images, captions, seed=self._seen)
-        results = {
-            name: pipeline.generate(captions, noise, guidance=guidance)
-            for name, guidance in zip(self.metrics, (UNGUIDED, pl_module.decoding), strict=True)
-        }
-        latents = pl_module.autoencoder.encode(images)
-        for name, result in results.items():
-            self._update(self.metrics[name], result, images, pl_module.autoencoder.encode(result) - latents)
-        if self._seen == 0:
-            self._draw(trainer, pl_module, images, captions, list(results.values()))
-        self._seen += count
-
-    def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """Log the means over all ranks."""
-        for name, group in self.metrics.items():
-            for metric_name, metric in group.items():
-                shown = (name, metric_name) == ("reconstruction", "psnr")
-                # sync_dist averages what is equal on all ranks already; without it Lightning warns
-                pl_module.log(f"{name}/{metric_name}", metric.compute(), prog_bar=shown, sync_dist=True)
-
-    @staticmethod
-    def _update(group: nn.ModuleDict, result: Tensor, images: Tensor, latent_error: Tensor) -> None:
-        for name, metric in group.items():
-            if name == "latent_mse":
-                metric.update(latent_error.square())
-            else:
-                metric.update(result, images)
-
-    def _draw(self, trainer, task, images: Tensor, captions: list[str], results: list[Tensor]) -> None:
-        count = min(self.grid_columns, len(images))
+    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seed: int, draw: bool) -> None:
         pipeline = pipeline_of(task)
-        noise = seeded_noise(pipeline.latent_shape(count, *images.shape[-2:]), 0, images.device)
-        generated = pipeline.generate(captions[:count], noise, guidance=task.decoding)
-        rows = [row[:count] for row in (images, *results, generated)]
-        log_grid(trainer, "original, reconstructed, guided, generated", rows)
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text") and trainer.is_global_zero:
-                logger.experiment.add_text("captions", "  \n".join(captions[:count]), trainer.global_step)
+        noise = pipeline.invert(batch.images, batch.captions, seed=seed)
+        latents = task.autoencoder.encode(batch.images)
+        rows = {"original": batch.images, "its noise": noise_images(noise, batch.images)}
+        for place, guidance in ((PLAIN, UNGUIDED), (GUIDED, task.decoding)):
+            result = pipeline.generate(batch.captions, noise, guidance=guidance)
+            self.measure(place, result, batch, noise)
+            self.metrics[place]["latent_mse"].update((task.autoencoder.encode(result) - latents).square())
+            rows[f"back, w {guidance.guidance_scale:g}"] = result
+        if draw:
+            drawn = seeded_noise(noise.shape, seed, noise.device)
+            rows["generated"] = pipeline.generate(batch.captions, drawn, guidance=task.decoding)
+            shown = {label: images[: self.grid_columns] for label, images in rows.items()}
+            log_grid(trainer, "pictures/inversion", shown, batch.captions)
 
 
-def pipeline_of(task: InvertibleConsistencyDistillation) -> InvertibleConsistencyPipeline:
-    """The pipeline over the very students in training."""
-    return InvertibleConsistencyPipeline(task.students, task.autoencoder, task.conditioner, task.boundaries)
+class GuidanceSweep(StudentEvaluation):
+    """Reconstruct validation pictures at several w, dynamic as the task decodes: `guidance_sweep/<metric>_w<w>`.
+
+    Args:
+        guidance_scales: the w to decode with; 1 is unguided.
+        metrics: see ReconstructionCallback.
+        num_images: pictures of each rank to look at in a validation.
+    """
+
+    def __init__(
+        self, guidance_scales: Sequence[float], metrics: Sequence[str] = ("psnr",), *, num_images: int = 16
+    ) -> None:
+        if not guidance_scales or min(guidance_scales) < 1:
+            raise ValueError(f"guidance_scales {list(guidance_scales)} must be 1 (unguided) or more, and at least one")
+        self._scales = {f"guidance_sweep/{{}}_w{w:g}": w for w in guidance_scales}
+        super().__init__(metrics, tuple(self._scales), num_images)
+
+    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seed: int, draw: bool) -> None:
+        pipeline = pipeline_of(task)
+        noise = pipeline.invert(batch.images, batch.captions, seed=seed)
+        for place, w in self._scales.items():
+            result = pipeline.generate(batch.captions, noise, guidance=StepGuidance(w, task.decoding.tau))
+            self.measure(place, result, batch, noise)

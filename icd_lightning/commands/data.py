@@ -46,13 +46,14 @@ def shapes(
     parameters: dict[str, Any] = {"world": "shapes", "version": _version(size), "count": count}
     parameters |= {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
     if reused := find_reusable(out, parameters, overwrite=overwrite):
-        Console().print(f"{out} holds these {reused.samples} pictures already; nothing to do")
+        Console().print(f"{out} holds these {reused.samples} pictures already; nothing to do", soft_wrap=True)
         return
     samples = _encoded_scenes(count, seed=seed, size=size, format=format, num_workers=num_workers)
     manifest = write_shards(
         samples, out, shard_size=shard_size, parameters=parameters, total=count, overwrite=overwrite
     )
-    Console().print(f"{out} holds {manifest.samples} pictures in {len(manifest.shards)} shards")
+    text = f"{out} holds {_counted(manifest.samples, 'picture')} in {_counted(len(manifest.shards), 'shard')}"
+    Console().print(text, soft_wrap=True)
 
 
 def cache_latents(
@@ -60,9 +61,11 @@ def cache_latents(
     out: str,
     vae: str,
     resolution: int = 64,
+    buckets: bool = False,
     min_size: int | None = None,
     caption_field: str | None = None,
     batch_size: int = 32,
+    part: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -70,18 +73,23 @@ def cache_latents(
 
     Train on the result as on any shards, with the same resolution. Each epoch draws fresh samples of the posterior.
 
+    Several processes may share the work: `torchrun --nproc_per_node 8 --no-python icd data cache-latents ...`, or jobs
+    of their own with --part 0/8 to 7/8. Whichever ends last completes the set.
+
     Args:
-        urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`.
+        urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`; also http, s3, gs and pipe: urls.
         out: Folder for the new shards, one for each old one and named like it.
-        vae: Folder of the autoencoder in diffusers' layout, such as the `vae` folder of a model.
+        vae: The autoencoder: a folder in diffusers' layout, such as the `vae` folder of a model, or a hub id.
         resolution: Pixels of a side. The short side is resized to it, the centre cut out.
-        min_size: Leave out pictures with a short side under this many pixels; `resolution` if not given.
+        buckets: Keep the form of pictures that are not square: see the option of that name in training.
+        min_size: Leave out pictures with a short side under this many pixels; if not given, those to be enlarged.
         caption_field: Take captions from this field of the json file instead of the txt file.
         batch_size: Pictures encoded at once.
-        device: Where to encode: auto, cpu, cuda, cuda:1, ...
+        part: Which share of the shards to do, as in 0/8; what torchrun says if not given, or else all.
+        device: Where to encode: auto, cpu, cuda, cuda:1, ... With torchrun, auto is each process's own GPU.
         overwrite: Replace other shards in the folder.
     """
-    from pathlib import Path
+    import os
 
     from rich.console import Console
 
@@ -90,18 +98,31 @@ def cache_latents(
     from icd_lightning.data.latents import cache_latents as write
     from icd_lightning.models.family import load_autoencoder
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    share = _part(part or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
     place = find_device(device)
-    autoencoder = load_autoencoder(Path(vae)).to(place)
+    if device == "auto" and place.type == "cuda":
+        place = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    autoencoder = load_autoencoder(vae).to(place)
     manifest = write(
         urls,
         out,
         lambda images: autoencoder.moments(images.to(place)),
         autoencoder=autoencoder.fingerprint,
-        decoder=SampleDecoder(resolution, caption_field, min_size),
+        decoder=SampleDecoder(resolution, caption_field, min_size, buckets),
         batch_size=batch_size,
+        part=share,
         overwrite=overwrite,
     )
-    Console().print(f"{out} holds the latents of {manifest.samples} pictures in {len(manifest.shards)} shards")
+    shards = _counted(len(manifest.shards), "shard")
+    if manifest.complete:
+        text = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
+    elif share[1] > 1:
+        text = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
+    else:
+        raise ValueError(f"{out} holds {shards}, and some could not be read to their end: run the same command again")
+    Console().print(text, soft_wrap=True)
 
 
 def describe(*urls: str, examples: int = 4) -> None:
@@ -125,12 +146,24 @@ def describe(*urls: str, examples: int = 4) -> None:
     table.add_row("sizes", ", ".join(f"{w} x {h}" for (w, h), _ in found.sizes.most_common(5)) or "no pictures")
     for caption in found.captions[:examples]:
         table.add_row("caption", caption)
-    table.add_row("manifest", "\n".join(found.problems[:5]) or found.manifest)
+    table.add_row("manifest", found.manifest)
     Console().print(table)
     if found.problems:
-        raise ValueError(
-            f"{len(found.problems)} problems, the first: {found.problems[0]}; write or copy the shards again"
-        )
+        shown = "; ".join(found.problems[:5])
+        more = f" and {len(found.problems) - 5} more" if len(found.problems) > 5 else ""
+        raise ValueError(f"{_counted(len(found.problems), 'problem')}: {shown}{more}; write or copy the shards again")
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Read "2/8"."""
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(f"part {text!r} must be as in 0/8, 1/8, ... 7/8")
+    return int(first), int(last)
 
 
 def _encoded_scenes(
@@ -150,7 +183,8 @@ def _encoded_scenes(
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
-    from icd_lightning.data.shapes import render, scene_at
+    from icd_lightning.data.rendering import render
+    from icd_lightning.data.shapes import scene_at
     from icd_lightning.data.shards import encode_sample
 
     scene = scene_at(seed, index)
@@ -161,7 +195,8 @@ def _version(size: int) -> str:
     """Change with the world: shards that an older program drew are not taken for today's."""
     import hashlib
 
-    from icd_lightning.data.shapes import render, scene_at
+    from icd_lightning.data.rendering import render
+    from icd_lightning.data.shapes import scene_at
 
     digest = hashlib.sha256()
     for index in range(8):

@@ -1,43 +1,113 @@
-"""`icd eval`: methods over the held-out picture world."""
+"""`icd eval`: methods on benchmarks."""
 
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
     *,
+    benchmark: Literal[
+        "scenes", "inversion", "generation", "guidance", "piebench", "coco_edit", "tiny_edit"
+    ] = "scenes",
+    method: str = "icd",
+    metrics: str | None = None,
+    data: str | None = None,
+    images: str | None = None,
+    natural: bool = False,
     model: str = "tiny",
     forward: str | None = None,
     reverse: str | None = None,
-    count: int = 128,
-    guidance_scale: float = 3.0,
-    tau: float = 0.8,
-    seed: int = 1_000_003,
+    boundaries: str | None = None,
+    count: int | None = None,
+    guidance_scale: float | None = None,
+    tau: float | None = None,
+    grid: str = "",
+    seed: int | None = None,
+    batch_size: int = 16,
     ddim: bool = True,
-    out: str = "outputs/eval-inversion",
+    device: str = "auto",
+    out: str | None = None,
 ) -> None:
-    """To noise and back, generated and edited, on held-out scenes: two students, with DDIM-50 beside them.
+    """Measure methods: to noise and back, generation, guidance, edits.
+
+    icd eval                                                       a tour of the tiny family, with DDIM-50 beside it
+    icd eval --benchmark tiny_edit --method icd,ddim               edits of scenes whose true results are known
+    icd eval --benchmark inversion --model sd15 --data captions_val2014.json --images val2014 --count 5000
+    icd eval --benchmark piebench --model sd15 --data PIE-Bench --grid "tau=0.6,0.8 cross_replace=0.2,0.4"
+
+    A run writes PNG pictures, a row for each of them in rows.parquet, and means with 95 % intervals. Stopped and called
+    again it goes on; under torchrun its ranks share the pictures.
 
     Args:
-        model: "tiny" (shipped) or the folder of a family of the picture world.
-        forward: the forward student, a folder or file; by default the family's own.
-        reverse: the reverse student; by default the family's own.
-        count: scenes to measure on.
-        guidance_scale: w of the guided decodings; 1 is unguided.
-        tau: dynamic guidance guides at t <= tau T only.
-        seed: which world the scenes come from.
-        ddim: measure DDIM-50 too, which takes most of the time.
-        out: folder for results.json; what was measured before with the same settings and weights is reused.
+        benchmark: scenes, the tour; inversion (Tables 2 and 5); generation (Table 4; with --grid Fig. 5); guidance
+            (Table 1, Fig. 4); piebench, coco_edit, or tiny_edit, whose scenes have known true results.
+        method: Comma-separated: icd, icd_p2p (edits by Prompt-to-Prompt), untrained (the teacher through the students'
+            jumps), ddim, ... or all; of `scenes`, always icd, untrained and ddim.
+        metrics: Comma-separated names, or a preset, icd or piebench; by default what suits the benchmark and the model.
+        data: COCO's captions as JSON, a CSV of image and caption, PIE-Bench's folder, or a CSV of COCO edits; without
+            it, held-out scenes of the tiny world.
+        images: Folder that the names in data are relative to; by default that of data.
+        natural: Leave out PIE-Bench's artificial pictures, as the paper does.
+        model: "tiny" (shipped) or the folder of a family.
+        forward: The forward student, a folder or file; by default the family's own.
+        reverse: The reverse student; by default the family's own.
+        boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
+        count: Pictures to measure on, from the first; by default all of data, or 128 scenes.
+        guidance_scale: w of the guided decodings, 1 is unguided; by default the family's own.
+        tau: Dynamic guidance guides at t <= tau T only; by default the family's own.
+        grid: Settings to try, every combination, as in "tau=0.6,0.8 swap_tau=0.6,0.8"; guidance is w, tau, tau1 with
+            tau2, or lo with hi, and for edits there are the method's own options.
+        seed: Of the random numbers; of `scenes`, which world the scenes come from.
+        batch_size: Pictures at once.
+        ddim: Of `scenes`: measure DDIM-50 too, which takes most of the time.
+        device: auto, cpu, cuda, cuda:1 ...
+        out: Folder of all results, by default outputs/eval-BENCHMARK; what was measured before with the same settings
+            and weights is reused.
     """
     from pathlib import Path
 
-    from icd_lightning.evaluation.inversion import evaluate_inversion
-    from icd_lightning.evaluation.study import StudySettings
     from icd_lightning.models.family import Family
 
-    settings = StudySettings(count=count, guidance_scale=guidance_scale, tau=tau, swap_tau=tau, seed=seed)
-    file = evaluate_inversion(Family(model), settings, Path(out), forward=forward, reverse=reverse, ddim=ddim)
-    log.info("%s", file)
+    family = Family(model)
+    if benchmark == "scenes":
+        from icd_lightning.data.shapes import HELD_OUT_SEED
+        from icd_lightning.evaluation.inversion import evaluate_inversion
+        from icd_lightning.evaluation.study import StudySettings
+
+        defaults = family.load_defaults()
+        w, tau = guidance_scale or defaults.guidance_scale, defaults.tau if tau is None else tau
+        world = HELD_OUT_SEED if seed is None else seed
+        tour = StudySettings(128 if count is None else count, w, tau, swap_tau=tau, seed=world)
+        folder = Path(out or "outputs/eval-inversion")
+        log.info("%s", evaluate_inversion(family, tour, folder, forward=forward, reverse=reverse, ddim=ddim))
+        return
+    import torch
+
+    from icd_lightning.commands.session import find_device
+    from icd_lightning.evaluation.methods import Models, all_methods
+    from icd_lightning.evaluation.rows import Ranks
+    from icd_lightning.evaluation.suite import Settings, Suite, parse_grid
+
+    ranks = Ranks.from_environment()
+    settings = Settings(
+        benchmark,
+        methods=tuple(all_methods() if method == "all" else method.split(",")),
+        metrics=tuple(metrics.split(",")) if metrics else None,
+        data=Path(data) if data else None,
+        images=Path(images) if images else None,
+        natural=natural,
+        count=count,
+        grid=parse_grid(grid),
+        seed=seed or 0,
+        batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        tau=tau,
+    )
+    place = f"cuda:{ranks.local_rank}" if device == "auto" and torch.cuda.is_available() else device
+    models = Models(family, forward, reverse, boundaries, find_device(place))
+    for path in Suite(settings, models, Path(out or f"outputs/eval-{benchmark}"), ranks).run():
+        log.info("%s", path)

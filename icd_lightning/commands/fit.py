@@ -8,12 +8,15 @@ import warnings
 
 import lightning
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icd_lightning.commands.parsing import OneLineErrors
 from icd_lightning.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 NOT_NEWS = (
     ".*does not have many workers.*",
@@ -65,10 +68,32 @@ class FitCommand(LightningCLI):
             default="high",
             help="'high' lets a GPU use TF32 in float32 matrix products",
         )
+        parser.add_argument(
+            "--global_batch_size",
+            type=PositiveInt | None,
+            default=None,
+            help="samples of one optimizer step, on all devices together; sets trainer.accumulate_grad_batches",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Set what must be set before any network exists."""
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
+
+    def before_fit(self) -> None:
+        """Accumulate gradients up to the global batch size."""
+        trainer, total = self.trainer, self.config_init[self.subcommand].global_batch_size
+        if total is None:
+            return
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"global_batch_size {total} sets trainer.accumulate_grad_batches, which is given as well "
+                f"({trainer.accumulate_grad_batches}): leave out one of them"
+            )
+        batch_size, devices = self.datamodule.batch_size, trainer.num_devices * trainer.num_nodes
+        trainer.accumulate_grad_batches = micro_batches(total, batch_size, devices)
+        if trainer.is_global_zero:
+            shown = (total, batch_size, devices, trainer.accumulate_grad_batches)
+            log.info("global batch %d = %d samples x %d devices x %d accumulated micro-batches", *shown)
 
     def instantiate_trainer(self, **kwargs) -> lightning.Trainer:
         """Log to `trainer.default_root_dir` itself, so that a run has one folder and starting again finds it."""
@@ -78,12 +103,26 @@ class FitCommand(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
+    """How many micro-batches of this size each device accumulates for one optimizer step; ValueError for no number."""
+    if global_batch_size % (batch_size * devices) == 0:
+        return global_batch_size // (batch_size * devices)
+    fitting = [b for b in range(1, global_batch_size // devices + 1) if global_batch_size % (b * devices) == 0]
+    nearest = min(fitting, key=lambda size: abs(size - batch_size), default=None)
+    remedy = f"take {devices} devices with data.init_args.batch_size {nearest}" if nearest else "take fewer devices"
+    raise ValueError(
+        f"global_batch_size {global_batch_size} is not a multiple of {batch_size * devices} "
+        f"(batch_size {batch_size} x {devices} devices): {remedy}, or another global_batch_size"
+    )
+
+
 def run(args: list[str]) -> None:
     """Compose the configuration, build trainer, task and data, and call the trainer."""
     for message in NOT_NEWS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         FitCommand(args)
     except MisconfigurationException as error:
@@ -96,5 +135,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Tips and advertisements are not, nor what RunCheckpoint says better."""
     message = record.getMessage()
     return not any(
-        word in message for word in ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt")
+        word in message
+        for word in ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
     )

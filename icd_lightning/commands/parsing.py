@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
@@ -12,7 +13,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
 
-SHORT = {"output": "-o"}
+SHORT = {"output": "-o", "cross_replace": "--cross", "self_replace": "--self"}
 """Options with a short name."""
 
 
@@ -36,9 +37,10 @@ def call(function: Callable, name: str, args: list[str]) -> None:
     """Call `function` with the arguments that its signature defines; its docstring is the help.
 
     Parameters without default before the `*` are positional, `*prompts` takes any number, all others are options, and
-    so are those of a function to which `**options` is handed on.
+    so are those of a function to which `**options` is handed on. `--two-words` is `--two_words`; an option of type
+    `list[str]` takes words up to the next option.
     """
-    values = _parser(function, name).parse_args(args).as_dict()
+    values = _parser(function, name).parse_args([_underscored(arg) for arg in args]).as_dict()
     first: list[Any] = []
     for parameter in inspect.signature(function).parameters.values():
         if _is_positional(parameter):
@@ -63,13 +65,21 @@ def _parser(function: Callable, name: str) -> Parser:
             parser.add_argument(key, nargs="*", default=[], type=hint, metavar=key.removesuffix("s").upper(), **options)
         elif hint is bool:
             parser.add_argument(f"--{key}", action=ActionYesNo, default=parameter.default, **options)
+        elif hint == list[str] | None:
+            parser.add_argument(f"--{key}", nargs="+", type=str, metavar=key.upper(), default=None, **options)
         elif key in SHORT:
-            parser.add_argument(SHORT[key], f"--{key}", type=hint, default=parameter.default, **options)
+            parser.add_argument(f"--{key}", SHORT[key], type=hint, default=parameter.default, **options)
         else:
             continue
         ours.add(key)
     parser.add_function_arguments(function, as_group=False, as_positional=False, fail_untyped=True, skip=ours)
     return parser
+
+
+def _underscored(arg: str) -> str:
+    """An option's name as Python has it; what is no option, and a value after =, stays as it is."""
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[a-z][\w-]*", name) else arg
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

@@ -1,14 +1,14 @@
 """`icd generate | invert | edit`: prompts and pictures in, pictures out.
 
 Importing this module is light, for the sake of `--help`: torch and all that needs it is imported inside the functions,
-and not for type checkers either, because jsonargparse would follow them.
+after all that can be refused without it, and not for type checkers either, because jsonargparse would follow them.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -19,50 +19,126 @@ BATCH_SIZE = 8
 def edit(
     image: str,
     *,
-    source: str,
-    target: str,
+    source: str | None = None,
+    target: str | None = None,
     output: str | None = None,
+    method: str = "icd",
     guidance_scale: float | None = None,
     tau: float | None = None,
     swap_tau: float | None = None,
+    cross_replace: float | None = None,
+    self_replace: float | None = None,
+    amplify: float | None = None,
+    blend: str | None = None,
+    grid: list[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
 ) -> None:
-    """Edit a picture: take it to noise with the prompt that describes it, and back with another.
+    """Edit a picture, or many: take it to noise with the prompt that describes it, and back with another.
 
     icd edit star.png --source "a red star on a blue background" --target "a yellow star on a blue background"
+    icd edit cat.jpg --source "a cat on a bench" --target "a dog on a bench" -o dog.png --model sd15
+    icd edit cat.jpg --source "a cat" --target "a dog" --method icd_p2p --cross 0.4 --self 0.6 --blend "cat dog"
+    icd edit cat.jpg --source "a cat" --target "a dog" --grid tau=0.6,0.7,0.8 cross=0.2,0.4
+    icd edit edits.csv -o results       a row for each edit: image, source, target and, if you like, output
+    icd edit photos --source "a photo" --target "a watercolour painting"
+
+    Of many, those whose outputs exist are left out, and one that fails stops no other: call it again to go on.
 
     Args:
-        image: Picture of any format and size; its centre is cut out, as large as the model's pictures are.
+        image: Picture of any format and size, a folder of pictures, or a CSV file with columns image, source and target
+            (and output). The centre of a picture is cut out, as large as the model's pictures are.
         source: What the picture shows.
         target: What it shall show.
         output: PNG file to write, with prompts and settings in its metadata; by default photo-edited.png beside
-            photo.jpg.
+            photo.jpg, or photo-grid.png. Of many edits a folder; by default NAME-edited beside folder or file.
+        method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
+            default is; or one of the baselines, ddim, nti, npi, pnp_inversion, edit_friendly, sdedit ...
         guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
         tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
             model's own.
         swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
-            by default as tau.
+            by default as tau. Of edits without attention control.
+        cross_replace: Share of the steps with the source's cross-attention: more keeps more of the layout. This and the
+            next three ask for attention control.
+        self_replace: Share of the steps with the source's self-attention: more keeps more of the shapes.
+        amplify: Factor of the attention to the target's new words; 1 leaves it alone.
+        blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
+            "cat dog"; none blends nothing. By default the words that differ.
+        grid: Try values, all combinations, and draw them as a sheet with labels, as in tau=0.6,0.8 cross=0.2,0.4.
+        height: Pixels of the result; by default the model's.
+        width: Pixels of the result; by default the model's.
         seed: Of the slight noise with which the way to noise begins.
-        overwrite: Replace an output that exists.
+        overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.session import Run, save_image
+    from icd_lightning.commands.edits import Edit, EditSettings, Size, parse_grid, several_edits, variants
     from icd_lightning.data.images import read_picture
 
-    picture = read_picture(image)
-    path = free(output, beside(image, "edited.png"), overwrite=overwrite)
-    session = load(**options)
-    session.warn_of_unknown_words(source, target)
-    guidance = session.guidance(guidance_scale, tau)
-    swap_tau = guidance.tau if swap_tau is None else swap_tau
-    images, run = session.fit(picture, image), Run()
-    result = session.pipeline.edit(
-        images, [source], [target], guidance=guidance, swap_tau=swap_tau, seed=seed, on_step=run.steps.append
+    settings = EditSettings(
+        method, guidance_scale, tau, swap_tau, cross_replace, self_replace, amplify, blend, seed=seed
     )
-    about = {"image": Path(image).name, "source": source, "target": target, "swap_tau": swap_tau, "seed": seed}
-    save_image(path, result[0], session.about("edit", guidance, **about))
-    log.info("%s: %s", path, run)
+    size, weights, place = Size(height, width), load(**options), Path(image)
+    if place.is_dir() or place.suffix.lower() == ".csv":
+        if grid:
+            raise ValueError("grid is of one picture: leave it out, or name a picture")
+        edit_many(several_edits(place, source, target, output), settings, size, weights, overwrite=overwrite)
+        return
+    values = parse_grid(grid or [])
+    cells = variants(settings, values)
+    read_picture(place)
+    path = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
+    one = Edit(place, source or "", target or "", path)
+    one.check()
+    from icd_lightning.commands.session import open_editor, save_picture
+
+    made = list(open_editor(weights, settings).edit(one, cells, size))
+    if not grid:
+        save_picture(path, made[0].image, "edit", weights, {**one.about, **made[0].about})
+        log.info("%s: %s", path, made[0].cost)
+        return
+    from icd_lightning.commands.sheet import contact_sheet
+
+    about = {**one.about, **made[0].about, "grid": " ".join(grid)}
+    save_picture(path, contact_sheet(one, values, [cell.image for cell in made]), "edit", weights, about)
+    for cell, result in zip(cells, made, strict=True):
+        log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), result.cost)
+    log.info("%s", path)
+
+
+def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite: bool) -> None:
+    """Make the edits whose outputs are not there; report those that fail, and raise ValueError at the end."""
+    todo = [edit for edit in edits if overwrite or not edit.output.exists()]
+    if len(todo) < len(edits):
+        log.info("%d of %d outputs are there and kept; --overwrite replaces them", len(edits) - len(todo), len(edits))
+    failures: list[str] = []
+
+    def attempt(number: int, edit: Any, act: Any) -> bool:
+        try:
+            act()
+            return True
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+            log.error("%d/%d %s: %s", number, len(todo), edit.image, error)
+            return False
+
+    good = [(number, edit) for number, edit in enumerate(todo, 1) if attempt(number, edit, edit.check)]
+    if good:
+        from icd_lightning.commands.session import open_editor, save_picture
+
+        editor = open_editor(weights, settings)
+
+        def make(number: int, edit: Any) -> None:
+            made = next(editor.edit(edit, [settings], size))
+            save_picture(edit.output, made.image, "edit", weights, {**edit.about, **made.about})
+            log.info("%d/%d %s: %s", number, len(todo), edit.output, made.cost)
+
+        for number, edit in good:
+            attempt(number, edit, lambda number=number, edit=edit: make(number, edit))
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(todo)} edits failed, the first: {failures[0]}")
 
 
 def invert(
@@ -70,6 +146,8 @@ def invert(
     *,
     prompt: str,
     output: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
@@ -83,28 +161,31 @@ def invert(
         prompt: What the picture shows.
         output: File for the noise, which `icd generate --latents` reads, name.safetensors; what comes back goes to
             name-reconstructed.png. By default photo-inverted.safetensors and photo-reconstructed.png beside photo.jpg.
+        height: Pixels of the picture; by default the model's.
+        width: Pixels of the picture; by default the model's.
         seed: Of the slight noise with which the way to noise begins.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.session import Run, save_image, save_latents
+    from icd_lightning.commands.edits import Size
     from icd_lightning.data.images import read_picture
-    from icd_lightning.editing.method import UNGUIDED
-    from icd_lightning.metrics.reconstruction import psnr
+    from icd_lightning.editing.limits import check_seed
 
-    picture = read_picture(image)
+    check_seed(seed)
+    size, weights = Size(height, width), load(**options)
+    read_picture(image)
     path = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
     shown = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
-    session = load(**options)
-    session.warn_of_unknown_words(prompt)
-    about = session.about("invert", UNGUIDED, image=Path(image).name, prompt=prompt, seed=seed)
-    images, run = session.fit(picture, image), Run()
-    noise = session.pipeline.invert(images, [prompt], seed=seed, on_step=run.steps.append)
-    save_latents(path, noise, about)
-    log.info("%s: %s", path, run)
-    run = Run()
-    result = session.pipeline.generate([prompt], noise, on_step=run.steps.append)
-    save_image(shown, result[0], about)
-    log.info("%s: %s, unguided; PSNR %.2f dB to the picture", shown, run, float(psnr(result, images)))
+    from icd_lightning.commands.session import Session, described, save_latents, save_picture
+
+    session = Session.open(weights)
+    about = {"image": Path(image).name, "prompt": prompt, "seed": seed, "guidance_scale": 1.0}
+    about["boundaries"] = session.boundaries
+    noise, cost = session.invert(image, prompt, seed, size)
+    save_latents(path, noise, described("invert", weights, about))
+    log.info("%s: %s", path, cost)
+    back, cost, quality = session.reconstruct(image, prompt, noise)
+    save_picture(shown, back, "invert", weights, about)
+    log.info("%s: %s, unguided; PSNR %.2f dB to the picture", shown, cost, quality)
 
 
 def generate(
@@ -114,6 +195,8 @@ def generate(
     output: str | None = None,
     guidance_scale: float | None = None,
     tau: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
@@ -121,6 +204,7 @@ def generate(
     """Make pictures from prompts, out of fresh noise or that of a picture.
 
     icd generate "a small red circle on a white background" --count 4
+    icd generate "a dog on a bench" --latents cat-inverted.safetensors -o dog.png
 
     Args:
         prompts: One or more, each in quotes; by default the one that --latents were inverted with.
@@ -130,59 +214,77 @@ def generate(
             name-2.png and so on. By default generated.png here, or beside the latents.
         guidance_scale: How strongly to follow the prompt, 1 or more; by default the model's own.
         tau: Guide at times t <= tau T only, 1 guides throughout; by default the model's own.
+        height: Pixels of the picture; by default the model's. Not with latents, which have a size.
+        width: Pixels of the picture; by default the model's.
         seed: Of the noise: picture number i (from 0) has seed + i, and with that seed is the same alone.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.session import Run, read_latents, save_image
-    from icd_lightning.editing.method import seeded_noise
+    from icd_lightning.commands.edits import EditSettings, Size
 
+    EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed)
+    size, weights = Size(height, width), load(**options)
     if count < 1 or (latents is not None and count != 1):
         raise ValueError(f"count {count} must be 1 or more, and cannot be given with --latents, one picture each")
-    noise, found = (None, {}) if latents is None else read_latents(latents)
-    prompts = prompts or tuple(found[key] for key in ("prompt",) if key in found)
-    if not prompts:
+    if latents is None and not prompts:
         raise ValueError("there is no prompt; write for example: icd generate 'a small red circle'")
-    wanted = [prompt for prompt in prompts for _ in range(count if noise is None else len(noise))]
-    default = Path("generated.png") if latents is None else beside(latents, "generated.png")
-    paths = free_numbered(output, default, len(wanted), overwrite=overwrite)
-    session = load(**options)
+    if latents is not None and not Path(latents).is_file():
+        raise ValueError(f"there are no latents at {latents}; icd invert writes them")
+    if latents is not None and (height or width):
+        raise ValueError("latents have a size: leave out height and width")
+    if latents is None:
+        paths = free_numbered(output, Path("generated.png"), len(prompts) * count, overwrite=overwrite)
+    from icd_lightning.commands.session import Session, read_latents, save_picture
+
+    noise = None
+    if latents is not None:
+        noise, found = read_latents(latents)
+        prompts = prompts or tuple(filter(None, [found.get("prompt")]))
+        if not prompts:
+            raise ValueError(f"{latents} does not say its prompt: give one")
+        count = len(noise)
+        paths = free_numbered(output, beside(latents, "generated.png"), len(prompts) * count, overwrite=overwrite)
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    session = Session.open(weights)
     session.warn_of_unknown_words(*prompts)
-    guidance, shape = session.guidance(guidance_scale, tau), session.noise_shape(len(wanted))
-    if noise is not None and noise.shape[1:] != shape[1:]:
-        raise ValueError(f"{latents} holds latents of shape {tuple(noise.shape[1:])}; this model's are {shape[1:]}")
-    noise = seeded_noise(shape, seed) if noise is None else noise.repeat(len(prompts), 1, 1, 1)
     for start in range(0, len(wanted), BATCH_SIZE):
-        part, run = slice(start, start + BATCH_SIZE), Run()
-        images = session.pipeline.generate(
-            wanted[part], noise[part].to(session.device), guidance=guidance, on_step=run.steps.append
+        numbers = range(start, min(start + BATCH_SIZE, len(wanted)))
+        begin = (
+            {"seed": [seed + i for i in numbers]} if noise is None else {"latents": noise[[i % count for i in numbers]]}
         )
-        cost = str(run)
-        for i, image in enumerate(images, start):
+        made, guidance, cost = session.generate([wanted[i] for i in numbers], guidance_scale, tau, size, begin)
+        for i, picture in zip(numbers, made, strict=True):
             drawn = {"seed": seed + i} if latents is None else {"latents": Path(latents).name}
-            save_image(paths[i], image, session.about("generate", guidance, prompt=wanted[i], **drawn))
-            log.info("%s: %s%s", paths[i], cost, f" for {len(images)} at once" if len(images) > 1 else "")
+            save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **guidance})
+            log.info("%s: %s%s", paths[i], cost, f" for {len(made)} at once" if len(made) > 1 else "")
 
 
 def load(
     *,
     model: str = "tiny",
+    guided_unet: str | None = None,
+    vae: str | None = None,
     forward: str | None = None,
     reverse: str | None = None,
     boundaries: str | None = None,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> Any:
-    """Load a model and its two students.
+    """Say which model and students to load, and where.
 
     Args:
-        model: "tiny" (shipped) or a folder in diffusers' layout.
+        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, or a hub id.
+        guided_unet: The guidance-distilled UNet, a folder or a file such as the released sd15_cfg_distill.pt; by
+            default the model's own.
+        vae: Another autoencoder, a folder or hub id; by default the model's own.
         forward: The forward student, a folder or file of ours or a released one; by default the model's own.
         reverse: The reverse student; by default the model's own.
         boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
+        precision: Of the weights.
         device: auto, cpu, cuda, cuda:1 ...
     """
-    from icd_lightning.commands.session import Session
+    from icd_lightning.commands.weights import Weights
 
-    return Session.open(model, device, forward=forward, reverse=reverse, boundaries=boundaries)
+    return Weights(model, guided_unet, vae, forward, reverse, boundaries, precision, device)
 
 
 def beside(file: str, ending: str) -> Path:

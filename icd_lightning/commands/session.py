@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,83 +17,206 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning import __version__
-from icd_lightning.data.images import resize_and_crop, save_png, to_images, to_pictures, write_whole
-from icd_lightning.diffusion import Step, StepGuidance
+from icd_lightning.commands.edits import OURS, Edit, EditSettings, Size
+from icd_lightning.commands.weights import Weights, check_device
+from icd_lightning.data.images import read_picture, save_png
+from icd_lightning.diffusion import Step
+from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
-from icd_lightning.models.family import EditingDefaults, Family
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
+from icd_lightning.evaluation.methods import Models
+from icd_lightning.files import write_whole
+from icd_lightning.metrics.reconstruction import psnr
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Session:
-    """A pipeline on its device, how its family is best guided, and the settings that it came from."""
-
-    pipeline: InvertibleConsistencyPipeline
-    device: torch.device
-    defaults: EditingDefaults
-    settings: dict[str, Any]
-
-    @classmethod
-    def open(cls, model: str, device: str, **students: str | None) -> Session:
-        """Load a family and its students (see `InvertibleConsistencyPipeline.from_pretrained`)."""
-        place, family = find_device(device), Family(model)
-        defaults = family.load_defaults()
-        pipeline = InvertibleConsistencyPipeline.from_pretrained(family, **students).to(place)
-        ends = ",".join(map(str, pipeline.boundaries.boundary_timesteps))
-        return cls(pipeline, place, defaults, {"model": model, **students, "boundaries": ends})
-
-    def warn_of_unknown_words(self, *prompts: str) -> None:
-        """Say which words a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
-        if not self.defaults.closed_vocabulary:
-            return
-        words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
-        unknown = [word for word in words if len(self.pipeline.conditioner.tokenizer(word).input_ids) > 3]
-        if unknown:
-            log.warning("%s does not know: %s; expect nonsense", self.settings["model"], ", ".join(unknown))
-
-    def guidance(self, guidance_scale: float | None, tau: float | None) -> StepGuidance:
-        """Dynamic guidance; None is the family's default."""
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if not 1 <= scale < float("inf"):
-            raise ValueError(f"guidance_scale {scale} must be 1 (unguided) or more")
-        return StepGuidance(scale, self.defaults.tau if tau is None else tau)
-
-    def noise_shape(self, count: int) -> tuple[int, int, int, int]:
-        """Shape of the latents of `count` pictures."""
-        return self.pipeline.latent_shape(count, self.pipeline.resolution, self.pipeline.resolution)
-
-    def fit(self, picture: Image.Image, name: str) -> Tensor:
-        """The centre of an RGB picture as an image (1, 3, R, R) on the device."""
-        resolution = self.pipeline.resolution
-        cut, _ = resize_and_crop(picture, resolution)
-        if picture.size != cut.size:
-            size = f"{picture.width} x {picture.height}"
-            log.info("%s: of %s pixels the centre, resized to %d x %d", name, size, resolution, resolution)
-        return to_images([np.asarray(cut)]).to(self.device)
-
-    def about(self, command: str, guidance: StepGuidance, **values: Any) -> dict[str, str]:
-        """What a file's metadata say: all it takes to make the file again."""
-        guided = {"guidance_scale": guidance.guidance_scale, "tau": guidance.tau}
-        made = {"command": f"icd {command}", **values, **guided, **self.settings}
-        made["Software"] = f"icd_lightning {__version__}"  # a keyword that the PNG specification knows
-        return {key: str(value) for key, value in made.items() if value is not None}
-
-
 @dataclass
-class Run:
-    """The steps of one run of networks, and when it began; as text, what it cost."""
+class Cost:
+    """Network evaluations of one picture, and when they began; as text, with the seconds since."""
 
-    steps: list[Step] = field(default_factory=list)
+    nfe: int = 0
     start: float = field(default_factory=time.perf_counter)
 
+    def count(self, step: Step) -> None:
+        """Add the evaluations of one step."""
+        self.nfe += step.nfe
+
+    def of(self, pipeline: InvertibleConsistencyPipeline) -> str:
+        """With the evaluations of the pipeline's latest call."""
+        self.nfe += pipeline.nfe
+        return str(self)
+
     def __str__(self) -> str:
-        return f"{sum(step.nfe for step in self.steps)} evaluations, {time.perf_counter() - self.start:.2f} s"
+        return f"{self.nfe} evaluations, {time.perf_counter() - self.start:.2f} s"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An edited picture, the settings that made it, and what it cost."""
+
+    image: Image.Image
+    about: dict[str, Any]
+    cost: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """A pipeline on its device, and the weights that it came from."""
+
+    pipeline: InvertibleConsistencyPipeline
+    weights: Weights
+
+    @classmethod
+    def open(cls, weights: Weights) -> Session:
+        """Load a model and its students, after a look at the device."""
+        device = find_device(weights.device)
+        pipeline = InvertibleConsistencyPipeline.from_pretrained(weights.family(), **weights.students).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, weights)
+
+    def warn_of_unknown_words(self, *prompts: str) -> None:
+        """Say which words a family with a closed vocabulary has never seen."""
+        if unknown := self.pipeline.unknown_words(*prompts):
+            log.warning("%s does not know: %s; expect nonsense", self.weights.model, ", ".join(unknown))
+
+    def size(self, wanted: Size) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return wanted.height or self.pipeline.resolution, wanted.width or self.pipeline.resolution
+
+    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
+        """One picture, with each of the settings in turn; those of one seed share the way to noise."""
+        pipe, (height, width) = self.pipeline, self.size(size)
+        picture = opened(edit.image, height, width)
+        self.warn_of_unknown_words(edit.source, edit.target)
+        noises: dict[int, Tensor] = {}
+        for one in settings:
+            cost, seed = Cost(), one.seed
+            if seed not in noises:
+                noises[seed] = pipe.invert(picture, edit.source, seed=seed, height=height, width=width)
+                cost.nfe += pipe.nfe
+            options, about = self._options(one)
+            made = pipe.edit(None, edit.source, edit.target, latents=noises[seed], **options)
+            about |= {"seed": seed, "boundaries": self.boundaries}
+            yield Made(made.images[0], about, cost.of(pipe))
+
+    def _options(self, settings: EditSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of the pipeline's `edit`, none left to defaults, and the same for a file's metadata."""
+        config = self.pipeline.config
+        tau = config.tau if settings.tau is None else settings.tau
+        family_way = settings.method == "icd" and settings.swap_tau is None and config.attention_control
+        if settings.method == "icd_p2p" or settings.control or family_way:
+            control, usual = PromptToPrompt(**settings.control), config.edit_guidance_scale
+            options: dict[str, Any] = {"control": control}
+            about: dict[str, Any] = {"method": "icd_p2p", **vars(control)}
+        else:
+            usual = config.guidance_scale
+            options = {"control": None, "swap_tau": tau if settings.swap_tau is None else settings.swap_tau}
+            about = {"method": "icd_swap", "swap_tau": options["swap_tau"]}
+        guidance = {"guidance_scale": usual if settings.guidance_scale is None else settings.guidance_scale, "tau": tau}
+        return {**options, **guidance}, {**about, **guidance}
+
+    def invert(self, image: str, prompt: str, seed: int, size: Size) -> tuple[Tensor, str]:
+        """A picture to noise (1, C, h, w), and what that cost."""
+        height, width = self.size(size)
+        picture, cost = opened(image, height, width), Cost()
+        self.warn_of_unknown_words(prompt)
+        noise = self.pipeline.invert(picture, prompt, seed=seed, height=height, width=width)
+        return noise, cost.of(self.pipeline)
+
+    def reconstruct(self, image: str, prompt: str, noise: Tensor) -> tuple[Image.Image, str, float]:
+        """Noise (1, C, h, w) to a picture, unguided; what that cost, and its PSNR to the one that it was."""
+        cost = Cost()
+        back = self.pipeline.generate(prompt, latents=noise, guidance_scale=1.0, output_type="pt").images * 2 - 1
+        spent, picture = cost.of(self.pipeline), as_output(back, "pil")[0]
+        images = as_images(read_picture(image), *back.shape[-2:]).to(back.device)
+        return picture, spent, float(psnr(back, images))
+
+    def generate(
+        self, prompts: list[str], guidance_scale: float | None, tau: float | None, size: Size, begin: dict[str, Any]
+    ) -> tuple[list[Image.Image], dict[str, Any], str]:
+        """Pictures from prompts, the guidance they were made with, and what they cost; they `begin` as told."""
+        config, cost = self.pipeline.config, Cost()
+        guidance = {
+            "guidance_scale": config.guidance_scale if guidance_scale is None else guidance_scale,
+            "tau": config.tau if tau is None else tau,
+        }
+        made = self.pipeline.generate(prompts, **guidance, **begin, height=size.height, width=size.width)
+        return made.images, {**guidance, "boundaries": self.boundaries}, cost.of(self.pipeline)
+
+    @property
+    def boundaries(self) -> str:
+        """As `--boundaries` takes them."""
+        return ",".join(map(str, self.pipeline.boundaries.boundary_timesteps))
+
+
+class BaselineSession:
+    """A training-free method on its device."""
+
+    def __init__(self, weights: Weights, settings: EditSettings) -> None:
+        self.name = settings.method
+        self.models = Models(weights.family(), device=find_device(weights.device))
+        self.method = self.models.load(self.name)
+        self._options(settings, tau=1.0)
+
+    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
+        """As of a `Session`."""
+        resolution = self.models.resolution(self.method)
+        height, width = size.height or resolution, size.width or resolution
+        images = as_images(opened(edit.image, height, width), height, width).to(self.models.device)
+        for one in settings:
+            cost, guidance = Cost(), self.models.guidance(self.name, self.method, one.guidance_scale, one.tau)
+            options = self._options(one, guidance.tau)
+            result = self.method.edit(
+                images,
+                [edit.source],
+                [edit.target],
+                guidance=guidance,
+                seed=one.seed,
+                on_step=cost.count,
+                **options,
+            )
+            about = {"method": self.name, **options, **one.control, "seed": one.seed}
+            about |= {"guidance_scale": guidance.guidance_scale, "tau": guidance.tau}
+            yield Made(as_output(result, "pil")[0], about, str(cost))
+
+    def _options(self, settings: EditSettings, tau: float) -> dict[str, Any]:
+        """What goes to the method beside guidance, or to its attention control; ValueError for what it has not."""
+        if hasattr(self.method, "attention"):
+            if settings.swap_tau is not None:
+                raise ValueError(f"method {self.name} swaps no prompt: leave out swap_tau")
+            if settings.control:
+                self.method.attention = replace(self.method.attention or PromptToPrompt(), **settings.control)
+            return {}
+        if settings.control:
+            raise ValueError(f"method {self.name} borrows no attention: leave out {', '.join(settings.control)}")
+        return {"swap_tau": tau if settings.swap_tau is None else settings.swap_tau}
+
+
+def open_editor(weights: Weights, settings: EditSettings) -> Session | BaselineSession:
+    """What edits by the method of these settings."""
+    return Session.open(weights) if settings.method in OURS else BaselineSession(weights, settings)
+
+
+def opened(path: str | Path, height: int, width: int) -> Image.Image:
+    """A picture, and a line in the log if the pipeline will resize it or cut something off."""
+    picture = read_picture(path)
+    if picture.size != (width, height):
+        size = f"{picture.width} x {picture.height}"
+        log.info("%s: of %s pixels the centre, resized to %d x %d", path, size, width, height)
+    return picture
+
+
+def described(command: str, weights: Weights, values: dict[str, Any]) -> dict[str, str]:
+    """What a file's metadata say: all it takes to make the file again."""
+    made = {"command": f"icd {command}", **vars(weights), **values}
+    made["Software"] = f"icd_lightning {__version__}"  # a keyword that the PNG specification knows
+    return {key: str(value) for key, value in made.items() if value is not None}
 
 
 def find_device(name: str) -> torch.device:
     """The device of this name, tried out; "auto" is a GPU where there is one. ValueError if it cannot be used."""
-    if name == "auto":
+    if check_device(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).cpu()
@@ -102,9 +226,9 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def save_image(path: Path, image: Tensor, about: dict[str, str]) -> None:
-    """Write an image (3, H, W) as PNG."""
-    save_png(to_pictures(image[None])[0], path, about=about)
+def save_picture(path: Path, picture: Image.Image, command: str, weights: Weights, values: dict[str, Any]) -> None:
+    """Write a PNG that says how it was made."""
+    save_png(np.asarray(picture), path, about=described(command, weights, values))
 
 
 def save_latents(path: Path, latents: Tensor, about: dict[str, str]) -> None:
@@ -115,8 +239,6 @@ def save_latents(path: Path, latents: Tensor, about: dict[str, str]) -> None:
 
 def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:
     """Latents (B, C, h, w) and what `save_latents` wrote about them."""
-    if not Path(file).is_file():
-        raise ValueError(f"there are no latents at {file}; icd invert writes them")
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor("latents"), opened.metadata() or {}

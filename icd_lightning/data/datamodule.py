@@ -4,45 +4,59 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 import lightning
 
-from icd_lightning.data.decoding import RejectedError, SampleDecoder, Tally
+from icd_lightning.data.buckets import bucket_step
+from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.loaders import TrainLoader, ValidationLoader, ValidationSet
 from icd_lightning.data.manifest import Verify, index_shard
-from icd_lightning.data.shards import is_local, open_shards
+from icd_lightning.data.shards import open_shards
+from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece, TrainStream
+from icd_lightning.data.tally import Limits, RejectedError, Tally
 
 logger = logging.getLogger(__name__)
 
-PROBED_SAMPLES = 64
+PROBED_SAMPLES, PROBED_SHARDS = 64, 8
 REMEDIES = {
+    "wrong_resolution": "give the resolution and buckets that their latents were made with, or make them again",
     "too_small": "lower resolution, or give min_size=0 to enlarge what is smaller",
     "no_caption": "give caption_field, the field of the json files that holds the caption",
 }
 
 
 class ShardDataModule(lightning.LightningDataModule):
-    """Batches of images (B, 3, resolution, resolution) in [-1, 1] with captions, from WebDataset shards.
+    """Batches of images (B, 3, resolution, resolution) in [-1, 1], or of their latents, with captions, from shards.
+
+    Shards are WebDataset tars, as `icd data shapes`, `icd data cache-latents` or img2dataset write them.
 
     Args:
-        urls: Shards to train on: a folder, a list, or patterns such as `shards/{00000..00009}.tar`; also `pipe:...` and
-            `http://...`, which cannot be counted and need `batches_per_epoch` (and a shard for every worker).
+        urls: Shards to train on: a folder, a list, or patterns such as `shards/{00000..00009}.tar`; also `pipe:...`,
+            `http://...`, `s3://...` and whatever else fsspec has a driver for. These cannot be counted and need
+            `batches_per_epoch` (and a shard for every worker).
         val_urls: Local shards to validate and test on, in order; none by default.
         batch_size: Samples in a batch of one rank.
         val_batch_size: The same for validation; `batch_size` if not given.
         resolution: Pixels of a side. The short side is resized to it, the centre cut out.
-        min_size: Samples with a short side under this many pixels are skipped; `resolution` if not given.
+        buckets: Train on pictures of any form: each is brought to the nearest of several sizes of about resolution^2
+            pixels, and a batch holds one size. Validation keeps to squares.
+        min_size: Samples with a short side under this many pixels are skipped; if not given, those that would have to
+            be enlarged.
         caption_field: Take captions from this field of the json file instead of the txt file.
         num_workers: Worker processes; 0 reads in the training process.
         seed: Decides the order of samples, together with the number of ranks and workers.
         shuffle_buffer: Samples among which each worker shuffles, after the shards have been shuffled.
         batches_per_epoch: Batches of each rank in an epoch; as many as the shards hold if not given.
         verify: How closely shards are compared with the manifest.json beside them: see `open_shards`.
+        max_skipped: The run ends when more than this share of the samples cannot be used (after the first 1000).
+        stall_timeout: The run ends when no usable sample has come for so many seconds.
 
-    Samples that cannot be used are skipped and counted by reason: `train_tally.counts()`, `val_tally.counts()`.
+    Samples that cannot be used are skipped and counted by reason: `train_tally.counts()`, `val_tally.counts()`, both
+    anew from each `setup`.
 
     Data go on where training stopped: the trainer's count of finished batches decides which batch is next, so what
     workers had prefetched is not lost. The loaders are no `DataLoader`s to Lightning, so that it leaves them as they
@@ -57,6 +71,7 @@ class ShardDataModule(lightning.LightningDataModule):
         batch_size: int = 16,
         val_batch_size: int | None = None,
         resolution: int = 64,
+        buckets: bool = False,
         min_size: int | None = None,
         caption_field: str | None = None,
         num_workers: int = 0,
@@ -64,6 +79,8 @@ class ShardDataModule(lightning.LightningDataModule):
         shuffle_buffer: int = 1000,
         batches_per_epoch: int | None = None,
         verify: Verify = "count",
+        max_skipped: float = 0.5,
+        stall_timeout: float = 60.0,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -73,8 +90,14 @@ class ShardDataModule(lightning.LightningDataModule):
         self.urls, self.val_urls, self.verify = urls, val_urls, verify
         self.batch_size, self.val_batch_size, self.batches_per_epoch = batch_size, val_batch_size, batches_per_epoch
         self.num_workers, self.seed, self.shuffle_buffer = num_workers, seed, shuffle_buffer
-        self.decoder = SampleDecoder(resolution, caption_field, min_size)
-        self.train_tally, self.val_tally = Tally(num_workers), Tally(num_workers)
+        if buckets and resolution % bucket_step(resolution):
+            raise ValueError(
+                f"resolution {resolution} must be a multiple of {bucket_step(resolution)} to be trained in buckets"
+            )
+        self.decoder = SampleDecoder(resolution, caption_field, min_size, buckets)
+        self.limits = Limits(max_skipped, stall_timeout)
+        self.train_tally: Tally | None = None
+        self.val_tally: Tally | None = None
         self.stream: TrainStream | None = None
         self.validation_set: ValidationSet | None = None
         self._loader: TrainLoader | None = None
@@ -84,6 +107,8 @@ class ShardDataModule(lightning.LightningDataModule):
         """Find, check and count the shards, and try whether samples can be read from them."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._resumed = None  # Lightning loads a checkpoint after this
+        # here, not when it is made: ranks that are forked would count in the same memory
+        self.train_tally, self.val_tally = (Tally(self.num_workers, self.limits) for _ in range(2))
         if stage in (None, "fit"):
             self.stream = self._open_stream(rank, world_size)
         if self.val_urls:
@@ -93,9 +118,9 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def _open_stream(self, rank: int, world_size: int) -> TrainStream:
         shards = open_shards(self.urls, verify=self.verify)
-        tally = Tally()
-        raws = chain.from_iterable(Piece(shard.url, 0, None).read(tally) for shard in shards)
-        _probe(raws, self.decoder, "urls")
+        tally = Tally(limits=self.limits)
+        raws = chain.from_iterable(Piece(shard.url, 0, None).read(tally) for shard in shards[:PROBED_SHARDS])
+        _probe(raws, self.decoder, "urls", tally)
         batches, readers = self.batches_per_epoch, world_size * max(1, self.num_workers)
         unknown = next((shard.url for shard in shards if shard.samples is None), None)
         if unknown is not None:
@@ -126,9 +151,10 @@ class ShardDataModule(lightning.LightningDataModule):
         if self.stream is not None and (both := {s.url for s in self.stream.shards} & {s.url for s in shards}):
             logger.warning("%s is trained and validated on", min(both))
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
-        _probe((entry.read() for entry in entries), self.decoder, "val_urls")
+        decoder = replace(self.decoder, buckets=False)
+        _probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally)
         return ValidationSet(
-            entries, self.decoder, self.val_batch_size, rank=rank, world_size=world_size, tally=self.val_tally
+            entries, decoder, self.val_batch_size, rank=rank, world_size=world_size, tally=self.val_tally
         )
 
     def train_dataloader(self) -> TrainLoader:
@@ -164,7 +190,10 @@ class ShardDataModule(lightning.LightningDataModule):
             return
         self._resumed = state_dict
         was, now = state_dict["order"], self._order()
-        if different := [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]:
+        names = dict.fromkeys([*now, *was])
+        if different := [
+            f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)
+        ]:
             logger.warning(
                 "data continue at the same point, but not with the same samples as without a stop: %s",
                 "; ".join(different),
@@ -186,7 +215,7 @@ class ShardDataModule(lightning.LightningDataModule):
         """All that decides which samples make which batch."""
         stream = self.stream
         assert stream is not None
-        return {
+        order = {
             "seed": stream.seed,
             "batch_size": stream.batch_size,
             "world_size": stream.world_size,
@@ -196,9 +225,10 @@ class ShardDataModule(lightning.LightningDataModule):
             "shards": len(stream.shards),
             "samples": sum(shard.samples or 0 for shard in stream.shards),
         }
+        return order | ({"buckets": 1} if stream.decoder.buckets else {})
 
 
-def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str) -> None:
+def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str, tally: Tally) -> None:
     """Raise ValueError if not one of the first samples can be used."""
     rejected: list[RejectedError] = []
     for raw in islice(raws, PROBED_SAMPLES):
@@ -208,7 +238,7 @@ def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str) ->
         except RejectedError as error:
             rejected.append(error)
     if not rejected:
-        raise ValueError(f"the shards of {name} hold no samples; look at them with `icd data describe`")
+        raise tally.nothing(f"the shards of {name} hold no samples")
     remedy = REMEDIES.get(rejected[0].reason, "look at them with `icd data describe`")
     raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({rejected[0]}); {remedy}")
 

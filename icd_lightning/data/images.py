@@ -1,18 +1,24 @@
-"""Pictures in files and in tensors. A picture is uint8 (H, W, 3), images are float32 (B, 3, H, W) in [-1, 1]."""
+"""Pictures in files and in tensors. A picture is uint8 (H, W, 3), images are float32 (B, 3, H, W) in [-1, 1].
+
+torch is imported where tensors are made: commands refuse a bad picture before they load it.
+"""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from uuid import uuid4
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+
+from icd_lightning.files import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
@@ -50,20 +56,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Resize the short side to `resolution` and cut out the centre; return it with the crop's (top, left)."""
-    scale = resolution / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution)), (top, left)
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened image once it is turned upright; its pixels are not read."""
+    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size if turned else image.size[::-1]
 
 
-def to_images(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+def resize_and_crop(image: Image.Image, height: int, width: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Resize to cover height x width, by default a square, and cut out the centre; return it and its (top, left)."""
+    width = height if width is None else width
+    scale = max(width / image.width, height / image.height)
+    covering = (round(image.width * scale), round(image.height * scale))
+    if image.size != covering:
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)), (top, left)
+
+
+def to_images(
+    pictures: Sequence[NDArray[np.uint8]], *, memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
     """Stack B pictures, uint8 (H, W, 3), to images (B, 3, H, W), float32 in [-1, 1]."""
+    import torch
+
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    layout = torch.contiguous_format if memory_format is None else memory_format
+    return stacked.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)
 
 
 def quantize(images: torch.Tensor) -> torch.Tensor:
@@ -73,6 +91,8 @@ def quantize(images: torch.Tensor) -> torch.Tensor:
 
 def to_pictures(images: torch.Tensor) -> NDArray[np.uint8]:
     """Images (B, 3, H, W) in [-1, 1] to B pictures, uint8 (B, H, W, 3)."""
+    import torch
+
     return quantize(images).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -82,14 +102,3 @@ def save_png(picture: NDArray[np.uint8], path: Path, *, about: Mapping[str, obje
     for key, value in about.items():
         info.add_text(key, str(value))
     write_whole(path, lambda temporary: Image.fromarray(picture).save(temporary, "PNG", pnginfo=info))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, then rename it: nobody ever finds half a file at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,14 +2,20 @@
 
 Training then needs no encoder. Kept are the posterior's mean and log-variance, not one sample of it, so that every
 epoch draws fresh latents.
+
+Several processes may share the shards. Each leaves a record of every shard it has finished in `PROGRESS`, written as
+whole as the shards are; nothing is locked. Whoever finds them all there writes the complete manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -17,96 +23,174 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from icd_lightning.data.decoding import MOMENTS, Decoded, RejectedError, SampleDecoder, Tally, collate
-from icd_lightning.data.manifest import MANIFEST, Manifest, check_shard
-from icd_lightning.data.shards import open_shards, with_progress, write_shard
+from icd_lightning.data.decoding import MOMENTS, Decoded, SampleDecoder, collate
+from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, check_shard
+from icd_lightning.data.shards import Shard, open_shards, with_progress, write_shard
+from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
+from icd_lightning.data.tally import Limits, Tally
+from icd_lightning.files import write_whole
 
 logger = logging.getLogger(__name__)
+
+Encode = Callable[[torch.Tensor], torch.Tensor]
+PROGRESS = ".progress"
 
 
 def cache_latents(
     urls: str | Sequence[str],
     out: str | Path,
-    encode: Callable[[torch.Tensor], torch.Tensor],
+    encode: Encode,
     *,
     autoencoder: str,
     decoder: SampleDecoder,
     batch_size: int = 32,
+    part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
 ) -> Manifest:
     """Write shard for shard the moments of pictures to `out`, each under its name; go on where an earlier call stopped.
 
-    encode(images (B, 3, R, R) in [-1, 1]) gives moments, which are kept as float16; `autoencoder` is its fingerprint,
-    kept with each sample. Pictures that cannot be used are left out and counted. Raises ValueError if `out` holds
-    anything else than a part of this very set.
+    encode(images (B, 3, H, W) in [-1, 1]) gives moments, which are kept as float16; `autoencoder` is its fingerprint,
+    kept with each sample. Pictures that cannot be used are left out and counted. `part` (i, n) does every n-th shard
+    from the i-th on; the manifest returned is complete once every shard is done, by whomever. Raises ValueError if
+    `out` holds anything else than a part of this very set.
     """
-    shards, folder = open_shards(urls), Path(out)
-    names = [Path(shard.url).name for shard in shards]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two shards are named {max(names, key=names.count)}: cache their latents to different folders")
-    made = {"resolution": decoder.resolution, "autoencoder": autoencoder}
+    folder, shards = Path(out), _by_name(open_shards(urls))
+    made: dict[str, Any] = {"resolution": decoder.resolution, "autoencoder": autoencoder}
+    made |= {"buckets": True} if decoder.buckets else {}
     parameters = {"latents": made, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
-    manifest = _started(folder, parameters, overwrite=overwrite)
-    tally = Tally()
-    for shard, name in zip(shards, names, strict=True):
-        record = manifest.shards.get(name)
-        if record and check_shard(folder / name, record, level="bytes") is None:
-            continue
-        raws = with_progress(Piece(shard.url, 0, None).read(tally), f"encoding {name}", shard.samples)
-        samples = _encoded(raws, encode, decoder=decoder, made=made, batch_size=batch_size, tally=tally)
-        record = write_shard(samples, folder / name)
-        manifest = replace(manifest, shards={**manifest.shards, name: record})
-        manifest.save(folder)
-    manifest = replace(manifest, complete=True)
-    manifest.save(folder)
+    parameters["source"] = _sources(shards.values())
+    if overwrite:
+        _clear(folder, part)
+    _check(folder, parameters)
+    done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
+    tally = Tally(limits=Limits(max_skipped=1.0))
+    for name in list(shards)[part[0] :: part[1]]:
+        if name not in done:
+            if Manifest.load(folder) is None:
+                Manifest(parameters, complete=False).save(folder)
+            _cache_shard(shards[name], folder / name, _Encoder(encode, decoder, made, batch_size), tally)
     if skipped := {reason: n for reason, n in tally.counts().items() if n and reason != "passed"}:
         logger.warning("left out: %s", ", ".join(f"{reason} {n}" for reason, n in skipped.items()))
-    return manifest
+    return _completed(folder, parameters, list(shards))
 
 
-def _started(folder: Path, parameters: dict[str, Any], *, overwrite: bool) -> Manifest:
-    manifest = Manifest.load(folder)
-    if overwrite or (manifest is None and not any(folder.glob("*.tar"))):
-        for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+def _cache_shard(shard: Shard, path: Path, encoder: _Encoder, tally: Tally) -> None:
+    broken = tally.counts()["broken_shard"]
+    record = write_shard(encoder.samples(shard, tally), path)
+    if not is_local(shard.url) and tally.counts()["broken_shard"] > broken:
+        return  # it may read better another time
+    text = json.dumps(asdict(record))
+    write_whole(path.parent / PROGRESS / f"{path.name}.json", lambda temporary: temporary.write_text(text))
+
+
+class _Encoder:
+    """Turns the samples of a shard into samples of moments."""
+
+    def __init__(self, encode: Encode, decoder: SampleDecoder, made: dict[str, Any], batch_size: int) -> None:
+        self.encode, self.decoder, self.made, self.batch_size = encode, decoder, made, batch_size
+
+    def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
+        """Yield {"__key__": str, MOMENTS: bytes, "json": bytes, "txt": bytes} for each picture that can be used."""
+        raws = with_progress(Piece(shard.url, 0, None).read(tally), f"encoding {shard.url}", shard.samples)
+        attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
+        decoded = (sample for sample in attempts if sample is not None)
+        while True:
+            tally.awaited()  # the time that the encoder took is no silence of the source
+            batch = list(islice(decoded, self.batch_size))
+            if not batch:
+                return
+            if batch[0].picture is None:
+                raise ValueError(f"{shard.url} holds latents already: name shards of pictures")
+            for sample, moments in zip(batch, self._moments(batch), strict=True):
+                stream = BytesIO()
+                np.save(stream, moments)
+                text = json.dumps(sample.metadata | {"moments": self.made}, sort_keys=True, separators=(",", ":"))
+                files = {MOMENTS: stream.getvalue(), "json": text.encode(), "txt": sample.caption.encode()}
+                yield {"__key__": sample.key, **files}
+
+    def _moments(self, samples: list[Decoded]) -> list[NDArray[np.float16]]:
+        """Encode pictures, those of one size together; one (C, h, w) for each."""
+        places = defaultdict(list)
+        for place, sample in enumerate(samples):
+            places[sample.picture.shape].append(place)
+        found: dict[int, NDArray[np.float16]] = {}
+        for group in places.values():
+            moments = self.encode(collate([samples[place] for place in group]).images).to("cpu", torch.float16).numpy()
+            if not np.isfinite(moments).all():
+                key = samples[group[0]].key
+                raise ValueError(
+                    f"the autoencoder gives latents that are not finite near {key}: use float32, or another"
+                )
+            found |= zip(group, moments, strict=True)
+        return [found[place] for place in range(len(samples))]
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
+    found: dict[str, Shard] = {}
+    for shard in shards:
+        name = Path(shard.url).name
+        if not name.endswith(".tar"):
+            raise ValueError(f"{shard.url} must end with the name of a .tar: its latents get the same name")
+        if name in found:
+            raise ValueError(f"two shards are named {name}: cache their latents to different folders")
+        found[name] = shard
+    return found
+
+
+def _sources(shards: Iterable[Shard]) -> list[dict[str, Any]]:
+    """What the pictures were made with, where manifests say so."""
+    folders = dict.fromkeys(Path(shard.url).parent for shard in shards if is_local(shard.url))
+    return [manifest.parameters for folder in folders if (manifest := Manifest.load(folder))]
+
+
+def _clear(folder: Path, part: tuple[int, int]) -> None:
+    if part[1] > 1:
+        raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
+    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+
+
+def _check(folder: Path, parameters: dict[str, Any]) -> None:
+    """Raise ValueError if the folder holds another set."""
+    holds_shards = any(folder.glob("*.tar"))  # before the manifest, which another process writes before its first shard
+    there = Manifest.load(folder)
+    if there is None and holds_shards:
+        raise ValueError(f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite")
+    different = [name for name, value in parameters.items() if there and there.parameters.get(name, value) != value]
+    if different:
+        was, now = ({name: values[name] for name in different} for values in (there.parameters, parameters))
+        raise ValueError(f"{folder} holds another set ({was}, not {now}); choose another folder or pass --overwrite")
+
+
+def _records(folder: Path) -> dict[str, ShardRecord]:
+    """All shards that are finished, by name."""
+    records = {}
+    for file in (folder / PROGRESS).glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just completed the set
+            records[file.stem] = ShardRecord(**json.loads(file.read_text()))
+    manifest = Manifest.load(folder)  # after those, which are removed once it has them all
+    return (manifest.shards if manifest else {}) | records
+
+
+def _completed(folder: Path, parameters: dict[str, Any], names: list[str]) -> Manifest:
+    """The manifest as it is now; complete, on disk too, if every shard is done."""
+    records = _records(folder)
+    own = {name: records.pop(name) for name in names if name in records}
+    manifest = Manifest(parameters, own | records, complete=len(own) == len(names))
+    if manifest.complete:
+        if manifest != Manifest.load(folder):
+            manifest.save(folder)
+        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
+        for stale in folder.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = Manifest(parameters, complete=False)
-        manifest.save(folder)
-    if manifest is None or manifest.parameters != parameters:
-        raise ValueError(f"{folder} holds other shards; choose another folder or pass --overwrite")
-    return replace(manifest, complete=False)
-
-
-def _encoded(
-    raws: Iterable[dict[str, Any]],
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    decoder: SampleDecoder,
-    made: dict[str, Any],
-    batch_size: int,
-    tally: Tally,
-) -> Iterator[dict[str, Any]]:
-    decoded = _decoded(raws, decoder, tally)
-    while samples := list(islice(decoded, batch_size)):
-        moments = encode(collate(samples).images).to("cpu", torch.float16).numpy()
-        for sample, moment in zip(samples, moments, strict=True):
-            stream = BytesIO()
-            np.save(stream, moment)
-            text = json.dumps(sample.metadata | {"moments": made}, sort_keys=True, separators=(",", ":"))
-            yield {
-                "__key__": sample.key,
-                MOMENTS: stream.getvalue(),
-                "json": text.encode(),
-                "txt": sample.caption.encode(),
-            }
-
-
-def _decoded(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, tally: Tally) -> Iterator[Decoded]:
-    for raw in raws:
-        try:
-            yield decoder.decode(raw)
-            tally.passed()
-        except RejectedError as error:
-            tally.skipped(error.reason, error.detail)
+    return manifest

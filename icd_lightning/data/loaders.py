@@ -5,16 +5,19 @@ To Lightning these are plain iterables, not `DataLoader`s: so it neither wraps t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import NothingToReadError, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.decoding import SampleDecoder, collate
 from icd_lightning.data.manifest import Entry
 from icd_lightning.data.stream import TrainStream
+from icd_lightning.data.tally import NothingToReadError, Tally
 
 
 class TrainDataset(IterableDataset):
@@ -57,13 +60,17 @@ class TrainLoader:
         # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
         position = self._reached if self.position is None else self.position()
         if self._iterator is None or position != self._reached:
-            self._iterator = iter(_loader(TrainDataset(self.stream, position, self.tally), self.num_workers))
+            dataset = TrainDataset(self.stream, position, self.tally)
+            self._iterator = iter(_loader(dataset, self.num_workers, self.tally))
             self._reached = position
         for _ in range(len(self)):
             self._reached += 1
-            yield _unwrap(next(self._iterator))
+            yield _next(self._iterator, self.tally)
 
     def close(self) -> None:
+        """Stop the workers, whoever else still holds the iterator (a traceback, for one)."""
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +82,7 @@ class TrainLoader:
 
 
 class ValidationSet(Dataset):
-    """The batches of images (<= B, 3, R, R) that one rank validates on.
+    """The batches, at most B samples of one size, that one rank validates on.
 
     Every sample belongs to one rank; the shares differ by one sample at most and come in equally many batches (else
     ranks that wait for each other would hang), which differ by one sample at most too. A sample that cannot be used is
@@ -105,13 +112,15 @@ class ValidationSet(Dataset):
     def __getitem__(self, batch: int) -> Batch | NothingToReadError:
         info = get_worker_info()
         worker = info.id if info else 0
+        self.tally.awaited(worker)
         samples = []
-        for index in self.indices(batch):
-            try:
-                samples.append(self.decoder.decode(self.entries[index].read()))
-                self.tally.passed(worker)
-            except RejectedError as error:
-                self.tally.skipped(error.reason, error.detail, worker)
+        try:
+            for index in self.indices(batch):
+                self.tally.read(worker)
+                sample = self.tally.attempt(self.decoder.decode, self.entries[index].read(), worker)
+                samples += [] if sample is None else [sample]
+        except NothingToReadError as error:
+            return error
         if not samples:
             return self.tally.nothing(f"no sample of validation batch {batch} could be used")
         return collate(samples)
@@ -128,15 +137,18 @@ class ValidationLoader:
         return len(self.validation_set)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(_loader(self.validation_set, self.num_workers))
+        tally = self.validation_set.tally
+        self._iterator = iter(_loader(self.validation_set, self.num_workers, tally))
         for place in range(len(self)):
-            item = next(self._iterator)
+            batch = _next(self._iterator, tally)
             if place == len(self) - 1:
                 self._iterator = None  # nobody asks for more than there is: let the workers go now
-            yield _unwrap(item)
+            yield batch
 
 
-def _loader(dataset: Dataset, num_workers: int) -> DataLoader:
+def _loader(dataset: Dataset, num_workers: int, tally: Tally) -> DataLoader:
+    patience = tally.limits.stall_timeout
+    tally.awaited()
     return DataLoader(
         dataset,
         batch_size=None,  # the dataset makes the batches
@@ -144,6 +156,7 @@ def _loader(dataset: Dataset, num_workers: int) -> DataLoader:
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every start of the workers draws from the global generator
+        timeout=patience if num_workers and math.isfinite(patience) else 0,
     )
 
 
@@ -151,7 +164,19 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _unwrap(item: Batch | Exception) -> Batch:
-    if isinstance(item, Exception):
-        raise item
-    return item
+def _next(iterator: Iterator[Batch | Exception], tally: Tally) -> Batch:
+    """The next batch, however long it takes while workers find samples; an error if they find none any more."""
+    while True:
+        try:
+            item = next(iterator)
+        except RuntimeError as error:
+            if "timed out" not in str(error):  # a DataLoader's timeout has no class of its own
+                raise
+            patience = tally.limits.stall_timeout
+            if tally.silence() >= patience:
+                what = f"no worker found a sample that can be used for {patience:g} s; is the storage slow or gone?"
+                raise tally.nothing(what) from None
+        else:
+            if isinstance(item, Exception):
+                raise item
+            return item

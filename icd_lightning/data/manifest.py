@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from icd_lightning.files import write_whole
+
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Verify = Literal["off", "bytes", "count", "sha256"]
@@ -54,9 +56,8 @@ class Manifest:
             raise ValueError(f"{path} cannot be read ({error!r}); remove it or write the shards again") from error
 
     def save(self, folder: Path) -> None:
-        temporary = folder / f".{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(folder / MANIFEST)
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_whole(folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
 
 @dataclass(frozen=True)

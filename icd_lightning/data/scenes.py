@@ -7,18 +7,18 @@ from itertools import count
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, render, scene_at
+from icd_lightning.data.images import to_images
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, scene_at
 
 
 def scene_batch(scenes: Sequence[Scene], keys: Sequence[str], size: int = 64) -> Batch:
     """Render B scenes to a Batch: images (B, 3, size, size) in [-1, 1], captions, and the scenes as metadata."""
-    pictures = np.stack([render(scene, size) for scene in scenes])
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = to_images([render(scene, size) for scene in scenes], memory_format=torch.channels_last)  # as drawn
     place = {"original_size": (size, size), "crop_top_left": (0, 0)}
     return Batch(images, [s.caption() for s in scenes], list(keys), [s.to_dict() | place for s in scenes])
 
@@ -101,7 +101,8 @@ class SceneDataModule(lightning.LightningDataModule):
         stop = total // (size * world_size)
         stream = SceneStream(HELD_OUT_SEED, size, stop=stop, rank=rank, world_size=world_size)
         # of a stream, for Lightning would divide a list over ranks once more
-        return DataLoader(stream, batch_size=None, collate_fn=_unchanged)
+        # and of its own generator, for each start draws from the global one otherwise
+        return DataLoader(stream, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

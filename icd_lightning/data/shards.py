@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import logging
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +29,8 @@ from icd_lightning.data.manifest import (
     index_shard,
     sha256,
 )
+from icd_lightning.data.sources import check_driver, expand, is_local
+from icd_lightning.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -128,19 +128,22 @@ def write_shards(
 
 def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
     """Write one shard, which gets its name only when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    written = 0
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for extension, data in sample.items():
-                if extension != "__key__":
-                    header = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # mtime 0 and no owner: equal bytes
-                    header.size = len(data)
-                    tar.addfile(header, BytesIO(data))
-            written += 1
-    record = ShardRecord(written, temporary.stat().st_size, sha256(temporary))
-    temporary.replace(path)
-    return record
+    records: list[ShardRecord] = []
+
+    def write(temporary: Path) -> None:
+        written = 0
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for extension, data in sample.items():
+                    if extension != "__key__":
+                        header = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # mtime 0, no owner: equal bytes
+                        header.size = len(data)
+                        tar.addfile(header, BytesIO(data))
+                written += 1
+        records.append(ShardRecord(written, temporary.stat().st_size, sha256(temporary)))
+
+    write_whole(path, write)
+    return records[0]
 
 
 def with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
@@ -169,22 +172,16 @@ class Shard:
     samples: int | None
 
 
-def is_local(url: str) -> bool:
-    """Whether `url` is a path on this machine, not `http://...`, `pipe:...` or the like."""
-    return re.match(r"[a-z0-9]+:", url) is None
-
-
 def find_shards(urls: str | Sequence[str]) -> list[str]:
     """Expand folders, `{00000..00009}` and `*` to shards, in order; raise FileNotFoundError for missing ones."""
     from webdataset.shardlists import expand_urls  # a second to import
 
     found: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
-        url = os.path.expanduser(url)
-        names = _in_folder(Path(url)) if os.path.isdir(url) else expand_urls(url)
-        for name in names:
-            matches = sorted(glob.glob(name)) if is_local(name) and "*" in name else [name]
-            if not matches:
+        url = os.path.expanduser(url.removeprefix("file://"))
+        for name in _in_folder(Path(url)) if os.path.isdir(url) else expand_urls(url):
+            check_driver(name)
+            if not (matches := expand(name)):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
             found += matches
     if not found:
@@ -210,7 +207,7 @@ def find_problems(shards: Sequence[str], *, verify: Verify = "count") -> list[st
     """Hold shards against the manifests beside them, where there are any; say what is wrong."""
     manifests = {folder: Manifest.load(folder) for folder in {Path(url).parent for url in shards if is_local(url)}}
     problems = [
-        f"{folder} holds an unfinished set: its writer was stopped after {manifest.samples} samples"
+        f"{folder} holds an unfinished set: let the command that writes it finish"
         for folder, manifest in manifests.items()
         if manifest is not None and not manifest.complete
     ]
@@ -270,7 +267,8 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> Descript
     problems = find_problems(found, verify="sha256")
     for path in found:
         entries, problem = index_shard(path)
-        problems += [f"{path}: {problem}"] if problem else []
+        if problem and not any(known.startswith(f"{path} ") for known in problems):  # the manifest tells more
+            problems.append(f"{path}: {problem}")
         total += len(entries)
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:

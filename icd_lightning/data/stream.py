@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, count, islice
-from typing import Any, NamedTuple
+from itertools import accumulate, cycle, islice
+from typing import Any, NamedTuple, TypeVar
 
-from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import Decoded, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.decoding import MIXED, MOMENTS, Decoded, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
+from icd_lightning.data.sources import open_url
+from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
+
+Raw = dict[str, Any]  # a sample as webdataset has it: {"__key__": str, "__url__": str, extension: bytes}
+Size = tuple[int, int]
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -29,7 +34,7 @@ class Piece(NamedTuple):
     start: int
     stop: int | None
 
-    def read(self, tally: Tally, worker: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, tally: Tally, worker: int = 0) -> Iterator[Raw]:
         """Yield raw samples; a shard that cannot be read (on) is counted once and left."""
         errors: list[Exception] = []
 
@@ -37,19 +42,26 @@ class Piece(NamedTuple):
             errors.append(error)
             return True
 
+        tally.opened(worker)
+        given = 0
         try:
-            stream = gopen(self.url)
+            stream = open_url(self.url, patience=tally.limits.stall_timeout)
         except Exception as error:  # whatever the scheme's opener raises
             note(error)
         else:
             files = tar_file_expander([{"url": self.url, "stream": stream}], handler=note)
             try:
-                yield from islice(group_by_keys(files, handler=note), self.start, self.stop)
+                for raw in islice(group_by_keys(files, handler=note), self.start, self.stop):
+                    tally.read(worker)
+                    given += 1
+                    yield raw
             finally:
-                with contextlib.suppress(Exception):  # a pipe complains when it is closed before its end
+                with contextlib.suppress(Exception):
                     stream.close()
         if errors:
-            tally.skipped("broken_shard", f"{self.url} cannot be read to its end: {errors[0]}", worker)
+            missing = None if self.stop is None else self.stop - self.start - given
+            cause = errors[0].__cause__ or errors[0]  # fsspec calls whatever fails on http a FileNotFoundError
+            tally.broke(f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})", missing, worker)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,9 @@ class TrainStream:
     over ranks and workers without overlap, and each worker shuffles its share through a buffer of `shuffle_buffer`
     samples. If the shards hold several epochs, these follow each other through one order before the next is drawn. A
     share that runs out, because samples were skipped or the epoch is longer than the data, is read again.
+
+    With the decoder's `buckets` a batch holds pictures of one size; those whose size is too rare to fill a batch of a
+    worker in an epoch are not seen in it.
     """
 
     shards: tuple[Shard, ...]
@@ -90,30 +105,25 @@ class TrainStream:
     def batches(
         self, epoch: int, *, worker: int = 0, num_workers: int = 1, skip: int = 0, tally: Tally | None = None
     ) -> Iterator[Batch]:
-        """Yield the batches of a worker in an epoch, of images (B, 3, R, R), but for the first `skip`.
+        """Yield the batches of a worker in an epoch, all samples of one size, but for the first `skip` batches.
 
-        A picture that proves corrupt when decoded is replaced by the next good one of the share, which is then seen
-        twice: so a batch does not depend on those before it, and skipping needs no decoding.
+        A picture that proves corrupt when decoded is replaced by another of its batch, which is then there twice: so a
+        batch does not depend on those before it, and skipping needs no decoding. A batch of nothing but corrupt ones
+        repeats the next.
         """
         tally = tally or Tally(num_workers)
         reader = _Reader(self, tally, worker, self.pieces(epoch, worker=worker, num_workers=num_workers))
         seed = f"{self.seed} {epoch} {self.rank}/{self.world_size} {worker}/{num_workers}"
-        raws = reader.admitted(random.Random(seed))
-        for _ in range(skip * self.batch_size):
-            next(raws)
-            tally.passed(worker)
-        decoded = map(reader.decode, raws)
-        ahead: deque[Decoded | None] = deque()
+        groups = _grouped(reader.admitted(random.Random(seed)), self.batch_size)
+        for _ in range(skip):
+            tally.passed(len(next(groups)), worker)
+        ahead: deque[list[Decoded]] = deque()
         for _ in range(skip, len(range(worker, self.batches_per_epoch, num_workers))):
-            own = [ahead.popleft() if ahead else next(decoded) for _ in range(self.batch_size)]
-            good = [sample for sample in own if sample is not None]
-            for place in count():
-                if len(good) == self.batch_size:
-                    break
-                if place == len(ahead):
-                    ahead.append(next(decoded))
-                good += [sample for sample in [ahead[place]] if sample is not None]
-            yield collate(good)
+            tally.awaited(worker)
+            while not (good := next(filter(None, ahead), None)):
+                ahead.append(reader.decode(next(groups)))
+            ahead.popleft()
+            yield collate(list(islice(cycle(good), self.batch_size)))
 
     def batches_from(
         self, position: int, *, slot: int = 0, slots: int = 1, tally: Tally | None = None
@@ -150,43 +160,54 @@ class _Reader:
     def __init__(self, stream: TrainStream, tally: Tally, worker: int, pieces: list[Piece]) -> None:
         self.stream, self.tally, self.worker, self.pieces = stream, tally, worker, pieces
         self.corrupt_in_a_row = 0
+        self.kinds: set[bool] = set()
 
-    def admitted(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+    def admitted(self, rng: random.Random) -> Iterator[tuple[Size, Raw]]:
         while True:
             number = 0
-            for raw in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
+            for sized in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
                 number += 1
-                yield raw
+                yield sized
             if number == 0 or self.corrupt_in_a_row >= number:
                 whose = f"worker {self.worker} of rank {self.stream.rank}"
                 raise self.tally.nothing(f"none of the samples for {whose} could be used")
             rng.shuffle(self.pieces)
 
-    def decode(self, raw: dict[str, Any]) -> Decoded | None:
-        try:
-            sample = self.stream.decoder.decode(raw)
-        except RejectedError as error:
-            self.corrupt_in_a_row += 1
-            self.tally.skipped(error.reason, error.detail, self.worker)
-            return None
-        self.corrupt_in_a_row = 0
-        self.tally.passed(self.worker)
-        return sample
+    def decode(self, raws: Iterable[Raw]) -> list[Decoded]:
+        good = []
+        for raw in raws:
+            sample = self.tally.attempt(self.stream.decoder.decode, raw, self.worker)
+            self.corrupt_in_a_row = self.corrupt_in_a_row + 1 if sample is None else 0
+            good += [] if sample is None else [sample]
+        return good
 
-    def _checked(self) -> Iterator[dict[str, Any]]:
+    def _checked(self) -> Iterator[tuple[Size, Raw]]:
         for piece in self.pieces:
             for raw in piece.read(self.tally, self.worker):
                 try:
-                    self.stream.decoder.admit(raw)
+                    size = self.stream.decoder.admit(raw)
                 except RejectedError as error:
                     self.tally.skipped(error.reason, error.detail, self.worker)
-                else:
-                    yield raw
+                    continue
+                self.kinds.add(MOMENTS in raw)
+                if len(self.kinds) > 1:
+                    raise NothingToReadError(MIXED)
+                self.tally.admitted(self.worker)
+                yield size, raw
 
 
-def _shuffled(samples: Iterator[dict[str, Any]], size: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+def _grouped(samples: Iterable[tuple[Size, Raw]], count: int) -> Iterator[list[Raw]]:
+    """Yield groups of `count` samples of one size, each as soon as it is whole."""
+    groups: defaultdict[Size, list[Raw]] = defaultdict(list)
+    for size, raw in samples:
+        groups[size].append(raw)
+        if len(groups[size]) == count:
+            yield groups.pop(size)
+
+
+def _shuffled(samples: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
     """Yield from a buffer of `size` samples at random."""
-    buffer: list[dict[str, Any]] = []
+    buffer: list[T] = []
     for sample in samples:
         if len(buffer) < size:
             buffer.append(sample)

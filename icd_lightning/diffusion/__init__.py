@@ -24,10 +24,13 @@ from icd_lightning.diffusion.sampling import (
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
+    falling,
     generate,
     invert,
+    lcm_timesteps,
     reconstruct,
     run_jumps,
+    trailing_timesteps,
 )
 from icd_lightning.diffusion.schedule import Denoiser, NoisedData, NoiseSchedule
 
@@ -51,13 +54,16 @@ __all__ = [
     "ddim_generate",
     "ddim_invert",
     "ddim_timesteps",
+    "falling",
     "generate",
     "guidance_distillation",
     "guidance_embedding",
     "invert",
+    "lcm_timesteps",
     "preservation",
     "pseudo_huber",
     "reconstruct",
     "run_jumps",
     "squared_error",
+    "trailing_timesteps",
 ]

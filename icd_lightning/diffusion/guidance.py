@@ -57,6 +57,10 @@ class GuidanceSchedule(ABC):
         strength = self.strength(t.float())
         return (1 - strength) + strength * self.guidance_scale
 
+    def at(self, t: int) -> float:
+        """The guidance scale at one timestep."""
+        return float(self(torch.tensor([t])))
+
     @abstractmethod
     def strength(self, t: Tensor) -> Tensor:
         """How much of the guidance applies (B,), 0 to 1, at t (B,) float32."""

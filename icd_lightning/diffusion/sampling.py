@@ -91,10 +91,26 @@ def ddim_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) ->
 
     Raises ValueError for more steps than timesteps, or none.
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"num_inference_steps {num_inference_steps} must lie between 1 and {num_train_timesteps}")
-    stride = num_train_timesteps // num_inference_steps
+    stride = num_train_timesteps // _checked(num_inference_steps, num_train_timesteps)
     return tuple(range(0, stride * num_inference_steps, stride))
+
+
+def trailing_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> tuple[int, ...]:
+    """The grid of SDXL-Turbo, ascending: 249, 499, 749, 999 for 4 steps (diffusers' "trailing" spacing)."""
+    stride = num_train_timesteps / _checked(num_inference_steps, num_train_timesteps)
+    return tuple(round(num_train_timesteps - i * stride) - 1 for i in reversed(range(num_inference_steps)))
+
+
+def lcm_timesteps(num_inference_steps: int, solver_timesteps: Sequence[int]) -> tuple[int, ...]:
+    """The grid of a latent consistency model, ascending: as many of its solver's timesteps, evenly from the last."""
+    count = len(solver_timesteps)
+    places = [i * count // _checked(num_inference_steps, count) for i in range(num_inference_steps)]
+    return tuple(solver_timesteps[count - 1 - place] for place in reversed(places))
+
+
+def falling(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+    """The steps (t, s) from the last of the ascending timesteps down to 0, one for each."""
+    return [(t, s) for s, t in _rising(timesteps)][::-1]
 
 
 @torch.no_grad()
@@ -102,8 +118,7 @@ def ddim_generate(
     denoise: Denoiser, x: Tensor, timesteps: Sequence[int], schedule: NoiseSchedule, *, on_step: OnStep | None = None
 ) -> Tensor:
     """Noise x (B, C, H, W) at the last of the ascending timesteps to latents (B, C, H, W): one evaluation for each."""
-    falling = [(t, s) for s, t in _rising(timesteps)][::-1]
-    return _run_ddim(denoise, x, falling, schedule, on_step)
+    return _run_ddim(denoise, x, falling(timesteps), schedule, on_step)
 
 
 @torch.no_grad()
@@ -130,6 +145,12 @@ def _run_ddim(
 def _rising(timesteps: Sequence[int]) -> list[tuple[int, int]]:
     # Data counts as alphas_cumprod[0], so a grid with a 0 spends one evaluation on standing still, as diffusers does.
     return list(zip((0, *timesteps), timesteps, strict=False))
+
+
+def _checked(num_inference_steps: int, most: int) -> int:
+    if not 1 <= num_inference_steps <= most:
+        raise ValueError(f"num_inference_steps {num_inference_steps} must lie between 1 and {most}")
+    return num_inference_steps
 
 
 def _batch_of(t: int, x: Tensor) -> Tensor:

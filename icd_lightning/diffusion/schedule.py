@@ -126,21 +126,57 @@ class NoiseSchedule(nn.Module):
         return self.target(self.x0_from_eps(x, eps, t), eps, t)
 
     def ddim_step(
-        self, x: Tensor, eps: Tensor, t: Tensor | int, s: Tensor | int, *, set_alpha_to_one: bool = True
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor | int,
+        s: Tensor | int,
+        *,
+        noise_std: Tensor | None = None,
+        set_alpha_to_one: bool = True,
     ) -> Tensor:
         """Move x (B, C, H, W) from t to s along eps (B, C, H, W), towards data or noise alike. Eq. 1, arXiv:2406.14539.
 
         Takes eps out at t and puts it back at s: the equation's terms in the order that diffusers and the reference
         compute them, so that results agree to the bit. s = t returns x to float32 rounding. `set_alpha_to_one=False` is
         the teacher's solver, whose last stop is the slightly noised alphas_cumprod[0] it was trained on, not the data.
+
+        noise_std (B, 1, 1, 1) leaves room for fresh noise, which the caller adds: noise_std * noise. Eq. 12,
+        arXiv:2010.02502. `posterior_std` makes it a DDPM or Euler ancestral step, `sigma(s)` one of an LCM.
         """
         alpha_t, sigma_t = self._level(t, set_alpha_to_one)
         alpha_s, sigma_s = self._level(s, set_alpha_to_one)
-        return alpha_s * ((x - sigma_t * eps) / alpha_t) + sigma_s * eps
+        return alpha_s * ((x - sigma_t * eps) / alpha_t) + _kept(sigma_s, noise_std) * eps
+
+    def undo_step(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor | int,
+        s: Tensor | int,
+        *,
+        noise_std: Tensor | None = None,
+        set_alpha_to_one: bool = True,
+    ) -> Tensor:
+        """The point (B, C, H, W) at t that `ddim_step` moves to x (B, C, H, W) at s along the same eps (B, C, H, W)."""
+        alpha_t, sigma_t = self._level(t, set_alpha_to_one)
+        alpha_s, sigma_s = self._level(s, set_alpha_to_one)
+        return alpha_t * ((x - _kept(sigma_s, noise_std) * eps) / alpha_s) + sigma_t * eps
+
+    def posterior_std(self, t: Tensor | int, s: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+        """Deviation (B, 1, 1, 1) of x_s given x_t and the data, s <= t. Eq. 16 at eta = 1, arXiv:2010.02502."""
+        alpha_t, sigma_t = self._level(t, set_alpha_to_one)
+        alpha_s, sigma_s = self._level(s, set_alpha_to_one)
+        return sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).clamp(min=0).sqrt()
 
     def jump(self, denoise: Denoiser, x: Tensor, t: Tensor, s: Tensor | int) -> Tensor:
         """A student's one evaluation: x (B, C, H, W) from t (B,) to its boundary s (B,). Eq. 3, arXiv:2406.14539."""
         return self.ddim_step(x, denoise(x, t), t, s)
+
+
+def _kept(sigma: Tensor, noise_std: Tensor | None) -> Tensor:
+    """What remains of the old noise (B, 1, 1, 1) beside fresh noise of noise_std (B, 1, 1, 1), together of sigma."""
+    return sigma if noise_std is None else (sigma**2 - noise_std**2).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)

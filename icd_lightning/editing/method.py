@@ -1,10 +1,15 @@
-"""The protocol of all editing methods: invert, generate, edit, over pictures (B, 3, H, W) in [-1, 1]."""
+"""The protocol of all editing methods: invert, edit, nfe, over pictures (B, 3, H, W) in [-1, 1].
+
+`PictureMethod` is that protocol. `EditingMethod` adds what holds where a picture becomes plain noise and nothing else,
+as in iCD and DDIM: such noise can also be drawn. The baselines that keep more than noise are in `baselines/`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +19,29 @@ from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.text import CLIPConditioner
 
 UNGUIDED = StepGuidance(1.0)
+SWAP_TAU = 0.8
+"""Edits follow the source's prompt while t > SWAP_TAU T, unless told otherwise."""
+
+Seed = int | Sequence[int]
+"""Of a batch: sample i has seed + i, or the i-th of B seeds."""
 
 
-def seeded_noise(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise (B, C, H, W); sample i depends on seed + i alone, not on the batch or the device."""
+def seeded_noise(shape: Sequence[int], seed: Seed, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise (B, C, H, W); a sample depends on its own seed alone, not on the batch or the device."""
     count, *rest = shape
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} must be 0 or more, and less than 2^63")
-    samples = [torch.randn(rest, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+    samples = [torch.randn(rest, generator=torch.Generator().manual_seed(one)) for one in seeds_of(seed, count)]
     return torch.stack(samples).to(device)
+
+
+def seeds_of(seed: Seed, count: int) -> list[int]:
+    """A seed for each of `count` samples."""
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
+    for one in seeds:
+        if not 0 <= one < 2**63:
+            raise ValueError(f"seed {one} must be 0 or more, and less than 2^63")
+    return seeds
 
 
 @dataclass(eq=False)
@@ -50,10 +69,10 @@ class PromptSwap:
         return eps
 
 
-class EditingMethod(ABC):
-    """A way to noise and back. Latents are (B, C, h, w), scaled; guidance is any `GuidanceSchedule`, w = 1 unguided.
+class PictureMethod(ABC):
+    """What every way to edit offers: `invert` pictures, `edit` them, and say what an edit costs, `nfe`.
 
-    `on_step` is called after each step with the evaluations that it took (see `diffusion.sampling`).
+    What `invert` returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs.
     """
 
     autoencoder: LatentAutoencoder
@@ -65,24 +84,53 @@ class EditingMethod(ABC):
         """The noise schedule of the networks."""
 
     @abstractmethod
-    def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The network that decodes, bound to prompts and guidance."""
+    def invert(self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None) -> Any:
+        """Encode pictures (B, 3, H, W) with the prompts that describe them to what an edit descends from."""
 
     @abstractmethod
-    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: int, on_step: OnStep | None) -> Tensor:
-        """Latents (B, C, h, w) to noise (B, C, h, w), unguided."""
+    def edit(
+        self,
+        images: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        seed: Seed = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Edit pictures (B, 3, H, W) that source prompts describe towards the target prompts."""
 
-    @abstractmethod
-    def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
-        """Noise (B, C, h, w) to latents (B, C, h, w)."""
+    def nfe(self, *, guidance: GuidanceSchedule) -> int:
+        """Network evaluations that an edit of one picture takes under this guidance, there and back."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it costs")
 
     def latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of the latents of `count` pictures of height x width pixels."""
         factor = self.autoencoder.downsampling
         return (count, self.autoencoder.latent_channels, height // factor, width // factor)
 
+
+class EditingMethod(PictureMethod):
+    """A way to noise and back. Latents are (B, C, h, w), scaled; guidance is any `GuidanceSchedule`, w = 1 unguided.
+
+    `on_step` is called after each step with the evaluations that it took (see `diffusion.sampling`).
+    """
+
+    @abstractmethod
+    def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
+        """The network that decodes, bound to prompts and guidance."""
+
+    @abstractmethod
+    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None) -> Tensor:
+        """Latents (B, C, h, w) to noise (B, C, h, w), unguided."""
+
+    @abstractmethod
+    def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
+        """Noise (B, C, h, w) to latents (B, C, h, w)."""
+
     @torch.no_grad()
-    def invert(self, images: Tensor, prompts: Sequence[str], *, seed: int = 0, on_step: OnStep | None = None) -> Tensor:
+    def invert(
+        self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Tensor:
         """Encode pictures (B, 3, H, W) with their prompts to noise (B, C, h, w)."""
         return self.to_noise(self.autoencoder.encode(images), prompts, seed=seed, on_step=on_step)
 
@@ -125,8 +173,8 @@ class EditingMethod(ABC):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        swap_tau: float = 0.8,
-        seed: int = 0,
+        swap_tau: float = SWAP_TAU,
+        seed: Seed = 0,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's."""

@@ -16,10 +16,11 @@ from icd_lightning.data.images import to_pictures
 from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import EditingMethod, seeded_noise
-from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.curves import read_scalars
-from icd_lightning.evaluation.inversion import DDIM, TRAINED, UNTRAINED, teacher_hash, untrained_pipeline
+from icd_lightning.evaluation.inversion import DDIM, TRAINED, UNTRAINED
+from icd_lightning.evaluation.methods import teacher_hash, untrained_pipeline
 from icd_lightning.evaluation.report import (
     Curve,
     Panel,
@@ -61,7 +62,7 @@ class DemoStudy:
     def measure_after(self) -> None:
         """The students as the training left them."""
         forward, reverse = (self.root / "training" / name for name in ("forward", "reverse"))
-        self.methods[TRAINED] = InvertibleConsistencyPipeline.from_pretrained(
+        self.methods[TRAINED] = InvertibleConsistency.from_pretrained(
             self.family, forward=str(forward), reverse=str(reverse)
         )
         self._measure(TRAINED, "trained", file_hash(forward / WEIGHTS_NAME, reverse / WEIGHTS_NAME))
@@ -186,12 +187,12 @@ class DemoStudy:
 
     def _generations(self, scenes: Sequence[Scene]) -> Panel:
         prompts, trained = [scene.caption() for scene in scenes], self.methods[TRAINED]
-        assert isinstance(trained, InvertibleConsistencyPipeline)
+        assert isinstance(trained, InvertibleConsistency)
         noise = seeded_noise(trained.latent_shape(len(scenes), 64, 64), 0)
         guidance = self.settings.dynamic()
         columns = [self.methods[DDIM].generate(prompts, noise, guidance=guidance)]
         for steps in GENERATION_STEPS:
-            pipeline = InvertibleConsistencyPipeline(
+            pipeline = InvertibleConsistency(
                 trained.students, trained.autoencoder, trained.conditioner, Boundaries.uniform(steps)
             )
             columns.append(pipeline.generate(prompts, noise, guidance=guidance))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import EditingMethod
-from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+from icd_lightning.evaluation.methods import teacher_hash, untrained_pipeline
 from icd_lightning.evaluation.report import print_table, wide_console
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out
 from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
@@ -16,20 +16,8 @@ from icd_lightning.evaluation.tables import edit_table, generation_table, recons
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
 from icd_lightning.models.scene_network import SceneNetwork
-from icd_lightning.models.students import Students
 
 DDIM, UNTRAINED, TRAINED = "DDIM-50", "untrained", "iCD"
-
-
-def untrained_pipeline(family: Family, boundaries: Boundaries) -> InvertibleConsistencyPipeline:
-    """The guidance-distilled teacher's own weights through the students' jumps: what more steps alone give."""
-    students = Students(family.load_unet(guided=True), family.load_schedule())
-    return InvertibleConsistencyPipeline(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
-
-
-def teacher_hash(family: Family) -> str:
-    """Of all weights but the students'."""
-    return file_hash(*sorted(family.root.glob("*/*.safetensors")))
 
 
 def evaluate_inversion(
@@ -42,7 +30,7 @@ def evaluate_inversion(
     ddim: bool = True,
 ) -> Path:
     """Measure, print the tables, and write results.json; return its path. What was measured before is reused."""
-    trained = InvertibleConsistencyPipeline.from_pretrained(family, forward=forward, reverse=reverse)
+    trained = InvertibleConsistency.from_pretrained(family, forward=forward, reverse=reverse)
     network = SceneNetwork.from_pretrained(family.root / "scene_network")
     students = [
         weights_file(path or family.root / "students" / name)

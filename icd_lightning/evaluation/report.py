@@ -7,9 +7,8 @@ needs. `write_report` makes `report.html` (one file, nothing loaded from elsewhe
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from icd_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,7 +184,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     html_path = folder / "report.html"
-    _write_whole(html_path, lambda temporary: temporary.write_text(page(report), encoding="utf-8"))
+    write_whole(html_path, lambda temporary: temporary.write_text(page(report), encoding="utf-8"))
     return html_path, draw_png(report, folder / "report.png", sections=png_sections)
 
 
@@ -192,7 +193,7 @@ def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | 
     from icd_lightning.evaluation.figure import figure
 
     shown = report if sections is None else replace(report, sections=tuple(sections))
-    _write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
+    write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
     return Path(path)
 
 
@@ -260,13 +261,3 @@ def _check_indices(what: str, indices: tuple[int, ...], count: int) -> None:
     for index in indices:
         if not 0 <= index < count:
             raise ValueError(f"{what} {index} is not one of 0 to {count - 1}")
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under another name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

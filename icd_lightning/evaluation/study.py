@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icd_lightning.data.images import write_whole
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.method import EditingMethod
@@ -21,6 +20,7 @@ from icd_lightning.evaluation.scenes import (
     measure_reconstruction,
     random_edits,
 )
+from icd_lightning.files import write_whole
 from icd_lightning.models.scene_network import SceneNetwork
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icd_lightning.data.shapes import ABSENT, LABELS, Scene, labels
+from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, LABELS, RELATIONS, Scene, labels
 
 GROUPS = {
     "layout": ("layout",),
@@ -22,6 +22,35 @@ GROUPS = {
 def label_tensor(scenes: Sequence[Scene]) -> Tensor:
     """What the scenes show, long (B, len(LABELS))."""
     return torch.from_numpy(np.stack([labels(scene) for scene in scenes]))
+
+
+def caption_labels(caption: str) -> Tensor:
+    """What a caption says, long (len(LABELS),): ABSENT for what it leaves open; no word for a texture means plain.
+
+    ValueError for a caption that is none of the tiny world's.
+    """
+    things, _, background = caption.lower().partition(" on ")
+    relation = next((name for name in RELATIONS if f" {name} " in things), None)
+    said = {"layout": "single" if relation is None else "vertical" if RELATIONS[relation][0] == 0 else "horizontal"}
+    for slot, thing in enumerate(things.split(f" {relation} "), 1):
+        said |= {f"{attribute} {slot}": word for attribute, word in _attributes(thing, caption).items()}
+    if background:
+        found = _attributes(background.removesuffix(" background"), caption)
+        said |= {f"background {attribute}": word for attribute, word in found.items()}
+    if unknown := said.keys() - LABELS.keys():
+        raise ValueError(f"no {sorted(unknown)[0]} can be had in the tiny world, as {caption!r} wants it")
+    return torch.tensor([LABELS[name].index(said[name]) if name in said else ABSENT for name in LABELS])
+
+
+def _attributes(words: str, caption: str) -> dict[str, str]:
+    """The attributes that words such as "a small red ring" name."""
+    kinds = {option: attribute for attribute, options in ATTRIBUTES.items() for option in options}
+    found = {"texture": "plain"}
+    for word in words.removeprefix("an ").removeprefix("a ").split():
+        if word not in kinds:
+            raise ValueError(f"{caption!r} is no caption of the tiny world: {word!r} is not one of its words")
+        found[kinds[word]] = word
+    return found
 
 
 def attribute_accuracy(found: Tensor, truth: Tensor) -> dict[str, Tensor]:

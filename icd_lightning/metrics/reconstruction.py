@@ -1,13 +1,16 @@
-"""How near a picture is to another, value by value. Images are (B, 3, H, W) in [-1, 1]."""
+"""How near a picture is to another, value by value. Images are (B, 3, H, W) in [-1, 1]; their 8-bit values count."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
-from torchmetrics.image import StructuralSimilarityIndexMeasure
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from icd_lightning.data.images import quantize
+from icd_lightning.metrics.base import PerImage
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -15,22 +18,78 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
     Identical images give infinity.
     """
-    error = (quantize(images) - quantize(reference)).square().mean((1, 2, 3))
-    return 10 * torch.log10(255.0**2 / error)
+    return -10 * torch.log10(mse(images, reference))
 
 
-class PSNR(MeanMetric):
-    """Mean over images of their `psnr`, in dB; synchronised over ranks."""
-
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        super().update(psnr(images, reference))
+def mse(images: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference for each image, (B,), of 8-bit values taken as fractions of 255."""
+    return ((quantize(images) - quantize(reference)) / 255).square().mean((1, 2, 3))
 
 
-class SSIM(StructuralSimilarityIndexMeasure):
+class PSNR(PerImage):
+    """Mean over images of their `psnr`, in dB."""
+
+    higher_is_better = True
+
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        return psnr(images, reference)
+
+
+class MSE(PerImage):
+    """Mean over images of their `mse`."""
+
+    higher_is_better = False
+
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        return mse(images, reference)
+
+
+class SSIM(PerImage):
     """Structural similarity (Wang et al., 2004), Gaussian window of 11 pixels, on 8-bit values."""
 
-    def __init__(self) -> None:
-        super().__init__(data_range=255.0)
+    higher_is_better = True
 
-    def update(self, images: Tensor, reference: Tensor) -> None:
-        super().update(quantize(images), quantize(reference))
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        return structural_similarity_index_measure(
+            quantize(images), quantize(reference), data_range=255.0, reduction="none"
+        )
+
+
+class Within(PerImage):
+    """Another metric of pictures whose other part is black: all but what was to be edited, or all but what was not.
+
+    As PIE-Bench counts (arXiv:2310.01506): pictures are multiplied by the mask or by 1 - mask, and still averaged over
+    *all* pixels, so that a small part looks good. A picture of which nothing is left has no value and is not counted.
+    """
+
+    def __init__(self, metric: PerImage, *, edited: bool) -> None:
+        super().__init__()
+        self.metric, self.edited = metric, edited
+        self.needs = (*metric.needs, "masks")
+
+    def values(self, *inputs: Any) -> Tensor:
+        *inputs, masks = inputs
+        kept, region = self.counted(masks), self._region(masks)
+        result = torch.full((len(masks),), torch.nan, device=masks.device)
+        if kept.any():
+            parts = [_blackened(x, region) if need in ("images", "reference") else x for need, x in self._named(inputs)]
+            result[kept] = self.metric.values(*(_chosen(part, kept) for part in parts))
+        return result
+
+    def counted(self, *inputs: Any) -> Tensor:
+        return self._region(inputs[-1]).flatten(1).any(1)
+
+    def _named(self, inputs: Sequence[Any]) -> zip:
+        return zip(self.metric.needs, inputs, strict=True)
+
+    def _region(self, masks: Tensor) -> Tensor:
+        return masks.bool() if self.edited else ~masks.bool()
+
+
+def _blackened(images: Tensor, region: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1], 0 of 255 outside the region (B, 1, H, W)."""
+    return quantize(images) * region / 127.5 - 1
+
+
+def _chosen(batch: Any, kept: Tensor) -> Any:
+    return batch[kept] if isinstance(batch, Tensor) else [x for x, keep in zip(batch, kept, strict=True) if keep]

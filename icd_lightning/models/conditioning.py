@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Prompt embeddings (B, L, D); for SDXL also pooled ones (B, P) and time_ids (B, 6): original size, croptarget."""
+    """Prompt embeddings (B, L, D); for SDXL also pooled ones (B, P) and `time_ids` (B, 6), see `Framing`."""
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None = None
@@ -71,3 +72,36 @@ class Conditioning:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         fields = (self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
         return Conditioning(*(None if field is None else change(field) for field in fields))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Where B pictures of target_size (h, w) were cut out of their originals; SDXL is conditioned on it.
+
+    A sample's metadata, as the data made it, holds `original_size` (h, w) and `crop_top_left` (top, left).
+    """
+
+    metadata: Sequence[Mapping[str, Any]]
+    target_size: tuple[int, int]
+
+    @classmethod
+    def of_latents(cls, metadata: Sequence[Mapping[str, Any]], latents: Tensor, downsampling: int) -> Framing:
+        """Of pictures `downsampling` times as large as their latents (B, C, h, w)."""
+        height, width = latents.shape[-2:]
+        return cls(metadata, (height * downsampling, width * downsampling))
+
+    @classmethod
+    def whole(cls, count: int, size: tuple[int, int]) -> Framing:
+        """Of pictures that are their own originals."""
+        return cls([{"original_size": size, "crop_top_left": (0, 0)}] * count, size)
+
+    def time_ids(self) -> Tensor:
+        """As the network is told it, (B, 6) float32: original, crop, target (2.2, arXiv:2307.01952)."""
+        try:
+            rows = [[*of["original_size"], *of["crop_top_left"], *self.target_size] for of in self.metadata]
+        except KeyError as error:
+            raise ValueError(
+                f"a sample's metadata lacks {error}, which SDXL is conditioned on: data must say how large a picture "
+                "was (original_size) and where it was cut (crop_top_left), as shards of pictures do"
+            ) from error
+        return torch.tensor(rows, dtype=torch.float32)

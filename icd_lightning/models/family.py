@@ -1,29 +1,43 @@
-"""Where a model family's parts lie: a folder in diffusers' layout. SD1.5, SDXL and tiny differ in nothing else."""
+"""A model family: its frozen parts, wherever they come from. SD1.5, SDXL and tiny differ in what `model` names."""
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib.resources import files
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from icd_lightning.diffusion import NoiseSchedule
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.text import CLIPConditioner
+from icd_lightning.models.backbone import guided_unet_from_file
+from icd_lightning.models.sources import (
+    GUIDED,
+    HUB_ID,
+    Folder,
+    Source,
+    config_on_hub,
+    network_in,
+    network_on_hub,
+    open_source,
+    read_config,
+    shipped,
+)
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+
+__all__ = ["EditingDefaults", "Family", "load_autoencoder", "shipped"]
 
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-def shipped(name: str = "tiny") -> Path:
-    """The folder of a family whose weights come with the package."""
-    return Path(str(files("icd_lightning") / "weights" / name))
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,77 +60,133 @@ class EditingDefaults:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family on disk, and how to load each part; nothing is loaded before it is asked for.
+    """A model family, and how to load each part; nothing is loaded before it is asked for.
 
     Args:
-        model: "tiny" (shipped) or a folder in diffusers' layout.
-        guided_unet: the guidance-distilled UNet of stage 1: a folder, or one inside the model's folder.
-        vae: another autoencoder in place of the model's own, e.g. one that survives half precision.
+        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, a hub id, or
+            "random:sd15", "random:sdxl": random weights of that architecture, for trials.
+        guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file such
+            as the released `sd15_cfg_distill.pt`, or a folder inside the model's.
+        vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
+            is kept in float32, `madebyollin/sdxl-vae-fp16-fix` is not.
         precision: type of the frozen weights.
+        variant: of the model's files, e.g. fp16 for `diffusion_pytorch_model.fp16.safetensors`.
+        prediction_type: what the UNet predicts, where the model's scheduler config is wrong or a single file has none.
+        config: a folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
     """
 
     model: str = "tiny"
-    guided_unet: str = "unet_guided"
+    guided_unet: str = GUIDED
     vae: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    variant: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    config: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
 
+    @cached_property
+    def source(self) -> Source:
+        """Where the parts come from; FileNotFoundError, with what to do, if there is no such model."""
+        return open_source(self.model, variant=self.variant, config=self.config)
+
     @property
     def root(self) -> Path:
-        """The model's folder; FileNotFoundError, with what to do, where there is none."""
-        folder = shipped() if self.model == "tiny" else Path(self.model)
-        if not (folder / "unet").is_dir() and not (folder / "vae").is_dir():
-            if self.model == "tiny":
-                raise FileNotFoundError(f"the family 'tiny' did not come with this package: there is no {folder}")
-            raise FileNotFoundError(
-                f"no model at {self.model!r}: looked for {folder / 'unet'}; give a folder in diffusers' layout "
-                "(--model, model.init_args.family.model, or MODEL=... of make), or the shipped family 'tiny', which "
-                "`make demo` uses"
+        """The model's folder; ValueError if the model is none."""
+        if not isinstance(self.source, Folder):
+            raise ValueError(
+                f"model {self.model!r} is not a folder, so it brings no students: name both (--forward and --reverse)"
             )
-        return folder
+        return Path(self.source.location)
+
+    def check(self, *, guided: bool) -> None:
+        """Say at once what a training would miss, not after minutes of loading: the model, or its guided UNet."""
+        assert self.source is not None
+        if guided:
+            self._guided_unet()
 
     def load_defaults(self) -> EditingDefaults:
-        file = self.root / "icd.json"
-        return EditingDefaults.read(file) if file.is_file() else EditingDefaults()
+        file = Path(self.source.location) / "icd.json" if isinstance(self.source, Folder) else None
+        return EditingDefaults.read(file) if file is not None and file.is_file() else EditingDefaults()
 
     def load_schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_config(json.loads((self.root / "scheduler" / "scheduler_config.json").read_text()))
+        changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
+        return NoiseSchedule.from_config({**self.source.config("scheduler"), **changes})
 
     def load_autoencoder(self) -> LatentAutoencoder:
-        return load_autoencoder(Path(self.vae) if self.vae else self.root / "vae", self.dtype)
+        if self.vae is not None:
+            return load_autoencoder(self.vae, self.dtype)
+        load = partial(self.source.network, "vae")
+        return _autoencoder(self.source.config("vae"), load, self.dtype, f"the autoencoder of {self.model}")
 
-    def load_conditioner(self) -> CLIPConditioner:
-        """The frozen text side."""
-        encoder = CLIPTextModel.from_pretrained(self.root / "text_encoder", dtype=self.dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(self.root / "tokenizer")
-        return CLIPConditioner(tokenizer, encoder.requires_grad_(False).eval())
+    def load_conditioner(self) -> CLIPConditioner | DualCLIPConditioner:
+        """The frozen text side: one encoder, or two, as the model has."""
+        first = CLIPConditioner(self.source.tokenizer("tokenizer"), self._text_encoder("text_encoder", CLIPTextModel))
+        if not self.source.has("text_encoder_2"):
+            return first
+        encoder = self._text_encoder("text_encoder_2", CLIPTextModelWithProjection)
+        second = CLIPConditioner(self.source.tokenizer("tokenizer_2"), encoder)
+        unet, vae = (self.source.config(part) for part in ("unet", "vae"))
+        return DualCLIPConditioner(first, second, unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
 
     def load_unet(self, *, guided: bool) -> UNet2DConditionModel:
         """The plain teacher, or the guidance-distilled one of stage 1; frozen."""
-        if not guided:
-            return _frozen(UNet2DConditionModel.from_pretrained(self.root / "unet", torch_dtype=self.dtype))
-        for folder in (Path(self.guided_unet), self.root / self.guided_unet):
+        load = self._guided_unet() if guided else partial(self.source.network, "unet", UNet2DConditionModel, self.dtype)
+        return _frozen(load())
+
+    def _text_encoder(self, part: str, cls: type[nn.Module]) -> nn.Module:
+        return _frozen(self.source.network(part, cls, self.dtype))
+
+    def _guided_unet(self) -> Callable[[], UNet2DConditionModel]:
+        """How to load the guidance-distilled UNet; FileNotFoundError, with what to do, if there is none."""
+        path = Path(self.guided_unet)
+        if path.is_file():
+            return partial(guided_unet_from_file, path, self.source.config("unet"), self.dtype)
+        folders = [path, path / GUIDED]
+        if isinstance(self.source, Folder):
+            folders.append(self.root / self.guided_unet)
+        for folder in folders:
             if (folder / "config.json").is_file():
-                return _frozen(UNet2DConditionModel.from_pretrained(folder, torch_dtype=self.dtype))
+                return partial(network_in, folder, UNet2DConditionModel, self.dtype)
+        if self.guided_unet == GUIDED and self.source.has(GUIDED):
+            return partial(self.source.network, GUIDED, UNet2DConditionModel, self.dtype)
         raise FileNotFoundError(
-            f"no guidance-distilled UNet at {self.guided_unet!r} or {self.root / self.guided_unet}: "
-            "train one with conf/task/guidance_distillation.yaml and name its folder in "
-            "model.init_args.family.guided_unet"
+            f"no guidance-distilled UNet (stage 1) for {self.model}: looked for a file {path} and for config.json in "
+            f"{', '.join(map(str, folders))}. Make one with conf/task/guidance_distillation.yaml, or take a released "
+            "one such as sd15_cfg_distill.pt; name it by GUIDED=... of make, or "
+            "--model.init_args.family.guided_unet of icd fit. `make demo` needs none"
         )
 
 
-def load_autoencoder(folder: Path, dtype: torch.dtype = torch.float32) -> LatentAutoencoder:
-    """Load the autoencoder of a folder, of whichever class its config names."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no autoencoder at {folder}: there is no {config}")
-    name = json.loads(config.read_text()).get("_class_name")
-    if name not in AUTOENCODERS:
-        raise ValueError(f"{config} names the class {name!r}; known autoencoders: {', '.join(AUTOENCODERS)}")
-    return LatentAutoencoder(AUTOENCODERS[name].from_pretrained(folder, torch_dtype=dtype))
+def load_autoencoder(location: str | Path, dtype: torch.dtype = torch.float32) -> LatentAutoencoder:
+    """Load the autoencoder in a folder or on the hub, of whichever class its config names."""
+    name, folder = str(location), Path(location)
+    if not folder.exists() and HUB_ID.fullmatch(name):
+        return _autoencoder(read_config(config_on_hub(name)), partial(network_on_hub, name), dtype, name)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no autoencoder at {folder}: there is no {folder / 'config.json'}")
+    return _autoencoder(read_config(folder / "config.json"), partial(network_in, folder), dtype, name)
+
+
+def _autoencoder(
+    config: dict[str, Any], load: Callable[[type[nn.Module], torch.dtype], nn.Module], dtype: torch.dtype, name: str
+) -> LatentAutoencoder:
+    """By its config, from load(class, type)."""
+    cls = AUTOENCODERS.get(config.get("_class_name", ""))
+    if cls is None:
+        raise ValueError(
+            f"{name} is of class {config.get('_class_name')!r}; known autoencoders: {', '.join(AUTOENCODERS)}"
+        )
+    if dtype == torch.float16 and config.get("force_upcast"):  # as SDXL's config says, whose activations overflow
+        log.warning(
+            "%s gives NaN in float16 (force_upcast in its config): it stays in float32. An autoencoder that does "
+            "not need this, such as madebyollin/sdxl-vae-fp16-fix, is named by family.vae",
+            name,
+        )
+        dtype = torch.float32
+    return LatentAutoencoder(load(cls, dtype))
 
 
 def _frozen(network: nn.Module) -> nn.Module:

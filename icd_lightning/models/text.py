@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.conditioning import Conditioning, Framing
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,17 @@ class CLIPConditioner(nn.Module):
         )
         return padded.input_ids
 
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts to prompt_embeds (B, L, D); gradients reach the encoder where it is trainable."""
+    def encode(self, prompts: Sequence[str], **options: Any) -> Any:
+        """The text encoder's output for B prompts; gradients reach the encoder where it is trainable."""
         device = next(self.text_encoder.parameters()).device
-        return Conditioning(self.text_encoder(self.tokenize(prompts).to(device))[0])
+        return self.text_encoder(self.tokenize(prompts).to(device), **options)
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D); the framing is not for such a network."""
+        return Conditioning(self.encode(prompts)[0])
 
     @torch.no_grad()
-    def unconditional(self, batch_size: int) -> Conditioning:
+    def unconditional(self, batch_size: int, framing: Framing | None = None) -> Conditioning:
         """The embeddings that stand for no prompt, (B, L, D)."""
         return self([""]).repeat(batch_size)
 
@@ -58,3 +62,45 @@ class CLIPConditioner(nn.Module):
         log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
         if len(self._reported) == MAX_REPORTS:
             log.warning("prompts cut from now on are not reported")
+
+
+class DualCLIPConditioner(nn.Module):
+    """Two CLIP text encoders side by side, and the sizes of the pictures, as in SDXL; no prompt is zeros.
+
+    Args:
+        first, second: the encoders; the second one's has a projection (`CLIPTextModelWithProjection`).
+        resolution: pixels of a side of a picture of unknown framing.
+    """
+
+    def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int) -> None:
+        super().__init__()
+        self.first, self.second, self.resolution = first, second, resolution
+        second._reported = first._reported  # both cut a prompt alike: say it once
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first one's; the second differs in its padding alone."""
+        return self.first.tokenizer
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D1 + D2) and pooled ones (B, P); an empty prompt is all zeros.
+
+        Without framing the pictures are whole, and `resolution` pixels large.
+        """
+        first, second = (side.encode(prompts, output_hidden_states=True) for side in (self.first, self.second))
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
+        ids = self._time_ids(len(prompts), framing)
+        return Conditioning(embeds * said[:, None, None], second.text_embeds * said[:, None], ids)
+
+    def unconditional(self, batch_size: int, framing: Framing | None = None) -> Conditioning:
+        """What an empty prompt becomes, without the work, beside pictures of the same framing."""
+        first, second = self.first.text_encoder.config, self.second.text_encoder.config
+        like = next(self.second.parameters())
+        embeds = like.new_zeros(batch_size, self.first.max_length, first.hidden_size + second.hidden_size)
+        pooled = like.new_zeros(batch_size, second.projection_dim)
+        return Conditioning(embeds, pooled, self._time_ids(batch_size, framing))
+
+    def _time_ids(self, batch_size: int, framing: Framing | None) -> Tensor:
+        framing = framing or Framing.whole(batch_size, (self.resolution, self.resolution))
+        return framing.time_ids().to(next(self.second.parameters()).device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import NoisedData, guidance_distillation
 from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
+from icd_lightning.models.cards import write_guided_card
+from icd_lightning.models.checkpoints import replaced_folder
+from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.family import Family
+from icd_lightning.models.sources import GUIDED
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
 
 
@@ -39,6 +44,7 @@ class GuidanceDistillation(Task):
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
         self.relative = relative
+        self.family = family
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
@@ -64,8 +70,9 @@ class GuidanceDistillation(Task):
     def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
         latents = self.latents(batch, draws)
-        conditioning = self.conditioner(batch.captions)
-        unconditional = self.conditioner.unconditional(len(latents))
+        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
+        conditioning = self.conditioner(batch.captions, framing)
+        unconditional = self.conditioner.unconditional(len(latents), framing)
         t = draws.integers(len(latents), self.schedule.num_train_timesteps)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
         teacher = cfg_denoiser(self.teacher, self.schedule, conditioning, unconditional, w)
@@ -73,5 +80,15 @@ class GuidanceDistillation(Task):
         return guidance_distillation(student, teacher, data, t)
 
     def export(self, folder: Path) -> None:
-        """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it."""
-        self.student.save_pretrained(folder / "unet_guided")
+        """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it, with a card."""
+        with replaced_folder(folder / GUIDED) as temporary:
+            self.student.save_pretrained(temporary)
+        settings = {
+            "family": self.family.model,
+            "guidance_scales": list(self.guidance_scales),
+            "relative": self.relative,
+            "steps": self.global_step,
+            "optimizer": asdict(self.optimizer_settings),
+            "seed": self.seed,
+        }
+        write_guided_card(folder / GUIDED, settings)

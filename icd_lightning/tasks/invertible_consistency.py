@@ -163,7 +163,7 @@ class InvertibleConsistencyDistillation(Task):
         return together({name: plan for name, plan in plans.items() if name in self.weights}, evaluate_joined)
 
     def export(self, folder: Path) -> None:
-        """Write each trained student for plain diffusers, with a card, to `forward/`, `reverse/`; for others to `kohya/`."""
+        """Write each trained student to `forward/` or `reverse/`, as plain diffusers loads it, and to `kohya/` for others."""
         ends = list(self.boundaries.boundary_timesteps)
         settings = {
             "family": self.family.model,

@@ -76,7 +76,7 @@ def test_version(capsys):
 def test_a_group_lists_its_commands(capsys):
     code, out, _ = outcome(capsys, "data")
     assert code == 0
-    assert [line.split(":")[0] for line in out.splitlines()] == ["icd data shapes", "icd data describe"]
+    assert [line.split(":")[0] for line in out.splitlines()] == ["icd data shapes", "icd data cache-latents", "icd data describe"]
 
 
 # Mistakes
@@ -90,7 +90,7 @@ def test_a_group_lists_its_commands(capsys):
         ("--config conf/base.yaml fit", "--config comes before the command; write `icd COMMAND --config ...`"),
         ("eval --cuont 3", "unrecognized arguments: --cuont 3"),
         ("eval --cou 3", "unrecognized arguments: --cou 3"),
-        ("eval --count three", "count: Expected a int. Got value: three"),
+        ("eval --count three", "count: Expected a int; Given value: three"),
         ("eval --count", "argument --count: expected one argument"),
         ("demo --steps x", "steps: Expected a int; Given value: x"),
         ("data describe", "urls [] name no shards"),

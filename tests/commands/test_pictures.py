@@ -1,4 +1,8 @@
 import logging
+import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from icd_lightning.commands import pictures
 from icd_lightning.commands.main import main
-from icd_lightning.data.images import to_images, to_pictures
-from icd_lightning.diffusion import StepGuidance
+from icd_lightning.data.images import to_images
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import scene_at
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 
@@ -38,6 +44,11 @@ def icd(random_family, folder):
     return lambda name, *args: main([name, "--model", str(random_family), "--device", "cpu", *args])
 
 
+@pytest.fixture(scope="module")
+def pipeline(random_family) -> InvertibleConsistencyPipeline:
+    return InvertibleConsistencyPipeline.from_pretrained(str(random_family))
+
+
 def read(name: str) -> np.ndarray:
     with Image.open(name) as image:
         return np.asarray(image)
@@ -59,20 +70,45 @@ def edit(*args: str) -> list[str]:
 # Edit
 
 
-def test_edit_writes_what_the_pipeline_makes_beside_the_picture(icd, random_family, folder, caplog):
-    icd(*edit("--seed", "3", "--guidance_scale", "2", "--tau", "0.7", "--swap_tau", "0.6"))
+def test_edit_writes_what_the_pipeline_makes_beside_the_picture(icd, pipeline, folder, caplog):
+    icd(*edit("--seed", "3", "--guidance-scale", "2", "--tau", "0.7", "--swap-tau", "0.6"))
     assert names(folder) == ["photo-edited.png", "photo.png"]
-    pipeline = InvertibleConsistencyPipeline.from_pretrained(Family(str(random_family)))
-    images = to_images([read("photo.png")])
-    made = pipeline.edit(images, [SOURCE], [TARGET], guidance=StepGuidance(2.0, 0.7), swap_tau=0.6, seed=3)
-    np.testing.assert_array_equal(read("photo-edited.png"), to_pictures(made)[0])
+    made = pipeline.edit("photo.png", SOURCE, TARGET, guidance_scale=2.0, tau=0.7, swap_tau=0.6, seed=3)
+    np.testing.assert_array_equal(read("photo-edited.png"), np.asarray(made.images[0]))
     assert "photo-edited.png: 8 evaluations, " in caplog.text
+
+
+def test_edit_by_attention_control(icd, pipeline, folder, caplog):
+    icd(*edit("--cross", "0.5", "--self", "0.25", "--amplify", "2", "--blend", "red blue"))
+    control = PromptToPrompt(cross_replace=0.5, self_replace=0.25, amplify=2.0, blend=("red", "blue"))
+    made = pipeline.edit("photo.png", SOURCE, TARGET, control=control)
+    np.testing.assert_array_equal(read("photo-edited.png"), np.asarray(made.images[0]))
+    expected = {"method": "icd_p2p", "cross_replace": "0.5", "self_replace": "0.25", "blend": "('red', 'blue')"}
+    assert about("photo-edited.png").items() >= expected.items()
+    assert "photo-edited.png: 12 evaluations, " in caplog.text
+    icd(*edit("--method", "iCD-P2P", "--blend", "none", "-o", "whole.png"))
+    assert about("whole.png").items() >= {"blend": "False", "cross_replace": "0.3"}.items()
+
+
+def test_edit_by_a_baseline(icd, folder, caplog):
+    icd(*edit("--method", "ddim", "--guidance-scale", "2", "--swap-tau", "0.5"))
+    found = about("photo-edited.png")
+    assert found.items() >= {"method": "ddim", "guidance_scale": "2.0", "swap_tau": "0.5", "source": SOURCE}.items()
+    assert read("photo-edited.png").shape == (64, 64, 3)
+    assert "photo-edited.png: 1" in caplog.text  # 50 there, 50 and more back
 
 
 def test_defaults_are_the_family_s_and_every_setting_is_in_the_file(icd, random_family, folder):
     icd(*edit("-o", "new/dog.png"))
     expected = {"command": "icd edit", "image": "photo.png", "source": SOURCE, "target": TARGET, "seed": "0"}
-    expected |= {"guidance_scale": "3.0", "tau": "0.8", "swap_tau": "0.8", "boundaries": "0,259,519,779,999"}
+    expected |= {
+        "method": "icd_swap",
+        "precision": "float32",
+        "guidance_scale": "3.0",
+        "tau": "0.8",
+        "swap_tau": "0.8",
+        "boundaries": "0,259,519,779,999",
+    }
     assert about("new/dog.png").items() >= (expected | {"model": str(random_family)}).items()
     assert about("new/dog.png")["Software"].startswith("icd_lightning ")
 
@@ -116,15 +152,140 @@ def test_a_prompt_that_is_too_long_is_cut_and_reported_once(icd, folder, caplog)
     assert len(reports) == 1
 
 
+def write_gray16(path: str) -> None:
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(path)
+
+
+def write_turned(path: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 40), "blue").save(path, exif=exif)
+
+
+PHOTOGRAPHS = {
+    "turned.jpg": write_turned,
+    "grey.png": write_gray16,
+    "tiny.png": lambda path: Image.new("RGB", (3, 2), "red").save(path),
+    "clear.png": lambda path: Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(path),
+    "palette.gif": lambda path: Image.new("P", (40, 40), 3).save(path),
+    "cmyk.jpg": lambda path: Image.new("CMYK", (40, 40), (0, 99, 0, 0)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_of_every_kind(icd, folder, name):
+    PHOTOGRAPHS[name](name)
+    icd("edit", name, "--source", SOURCE, "--target", TARGET, "-o", "new.png", "--height", "72", "--width", "64")
+    assert read("new.png").shape == (72, 64, 3)
+
+
+def test_half_precision(icd, folder):
+    icd(*edit("--precision", "bfloat16"))
+    assert about("photo-edited.png")["precision"] == "bfloat16"
+
+
+# Grid
+
+
+def test_a_grid_is_a_sheet_of_the_very_edits(icd, folder, caplog):
+    icd(*edit("--grid", "tau=0.6,1", "w=2,3,4"))
+    caplog.clear()
+    sheet, found = read("photo-grid.png"), about("photo-grid.png")
+    assert found.items() >= {"grid": "tau=0.6,1 w=2,3,4", "source": SOURCE, "target": TARGET}.items()
+    corners = places_of(sheet)
+    assert [len(row) for row in corners] == [3, 2, 2]
+    for i, w in enumerate((2, 3, 4)):
+        for j, tau in enumerate((0.6, 1)):
+            icd(*edit("--tau", str(tau), "--guidance-scale", str(w), "-o", "one.png", "--overwrite"))
+            left, top = corners[i][j + (i == 0)]
+            cell = sheet[top : top + 192 : 3, left : left + 192 : 3]
+            assert np.abs(cell.astype(int) - read("one.png")).max() <= 1
+    left, top = corners[0][0]
+    np.testing.assert_array_equal(sheet[top : top + 192 : 3, left : left + 192 : 3], read("photo.png"))
+
+
+def places_of(sheet: np.ndarray) -> list[list[tuple[int, int]]]:
+    """(left, top) of the cells of 192 x 192 pixels, row by row: runs of rows and columns without white gaps."""
+    filled = (sheet != 255).any(2)
+    tops = [y for y, length in runs(filled[:, 400:].mean(1) > 0.5) if length >= 192]
+    return [[(x, y) for x, length in runs(filled[y : y + 192].mean(0) > 0.5) if length >= 192] for y in tops]
+
+
+def runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Start and length of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return [(int(a), int(b - a)) for a, b in edges.reshape(-1, 2)]
+
+
+def test_a_grid_inverts_once_for_each_seed(icd, folder, caplog):
+    icd(*edit("--grid", "seed=0,1", "swap_tau=0.6,0.8"))
+    costs = [
+        record.getMessage().split(": ")[1].split(",")[0] for record in caplog.records if "swap_tau 0" in record.message
+    ]
+    assert costs == ["8 evaluations", "8 evaluations", "4 evaluations", "4 evaluations"]
+
+
+# Many
+
+
+def write_table(*rows: str, heading: str = "image,source,target,output") -> None:
+    Path("edits.csv").write_text("\n".join([heading, *rows]) + "\n")
+
+
+def test_a_table_of_edits_goes_on_where_it_stopped_and_a_bad_row_stops_nobody(icd, folder, caplog, capsys):
+    Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    write_table(
+        f"photo.png,{SOURCE},{TARGET},",
+        f'red.png,"{SOURCE}","{TARGET}",deep/red.png',
+        "none.png,a,b,",
+        "half.png,a,b,",
+        "photo.png,,b,",
+        f"photo.png,{SOURCE},a star,",
+    )
+    with pytest.raises(SystemExit) as stop:
+        icd("edit", "edits.csv")
+    assert stop.value.code == 2
+    assert "3 of 6 edits failed, the first: there is no picture at none.png" in capsys.readouterr().err
+    made = sorted(str(path.relative_to(folder)) for path in folder.rglob("*/*.png"))
+    assert made == [f"edits-edited/{name}" for name in ("deep/red.png", "photo-edited-3.png", "photo-edited.png")]
+    assert "2/6 edits-edited/deep/red.png: 8 evaluations, " in caplog.text
+    assert "4/6 half.png: half.png cannot be read as a picture" in caplog.text
+    assert "5/6 photo.png: photo.png has no source prompt" in caplog.text
+    icd(*edit("-o", "alone.png"))
+    np.testing.assert_array_equal(read("edits-edited/photo-edited.png"), read("alone.png"))
+
+    Path("edits-edited/deep/red.png").unlink()
+    write_table(f"photo.png,{SOURCE},{TARGET},", f'red.png,"{SOURCE}","{TARGET}",deep/red.png')
+    before = Path("edits-edited/photo-edited.png").stat().st_mtime_ns
+    caplog.clear()
+    icd("edit", "edits.csv")
+    assert "1 of 2 outputs are there and kept" in caplog.text
+    assert Path("edits-edited/deep/red.png").is_file()
+    assert Path("edits-edited/photo-edited.png").stat().st_mtime_ns == before
+    icd("edit", "edits.csv", "--overwrite")
+    assert Path("edits-edited/photo-edited.png").stat().st_mtime_ns > before
+
+
+def test_a_folder_of_pictures(icd, folder):
+    Path("photos").mkdir()
+    shutil.copy("photo.png", "photos/b.png")
+    Image.new("RGB", (80, 60)).save("photos/a.jpg")
+    Path("photos/notes.txt").touch()
+    icd("edit", "photos", "--source", SOURCE, "--target", TARGET, "-o", "results")
+    assert names(folder / "results") == ["a-edited.png", "b-edited.png"]
+    icd(*edit())
+    np.testing.assert_array_equal(read("results/b-edited.png"), read("photo-edited.png"))
+
+
 # Invert
 
 
-def test_invert_writes_the_noise_and_what_comes_back(icd, random_family, folder, caplog):
+def test_invert_writes_the_noise_and_what_comes_back(icd, pipeline, folder, caplog):
     icd("invert", "photo.png", "--prompt", SOURCE, "--seed", "2")
     assert names(folder) == ["photo-inverted.safetensors", "photo-reconstructed.png", "photo.png"]
-    pipeline = InvertibleConsistencyPipeline.from_pretrained(Family(str(random_family)))
     images = to_images([read("photo.png")])
-    noise = pipeline.invert(images, [SOURCE], seed=2)
+    noise = pipeline.invert("photo.png", SOURCE, seed=2)
     torch.testing.assert_close(load_file("photo-inverted.safetensors"), {"latents": noise}, rtol=0, atol=1e-6)
     with safe_open("photo-inverted.safetensors", framework="pt") as opened:
         assert opened.metadata() == about("photo-reconstructed.png")
@@ -173,18 +334,54 @@ def test_each_picture_can_be_made_again_alone(icd, folder, monkeypatch, caplog):
 # Mistakes
 
 
+def write_bomb(path: str) -> None:
+    """A PNG of a few hundred bytes that says it is 30,000 x 30,000 pixels."""
+    Image.new("1", (1, 1)).save(path)
+    data = bytearray(Path(path).read_bytes())
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    Path(path).write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["edit", "none.png", "--source", "a", "--target", "b"], "there is no picture at none.png"),
-        (["edit", ".", "--source", "a", "--target", "b"], ". is a folder, not a picture"),
         (["edit", "notes.txt", "--source", "a", "--target", "b"], "notes.txt cannot be read as a picture"),
         (edit("-o", "dog.jpg"), "output dog.jpg will be a png file: give it a name that ends in .png"),
         (edit("-o", "dog"), "output dog will be a png file"),
         (edit("--guidance_scale", "0.5"), "guidance_scale 0.5 must be 1 (unguided) or more"),
         (edit("--guidance_scale", ".inf"), "guidance_scale inf must be 1 (unguided) or more"),
-        (edit("--tau", "1.5"), "tau=1.5: choose fractions of the time axis between 0 and 1"),
-        (edit("--swap_tau", "-1"), "swap_tau -1.0 is no fraction of the time axis"),
+        (edit("--tau", "1.5"), "tau 1.5 is no fraction: choose between 0 and 1"),
+        (edit("--tau", ".nan"), "tau nan is no fraction"),
+        (edit("--swap_tau", "-1"), "swap_tau -1.0 is no fraction"),
+        (edit("--cross", "2"), "cross_replace 2.0 is no fraction"),
+        (edit("--amplify", "-1"), "amplify -1.0 must be 0 or more"),
+        (edit("--blend", "red"), "blend 'red' must be a word of the source and one of the target, or none"),
+        (edit("--blend", "red violet"), "'violet' is no word of the prompt"),
+        (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, ddim"),
+        (edit("--method", "icd_swap", "--cross", "0.5"), "icd_swap borrows no attention: leave out cross_replace"),
+        (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
+        (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),
+        (edit("--method", "sdedit", "--swap_tau", "0.5"), "sdedit swaps no prompt: leave out swap_tau"),
+        (edit("--cross", "0.5", "--swap_tau", "0.5"), "swap_tau is of edits without cross_replace"),
+        (edit("--height", "60"), "height 60 must be a multiple of 8, for example 64"),
+        (edit("--width", "-8"), "width -8 must be 1 or more"),
+        (edit("-o", "photo.png", "--overwrite"), "output photo.png is the picture itself: name another --output"),
+        (edit("-o", "./photo.PNG/../photo.png", "--overwrite"), "is the picture itself"),
+        (edit("--grid", "tau"), "grid 'tau': '' are not numbers separated by commas"),
+        (edit("--grid", "tau=0.5,x"), "grid 'tau=0.5,x': '0.5,x' are not numbers"),
+        (edit("--grid", "hue=1"), "grid 'hue=1' must be NAME=VALUE,VALUE"),
+        (edit("--grid", "tau=0.5", "tau=0.6"), "grid varies tau twice"),
+        (edit("--grid", "tau=0.5,2"), "tau 2.0 is no fraction"),
+        (["edit", "half.png", "--source", "a", "--target", "b"], "half.png cannot be read as a picture"),
+        (["edit", "bomb.png", "--source", "a", "--target", "b"], "bomb.png has more than 178 million pixels"),
+        (["edit", "photo.png", "--target", "b"], "photo.png has no source prompt: say what it shows"),
+        (["edit", "empty.csv"], "empty.csv has no column image; it needs image, source and target"),
+        (["edit", "twice.csv"], "would be written more than once: give each edit its own output"),
+        (["edit", "twice.csv", "-o", "a.png"], "output a.png must be a folder"),
+        (["edit", "twice.csv", "--grid", "tau=0.5"], "grid is of one picture"),
+        (["edit", "nothing", "--source", "a", "--target", "b"], "nothing holds no pictures (.png, .jpg"),
         (edit("--seed", "-1"), "seed -1 must be 0 or more"),
         (edit("--seed", "x"), "seed: Expected a int. Got value: x"),
         (edit("--tau", "x"), "tau: Expected a float; Given value: x"),
@@ -194,8 +391,8 @@ def test_each_picture_can_be_made_again_alone(icd, folder, monkeypatch, caplog):
         (edit("--boundaries", "some"), "boundaries 'some' are not whole numbers"),
         (edit("--forward", "nowhere"), "no student at nowhere"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
-        (edit("--device", "meta"), "device 'meta' cannot be used here"),
-        (["edit", "photo.png", "--source", "a"], "the following arguments are required: target"),
+        (edit("--device", "meta"), "device 'meta' cannot be used here: choose auto, cpu, cuda, cuda:1 or mps"),
+        (["edit", "photo.png", "--source", "a"], "photo.png has no target prompt"),
         (["edit", "--source", "a", "--target", "b"], "the following arguments are required: image"),
         (["invert", "photo.png"], "the following arguments are required: prompt"),
         (["invert", "photo.png", "--prompt", "a", "-o", "a.png"], "output a.png will be a safetensors file"),
@@ -206,7 +403,7 @@ def test_each_picture_can_be_made_again_alone(icd, folder, monkeypatch, caplog):
         (["generate", "a", "--latents", "other.safetensors"], "other.safetensors holds no latents"),
         (
             ["generate", "a", "--latents", "small.safetensors"],
-            "latents of shape (4, 8, 8); this model's are (16, 8, 8)",
+            "latents are of shape (1, 4, 8, 8); this model's are (B, 16, h, w)",
         ),
         (
             ["generate", "a", "--latents", "small.safetensors", "--count", "2"],
@@ -216,6 +413,11 @@ def test_each_picture_can_be_made_again_alone(icd, folder, monkeypatch, caplog):
 )
 def test_a_mistake_is_one_line_and_writes_nothing(icd, folder, capsys, args, message):
     Path("notes.txt").write_text("no picture")
+    Path("nothing").mkdir()
+    Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
+    write_bomb("bomb.png")
+    Path("empty.csv").write_text("picture,source\n")
+    Path("twice.csv").write_text("image,source,target,output\na.png,a,b,c.png\nb.png,a,b,c.png\n")
     save_file({"weights": torch.zeros(2)}, "other.safetensors")
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, "small.safetensors")
     before = names(folder)
@@ -234,6 +436,56 @@ def test_a_model_that_is_not_there(folder, capsys):
         main([*edit(), "--model", "nowhere"])
     assert stop.value.code == 2
     assert "no model at 'nowhere'" in capsys.readouterr().err
+
+
+CHEAP = [
+    edit("--tau", "2"),
+    edit("--guidance_scale", "0"),
+    edit("--method", "magic"),
+    edit("--device", "foo"),
+    edit("--model", "nowhere"),
+    edit("--forward", "nowhere"),
+    edit("-o", "photo.png"),
+    edit("--grid", "hue=1"),
+    ["edit", "half.png", "--source", "a", "--target", "b"],
+    ["edit", "none.csv"],
+    ["generate", "a", "--tau", "-1"],
+    ["invert", "none.png", "--prompt", "a"],
+]
+
+
+def test_what_is_refused_without_torch_is_refused_before_it_is_loaded(folder):
+    Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
+    program = f"""
+import sys
+from icd_lightning.commands.main import main
+for args in {CHEAP!r}:
+    try:
+        main(args)
+    except SystemExit as stop:
+        assert stop.code == 2, args
+    else:
+        raise AssertionError(args)
+    assert "torch" not in sys.modules, args
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_shipped_family_from_the_command_line(folder):
+    scene = scene_at(1_000_003, 0)
+    Image.fromarray(render(scene, 64)).resize((200, 160)).save("scene.jpg")
+    icd = [sys.executable, "-m", "icd_lightning.commands.main"]
+    prompts = ["--source", scene.caption(), "--target", "a large yellow star on a blue background"]
+    for args in (
+        ["edit", "scene.jpg", *prompts],
+        ["edit", "scene.jpg", *prompts, "--grid", "tau=0.6,0.8", "cross=0.2,0.4"],
+    ):
+        result = subprocess.run([*icd, *args], capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr
+    assert names(folder) == ["photo.png", "scene-edited.png", "scene-grid.png", "scene.jpg"]
+    assert about("scene-edited.png")["source"] == scene.caption()
 
 
 def test_words_that_a_closed_vocabulary_lacks_are_named(random_family, tmp_path, monkeypatch, caplog):

@@ -5,7 +5,8 @@ from PIL import Image
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest, index_shard
-from icd_lightning.data.shapes import Scene, render, scene_at
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import Scene, scene_at
 from icd_lightning.data.shards import open_shards
 
 
@@ -71,8 +72,28 @@ def test_describe_shows_what_is_there_and_fails_where_the_manifest_does(tmp_path
         assert part in shown
     shard = tmp_path / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:20000])
-    with pytest.raises(ValueError, match=r"00001.tar holds \d samples"):
+    with pytest.raises(
+        ValueError, match=r"^1 problem: \S+00001.tar holds \d samples .*; write or copy the shards again"
+    ):
         describe(str(tmp_path / "{00000..00001}.tar"), str(tmp_path / "00002.tar"))
+    shown = capsys.readouterr().out
+    assert "does not agree" in shown
+    assert "00001.tar" not in shown  # the error says it
+
+
+def test_describe_names_five_problems_at_most(tmp_path, capsys):
+    shapes(str(tmp_path), count=14, shard_size=2, num_workers=1)
+    for shard in tmp_path.glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:-1024])
+    with pytest.raises(
+        ValueError, match=r"^7 problems: (\S+\.tar holds [^;]*; ?){4}\S+00004.tar holds [^;]* and 2 more;"
+    ):
+        describe(str(tmp_path))
+
+
+def test_one_shard_is_no_plural(tmp_path, capsys):
+    shapes(str(tmp_path), count=1, num_workers=1)
+    assert capsys.readouterr().out.replace("\n", "").endswith("holds 1 picture in 1 shard")
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from icd_lightning.data import decoding
-from icd_lightning.data.decoding import NothingToReadError, RejectedError, SampleDecoder, Tally, collate
+from icd_lightning.data.decoding import SampleDecoder, collate
 from icd_lightning.data.images import to_images
+from icd_lightning.data.tally import RejectedError
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -151,18 +151,3 @@ def test_collate_keeps_samples_together():
     assert batch.images.shape == (3, 3, 8, 8)
     assert batch.keys == batch.captions == ["x", "y", "z"]
     assert len(batch.metadata) == 3
-
-
-def test_the_tally_counts_by_reason_and_gives_up_in_the_end(monkeypatch, caplog):
-    monkeypatch.setattr(decoding, "MAX_SKIPPED_IN_A_ROW", 3)
-    tally = Tally(num_workers=2)
-    for worker in (0, 1):
-        tally.skipped("too_small", "a is 4 x 4", worker)
-    tally.passed(1)
-    tally.skipped("no_caption", "b", 0)
-    tally.skipped("no_caption", "c", 0)
-    counts = {reason: count for reason, count in tally.counts().items() if count}
-    assert counts == {"passed": 1, "too_small": 2, "no_caption": 2}
-    assert len(caplog.records) == 2  # one for each reason
-    with pytest.raises(NothingToReadError, match=r"3 samples in a row could not be used .*no_caption 3, too_small 2"):
-        tally.skipped("no_caption", "d", 1)

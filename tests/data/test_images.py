@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from icd_lightning.data.images import quantize, read_picture, save_png, to_images, to_pictures, write_whole
+from icd_lightning.data.images import quantize, read_picture, save_png, to_images, to_pictures
 
 
 def noise(height: int = 12, width: int = 16) -> np.ndarray:
@@ -88,18 +88,3 @@ def test_a_png_keeps_its_pixels_and_says_how_it_was_made(tmp_path):
     with Image.open(tmp_path / "new" / "a.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), picture)
         assert saved.text == {key: str(value) for key, value in about.items()}
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    write_whole(path, lambda temporary: temporary.write_text("first"))
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("sec")
-        assert path.read_text() == "first"
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == "first"
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]

@@ -3,10 +3,11 @@ from itertools import chain
 import pytest
 from shards_case import numbers, with_corrupt
 
-from icd_lightning.data.decoding import SampleDecoder, Tally
+from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.loaders import ValidationSet
 from icd_lightning.data.manifest import index_shard
 from icd_lightning.data.shards import open_shards
+from icd_lightning.data.tally import Tally
 
 
 def seen(batches) -> list[int]:

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_pictures
+from icd_lightning.data.rendering import render
 from icd_lightning.data.scenes import SceneDataModule, SceneStream, scene_batch
-from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, render, scene_at
+from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, scene_at
 
 
 def keys(batches: Iterable[Batch]) -> list[list[str]]:
@@ -39,6 +40,16 @@ def test_a_batch_holds_the_scenes_as_pictures_captions_and_metadata():
     assert batch.keys == list("abcde")
     assert [Scene.from_dict(values) for values in batch.metadata] == scenes
     assert all(m["original_size"] == (32, 32) and m["crop_top_left"] == (0, 0) for m in batch.metadata)
+
+
+def test_a_batch_keeps_the_numbers_and_the_memory_it_has_always_had():
+    """Convolutions sum in another order in another memory format: a training would go another way."""
+    scenes = [scene_at(3, index) for index in range(3)]
+    images = scene_batch(scenes, list("abc")).images
+    drawn = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert torch.equal(images, drawn)
+    assert images.stride() == drawn.stride()
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_scene_depends_on_seed_and_number_alone():

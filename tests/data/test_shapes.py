@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from icd_lightning.data import shapes
+from icd_lightning.data import rendering
+from icd_lightning.data.rendering import render
 from icd_lightning.data.shapes import (
     ABSENT,
     ATTRIBUTES,
@@ -26,7 +27,6 @@ from icd_lightning.data.shapes import (
     labels,
     random_edit,
     random_scene,
-    render,
     vocabulary,
 )
 
@@ -99,7 +99,7 @@ def test_the_relation_is_where_the_objects_are():
         first, second = (np.array(t.center) for t in scene.things)
         along = (first - second) @ np.array(RELATIONS[scene.relation])
         assert along >= 30
-        assert np.abs(first - second).sum() - along <= 14
+        assert np.abs(first - second).sum() - along <= 4
 
 
 def test_objects_stand_out_from_the_background():
@@ -118,16 +118,16 @@ def test_every_name_and_every_layout_is_drawn():
             seen[name][options[label] if label != ABSENT else None] += 1
     for name, options in LABELS.items():
         assert set(options) <= set(seen[name])
-    assert 0.45 < seen["layout"]["single"] / 1500 < 0.55
+    assert 0.56 < seen["layout"]["single"] / 1500 < 0.64
 
 
 def test_the_world_is_the_one_that_the_shipped_weights_know():
     """To be changed only together with the weights of the tiny family."""
     told = [(scene.caption(), labels(scene).tolist(), scene.to_dict()) for scene in world(100)]
-    assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] == "2a8072645211ddbb"
+    assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] == "b9ba0aa858b21cef"
     pictures = np.stack([render(scene) for scene in world(100)]).astype(float)
-    np.testing.assert_allclose(pictures.mean((0, 1, 2)), [118.782, 120.272, 116.846], atol=2e-3)
-    np.testing.assert_allclose(pictures.std((0, 1, 2)), [81.043, 69.943, 79.391], atol=2e-3)
+    np.testing.assert_allclose(pictures.mean((0, 1, 2)), [118.492, 119.073, 116.23], atol=2e-3)
+    np.testing.assert_allclose(pictures.std((0, 1, 2)), [80.708, 69.828, 79.076], atol=2e-3)
 
 
 def test_a_scene_survives_json():
@@ -145,7 +145,7 @@ def test_a_scene_survives_json():
         (lambda: Scene((), Background("red", "plain")), "got 0 objects and relation None"),
         (lambda: replace(one(), relation="above"), "got 1 objects and relation 'above'"),
         (lambda: replace(one(), things=(thing(), thing())), "got 2 objects and relation None"),
-        (lambda: replace(one(), things=(thing(), thing()), relation="near"), "left of, right of, above, below; got 2"),
+        (lambda: replace(one(), things=(thing(), thing()), relation="near"), "left of, above; got 2"),
         (lambda: thing("hexagon"), "shape 'hexagon' is not one of circle, square"),
         (lambda: thing(color="pink"), "color 'pink' is not one of red"),
         (lambda: replace(thing(), size="huge"), "size 'huge' is not one of small, large"),
@@ -169,29 +169,23 @@ def named(scene: Scene) -> dict[str, str | None]:
 
 
 def test_labels_by_hand():
-    right, left = thing("star", "cyan", "large", "dotted", (48.0, 30.0)), thing("ring", center=(16.0, 34.0))
-    scene = Scene((right, left), Background("green", "checkered"), "right of")
+    left, right = thing("ring", center=(16.0, 34.0)), thing("star", "cyan", "large", "dotted", (48.0, 30.0))
+    scene = Scene((left, right), Background("green", "checkered"), "left of")
     expected = {"layout": "horizontal", "background color": "green", "background texture": "checkered"}
     expected |= {"shape 1": "ring", "color 1": "red", "size 1": "small", "texture 1": "plain"}
     expected |= {"shape 2": "star", "color 2": "cyan", "size 2": "large", "texture 2": "dotted"}
     assert named(scene) == expected
+    assert named(replace(scene, relation="above"))["layout"] == "vertical"
     assert labels(scene).dtype == np.int64
     assert [value for name, value in named(one()).items() if name.endswith("2")] == [None] * 4
 
 
-@pytest.mark.parametrize(("relation", "opposite"), [("left of", "right of"), ("above", "below")])
-def test_who_is_named_first_is_not_to_be_seen(relation, opposite):
-    """The same picture under both captions has the same slots and labels: left or upper object first."""
-    dx, dy = RELATIONS[relation]
-    first, second = (
-        thing(shape, center=(32 + s * 16 * dx, 32 + s * 16 * dy)) for s, shape in ((1, "star"), (-1, "cross"))
-    )
-    scene = Scene((first, second), Background("blue", "plain"), relation)
-    swapped = replace(scene, things=(second, first), relation=opposite)
-    assert scene.caption() != swapped.caption()
-    assert np.array_equal(render(scene), render(swapped))
-    assert scene.slots() == swapped.slots() == (first, second)
-    assert np.array_equal(labels(scene), labels(swapped))
+def test_the_object_named_first_lies_left_or_above():
+    """So a picture has one caption, and object 1 of the labels is the same for whoever sees only the picture."""
+    for scene in world(300):
+        if scene.relation is not None:
+            (x, y), (x2, y2) = (t.center for t in scene.things)
+            assert (x < x2) if scene.layout == "horizontal" else (y < y2)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -253,12 +247,12 @@ def test_an_edit_of_the_background_leaves_the_objects(part):
 
 def test_adding_and_removing_touch_one_object():
     for before, after in edited("add", 40):
-        assert after.things[0] == before.things[0]
-        assert {name for name in changed(before, after) if not name.endswith(" 1")} == {"relation"}
-        added = after.things[1]
+        (old,) = before.things
+        (added,) = (t for t in after.things if t != old)
+        assert replace(after, things=before.things, relation=None) == before
         assert added.color != after.background.color
         first, second = (np.array(t.center) for t in after.things)
-        assert (first - second) @ np.array(RELATIONS[after.relation]) >= 20
+        assert (second - first) @ -np.array(RELATIONS[after.relation]) >= 18
         far = distance_from(added.center) > 1.23 * added.radius + 2
         different = (render(before) != render(after)).any(-1)
         assert different.any()
@@ -267,8 +261,15 @@ def test_adding_and_removing_touch_one_object():
         assert after == replace(before, things=before.things[:1], relation=None)
 
 
-def test_removing_what_was_added_gives_the_picture_back():
-    for before, after in edited("add", 10):
+def test_an_object_is_added_on_either_side():
+    places = Counter((after.relation, after.things[0] == before.things[0]) for before, after in edited("add", 40))
+    assert set(places) == {(relation, side) for relation in RELATIONS for side in (True, False)}
+
+
+def test_removing_what_was_added_behind_gives_the_picture_back():
+    behind = [(before, after) for before, after in edited("add", 20) if after.things[0] == before.things[0]]
+    assert behind
+    for before, after in behind:
         back, _ = random_edit(after, np.random.default_rng(0), "remove")
         assert back == before
         assert np.array_equal(render(back), render(before))
@@ -317,8 +318,8 @@ def test_the_same_scene_gives_the_same_picture():
 def test_no_shape_paints_beyond_its_reach(shape, radius):
     """Not even with the soft edge, 1.5 pixels on: radius is that of the object in pixels."""
     angle, beyond = np.meshgrid(np.linspace(0, 2 * np.pi, 3601), np.linspace(0, 5, 50))
-    r = shapes.REACH[shape] + (1.5 + beyond) / radius
-    assert (shapes._signed_distance(shape, r * np.cos(angle), r * np.sin(angle)) * radius).min() >= 0.5
+    r = rendering.REACH[shape] + (1.5 + beyond) / radius
+    assert (rendering._signed_distance(shape, r * np.cos(angle), r * np.sin(angle)) * radius).min() >= 0.5
 
 
 @pytest.mark.parametrize("size", [8, 64, 100])
@@ -331,7 +332,7 @@ def test_the_renderer_may_leave_out_what_lies_beyond_the_reach(monkeypatch, size
         for _ in range(3)
     ]
     pictures = [render(scene, size) for scene in scenes]
-    monkeypatch.setattr(shapes, "REACH", dict.fromkeys(SHAPES, 100.0))
+    monkeypatch.setattr(rendering, "REACH", dict.fromkeys(SHAPES, 100.0))
     assert all(np.array_equal(render(scene, size), picture) for scene, picture in zip(scenes, pictures, strict=True))
 
 
@@ -377,6 +378,6 @@ def test_noise_and_light_are_slight():
 def test_a_texture_has_two_tones_of_one_colour(texture):
     flat = render(one(("white", texture))).astype(float)[distance_from(MIDDLE) > 14][:, 0] / 255
     tone = COLORS["white"][0]
-    near = [np.abs(flat - level * tone) < 0.05 for level in (1.0, shapes.DARK_TONE)]
+    near = [np.abs(flat - level * tone) < 0.05 for level in (1.0, rendering.DARK_TONE)]
     assert all(share.mean() > 0.15 for share in near)
-    assert flat.min() > shapes.DARK_TONE * tone - 0.05
+    assert flat.min() > rendering.DARK_TONE * tone - 0.05

@@ -3,9 +3,10 @@ from itertools import chain, islice
 import pytest
 from shards_case import corrupt, numbered_samples, numbers, with_corrupt
 
-from icd_lightning.data.decoding import NothingToReadError, SampleDecoder, Tally
+from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.shards import open_shards, write_shards
 from icd_lightning.data.stream import Piece, TrainStream
+from icd_lightning.data.tally import NothingToReadError, Tally
 
 
 def stream_over(urls, *, verify="count", min_size=None, **options) -> TrainStream:

@@ -14,10 +14,13 @@ from icd_lightning.diffusion import (
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
+    falling,
     generate,
     invert,
+    lcm_timesteps,
     reconstruct,
     run_jumps,
+    trailing_timesteps,
 )
 
 each_cut = pytest.mark.parametrize("num_segments", [1, 2, 3, 4, 8])
@@ -102,6 +105,24 @@ def test_ddim_grid():
     assert ddim_timesteps(3) == (0, 333, 666)
     with pytest.raises(ValueError, match="num_inference_steps 0 must lie between 1 and 1000"):
         ddim_timesteps(0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 12, 50])
+def test_grids_of_turbo_and_lcm_are_diffusers(num_steps: int):
+    from diffusers import DDIMScheduler, LCMScheduler
+
+    trailing, lcm = DDIMScheduler(timestep_spacing="trailing"), LCMScheduler()
+    for theirs in (trailing, lcm):
+        theirs.set_timesteps(num_steps)
+    assert trailing_timesteps(num_steps) == tuple(trailing.timesteps.flip(0).tolist())
+    assert lcm_timesteps(num_steps, range(19, 1000, 20)) == tuple(lcm.timesteps.flip(0).tolist())
+    with pytest.raises(ValueError, match="num_inference_steps 51 must lie between 1 and 50"):
+        lcm_timesteps(51, range(19, 1000, 20))
+
+
+def test_falling_steps_end_at_zero():
+    assert falling((0, 20, 40)) == [(40, 20), (20, 0), (0, 0)]
+    assert falling((259, 999)) == [(999, 259), (259, 0)]
 
 
 @pytest.mark.parametrize("timesteps", [ddim_timesteps(50), Boundaries.uniform(4).solver_timesteps])

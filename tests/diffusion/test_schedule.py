@@ -148,6 +148,46 @@ def test_a_solver_step_is_diffusers(prediction_type: str, x0, noise):
     torch.testing.assert_close(ours.velocity(x0, noise, t), theirs.get_velocity(x0, noise, t))
 
 
+@pytest.mark.parametrize("t", [980, 500, 20])
+def test_a_step_that_draws_noise_is_diffusers(schedule: NoiseSchedule, t: int, x0, noise):
+    """DDIM at eta 1, which is DDPM; Euler ancestral, in its own variables, is the same step; and an LCM's."""
+    from diffusers import DDIMScheduler, LCMScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+    theirs.set_timesteps(50)
+    eps, fresh, s = noise, noise.flip(0), t - 20
+    std = schedule.posterior_std(t, s, set_alpha_to_one=False)
+    mean = schedule.ddim_step(x0, eps, t, s, noise_std=std, set_alpha_to_one=False)
+    expected = theirs.step(eps, t, x0, eta=1.0, variance_noise=fresh).prev_sample
+    torch.testing.assert_close(mean + std * fresh, expected, rtol=1e-4, atol=1e-4)
+
+    def spread(t: int) -> torch.Tensor:
+        return schedule.sigma(t, set_alpha_to_one=False) / schedule.alpha(t, set_alpha_to_one=False)
+
+    up = spread(s) * (1 - spread(s) ** 2 / spread(t) ** 2).sqrt()
+    torch.testing.assert_close(std, schedule.alpha(s, set_alpha_to_one=False) * up)
+
+    lcm = LCMScheduler(**betas)
+    lcm.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    denoised_and_noised = lcm.step(eps, lcm.timesteps[0], x0, generator=generator).prev_sample
+    first, second = (int(t) for t in lcm.timesteps[:2])
+    std, drawn = schedule.sigma(second), torch.randn(x0.shape, generator=generator.manual_seed(0))
+    ours = schedule.ddim_step(x0, eps, first, second, noise_std=std) + std * drawn
+    torch.testing.assert_close(ours, denoised_and_noised, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_a_step_is_undone(schedule: NoiseSchedule, set_alpha_to_one: bool, x0, noise):
+    option = {"set_alpha_to_one": set_alpha_to_one}
+    for t, s in ((999, 749), (500, 480), (249, 0)):
+        for std in (None, schedule.posterior_std(t, s, **option), schedule.sigma(s, **option)):
+            below = schedule.ddim_step(x0, noise, t, s, noise_std=std, **option)
+            again = schedule.undo_step(below, noise, t, s, noise_std=std, **option)
+            torch.testing.assert_close(again, x0, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

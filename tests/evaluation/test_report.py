@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from icd_lightning.data.shapes import random_scene, render
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import random_scene
 from icd_lightning.evaluation.axes import axes, linear_axis, lines, log_axis
 from icd_lightning.evaluation.drawing import Style, text_width, wrap
 from icd_lightning.evaluation.report import (

@@ -1,27 +1,14 @@
-"""PSNR and SSIM: by hand, and against torchmetrics on the 8-bit values."""
+"""PSNR, MSE and SSIM: by hand, and against torchmetrics on the 8-bit values."""
 
 import math
 
 import pytest
 import torch
+from metrics_case import LEVEL, grey, noisy
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from icd_lightning.data.images import quantize
-from icd_lightning.metrics.reconstruction import PSNR, SSIM, psnr
-
-LEVEL = 2 / 255
-
-
-def grey(level: float, count: int = 1) -> torch.Tensor:
-    """Images (count, 3, 16, 16) of one 8-bit value."""
-    return torch.full((count, 3, 16, 16), level / 127.5 - 1)
-
-
-def noisy(count: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    reference = 2 * torch.rand(count, 3, 32, 32, generator=generator) - 1
-    error = torch.randn(reference.shape, generator=generator) * torch.linspace(0.02, 0.4, count).view(-1, 1, 1, 1)
-    return reference + error, reference
+from icd_lightning.metrics.reconstruction import MSE, PSNR, SSIM, mse, psnr
 
 
 @pytest.mark.parametrize("difference", [1, 2, 25, 255])
@@ -69,6 +56,21 @@ def test_the_metric_averages_over_images_however_they_come():
     torch.testing.assert_close(metric.compute(), psnr(images, reference).mean())
 
 
+@pytest.mark.parametrize("difference", [1, 25, 255])
+def test_mse_of_a_constant_difference_by_hand(difference):
+    assert mse(grey(difference), grey(0)).item() == pytest.approx((difference / 255) ** 2, rel=1e-6)
+
+
+def test_mse_averages_over_images_and_psnr_does_not_average_it():
+    images, reference = grey(0, 2), torch.cat([grey(1), grey(100)])
+    metric = MSE()
+    metric.update(images, reference)
+    assert metric.compute().item() == pytest.approx((1 / 255**2 + (100 / 255) ** 2) / 2, rel=1e-6)
+    metric = PSNR()
+    metric.update(images, reference)
+    assert metric.compute().item() == pytest.approx(20 * math.log10(255) - 20, abs=1e-4)
+
+
 def test_ssim_is_torchmetrics_of_the_8_bit_values():
     images, reference = noisy()
     metric = SSIM()
@@ -76,6 +78,16 @@ def test_ssim_is_torchmetrics_of_the_8_bit_values():
         metric.update(images[part], reference[part])
     expected = structural_similarity_index_measure(quantize(images), quantize(reference), data_range=255.0)
     torch.testing.assert_close(metric.compute(), expected)
+    torch.testing.assert_close(metric.per_image(images, reference).mean(), expected)
     metric.reset()
     metric.update(reference, reference)
     assert metric.compute() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)])
+def test_other_shapes_than_squares(size):
+    images, reference = noisy(size=size)
+    fractions = [quantize(x) / 255 for x in (images, reference)]
+    expected = structural_similarity_index_measure(*fractions, data_range=1.0)  # as PIE-Bench calls it
+    torch.testing.assert_close(SSIM().per_image(images, reference).mean(), expected)
+    torch.testing.assert_close(MSE().per_image(images, reference).mean(), (fractions[0] - fractions[1]).square().mean())

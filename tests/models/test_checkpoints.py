@@ -1,22 +1,21 @@
 """Students in files: each alone, bit for bit, in a form that plain diffusers understands, and never the wrong one."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from golden_case import golden_path, load_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from students_case import ADAPTERS, LORA, run, tiny_batch, tiny_students, tiny_unet
 
-import icd_lightning._torchvision
 from icd_lightning.diffusion import Boundaries, NoiseSchedule
-from icd_lightning.models.checkpoints import load_student, lora_settings, save_student
+from icd_lightning.models.checkpoints import load_student, lora_settings, save_kohya, save_released, save_student
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.students import LoraSettings, Students
+from icd_lightning.models.family import Family
+from icd_lightning.models.students import RELEASED_TARGET_MODULES, LoraSettings, Students
 
 BOUNDARIES = Boundaries.parse("259,519,779,999")
 
@@ -118,34 +117,6 @@ def test_a_plain_pipeline_loads_it_with_the_right_strength(students, tmp_path, a
         assert torch.equal(run(pipe.unet, batch), eps_of(students, adapter, batch))
 
 
-ELSEWHERE = """
-import runpy, sys, torch
-folder, torchvision_fix = sys.argv[1:]
-runpy.run_path(torchvision_fix)["install"]()
-from diffusers import UNet2DConditionModel
-unet = UNet2DConditionModel.from_pretrained(folder + "/unet").eval()
-unet.load_lora_adapter(folder + "/cd", prefix="unet", use_safetensors=True)
-inputs = torch.load(folder + "/inputs.pt")
-with torch.no_grad():
-    torch.save(unet(**inputs).sample, folder + "/eps.pt")
-assert "icd_lightning" not in sys.modules
-"""
-
-
-def test_another_program_without_our_code_gets_the_same_eps(students, tmp_path):
-    save_both(students, tmp_path)
-    tiny_unet().save_pretrained(tmp_path / "unet")
-    batch, inputs = tiny_batch(), {}
-    students.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: inputs.update(kwargs, sample=args[0], timestep=args[1]), with_kwargs=True
-    )
-    expected = eps_of(students, "cd", batch)
-    torch.save({**inputs, "return_dict": True}, tmp_path / "inputs.pt")
-    program = [sys.executable, "-c", ELSEWHERE, str(tmp_path), icd_lightning._torchvision.__file__]
-    subprocess.run(program, check=True, cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "eps.pt"), expected)  # threads may differ there
-
-
 # Files that others wrote
 
 
@@ -172,6 +143,59 @@ def test_released_files_load_with_alpha_8_and_round_trip(students, empty, tmp_pa
 
     with pytest.raises(ValueError, match=r"holds the (forward|reverse) model; adapter"):
         load_student(empty, ADAPTERS[1 - ADAPTERS.index(adapter)], tmp_path / name)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_released_and_kohya_files_come_back_bit_for_bit(students, empty, tmp_path, adapter):
+    direction = {"fcd": "forward", "cd": "reverse"}[adapter]
+    save_released(students, adapter, tmp_path / f"iCD-SD15-{direction}.safetensors")
+    save_kohya(students, adapter, tmp_path / "kohya" / "student.safetensors", metadata={"boundaries": BOUNDARIES})
+    released = load_file(tmp_path / f"iCD-SD15-{direction}.safetensors")
+    assert {f"unet.base_model.model.{name}" for name in weights(students, adapter)} == released.keys()
+    fresh = {name: value.clone() for name, value in weights(empty, adapter).items()}
+    for file in (f"iCD-SD15-{direction}.safetensors", "kohya/student.safetensors"):
+        load_student(empty, adapter, tmp_path / file)
+        assert same(weights(empty, adapter), weights(students, adapter))
+        save_released(empty, adapter, tmp_path / "again.safetensors")
+        assert same(load_file(tmp_path / "again.safetensors"), released)
+        with torch.no_grad():
+            for name, parameter in empty.named_parameters_of(adapter).items():
+                parameter.copy_(fresh[name])
+    about = load_student(empty, adapter, tmp_path / "kohya" / "student.safetensors")
+    assert (about["direction"], about["boundaries"]["boundary_timesteps"]) == (direction, [0, 259, 519, 779, 999])
+    assert lora_settings(tmp_path / "kohya" / "student.safetensors") == LORA
+
+
+def test_formats_without_this_alpha_are_refused(tmp_path):
+    strong = tiny_students(lora=LoraSettings(rank=4, alpha=16))
+    with pytest.raises(ValueError, match="the released format mean alpha 8, this is 16"):
+        save_released(strong, "cd", tmp_path / "student.safetensors")
+    file = save_kohya(strong, "cd", tmp_path / "kohya.safetensors", metadata={})
+    assert lora_settings(file).alpha == 16
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.tensor(1.0)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"has the alphas \[1.0, 16.0\]: a student has one"):
+        lora_settings(file)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_kohya_names_are_understood_for_every_module_of_the_true_architectures(name):
+    """By diffusers' own translation, of the names alone: for the weights, a number each stands in."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(Family(f"random:{name}").source.config("unet"))
+    targets = tuple(f".{module}" for module in RELEASED_TARGET_MODULES)
+    modules = [module for module, _ in unet.named_modules() if module.endswith(targets)]
+    assert len(modules) == {"sd15": 278, "sdxl": 788}[name]
+    kohya = {}
+    for module in modules:
+        stem = "lora_unet_" + module.replace(".", "_")
+        kohya |= {f"{stem}.lora_down.weight": torch.ones(1), f"{stem}.lora_up.weight": torch.ones(1)}
+        kohya[f"{stem}.alpha"] = torch.tensor(8.0)
+    converted, alphas = StableDiffusionXLPipeline.lora_state_dict(kohya, unet_config=unet.config)
+    peft = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in converted.items()})
+    assert peft.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    assert (len(alphas), set(alphas.values())) == (len(modules), {8.0})
 
 
 def test_files_of_diffusers_load(students, empty, tmp_path):

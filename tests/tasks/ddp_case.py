@@ -1,4 +1,4 @@
-"""Two steps of stage 2 over a stream of scenes; as a script, in two processes: ddp_case.py FAMILY FOLDER."""
+"""Stage 2 over a stream of scenes; as a script, in two processes: ddp_case.py FAMILY FOLDER STRATEGY [LAST_STEP]."""
 
 import os
 import signal
@@ -10,11 +10,15 @@ import icd_lightning  # noqa: F401 (before lightning: it makes a CUDA torchvisio
 # isort: split
 import lightning
 import torch
+from torch.distributed.tensor import DTensor
 from training_case import Losses, distillation, student_weights, trainer_for
 
+from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
+from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.callbacks.reconstruction import ReconstructionCallback
 from icd_lightning.data.scenes import SceneDataModule
+from icd_lightning.tasks.sharding import ShardedStrategy
 
 BATCH = 4
 """Of all processes together."""
@@ -32,28 +36,45 @@ class InterruptSecondRank(lightning.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == 2:
-            found = self.losses.values, student_weights(pl_module), dict(trainer.callback_metrics)
+            weights = {d: {n: whole(w) for n, w in named.items()} for d, named in student_weights(pl_module).items()}
+            found = self.losses.values, weights, dict(trainer.callback_metrics), share(pl_module)
             torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
             trainer.strategy.barrier()  # rank 0 will end the other one
 
 
-def train(family: Path, folder: Path, *callbacks, devices: int = 1, **options):
-    """Train and validate; losses of this rank, the students' weights, the metrics."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(task: lightning.LightningModule) -> float:
+    """Which part of the frozen base lies in this process."""
+    base = [parameter for parameter in task.students.unet.parameters() if not parameter.requires_grad]
+    here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in base)
+    return here / sum(p.numel() for p in base)
+
+
+def train(family: Path, folder: Path, *callbacks, devices: int = 1, ckpt_path: str | None = None, **options):
+    """Train and validate, averaging; losses of this rank, the metrics. Checkpoints and exports go to the folder."""
     task, losses = distillation(family), next((c.losses for c in callbacks if hasattr(c, "losses")), Losses())
+    watching = [losses, *callbacks, ReconstructionCallback(), ExponentialAverage(0.5)]
     trainer = trainer_for(
         folder,
         devices=devices,
         **{"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None, **options},
-        callbacks=[losses, *callbacks, ReconstructionCallback(), RunCheckpoint()],
+        callbacks=[*watching, ExportWeights(), RunCheckpoint()],
         enable_checkpointing=True,
     )
     data = SceneDataModule(batch_size=BATCH // devices, val_count=4, val_batch_size=4 // devices)
-    trainer.fit(task, datamodule=data)
-    return losses.values, student_weights(task), dict(trainer.callback_metrics)
+    trainer.fit(task, datamodule=data, ckpt_path=ckpt_path)
+    return losses.values, dict(trainer.callback_metrics)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
-    family, folder = map(Path, sys.argv[1:])
-    train(family, folder, InterruptSecondRank(folder, Losses()), devices=2, strategy="ddp", max_steps=100)
+    family, folder, strategy = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    options = {"devices": 2, "strategy": "ddp" if strategy == "ddp" else ShardedStrategy()}
+    if sys.argv[4:]:
+        train(family, folder, max_steps=int(sys.argv[4]), ckpt_path="last", **options)
+    else:
+        train(family, folder, InterruptSecondRank(folder, Losses()), max_steps=100, **options)

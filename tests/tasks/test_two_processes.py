@@ -1,6 +1,7 @@
 """Stage 2 on two real gloo processes, through the Trainer, against one process with the joined batch."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,57 +12,134 @@ import torch
 from ddp_case import train
 from training_case import distillation, same, student_weights
 
+from icd_lightning.models.students import ADAPTERS
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
 
-@pytest.fixture(scope="module")
-def ddp(random_family, tmp_path_factory) -> Path:
-    """The folder of two gloo processes, half of the batch each; the second one is interrupted in its second step."""
-    folder = tmp_path_factory.mktemp("ddp")
+def run_pair(*arguments) -> list[subprocess.Popen]:
+    """Two gloo processes, half of the batch each, started together, as torchrun does; finished."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    command = [sys.executable, Path(__file__).with_name("ddp_case.py"), random_family, folder]
-    processes = [  # started together, as torchrun does, for Lightning would start the second after the first
+    command = [sys.executable, Path(__file__).with_name("ddp_case.py"), *map(str, arguments)]
+    processes = [
         subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert (folder / "rank1.pt").is_file(), "\n".join(errors)
-    assert [process.returncode for process in processes] == [1, 1]
-    return folder
+    for process in processes:
+        process.errors = process.communicate(timeout=600)[1]
+    return processes
 
 
 @pytest.fixture(scope="module")
-def ranks(ddp):
-    """What each process had after two steps: losses, students' weights, metrics."""
-    return [torch.load(ddp / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def alone(random_family, tmp_path_factory):
+    """One process with the joined batch: its folder, losses and metrics."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, *train(random_family, folder)
 
 
-def test_two_processes_equal_one_with_the_joined_batch(random_family, ranks, tmp_path):
-    losses, weights, metrics = train(random_family, tmp_path)
+@pytest.fixture(scope="module", params=["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
+def pair(request, random_family, tmp_path_factory):
+    """Strategy and folder of two processes, of which the second was interrupted in its second step."""
+    folder = tmp_path_factory.mktemp(request.param)
+    processes = run_pair(random_family, folder, request.param)
+    errors = "\n".join(process.errors for process in processes)
+    assert (folder / "rank1.pt").is_file(), errors
+    assert [process.returncode for process in processes] == [1, 1], errors
+    return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def ranks(pair):
+    """What each process had after two steps: losses, students' weights, metrics, its share of the base."""
+    return [torch.load(pair[1] / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def moved(weights: dict[str, torch.Tensor], start: dict[str, torch.Tensor], adapter: str) -> torch.Tensor:
+    names = [name for name in start if f".{adapter}." in name]
+    return torch.cat([(weights[name] - start[name]).flatten() for name in names])
+
+
+@pytest.fixture(scope="module")
+def start(random_family) -> dict[str, torch.Tensor]:
+    """The students' weights before training, by the names of a checkpoint."""
+    return {n: p.detach().clone() for n, p in distillation(random_family).named_parameters() if p.requires_grad}
+
+
+def test_two_processes_equal_one_with_the_joined_batch(alone, start, pair, ranks):
+    folder, losses, metrics = alone
     of_the_halves = [sum(halves) / 2 for halves in zip(*(rank[0] for rank in ranks), strict=True)]
     assert of_the_halves == pytest.approx(losses, rel=1e-4)
-    start = student_weights(distillation(random_family))
-    for direction, named in weights.items():
-        first, second = (rank[1][direction] for rank in ranks)
-        assert same(first, second)
-        moved, expected = (
-            torch.cat([(after[name] - start[direction][name]).flatten() for name in named]) for after in (first, named)
-        )
-        assert (moved - expected).norm() < 1e-2 * expected.norm()
-        norms = [found[f"grad_norm/{direction}"] for found in (ranks[0][2], metrics)]
+    found, expected = checkpoint(pair[1]), checkpoint(folder)
+    for adapter, direction in ADAPTERS.items():
+        assert same(*(rank[1][direction] for rank in ranks))
+        for weights in ("state_dict", "current_model_state"):  # the average, and what is trained on
+            two, one = (moved(saved[weights], start, adapter) for saved in (found, expected))
+            assert (two - one).norm() < 1e-2 * one.norm()
+        norms = [torch.as_tensor(values[f"grad_norm/{direction}"]) for values in (ranks[0][2], metrics)]
         torch.testing.assert_close(*norms, rtol=1e-3, atol=0)
+    averages, trained = (moved(found[weights], start, "cd") for weights in ("state_dict", "current_model_state"))
+    assert 0.5 < averages.norm() / trained.norm() < 0.9  # halfway between the first step and the second
 
 
-def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted(ddp):
-    assert torch.load(ddp / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+def test_the_base_is_spread_over_both_processes(pair, ranks):
+    expected = 1 if pair[0] == "ddp" else pytest.approx(0.5, abs=0.05)
+    assert [rank[3] for rank in ranks] == [expected] * 2
 
 
-def test_two_processes_agree_on_the_metrics_of_a_validation(ranks):
+def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted(pair):
+    assert checkpoint(pair[1])["global_step"] == 2
+
+
+def test_two_processes_agree_on_the_metrics_of_a_validation(alone, ranks):
     first, second = (rank[2] for rank in ranks)
     names = [name for name in first if name.startswith(("reconstruction", "val/"))]
     assert {"reconstruction/psnr", "reconstruction_guided/latent_mse", "val/reverse_cd"} <= set(names)
     assert all(first[name] == second[name] for name in names)
+    assert float(first["reconstruction/psnr"]) == pytest.approx(float(alone[2]["reconstruction/psnr"]), rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def longer(random_family, tmp_path_factory):
+    """The folder of one process that makes three steps."""
+    folder = tmp_path_factory.mktemp("longer")
+    train(random_family, folder, max_steps=3)
+    return folder
+
+
+def assert_same_step(found: Path, expected: Path, start: dict[str, torch.Tensor]) -> None:
+    """The same third step, within rounding, in what is trained and in its average."""
+    ours, theirs = checkpoint(found), checkpoint(expected)
+    assert ours["global_step"] == theirs["global_step"] == 3
+    for adapter in ADAPTERS:
+        for weights in ("state_dict", "current_model_state"):
+            two, one = (moved(saved[weights], start, adapter) for saved in (ours, theirs))
+            assert (two - one).norm() < 1e-2 * one.norm()
+
+
+def test_what_two_processes_saved_goes_on_in_one(random_family, pair, longer, start, tmp_path):
+    shutil.copytree(pair[1] / "checkpoints", tmp_path / "checkpoints")
+    train(random_family, tmp_path, max_steps=3, ckpt_path="last")
+    assert_same_step(tmp_path, longer, start)
+
+
+def test_what_one_process_saved_goes_on_in_two(random_family, alone, pair, longer, start, tmp_path):
+    if pair[0] == "ddp":
+        pytest.skip("Lightning's own")
+    shutil.copytree(alone[0] / "checkpoints", tmp_path / "checkpoints")
+    processes = run_pair(random_family, tmp_path, pair[0], 3)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(p.errors for p in processes)
+    assert_same_step(tmp_path, longer, start)
+    exported, expected = (
+        student_weights(distillation(random_family, **{f"{d}_weights": str(folder / d) for d in ADAPTERS.values()}))
+        for folder in (tmp_path, longer)
+    )
+    for direction, weights in exported.items():
+        assert all((w - expected[direction][name]).abs().max() < 2e-3 for name, w in weights.items())

@@ -1,9 +1,14 @@
-"""DDIM inversion (arXiv:2010.02502): the teacher itself, step by small step, both ways."""
+"""DDIM inversion (arXiv:2010.02502): the teacher itself, step by small step, both ways.
+
+To noise it is the paper's fDDIM-50, unguided; back it is DDIM-50 under any guidance, constant or dynamic.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import (
@@ -11,11 +16,12 @@ from icd_lightning.diffusion import (
     GuidanceSchedule,
     NoiseSchedule,
     OnStep,
+    StepGuidance,
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
 )
-from icd_lightning.editing.method import UNGUIDED, EditingMethod
+from icd_lightning.editing.method import SWAP_TAU, UNGUIDED, EditingMethod
 from icd_lightning.models.backbone import cfg_denoiser
 from icd_lightning.models.family import Family
 
@@ -23,11 +29,35 @@ from icd_lightning.models.family import Family
 class DDIMInversion(EditingMethod):
     """num_inference_steps evaluations to noise and as many back; guided steps by classifier-free guidance count two."""
 
-    def __init__(self, family: Family, *, num_inference_steps: int = 50) -> None:
+    def __init__(
+        self, family: Family, *, num_inference_steps: int = 50, guidance_scale: float = 8.0, tau: float = 1.0
+    ) -> None:
         self.unet = family.load_unet(guided=False)
         self.autoencoder, self.conditioner = family.load_autoencoder(), family.load_conditioner()
         self._schedule = family.load_schedule()
         self.timesteps = ddim_timesteps(num_inference_steps, self._schedule.num_train_timesteps)
+        self.guidance = StepGuidance(guidance_scale, tau)
+
+    @classmethod
+    def from_family(cls, family: Family, **settings: Any) -> DDIMInversion:
+        """As the constructor: what all baselines are made by."""
+        return cls(family, **settings)
+
+    def to(self, device: torch.device | str) -> DDIMInversion:
+        """Move all networks; returns itself."""
+        for part in (self.unet, self._schedule, self.autoencoder, self.conditioner):
+            part.to(device)
+        return self
+
+    def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float = SWAP_TAU) -> int:
+        """Evaluations that an edit of one picture takes, there and back: two where it is guided, one elsewhere."""
+        guidance, swap = guidance or self.guidance, swap_tau * self.schedule.num_train_timesteps
+        guided = [t for t in self.timesteps if t <= swap and guidance.at(t) != 1]
+        return 2 * len(self.timesteps) + len(guided)
+
+    def edit(self, images, source_prompts, target_prompts, *, guidance=None, **options) -> Tensor:
+        """As `EditingMethod.edit`, by default under the method's own guidance."""
+        return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -1,0 +1,36 @@
+"""Compiled networks."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning
+
+from icd_lightning.models.compilation import compile_unets, why_not_compiled
+from icd_lightning.tasks.sharding import ShardedStrategy
+
+log = logging.getLogger(__name__)
+
+
+class CompileNetworks(lightning.Callback):
+    """Run the UNets through torch.compile; where it does not work, say why and train without.
+
+    The first steps take minutes. Put it before callbacks that use the networks.
+
+    Args:
+        backend: of torch.compile.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Compile before DDP wraps the task; refuse networks that are spread over devices."""
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise ValueError("CompileNetworks and ShardedStrategy do not go together: leave one out")
+        if stage != "fit":
+            return
+        if reason := why_not_compiled(trainer.strategy.root_device, self.backend):
+            log.warning("torch.compile does not work here, so networks run as they are (%s)", reason)
+        else:
+            compile_unets(pl_module, self.backend)

@@ -1,0 +1,49 @@
+"""What became of the data that a training read."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning
+import torch
+
+from icd_lightning.data.tally import Tally
+
+log = logging.getLogger(__name__)
+
+
+class DataReport(lightning.Callback):
+    """Logs how many samples passed and how many were skipped, by reason, over all ranks since the run was (re)started.
+
+    They are `data/train/passed`, `data/train/too_small` ...; a reason appears once it has been met; validation's are
+    `data/val/...`. A data module that does not count (`train_tally`, `val_tally`) is let be.
+    """
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Log at every `log_every_n_steps`-th batch."""
+        every = trainer.log_every_n_steps
+        if every and (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0:
+            for split, counts in _counts(trainer, pl_module).items():
+                metrics = {f"data/{split}/{name}": n for name, n in counts.items() if n}
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, trainer.global_step)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say what was left out, if anything was."""
+        for split, counts in _counts(trainer, pl_module).items():
+            passed = counts.pop("passed")
+            if trainer.is_global_zero and any(counts.values()):
+                skipped = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+                log.warning("%s data: %d samples passed, left out: %s", split, passed, skipped)
+
+
+def _counts(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, dict[str, int]]:
+    """Sum the counts of all ranks; every rank must ask."""
+    found = {}
+    for split in ("train", "val"):
+        tally = getattr(trainer.datamodule, f"{split}_tally", None)
+        if isinstance(tally, Tally):
+            own = tally.counts()
+            summed = trainer.strategy.reduce(torch.tensor([*own.values()], device=pl_module.device), reduce_op="sum")
+            found[split] = dict(zip(own, summed.tolist(), strict=True))
+    return found

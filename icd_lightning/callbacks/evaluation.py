@@ -1,0 +1,91 @@
+"""What callbacks that measure the students in training share: when they look, at what, and where figures go."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import lightning
+from torch import Tensor
+from torchmetrics import Metric
+
+from icd_lightning.data.batch import Batch
+from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.metrics.registry import build_metrics, expand
+from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
+
+
+class StudentEvaluation(lightning.Callback):
+    """In each validation, lets a subclass `look` at the first `num_images` pictures of each rank; logs its metrics.
+
+    There is one of each metric for each of `places`, names to log it under over all ranks: "generation/{}" makes
+    generation/psnr, and TensorBoard shows together what begins alike. Nothing here touches what a training goes by:
+    noise is drawn from seeds, and networks are only evaluated.
+    """
+
+    def __init__(self, metrics: Sequence[str], places: Sequence[str], num_images: int) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images {num_images} must be 1 or more")
+        self.names, self.places, self.num_images = expand(metrics), places, num_images
+        self.metrics: dict[str, dict[str, Metric]] = {}  # by place and name
+        self._seen = 0
+
+    @abstractmethod
+    def look(
+        self, trainer: lightning.Trainer, task: lightning.LightningModule, batch: Batch, *, seed: int, draw: bool
+    ) -> None:
+        """Measure a batch of pictures, the first of which has noise of `seed`, the next of seed + 1 ...
+
+        draw: whether these are the first of a validation, to be shown. All ranks come here equally often, and must
+        call the networks equally often: spread over devices, they run on all ranks or not at all.
+        """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Refuse a task without students, and load what the metrics need, before anything is trained."""
+        if not isinstance(pl_module, InvertibleConsistencyDistillation):
+            raise ValueError(
+                f"{type(self).__name__} needs both students, and {type(pl_module).__name__} has none: "
+                "take it out of trainer.callbacks"
+            )
+        if not self.metrics:
+            self.metrics = {place: dict(build_metrics(self.names)) for place in self.places}
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        """Begin anew, on the task's device."""
+        self._seen = 0
+        for metrics in self.metrics.values():
+            for metric in metrics.values():
+                metric.to(pl_module.device).reset()
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch: Batch, batch_idx, dataloader_idx=0) -> None:
+        """Look at pictures until all ranks have seen enough; their batches may differ in size."""
+        if not trainer.strategy.reduce_boolean_decision(self._seen < self.num_images, all=False):
+            return
+        if batch.images is None:
+            raise ValueError(
+                f"{type(self).__name__} compares pictures, and the validation data holds latents: "
+                "give data.init_args.val_urls shards with pictures, or take it out of trainer.callbacks"
+            )
+        count = min(len(batch.captions), max(1, self.num_images - self._seen))
+        batch = Batch(*(None if part is None else part[:count] for part in batch))
+        seed = self._seen * trainer.world_size + trainer.global_rank * count  # no two pictures share their noise
+        self.look(trainer, pl_module, batch, seed=seed, draw=self._seen == 0)
+        self._seen += count
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        """Log the means over all ranks."""
+        for place, metrics in self.metrics.items():
+            for name, metric in metrics.items():
+                logged = place.format(name)
+                # sync_dist averages what is equal on all ranks already; without it Lightning warns
+                pl_module.log(logged, metric.compute(), prog_bar=logged == "reconstruction/psnr", sync_dist=True)
+
+    def measure(self, place: str, results: Tensor, batch: Batch, noise: Tensor) -> None:
+        """Give the metrics of a place what there is: results (B, 3, H, W), the batch and the noise they came from."""
+        for name in self.names:
+            self.metrics[place][name].update(results, batch.images, prompts=batch.captions, noise=noise)
+
+
+def pipeline_of(task: InvertibleConsistencyDistillation) -> InvertibleConsistency:
+    """The pipeline over the very students in training."""
+    return InvertibleConsistency(task.students, task.autoencoder, task.conditioner, task.boundaries)

@@ -1,0 +1,51 @@
+"""A run as one row of TensorBoard's HPARAMS table: its settings, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+SETTINGS = ("model", "data", "seed_everything")
+MEASURED = ("reconstruction", "reconstruction_guided", "generation", "guidance_sweep", "val")
+
+
+class FinalMetrics(lightning.Callback):
+    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`.
+
+    Args:
+        groups: the beginnings of the names of the metrics to keep.
+    """
+
+    def __init__(self, groups: Sequence[str] = MEASURED) -> None:
+        self.groups = tuple(groups)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log once the last validation is over."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        kept = {f"final/{name}": value for name, value in found.items() if name.split("/")[0] in self.groups}
+        if not kept or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings_of(trainer), kept, trainer.global_step)
+
+
+def settings_of(trainer: lightning.Trainer) -> dict[str, Any]:
+    """What the configuration says of model, data and seed, by dotted key; the number of steps alone without a one."""
+    callback = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)
+    config = callback.config.as_dict() if callback else {}
+    flat = {"max_steps": trainer.max_steps}
+    for name in SETTINGS:
+        flat |= _flat(config[name], name) if name in config else {}
+    return flat
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key.replace(".init_args", ""): value}
+    parts = (_flat(below, f"{key}.{name}") for name, below in value.items())
+    return {name: found for part in parts for name, found in part.items()}

@@ -1,0 +1,113 @@
+"""`icd ablations`: Table 2 from nothing: train what must be trained, measure it, judge the paper's orderings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+PARTS = ("forward", "reverse")
+
+
+def ablations(
+    *,
+    out: str = "outputs/ablations",
+    conf: str = "conf",
+    overlays: str = "base,model/tiny,experiment/ablations",
+    seeds: str = "0",
+    model: str = "tiny",
+    train_data: str = "data/shapes/train",
+    val_data: str = "data/shapes/val",
+    steps: int | None = None,
+    data: str | None = None,
+    images: str | None = None,
+    count: int | None = 128,
+    guidance_scales: str = "3,5",
+    metrics: str | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> None:
+    """Train and measure the paper's ablations A to K; write Table 2 with a verdict on each of its orderings.
+
+    A, B, C, E, F and G are trained, each once a seed; H to K decode the students of C, F and G with guidance. Stopped
+    and called again it goes on: trainings from their last checkpoint, measurements from the last batch of pictures.
+
+    Args:
+        out: Folder of all results: table2.md, table2.json, report.html and report.png, trainings/ and runs/.
+        conf: Folder of the configuration files.
+        overlays: Comma-separated files in it, of which each training is composed, before conf/ablation/*.yaml.
+        seeds: Comma-separated seeds of the trainings, e.g. 0,1,2.
+        model: "tiny" (shipped) or the folder of a family.
+        train_data: Shards to train on.
+        val_data: Shards to validate on.
+        steps: Training steps; by default what the overlays say.
+        data: COCO's captions as JSON, or a CSV of image and caption, to measure on; by default held-out scenes.
+        images: Folder that the names in data are relative to.
+        count: Pictures to measure on.
+        guidance_scales: Comma-separated w of the guided rows; the paper's is 8, for SD1.5.
+        metrics: Comma-separated names; by default what suits the model.
+        batch_size: Pictures at once, when measuring.
+        device: auto, cpu, cuda ... to measure on; where to train is the overlays' matter.
+    """
+    from icd_lightning.commands.session import find_device
+    from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
+    from icd_lightning.evaluation.ablations import AblationSettings, measure_study, read_ablations
+    from icd_lightning.evaluation.methods import teacher_hash
+    from icd_lightning.evaluation.report import print_table, wide_console
+    from icd_lightning.models.family import Family
+
+    family, root = Family(model), Path(out)
+    settings = AblationSettings(
+        root,
+        family,
+        tuple(float(w) for w in guidance_scales.split(",")),
+        tuple(metrics.split(",")) if metrics else None,
+        *(Path(path) if path else None for path in (data, images)),
+        count=count,
+        batch_size=batch_size,
+        device=find_device(device),
+    )
+    rows = read_ablations(Path(conf) / "ablation")
+    options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
+    options |= {"data.init_args.val_urls": val_data, **({} if steps is None else {"trainer.max_steps": steps})}
+    names, weights, students = overlays.split(","), teacher_hash(family), {}
+    for seed in map(int, seeds.split(",")):  # seed by seed: the first table is whole before the second seed begins
+        seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
+        for letter in dict.fromkeys(row.students for row in rows.values()):
+            configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
+            folder = train(root / "trainings", f"{letter}-{seed}", configs, seeded, weights)
+            students.setdefault(letter, {})[seed] = folder
+    study = measure_study(settings, rows, students)
+    console = wide_console()
+    for table in (*table_2(study), verdict_table(study)):
+        print_table(table, console)
+    facts = {"model": model, "weights": weights[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
+    for path in write_study(study, root, facts):
+        log.info("%s", path)
+
+
+def train(root: Path, name: str, configs: Sequence[Path], options: dict[str, object], weights: str) -> Path:
+    """Train both students, if that is not done; return their folder, named after all that the training depends on."""
+    import hashlib
+    import json
+
+    from icd_lightning.commands import fit
+    from icd_lightning.models.checkpoints import WEIGHTS_NAME
+
+    missing = [str(file) for file in configs if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no configuration {missing[0]}: run this in the repository, or name its conf/ by --conf"
+        )
+    key = json.dumps([weights, options, *(file.read_text() for file in configs)], sort_keys=True, default=str)
+    folder = root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    if all((folder / part / WEIGHTS_NAME).is_file() for part in PARTS):  # written when a training has ended
+        log.info("%s: trained before", folder)
+        return folder
+    log.info("%s: training", folder)
+    words = [word for file in configs for word in ("--config", str(file))]
+    overrides = [f"--{key}={value}" for key, value in {**options, "trainer.default_root_dir": folder}.items()]
+    fit.run(["fit", *words, *overrides])
+    return folder

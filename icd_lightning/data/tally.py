@@ -1,0 +1,157 @@
+"""Counts what passes and what is skipped, and ends a run that loses too much: no silent starvation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+REASONS = (
+    "no_image",
+    "no_caption",
+    "too_small",
+    "corrupt_image",
+    "corrupt_json",
+    "corrupt_latents",
+    "wrong_resolution",
+    "broken_shard",
+)
+
+
+class RejectedError(Exception):
+    """A sample cannot be used; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class NothingToReadError(ValueError):
+    """So much was skipped that training would wait forever, or would not be on what the user believes."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When skipping ends a run.
+
+    Args:
+        max_skipped: share of the samples read that may be skipped; looked at from MIN_READ samples on.
+        stall_timeout: seconds to wait for a sample that can be used.
+    """
+
+    max_skipped: float = 0.5
+    stall_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped {self.max_skipped} must lie between 0 and 1 (1 allows any loss)")
+        if not self.stall_timeout > 0:
+            raise ValueError(f"stall_timeout {self.stall_timeout} must be more than 0 seconds (.inf waits for ever)")
+
+
+MIN_READ = 1000
+NO_LIMITS = Limits(1.0, math.inf)
+COLUMNS = ("passed", *REASONS, "read", "lost", "shards")
+
+
+class Tally:
+    """Counts samples that passed and those that were skipped, by reason, over all workers (in shared memory).
+
+    Ends a run, by NothingToReadError, that loses more than `limits` allow.
+    """
+
+    def __init__(self, num_workers: int = 1, limits: Limits = NO_LIMITS) -> None:
+        self.limits = limits
+        # each worker has a row of its own: no two write to one place
+        self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
+        self._alive = torch.zeros(max(1, num_workers), dtype=torch.float64).share_memory_()
+        self._details: dict[str, str] = {}
+        self.awaited()
+
+    def awaited(self, worker: int | None = None) -> None:
+        """Begin to wait for samples: silence counts from now."""
+        self._alive.numpy()[slice(None) if worker is None else worker] = time.monotonic()
+
+    def silence(self) -> float:
+        """For how many seconds no worker has found a sample that can be used."""
+        return time.monotonic() - self._alive.max().item()
+
+    def opened(self, worker: int = 0) -> None:
+        """Count a shard."""
+        self._add("shards", 1, worker)
+
+    def read(self, worker: int = 0) -> None:
+        """Count a sample, whatever becomes of it."""
+        self._add("read", 1, worker)
+
+    def admitted(self, worker: int = 0) -> None:
+        """A sample can be used, as far as is known before its pixels."""
+        self.awaited(worker)
+
+    def passed(self, count: int = 1, worker: int = 0) -> None:
+        """Count samples that go into a batch."""
+        self._add("passed", count, worker)
+        self.awaited(worker)
+
+    def skipped(self, reason: str, detail: str, worker: int = 0) -> None:
+        """Count a sample left out."""
+        self._skip(reason, detail, 1, worker)
+
+    def broke(self, detail: str, missing: int | None, worker: int = 0) -> None:
+        """Count a shard that cannot be read to its end, with the samples thus lost, or None if nobody knows."""
+        if missing is None:  # as many as others have, on average
+            good = self._sum("shards") - self._sum("broken_shard") - 1
+            missing = self._sum("read") // good if good > 0 else 1
+        self._add("read", missing, worker)
+        self._skip("broken_shard", detail, missing, worker)
+
+    def attempt(self, decode: Callable[[dict[str, Any]], T], raw: dict[str, Any], worker: int = 0) -> T | None:
+        """Decode and count a sample; None if it cannot be used."""
+        try:
+            sample = decode(raw)
+        except RejectedError as error:
+            self.skipped(error.reason, error.detail, worker)
+            return None
+        self.passed(1, worker)
+        return sample
+
+    def counts(self) -> dict[str, int]:
+        """How many samples "passed", and how many were skipped for each of REASONS (shards, for "broken_shard")."""
+        return {name: self._sum(name) for name in ("passed", *REASONS)}
+
+    def nothing(self, what: str) -> NothingToReadError:
+        """Make an error that says `what` is wrong and why samples were skipped."""
+        skipped = ", ".join(f"{reason} {n}" for reason, n in self.counts().items() if n and reason != "passed")
+        first = next(iter(self._details.values()), None)
+        example = f"; for one, {first}" if first else ""
+        return NothingToReadError(
+            f"{what} (skipped: {skipped or 'none'}{example}); look at the shards with `icd data describe`"
+        )
+
+    def _skip(self, reason: str, detail: str, lost: int, worker: int) -> None:
+        self._add(reason, 1, worker)
+        self._add("lost", lost, worker)
+        if reason not in self._details:
+            self._details[reason] = detail
+            logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
+        read, all_lost = self._sum("read"), self._sum("lost")
+        if read >= MIN_READ and all_lost > self.limits.max_skipped * read:
+            allowed = f"max_skipped {self.limits.max_skipped:g} allows"
+            raise self.nothing(f"{all_lost} of {read} samples could not be used, more than {allowed}")
+        if time.monotonic() - self._alive[worker].item() > self.limits.stall_timeout:
+            raise self.nothing(f"no sample that can be used was found for {self.limits.stall_timeout:g} s")
+
+    def _add(self, name: str, count: int, worker: int) -> None:
+        self._counts.numpy()[worker, COLUMNS.index(name)] += count  # the same memory, at a tenth of the time
+
+    def _sum(self, name: str) -> int:
+        return int(self._counts[:, COLUMNS.index(name)].sum())

@@ -1,0 +1,145 @@
+"""Null-text inversion (arXiv:2211.09794): an empty prompt's embedding for each step, fitted so that guidance retraces.
+
+Guided decoding leaves the path by which DDIM inversion came. For each step down the null embedding is optimised until
+the guided step meets that path again; edits reuse the embeddings with another prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion import (
+    GuidanceSchedule,
+    OnStep,
+    Step,
+    classifier_free_guidance,
+    ddim_invert,
+    ddim_timesteps,
+    falling,
+)
+from icd_lightning.editing.baselines.base import Baseline, Inversion, Parts
+from icd_lightning.editing.method import Seed
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
+from icd_lightning.models.conditioning import Conditioning
+
+CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.8, amplify=2.0, blend_from=0.2)
+
+
+@dataclass(frozen=True)
+class NullTextOptimization:
+    """Adam on the embedding of step i: at most `inner_steps` at rate lr (1 - i / 100), until the error is small.
+
+    Small is tolerance + i * tolerance_growth, as a mean square over the latents.
+    """
+
+    inner_steps: int = 10
+    lr: float = 1e-2
+    tolerance: float = 1e-5
+    tolerance_growth: float = 2e-5
+
+    def __post_init__(self) -> None:
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps {self.inner_steps} must be 1 or more; negative-prompt inversion needs none")
+
+
+OPTIMIZATION = NullTextOptimization()
+
+
+class NullTextInversion(Baseline):
+    """num_inference_steps evaluations to noise, then up to inner_steps + 2 for each step; back, four a
+    step: two for each branch.
+
+    Inner evaluations also run backward, which `nfe` does not count.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 8.0,
+        optimization: NullTextOptimization = OPTIMIZATION,
+        control: PromptToPrompt | None = CONTROL,
+    ) -> None:
+        super().__init__(parts, guidance_scale, control)
+        if parts.network.takes_guidance:
+            raise ValueError("null-text inversion fits classifier-free guidance: it needs a UNet without its embedding")
+        self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
+        self.steps, self.optimization = falling(self.timesteps), optimization
+        self.inversion_nfe = num_inference_steps * (3 + optimization.inner_steps)
+
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Inversion:
+        """Climb the solver's grid, then fit; per_step holds null embeddings (B, L, D). `seed` has no effect."""
+        source, path = self.conditioner(prompts), [x0]
+
+        def keep(step: Step) -> None:
+            path.append(step.x)
+            if on_step is not None:
+                on_step(step)
+
+        ddim_invert(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=keep)
+        null_embeds = self.fit(path[::-1], source, self.conditioner.unconditional(len(prompts)), on_step=on_step)
+        return Inversion(prompts, x0, path[-1], null_embeds)
+
+    @torch.no_grad()
+    def fit(
+        self, path: Sequence[Tensor], source: Conditioning, empty: Conditioning, *, on_step: OnStep | None = None
+    ) -> list[Tensor]:
+        """Null embeddings (B, L, D), one for each step, that keep guided decoding on the path down (B, C, h, w)."""
+        x, found = path[0], []
+        for index, (t, s) in enumerate(self.steps):
+            x, empty, rounds = self.fit_step(x, path[index + 1], index, source, empty)
+            found.append(empty.prompt_embeds)
+            if on_step is not None:
+                on_step(Step(t, s, x, rounds + 2))
+        return found
+
+    def fit_step(
+        self, x: Tensor, wanted: Tensor, index: int, source: Conditioning, null: Conditioning
+    ) -> tuple[Tensor, Conditioning, int]:
+        """Fit one step's null embeddings, from the last one's, so that x (B, C, h, w) comes to `wanted` (B, C, h, w).
+
+        Returns x after the step, the embeddings, and how many rounds it took.
+        """
+        settings, (t, s), w = self.optimization, self.steps[index], self.guidance.at(self.steps[index][0])
+        time = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        eps_cond = self.parts.network(x, time, source)
+
+        def guided(null: Conditioning) -> Tensor:
+            eps = classifier_free_guidance(self.parts.network(x, time, null), eps_cond, w)
+            return self.schedule.ddim_step(x, eps, t, s, set_alpha_to_one=False)
+
+        embeds = null.prompt_embeds.float().clone().requires_grad_()
+        optimizer = torch.optim.Adam([embeds], lr=settings.lr * (1 - index / 100))
+        running = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rounds = 0
+        while running.any() and rounds < settings.inner_steps:
+            rounds += 1
+            with torch.enable_grad():
+                error = (guided(replace(null, prompt_embeds=embeds)) - wanted).square().mean((1, 2, 3))
+                (embeds.grad,) = torch.autograd.grad(error.sum(), embeds)
+            before = embeds.detach().clone()
+            optimizer.step()
+            # a sample that is done stays as it is, so that it comes out as it would alone
+            embeds.data = torch.where(running[:, None, None], embeds, before)
+            running &= error.detach() >= settings.tolerance + index * settings.tolerance_growth
+        null = replace(null, prompt_embeds=embeds.detach())
+        return guided(null), null, rounds
+
+    def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
+        """As the target's: the embeddings were fitted to guidance."""
+        return guidance
+
+    def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
+        """The null embedding fitted for this step."""
+        return replace(empty, prompt_embeds=inversion.per_step[index])
+
+    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+        """One DDIM step."""
+        return self.schedule.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

@@ -1,0 +1,297 @@
+"""ReNoise (arXiv:2403.14602): invert a sampler step by fixed-point iteration, for samplers of few and large steps.
+
+A step up from x_s should use the network's eps at the point x_t that it leads to. ReNoise asks at an estimate of x_t,
+steps from x_s again, and so on; averages the last predictions; keeps their statistics those of noise; and, where the
+sampler draws noise, corrects it towards what would bring x_s back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from icd_lightning.diffusion import (
+    NoiseSchedule,
+    OnStep,
+    Step,
+    ddim_timesteps,
+    falling,
+    lcm_timesteps,
+    trailing_timesteps,
+)
+from icd_lightning.editing.baselines.base import LCM_SOLVER_TIMESTEPS, Baseline, Inversion, Parts, has_guided_unet
+from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.editing.method import Seed, seeded_noise, seeds_of
+from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.family import Family
+
+log = logging.getLogger(__name__)
+
+LOW_TIMESTEP = 250
+"""Steps from below here have fewer re-noisings and an average of their own."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The sampler to invert: "ddim" draws no noise, "ancestral" (Turbo) what DDPM would, "lcm" all there is.
+
+    "jumps" are iCD's: they draw none either, and go from boundary to boundary (`timesteps`, ascending) to the data.
+    """
+
+    kind: Literal["ddim", "ancestral", "lcm", "jumps"]
+    num_inference_steps: int
+    timesteps: tuple[int, ...] = ()
+
+    @property
+    def draws(self) -> bool:
+        """Whether its steps draw noise."""
+        return self.kind in ("ancestral", "lcm")
+
+    @cached_property
+    def steps(self) -> list[tuple[int, int]]:
+        """(t, s) on the way down."""
+        if self.kind == "jumps":
+            return falling(self.timesteps)
+        if self.kind == "lcm":
+            return falling(lcm_timesteps(self.num_inference_steps, LCM_SOLVER_TIMESTEPS))
+        return falling((ddim_timesteps if self.kind == "ddim" else trailing_timesteps)(self.num_inference_steps))
+
+    def noise_std(self, schedule: NoiseSchedule, t: int, s: int) -> Tensor:
+        """Deviation (1, 1, 1, 1) of the noise that a step from t to s draws."""
+        if not self.draws:
+            return torch.zeros_like(schedule.sigma(s))
+        return schedule.sigma(s) if self.kind == "lcm" else schedule.posterior_std(t, s)
+
+    def down(self, schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+        """x_s (B, C, h, w) from x_t, without the noise that is drawn."""
+        return schedule.ddim_step(x, eps, t, s, **self._how(schedule, t, s))
+
+    def up(self, schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+        """x_t (B, C, h, w) from x_s that has no drawn noise in it: the inverse of `down` at the same eps."""
+        return schedule.undo_step(x, eps, t, s, **self._how(schedule, t, s))
+
+    def _how(self, schedule: NoiseSchedule, t: int, s: int) -> dict:
+        return {"noise_std": self.noise_std(schedule, t, s), "set_alpha_to_one": self.kind != "ddim"}
+
+
+@dataclass(frozen=True)
+class Renoising:
+    """Re-noisings of a step and which predictions count, [first, last): the average of those, or else the last alone.
+
+    Prediction 0 is plain inversion's, at x_s; each re-noising makes one more. `low_*` are for steps from t < 250.
+    """
+
+    count: int = 9
+    average: tuple[int, int] = (8, 10)
+    low_count: int = 5
+    low_average: tuple[int, int] = (0, 5)
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.low_count) < 0:
+            raise ValueError(f"re-noisings {self.count} and {self.low_count} must be 0 or more")
+
+    def at(self, t: int) -> tuple[int, tuple[int, int]]:
+        """Re-noisings of a step from t, and the range that is averaged."""
+        if t < LOW_TIMESTEP:
+            return min(self.count, self.low_count), self.low_average
+        return self.count, self.average
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """How predictions are made noise-like again: patches like the reference's, and no auto-correlation.
+
+    The weights are published for latents of 64 x 64. A mean's gradient falls with the area, so that for others, where
+    one step would be too long or too short, the weight of the auto-correlation grows with it.
+    """
+
+    rounds: int = 4
+    rolls: int = 5
+    patch_weight: float = 0.065
+    correlation_weight: float = 20.0
+
+    def __call__(self, eps: Tensor, reference: Tensor, rolls: Sequence[torch.Generator]) -> Tensor:
+        """Descend both losses from eps (B, C, h, w); rolls are drawn from each sample's own generator."""
+        rate = self.correlation_weight / self.rolls * eps[0, 0].numel() / 64**2
+        for _ in range(self.rounds):
+            gradient = _gradient(lambda x: patch_divergence(x, reference), eps)
+            eps = eps - self.patch_weight * gradient.clamp(-100, 100)
+            for _ in range(self.rolls):
+                shifts = [_draw_rolls(eps.shape[-2], generator) for generator in rolls]
+                gradient = _gradient(lambda x, shifts=shifts: auto_correlation(x, shifts), eps)
+                eps = eps - rate * gradient
+        return eps
+
+
+TURBO, RENOISING, REGULARIZATION = Sampler("ancestral", 4), Renoising(), Regularization()
+
+
+class ReNoise(Baseline):
+    """Evaluations of a step up: 1 + its re-noisings, 1 to regularise, 1 to correct; of a step down: 1.
+
+    Turbo's 4 + 4 steps take 44 calls of the network, as published. In four of them a second sample rides along, the
+    regulariser's reference, and `nfe`, which counts samples, says 48. SDXL's 50 + 50 with one re-noising take 150.
+
+    tiny has no Turbo and no LCM. There, and in all families that hold iCD's students, both settings invert the reverse
+    student instead: it too makes a picture in 3 or 4 large steps. They keep their re-noisings; the steps are the
+    student's jumps, which draw no noise, so that nothing is corrected.
+
+    Args:
+        parts: what the family is made of.
+        sampler: the sampler and its steps.
+        renoising: how each step is iterated.
+        regularization: of the averaged prediction; None for none.
+        correction: how far (L2) the noise of a step may move to bring the step back; the authors take ten gradient
+            steps of 1.8. 0 is no correction, infinity an exact one. A sampler's last step draws none.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        sampler: Sampler = TURBO,
+        renoising: Renoising = RENOISING,
+        regularization: Regularization | None = REGULARIZATION,
+        correction: float = 18.0,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__(parts, guidance_scale)
+        if not sampler.draws and correction:
+            raise ValueError(f"a {sampler.kind} sampler draws no noise that could be corrected: set correction to 0")
+        self.sampler, self.renoising, self.steps = sampler, renoising, sampler.steps
+        self.regularization, self.correction = regularization, correction
+        self.inversion_nfe = sum(self._cost(t) for t, _ in self.steps)
+
+    @classmethod
+    def from_family(cls, family: Family, *, sampler: Sampler = TURBO, **settings: Any) -> ReNoise:
+        """Load what the sampler is for: the teacher (ddim), or the family's few-step network."""
+        if not sampler.draws or not has_guided_unet(family):
+            return cls(Parts.load(family), sampler=sampler, **settings)
+        log.info("%s is no Turbo or LCM; iCD's reverse student stands in for one", family.model)
+        icd = InvertibleConsistency.from_pretrained(family)
+        parts = Parts.of_student(icd.students, icd.autoencoder, icd.conditioner)
+        ends = icd.boundaries.boundary_timesteps[1:]
+        return cls(parts, sampler=Sampler("jumps", len(ends), ends), **{**settings, "correction": 0.0})
+
+    def _cost(self, t: int) -> int:
+        return 1 + self.renoising.at(t)[0] + (self.regularization is not None) + bool(self.correction)
+
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Inversion:
+        """Climb the sampler's steps, unguided; per_step holds the noise (B, C, h, w) that its steps draw."""
+        batch, *size = x0.shape
+        reference, *drawn = seeded_noise((batch, 1 + len(self.steps), *size), seed, x0.device).unbind(1)
+        rolls = [torch.Generator().manual_seed(one) for one in seeds_of(seed, batch)]
+        source, x = self.conditioner(prompts), x0
+        for index in reversed(range(len(self.steps))):
+            t, s = self.steps[index]
+            noised = self.schedule.add_noise(x0, reference, t)
+            x, drawn[index] = self._climb(x, drawn[index], index, source, noised, rolls)
+            if on_step is not None:
+                on_step(Step(s, t, x, self._cost(t)))
+        return Inversion(prompts, x0, x, drawn)
+
+    def _climb(self, x, noise, index, source, noised, rolls) -> tuple[Tensor, Tensor]:
+        """From x_s (B, C, h, w) to x_t, and the step's noise corrected."""
+        t, s = self.steps[index]
+        std = self.sampler.noise_std(self.schedule, t, s)
+        count, (first, last) = self.renoising.at(t)
+        bare, guess, predictions, reference = x - std * noise, x, [], None
+
+        def up(eps: Tensor) -> Tensor:
+            return self.sampler.up(self.schedule, bare, eps, t, s)
+
+        def regular(eps: Tensor) -> Tensor:
+            return eps if reference is None else self.regularization(eps, reference, rolls)
+
+        for i in range(count + 1):
+            if i == 0 and self.regularization is not None:  # one call for both
+                reference, eps = self._eps(torch.cat([noised, guess]), t, source.repeat(2)).chunk(2)
+            else:
+                eps = self._eps(guess, t, source)
+            predictions.append(eps)
+            guess = up(eps if i < first else regular(eps))
+        if averaged := predictions[first:last]:
+            guess = up(regular(torch.stack(averaged).mean(0)))
+        return guess, self._correct(guess, x, noise, index, source)
+
+    def _correct(self, x: Tensor, below: Tensor, noise: Tensor, index: int, source: Conditioning) -> Tensor:
+        """The step's noise (B, C, h, w), moved towards what takes x (B, C, h, w) to `below` (B, C, h, w)."""
+        t, s = self.steps[index]
+        if not self.correction:
+            return noise
+        eps = self._eps(x, t, source)
+        if s == 0:  # no noise is drawn here; the evaluation is in the published count
+            return noise
+        mean, std = self.sampler.down(self.schedule, x, eps, t, s), self.sampler.noise_std(self.schedule, t, s)
+        gap = (below - mean) / std - noise
+        length = torch.linalg.vector_norm(gap, dim=(1, 2, 3), keepdim=True)
+        return noise + gap * (self.correction / length).clamp(max=1)
+
+    def _eps(self, x: Tensor, t: int, source: Conditioning) -> Tensor:
+        return self.denoiser(source)(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
+
+    def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
+        """The source prompt, which matters where the edit is guided."""
+        return source
+
+    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+        """One step of the sampler with the noise of the inversion."""
+        t, s = self.steps[index]
+        noise = self.sampler.noise_std(self.schedule, t, s) * inversion.per_step[index]
+        return self.sampler.down(self.schedule, x, eps, t, s) + noise.repeat(len(x) // len(noise), 1, 1, 1)
+
+
+def patch_divergence(x: Tensor, reference: Tensor, size: int = 4) -> Tensor:
+    """How the patches' means and variances differ from the reference's, (B,) of x and reference (B, C, h, w).
+
+    Twice the divergence of two Gaussians, for each channel of each patch of size x size, in absolute value, summed.
+    """
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        patches = x.unfold(2, size, size).unfold(3, size, size).flatten(4)
+        return patches.mean(-1), patches.var(-1) + 1e-6
+
+    (mean, variance), (wanted_mean, wanted_variance) = statistics(x), statistics(reference)
+    divergence = (wanted_variance / variance).log() + (variance + (mean - wanted_mean) ** 2) / wanted_variance - 1
+    return divergence.abs().sum((1, 2, 3))
+
+
+def auto_correlation(x: Tensor, rolls: Sequence[Sequence[int]]) -> Tensor:
+    """Squared correlation (B,) of x (B, C, h, w) with itself, rolled along either side, at each scale down to 8.
+
+    rolls: for each sample, how far at each scale. The authors roll every channel by its own amount.
+    """
+    losses = []
+    for sample, amounts in zip(x, rolls, strict=True):
+        level, loss = sample, x.new_zeros(())
+        for place, amount in enumerate(amounts):
+            level = avg_pool2d(level, 2) if place else level
+            for side in (1, 2):
+                loss = loss + (level * level.roll(amount, side)).mean((1, 2)).square().sum()
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def _draw_rolls(height: int, generator: torch.Generator) -> list[int]:
+    """How far to roll at each scale of a latent: height, height / 2 ... down to 8."""
+    amounts = []
+    while True:
+        amounts.append(int(torch.randint(0, max(height // 2, 1), (1,), generator=generator)))
+        if height <= 8:
+            return amounts
+        height //= 2
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x).sum(), x)[0]

@@ -1,0 +1,109 @@
+"""Invertible consistency distillation as an editing method: 4 + 4 or 3 + 3 evaluations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion import Boundaries, Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, generate, invert
+from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
+from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.checkpoints import load_student, lora_settings
+from icd_lightning.models.family import Family
+from icd_lightning.models.students import ADAPTERS, Students
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+
+
+class InvertibleConsistency(EditingMethod):
+    """A family's frozen parts and its two students; num_segments evaluations to noise, as many back."""
+
+    def __init__(
+        self,
+        students: Students,
+        autoencoder: LatentAutoencoder,
+        conditioner: CLIPConditioner | DualCLIPConditioner,
+        boundaries: Boundaries,
+    ) -> None:
+        self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
+        self.boundaries = boundaries
+
+    @classmethod
+    def from_pretrained(
+        cls, family: Family, *, forward: str | None = None, reverse: str | None = None, boundaries: str | None = None
+    ) -> InvertibleConsistency:
+        """Load a family and its students, by default those in the family's own folder.
+
+        forward, reverse: folders or files of the two students. boundaries: e.g. "259,519,779,999", by default what the
+        students' files, or the names of released ones, say. Raises ValueError where nothing says it, or where the two
+        students disagree.
+        """
+        given = None if boundaries is None else Boundaries.parse(boundaries, allow_off_grid=True)
+        paths = {"forward": forward, "reverse": reverse}
+        paths = {name: path or str(family.root / "students" / name) for name, path in paths.items()}
+        students = Students(family.load_unet(guided=True), family.load_schedule(), lora=lora_settings(paths["reverse"]))
+        found = {}
+        for adapter, direction in ADAPTERS.items():
+            about = load_student(students, adapter, paths[direction])
+            found[direction] = about.get("boundaries") or boundaries_in_name(Path(paths[direction]).stem)
+        ends = given or Boundaries(_common(found, paths), allow_off_grid=True)
+        return cls(students, family.load_autoencoder(), family.load_conditioner(), ends)
+
+    def to(self, device: torch.device | str) -> InvertibleConsistency:
+        """Move all networks; returns itself."""
+        for part in (self.students, self.autoencoder, self.conditioner):
+            part.to(device)
+        return self
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the pictures that the UNet was trained on."""
+        return int(self.students.unet.config.sample_size) * self.autoencoder.downsampling
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of teacher and students."""
+        return self.students.schedule
+
+    def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
+        """The reverse model."""
+        return self.students.reverse_model(self.conditioner(prompts), guidance)
+
+    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None = None) -> Tensor:
+        """Jump up with the forward model, from latents slightly noised by `seed`."""
+        return self.climb(latents, prompts, seeded_noise(latents.shape, seed, latents.device), on_step=on_step)
+
+    def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+        """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
+        forward_model = self.students.forward_model(self.conditioner(prompts))
+        return invert(forward_model, latents, noise, self.boundaries, self.schedule, on_step=on_step)
+
+    def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+        """Jump down."""
+        return generate(denoise, noise, self.boundaries, self.schedule, on_step=on_step)
+
+
+def boundaries_in_name(name: str) -> list[int] | None:
+    """What the name of a released student says: iCD-SD15-reverse_259_519_779_999, iCD-SD15-forward_19_259_519_779."""
+    numbers = re.search(r"(?:_\d+)+$", name)
+    if numbers is None:
+        return None
+    timesteps = [int(number) for number in numbers.group()[1:].split("_")]
+    if "forward" in name.lower():  # the forward model's are where its jumps begin, the first of them near the data
+        timesteps = [*timesteps[1:], Boundaries.num_train_timesteps - 1]
+    return [0, *timesteps]
+
+
+def _common(found: dict[str, list[int] | None], paths: dict[str, str]) -> tuple[int, ...]:
+    """The boundaries that the students' files agree on."""
+    said = {name: ends for name, ends in found.items() if ends is not None}
+    if not said:
+        raise ValueError(
+            f"{paths['reverse']} does not say its boundaries; name them, e.g. --boundaries 259,519,779,999"
+        )
+    if len({tuple(ends) for ends in said.values()}) > 1:
+        raise ValueError(f"the students have different boundaries, {said}: they do not belong together")
+    return tuple(next(iter(said.values())))

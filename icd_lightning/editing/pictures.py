@@ -1,0 +1,72 @@
+"""Pictures of every form that people have them in, to images (B, 3, H, W) in [-1, 1] and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from icd_lightning.data.images import read_picture, resize_and_crop, to_images, to_pictures, to_rgb
+
+Pictures = str | Path | Image.Image | np.ndarray | Tensor | Sequence
+"""One picture or several: files, PIL images, arrays (H, W, 3) uint8 or in [0, 1], tensors (B, 3, H, W) in [0, 1]."""
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def as_images(pictures: Pictures, height: int, width: int) -> Tensor:
+    """Images (B, 3, height, width) in [-1, 1], float32.
+
+    Files, PIL images and arrays of uint8 are turned upright, put on white, resized to cover height x width, and the
+    centre is cut out. Tensors, and arrays in [0, 1], must be of that size.
+    """
+    if isinstance(pictures, Tensor):
+        return _from_unit(pictures if pictures.ndim == 4 else pictures[None], height, width)
+    if isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f":
+        batch = pictures if pictures.ndim == 4 else pictures[None]
+        return _from_unit(torch.from_numpy(batch).movedim(-1, 1), height, width)
+    several = isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
+    each = list(pictures) if several else [pictures]
+    if not each:
+        raise ValueError("there is no picture: give at least one")
+    if isinstance(each[0], Tensor) or (isinstance(each[0], np.ndarray) and each[0].dtype.kind == "f"):
+        return torch.cat([as_images(one, height, width) for one in each])
+    return to_images([np.asarray(resize_and_crop(_opened(one), height, width)[0]) for one in each])
+
+
+def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as PIL images, or as an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]."""
+    if output_type == "pil":
+        return [Image.fromarray(picture) for picture in to_pictures(images)]
+    unit = images.float() / 2 + 0.5
+    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _opened(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(picture, (str, Path)):
+        return read_picture(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        return to_rgb(Image.fromarray(picture))
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture)
+    kind = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise ValueError(f"{kind} is no picture: give a file, a PIL image, an array of uint8, or a tensor in [0, 1]")
+
+
+def _from_unit(images: Tensor, height: int, width: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] to [-1, 1]."""
+    if images.shape[1:] != (3, height, width):
+        found = " x ".join(map(str, images.shape[1:]))
+        raise ValueError(f"images are {found}, not 3 x {height} x {width}: give height and width, or resize them")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"images lie between {float(images.min()):g} and {float(images.max()):g}: bring them to [0, 1], "
+            "as output_type 'pt' and 'np' have them"
+        )
+    return images.float() * 2 - 1

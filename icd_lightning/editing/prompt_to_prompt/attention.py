@@ -1,0 +1,124 @@
+"""Attention processors of diffusers that let the rows of a batch look where others look, and how to put them in place.
+
+Only the last `num_rows` rows of a batch are touched; those before them, the unconditional ones of classifier-free
+guidance, are attended as ever. A processor that has nothing to do at an evaluation hands it to the one it stands for.
+
+Shapes: R rows touched, N queries, M keys (N of self-attention, L tokens of cross-attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+Rewrite = Callable[[Tensor], Tensor]
+"""New attention probabilities (R, heads, N, M) float32 from those of the network."""
+
+
+class _RowProcessor:
+    """Stands for the processor `original`."""
+
+    def __init__(self, original: Any, num_rows: int) -> None:
+        self.original, self.num_rows = original, num_rows
+
+    def _free_rows(self, hidden_states: Tensor, attention_mask: Tensor | None) -> int:
+        """How many rows come before those touched."""
+        assert attention_mask is None, "nothing here masks attention"
+        if len(hidden_states) < self.num_rows:
+            raise ValueError(
+                f"the network got a batch of {len(hidden_states)} while attention of {self.num_rows} rows, sources and "
+                "targets, is controlled: evaluate them together"
+            )
+        return len(hidden_states) - self.num_rows
+
+
+class CrossAttention(_RowProcessor):
+    """Attends with probabilities that `rewrite()` changes: it returns how, or None to leave this evaluation alone.
+
+    While it does, the rows touched leave the fused kernel, which never shows its probabilities.
+    """
+
+    def __init__(self, original: Any, num_rows: int, rewrite: Callable[[], Rewrite | None]) -> None:
+        super().__init__(original, num_rows)
+        self.rewrite = rewrite
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rewrite = self.rewrite()
+        if rewrite is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
+        free = self._free_rows(hidden_states, attention_mask)
+        query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+        scores = (query[free:] * attn.scale) @ key[free:].transpose(-1, -2)
+        attended = rewrite(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
+        if free:
+            others = scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=attn.scale)
+            attended = torch.cat([others, attended])
+        return _output(attn, attended)
+
+
+class SelfAttention(_RowProcessor):
+    """Attends with the queries and keys of other rows and its own values: `borrow()` returns whose (R,), or None.
+
+    Equal queries and keys make equal probabilities, so that this needs no look at them and stays in the fused kernel.
+    """
+
+    def __init__(self, original: Any, num_rows: int, borrow: Callable[[], Tensor | None]) -> None:
+        super().__init__(original, num_rows)
+        self.borrow = borrow
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rows = self.borrow()
+        if rows is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
+        free = self._free_rows(hidden_states, attention_mask)
+        query, key, value = _project(attn, hidden_states, hidden_states)
+        rows = torch.cat([torch.arange(free, device=rows.device), rows + free])
+        return _output(attn, scaled_dot_product_attention(query[rows], key[rows], value, scale=attn.scale))
+
+
+@contextmanager
+def processors_in_place(unet: UNet2DConditionModel, processors: Mapping[str, _RowProcessor]) -> Iterator[None]:
+    """Put processors in place by name; afterwards, also after an error, every layer has the one that it had."""
+    before = unet.attn_processors
+    for name in processors:
+        if isinstance(before[name], (nn.Module, _RowProcessor)):
+            raise ValueError(
+                f"attention of this UNet is already changed by {type(before[name]).__name__}, at {name}: unload "
+                "IP-Adapters, and control one edit at a time"
+            )
+    unet.set_attn_processor({**before, **processors})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(dict(before))
+
+
+def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+    """Queries (B, heads, N, d), keys and values (B, heads, M, d) of a transformer block's attention."""
+    projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+    return tuple(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+
+
+def _output(attn: Attention, attended: Tensor) -> Tensor:
+    """(B, heads, N, d) to (B, N, D)."""
+    project, dropout = attn.to_out
+    return dropout(project(attended.transpose(1, 2).flatten(2)))

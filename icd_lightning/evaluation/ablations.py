@@ -1,0 +1,160 @@
+"""Table 2 (arXiv:2406.14539): what more segments, the preservation losses and dynamic guidance each add.
+
+The rows are conf/ablation/*.yaml. Rows that differ in their decoding only share their students, so that six trainings
+(A, B, C, E, F, G) give ten rows. The orderings that the paper reports are judged picture by picture, not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from icd_lightning.diffusion import GuidanceSchedule
+from icd_lightning.editing.method import UNGUIDED
+from icd_lightning.evaluation import benchmarks
+from icd_lightning.evaluation.benchmarks import CPU, guidance_name, step_guidances
+from icd_lightning.evaluation.methods import Models
+from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.statistics import Verdict, compare
+from icd_lightning.evaluation.suite import Settings, Suite
+from icd_lightning.models.family import Family
+
+LETTERS = "ABCEFGHIJK"
+ORDERINGS = {False: "ABCFG", True: "HIJK"}
+"""Unguided and guided rows that the paper finds in ascending order of PSNR."""
+TAU = 0.7
+"""Of dynamic guidance in the paper's Table 2, for DDIM too."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row: whose students, and how they are decoded."""
+
+    letter: str
+    students: str
+    tau: float | None  # None: unguided
+    boundaries: tuple[int, ...]
+
+    @property
+    def guided(self) -> bool:
+        return self.tau is not None
+
+    def decoding(self, guidance_scale: float) -> str:
+        """The name of its decoding at this w."""
+        return "w 1" if self.tau is None else guidance_name(guidance_scale, self.tau)
+
+
+def read_ablations(folder: Path) -> dict[str, Ablation]:
+    """The rows by letter, from conf/ablation; those equal but for their decoding share the students of the first."""
+    trainings: dict[str, str] = {}
+    ablations = {}
+    for letter in LETTERS:
+        file = folder / f"{letter}.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"no ablation {letter}: there is no {file}; run this in the repository")
+        changes = dict(yaml.safe_load(file.read_text())["model"]["init_args"])
+        decoding = changes.pop("decoding")
+        students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
+        tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
+        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]))
+    return ablations
+
+
+@dataclass(frozen=True)
+class AblationStudy:
+    """All that was measured: students[letter][seed], untrained[number of segments] and DDIM, each by decoding."""
+
+    ablations: Mapping[str, Ablation]
+    guidance_scales: Sequence[float]
+    seeds: Sequence[int]
+    students: Mapping[str, Mapping[int, Results]]
+    untrained: Mapping[int, Results]
+    ddim: Results
+
+    def values(self, letter: str, guidance_scale: float, column: str = "psnr") -> np.ndarray:
+        """A column of a row, (seeds, pictures)."""
+        ablation = self.ablations[letter]
+        runs = self.students[ablation.students]
+        return np.array([runs[seed].values(column, ablation.decoding(guidance_scale)) for seed in self.seeds])
+
+    def verdicts(self) -> list[tuple[str, Verdict]]:
+        """On each neighbouring pair of the paper's orderings, with the decoding's name."""
+        found = []
+        for guided, letters in ORDERINGS.items():
+            for w in self.guidance_scales if guided else (1.0,):
+                values = {letter: list(self.values(letter, w)) for letter in letters}
+                name = f"guided, w {w:g}" if guided else "unguided"
+                found += [(name, compare(a, b, values)) for a, b in pairwise(letters)]
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        """Figures of every row that say how near the pictures came back."""
+        return [name for name in self.ddim.columns if name not in ("nfe", "seconds", "nll")]
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """What to measure a study on, and where to write it."""
+
+    root: Path
+    family: Family
+    guidance_scales: tuple[float, ...] = (3.0, 5.0)
+    metrics: tuple[str, ...] | None = None
+    data: Path | None = None
+    images: Path | None = None
+    count: int | None = 128
+    batch_size: int = 16
+    device: torch.device = field(default=CPU)
+
+    def measure(self, name: str, method: str, *, guided: bool, **models: str) -> Results:
+        """A method to noise and back, unguided and, if asked for, at every w throughout and dynamically."""
+        settings = Settings(
+            "inversion",
+            (method,),
+            metrics=self.metrics,
+            data=self.data,
+            images=self.images,
+            count=self.count,
+            batch_size=self.batch_size,
+        )
+        guidances: dict[str, GuidanceSchedule] = {"w 1": UNGUIDED}
+        for w in self.guidance_scales if guided else ():
+            guidances |= step_guidances(w, (1.0, TAU))
+        suite = Suite(settings, Models(self.family, device=self.device, **models), self.root / "runs" / name)
+        return suite.perform("inversion", benchmarks.inversion, "guidances", lambda *_: guidances)[0]
+
+
+def measure_study(
+    settings: AblationSettings, ablations: Mapping[str, Ablation], students: Mapping[str, Mapping[int, Path]]
+) -> AblationStudy:
+    """Measure the trained students[letter][seed] (folders), the untrained ones of A, B and C, and DDIM-50."""
+    guided = {ablation.students for ablation in ablations.values() if ablation.guided}
+    measured = {
+        letter: {
+            seed: settings.measure(
+                f"{letter}-{seed}",
+                "icd",
+                guided=letter in guided,
+                **{part: str(folder / part) for part in ("forward", "reverse")},
+            )
+            for seed, folder in folders.items()
+        }
+        for letter, folders in students.items()
+    }
+    untrained = {
+        len(ends): settings.measure(
+            f"untrained-{len(ends)}", "untrained", guided=len(ends) == 4, boundaries=",".join(map(str, ends))
+        )
+        for ends in dict.fromkeys(ablation.boundaries for ablation in ablations.values())
+    }
+    ddim = settings.measure("ddim", "ddim", guided=True)
+    seeds = list(next(iter(students.values())))
+    return AblationStudy(ablations, settings.guidance_scales, seeds, measured, untrained, ddim)

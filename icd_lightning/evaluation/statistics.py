@@ -1,0 +1,79 @@
+"""Means with their uncertainty, by resampling pictures, and what may be said of two that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+RESAMPLES = 1_000  # as in the paper's confidence intervals, arXiv:2406.14539
+LEVEL = 0.95
+
+
+class Estimate(float):
+    """A mean, and the limits between which 95 % of means of resampled pictures lie; as text, mean ± half of that."""
+
+    low: float
+    high: float
+
+    def __new__(cls, mean: float, low: float, high: float) -> Estimate:
+        self = super().__new__(cls, mean)
+        self.low, self.high = float(low), float(high)
+        return self
+
+    def __format__(self, spec: str) -> str:
+        return f"{float(self):{spec}} ± {(self.high - self.low) / 2:{spec}}"
+
+    def scaled(self, factor: float) -> Estimate:
+        """In another unit."""
+        return Estimate(factor * self, factor * self.low, factor * self.high)
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"mean": float(self), "low": self.low, "high": self.high}
+
+
+def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """Mean of one value a picture, with percentiles of the means of `resamples` samples drawn with replacement.
+
+    NaN stands for a picture on which the value means nothing, and is left out. Raises ValueError without any value.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    array = array[~np.isnan(array)]
+    if not array.size:
+        raise ValueError("there is no value to average: the metric means nothing on any of these pictures")
+    chosen = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
+    means = array[chosen].mean(1)
+    outside = 50 * (1 - LEVEL)
+    # of order statistics, so that infinite values (PSNR of identical pictures) give no NaN
+    low, high = np.percentile(means, (outside, 100 - outside), method="nearest")
+    return Estimate(array.mean(), low, high)
+
+
+class Verdict(NamedTuple):
+    """Whether `better` really is above `worse`: the difference over the same pictures, and the seeds that agree."""
+
+    worse: str
+    better: str
+    difference: Estimate
+    seeds_agreeing: int
+    seeds: int
+
+    @property
+    def word(self) -> str:
+        """found, reversed, or undecided where the interval of the difference holds 0."""
+        if self.difference.low > 0:
+            return "found"
+        return "reversed" if self.difference.high < 0 else "undecided"
+
+
+def compare(worse: str, better: str, values: dict[str, Sequence[ArrayLike]]) -> Verdict:
+    """Judge `worse` < `better` from values[name][seed], one value for each picture, the same pictures in all."""
+    low, high = (np.asarray(values[name], dtype=np.float64) for name in (worse, better))  # (seeds, pictures)
+    if low.shape != high.shape:
+        raise ValueError(f"{worse} and {better} differ in seeds or pictures: {low.shape} and {high.shape}")
+    difference = high - low
+    agreeing = int((difference.mean(1) > 0).sum())
+    return Verdict(worse, better, bootstrap(difference.mean(0)), agreeing, len(difference))

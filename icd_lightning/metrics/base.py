@@ -1,0 +1,114 @@
+"""What every metric of pictures shares: one signature, so that whoever measures passes what there is."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+LIMIT = 1.01  # a decoder may overshoot by rounding; what lies further out was never in [-1, 1]
+
+
+class PictureMetric(Metric):
+    """A torchmetrics Metric that takes, of all that an evaluation has, what its `needs` names.
+
+    images, reference: (B, 3, H, W) in [-1, 1], what a method made and what it should look like; prompts: B texts;
+    masks: (B, 1, H, W), 1 where the picture was to be edited; noise: latents (B, C, h, w) that pictures were inverted
+    to. ValueError for what is missing or not in this form. States are sums, which torchmetrics adds up over ranks.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("images", "reference")
+    full_state_update = False
+    is_differentiable = False
+
+    def update(
+        self,
+        images: Tensor | None = None,
+        reference: Tensor | None = None,
+        *,
+        prompts: Sequence[str] | None = None,
+        masks: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> None:
+        """Take a batch in."""
+        self.take(*self._needed(images=images, reference=reference, prompts=prompts, masks=masks, noise=noise))
+
+    @abstractmethod
+    def take(self, *inputs: Any) -> None:
+        """Take in what `needs` names, in its order."""
+
+    def train(self, mode: bool = True) -> PictureMetric:
+        """Stay in evaluation mode: LPIPS, for one, holds dropout."""
+        return super().train(False)
+
+    def _needed(self, **given: Any) -> list[Any]:
+        name = type(self).__name__
+        if missing := [need for need in self.needs if given[need] is None]:
+            raise ValueError(f"{name} needs {' and '.join(missing)}: pass {missing[0]}=... to it")
+        inputs = {need: given[need] for need in self.needs}
+        for need, value in inputs.items():
+            _check(name, need, value)
+        if len({len(value) for value in inputs.values()}) > 1:
+            lengths = ", ".join(f"{len(value)} {need}" for need, value in inputs.items())
+            raise ValueError(f"{name} got {lengths}: give one of each for a picture")
+        sizes = {tuple(inputs[need].shape[-2:]) for need in ("images", "reference", "masks") if need in inputs}
+        if len(sizes) > 1:
+            raise ValueError(f"{name} got pictures of different sizes, {sorted(sizes)}: resize or crop them first")
+        return list(inputs.values())
+
+
+class PerImage(PictureMetric):
+    """The mean over images of one value for each."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def values(self, *inputs: Any) -> Tensor:
+        """One value an image (B,), of what `needs` names; NaN where `counted` says that an image has none."""
+
+    def counted(self, *inputs: Any) -> Tensor | slice:
+        """Which images have a value, bool (B,) or all."""
+        return slice(None)
+
+    def take(self, *inputs: Any) -> None:
+        values = self.values(*inputs)[self.counted(*inputs)]
+        self.total += values.sum()
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        """The mean; NaN of no images."""
+        return self.total / self.count
+
+    @torch.no_grad()
+    def per_image(self, images: Tensor | None = None, reference: Tensor | None = None, **given: Any) -> Tensor:
+        """The values (B,) of a batch as `update` takes it, which is left uncounted; NaN for an image without one."""
+        nothing = dict.fromkeys(("prompts", "masks", "noise"))
+        return self.values(*self._needed(images=images, reference=reference, **{**nothing, **given}))
+
+
+def _check(name: str, need: str, value: Any) -> None:
+    if need == "prompts":
+        if isinstance(value, str):
+            raise ValueError(f"{name} got one text for prompts: give a list, one for each picture")
+        return
+    if value.ndim != 4 or (need != "noise" and value.shape[1] != (1 if need == "masks" else 3)):
+        form = {"masks": "(B, 1, H, W)", "noise": "(B, C, h, w)"}.get(need, "(B, 3, H, W)")
+        raise ValueError(f"{name} got {need} of shape {tuple(value.shape)}, not {form}")
+    if need == "masks":
+        if ((value != 0) & (value != 1)).any():
+            raise ValueError(f"{name} got masks with values other than 0 and 1 (1: to be edited)")
+        return
+    if not value.is_floating_point():
+        raise ValueError(f"{name} got {need} of {value.dtype}, not floating-point numbers; for pictures use to_images")
+    if need != "noise" and (value.abs() > LIMIT).any():  # a diverged training's NaN is no mistake of the caller
+        raise ValueError(f"{name} got {need} that reach {value.abs().max():g}: give values in [-1, 1]")

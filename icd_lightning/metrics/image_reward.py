@@ -1,0 +1,121 @@
+"""ImageReward-v1.0 on transformers' BLIP, from its own checkpoint; its package needs a transformers of long ago.
+
+BLIP (ViT-L/16, and BERT that attends to the picture) reads picture and prompt, and five linear layers without anything
+between them turn the first token into a reward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize, to_tensor
+from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from icd_lightning.metrics.pretrained import find_hub_file, frozen, load_part, load_weights
+
+REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
+METRIC = "image-reward"
+
+VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "layer_norm_eps": 1e-6,
+}
+TEXT = {"encoder_hidden_size": 1024, "num_attention_heads": 12}
+HEAD = (1024, 128, 64, 16, 1)
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards of its training set
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_TOKENS = 35
+
+VISION_NAMES = {  # of the checkpoint -> of transformers
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"^norm\.": "post_layernorm.",
+}
+UNUSED = ("vision_proj.", "text_proj.", "text_encoder.embeddings.position_ids")
+
+
+class ImageRewardNetwork(nn.Module):
+    """Rewards (B,) of pictures and prompts, from the tensors of ImageReward.pt; RuntimeError if they do not fit.
+
+    vision, text: sizes of the two transformers, where they are not those of ImageReward-v1.0.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        tokenizer: Any,
+        *,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        blip = {name[5:]: value for name, value in weights.items() if name.startswith("blip.")}
+        blip = {name: value for name, value in blip.items() if not name.startswith(UNUSED)}
+        vision_config = BlipVisionConfig(**(vision or VISION))
+        text_config = BlipTextConfig(**(text or TEXT))
+        with torch.device("meta"):  # every weight is then a loaded one
+            self.vision = BlipVisionModel._from_config(vision_config, attn_implementation="eager")
+            self.text = BlipTextModel._from_config(text_config, add_pooling_layer=False, attn_implementation="eager")
+            widths = (text_config.hidden_size, *HEAD)
+            self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
+        self.vision.load_state_dict(_renamed(_below("visual_encoder.", blip)), assign=True)
+        self.text.load_state_dict(dict(_below("text_encoder.", blip)), assign=True)
+        layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("mlp.layers.")})
+        for layer, index in zip(self.head, layers, strict=True):  # between them lie layers of dropout
+            layer.load_state_dict(dict(_below(f"mlp.layers.{index}.", weights)), assign=True)
+        self.text.embeddings.position_ids = torch.arange(text_config.max_position_embeddings)[None]
+        self.tokenizer = tokenizer
+        frozen(self)
+
+    def forward(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> Tensor:
+        """Pictures uint8 (B, H, W, 3), B prompts."""
+        device = self.head[0].weight.device
+        seen = self.vision(pixel_values=self._pixels(pictures).to(device)).last_hidden_state
+        settings = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(prompts), **settings).to(device)
+        read = self.text(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
+        ).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(1) - MEAN) / STD
+
+    def _pixels(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """(B, 3, S, S): short side resized, centre cut out."""
+        size = [self.vision.config.image_size]
+        cut = [center_crop(resize(Image.fromarray(p), size, InterpolationMode.BICUBIC), size) for p in pictures]
+        return normalize(torch.stack([to_tensor(image) for image in cut]), CLIP_MEAN, CLIP_STD)
+
+
+def load_image_reward() -> ImageRewardNetwork:
+    """The network; FileNotFoundError, with what to fetch, where it is not on this machine."""
+    weights = load_weights(find_hub_file(REPOSITORY, FILE, METRIC))
+    return ImageRewardNetwork(weights, load_part(METRIC, TOKENIZER, AutoTokenizer))
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), value) for name, value in weights.items() if name.startswith(prefix))
+
+
+def _renamed(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    result = {}
+    for name, value in weights:
+        for pattern, replacement in VISION_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        result[name] = value
+    return result

@@ -1,0 +1,88 @@
+"""What the shipped scene network sees in pictures of the tiny world: stand-ins under names of their own.
+
+They are no FID, CLIP or LPIPS, and comparable with nothing but each other. Images are (B, 3, 64, 64) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from icd_lightning.data.shapes import ABSENT
+from icd_lightning.metrics.attributes import caption_labels
+from icd_lightning.metrics.base import PerImage
+from icd_lightning.metrics.distribution import FrechetDistance
+from icd_lightning.models.scene_network import SceneNetwork
+
+HALVING = 6  # modules of the network's body to each halving of the picture
+
+
+def load_scene_network() -> SceneNetwork:
+    """The one that comes with the package, whatever family is measured, so that figures stay comparable."""
+    from icd_lightning.models.family import shipped
+
+    return SceneNetwork.from_pretrained(shipped() / "scene_network")
+
+
+class TinyFrechetDistance(FrechetDistance):
+    """`tiny-fd`: Frechet distance between the scene network's features of pictures and of references."""
+
+    def __init__(self) -> None:
+        super().__init__(_Features(load_scene_network()))
+
+
+class _Features(nn.Module):
+    """The features as a network of their own, with their number as torchmetrics asks for it."""
+
+    def __init__(self, network: SceneNetwork) -> None:
+        super().__init__()
+        self.network, self.num_features = network, network.config["feature_dim"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.features(images.float())
+
+
+class TinyAgreement(PerImage):
+    """`tiny-agreement`: the share of what a caption says that the scene network finds in the picture; their mean."""
+
+    needs = ("images", "prompts")
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = load_scene_network()
+
+    def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        said = torch.stack([caption_labels(prompt) for prompt in prompts]).to(images.device)
+        counted = said != ABSENT
+        right = (self.network.read(images.float()) == said) & counted
+        return right.sum(1) / counted.sum(1)
+
+
+class TinyPerceptualDistance(PerImage):
+    """`tiny-perceptual`: how far two pictures are from each other to the scene network; mean over images.
+
+    As LPIPS without its learnt weights: maps after each halving, their channels brought to unit length at every place,
+    squared differences summed over channels, averaged over places and over maps.
+    """
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = load_scene_network()
+
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        pairs = zip(self._maps(images), self._maps(reference), strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        x, maps = images.float(), []
+        self.network.features(x[:0])  # complains of another size of picture
+        for start in range(0, len(self.network.config["channels"]) * HALVING, HALVING):
+            x = self.network.body[start : start + HALVING](x)
+            maps.append(normalize(x, dim=1))
+        return maps

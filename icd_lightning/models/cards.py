@@ -1,0 +1,99 @@
+"""Model cards: what lies beside exported weights, for people who have nothing but the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from icd_lightning.diffusion import Boundaries
+from icd_lightning.files import write_whole
+from icd_lightning.models.sources import HUB_ID
+from icd_lightning.models.students import LoraSettings
+
+PAPER = "[Invertible Consistency Distillation](https://arxiv.org/abs/2406.14539)"
+
+HEAD = """\
+---
+library_name: diffusers
+{base}tags:
+- text-to-image
+- invertible-consistency-distillation
+---
+
+# {title}
+
+"""
+
+STUDENT = """\
+The {direction} model of {paper}: it takes {journey} in {count} evaluations, by DDIM jumps between fixed timesteps.
+
+| | |
+|---|---|
+| boundaries | {ends} |
+| jumps | {jumps} |
+| LoRA | rank {rank}, alpha {alpha:g} (scale {scale:g}) |
+| base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
+
+`pytorch_lora_weights.safetensors` is for diffusers, and holds its alpha in its header, which diffusers older than 0.35
+ignores; `../kohya/{direction}.safetensors` has the same weights for other programs, and those.
+
+```python
+pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UNet with time_cond_proj_dim
+pipe.load_lora_weights("/path/to/{direction}")
+```
+
+The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students by
+`--forward` and `--reverse`.
+"""
+
+GUIDED = """\
+The guidance-distilled UNet (stage 1) of `{family}`: one evaluation with an embedded guidance scale w (`timestep_cond`),
+in place of the two of classifier-free guidance. It was trained for w = {scales}, w = 1 being unguided. Both students of
+{paper} start from it.
+
+```python
+pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")
+```
+"""
+
+JOURNEYS = {"forward": "an image's latents to noise", "reverse": "noise to an image's latents"}
+GUIDANCES = {"forward": "unguided, w = 1", "reverse": "any guidance scale w, also one that changes with t"}
+
+
+def write_student_card(
+    folder: Path, direction: str, boundaries: Boundaries, lora: LoraSettings, settings: Mapping[str, Any]
+) -> None:
+    """Write a student's README.md; `settings` is what its training was told, `family` among it."""
+    jumps = boundaries.forward_jumps if direction == "forward" else boundaries.reverse_jumps
+    text = STUDENT.format(
+        direction=direction,
+        paper=PAPER,
+        journey=JOURNEYS[direction],
+        count=boundaries.num_segments,
+        ends=", ".join(map(str, boundaries.boundary_timesteps)),
+        jumps=", ".join(f"{t} to {s}" for t, s in jumps),
+        rank=lora.rank,
+        alpha=lora.alpha,
+        scale=lora.alpha / lora.rank,
+        family=settings["family"],
+        guidance=GUIDANCES[direction],
+    )
+    _write(folder, f"iCD, {direction} model", text, settings)
+
+
+def write_guided_card(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the README.md of a UNet of stage 1."""
+    scales = ", ".join(f"{w:g}" for w in settings["guidance_scales"])
+    text = GUIDED.format(family=settings["family"], scales=scales, paper=PAPER)
+    _write(folder, "Guidance-distilled UNet", text, settings)
+
+
+def _write(folder: Path, title: str, text: str, settings: Mapping[str, Any]) -> None:
+    family = settings["family"]
+    base = f"base_model: {family}\n" if HUB_ID.fullmatch(family) and not Path(family).exists() else ""
+    trained = f"\n## Training\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+    write_whole(
+        folder / "README.md", lambda file: file.write_text(HEAD.format(base=base, title=title) + text + trained)
+    )

@@ -1,0 +1,32 @@
+"""torch.compile for UNets that carry adapters."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+VARIANTS = 64
+"""Compiled versions of a UNet that may exist: teacher and both students, with and without gradient, at some sizes."""
+
+
+def why_not_compiled(device: torch.device, backend: str) -> str | None:
+    """Try torch.compile on a few numbers, forward and backward; what is in the way, or None."""
+    numbers = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: x.sin().sum(), backend=backend)(numbers).backward()
+    except Exception as error:  # a compiler, Triton or Python headers may be missing; each says so in a way of its own
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def compile_unets(module: nn.Module, backend: str) -> None:
+    """Compile every UNet inside the module as a whole and in place, so that names of weights stay as they are.
+
+    Which adapter is on is a list that each LoRA layer reads, on which the compiled code is conditioned: a switch to
+    another adapter compiles another version the first time, and from then on selects it.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is, with a warning
+    for unet in [part for part in module.modules() if isinstance(part, UNet2DConditionModel)]:
+        unet.compile(backend=backend)

@@ -1,0 +1,71 @@
+"""Weights spread over processes (FSDP2): each keeps a part of every tensor, and the whole only while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
+"""What is gathered at once, with its adapters; the rest of a UNet is one more such unit."""
+
+
+def shard_unets(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread every UNet inside the module over the processes of a mesh; those that are spread already stay so.
+
+    Adapters need no care: a gathered block is the ordinary one, whichever adapter is on and in whatever order passes
+    run. Trained and frozen weights of different types share a unit, for each is gathered in its own type.
+    """
+    for unet in [part for part in module.modules() if isinstance(part, UNet2DConditionModel)]:
+        if isinstance(unet, FSDPModule):
+            continue
+        for block in [part for part in unet.modules() if isinstance(part, BLOCKS)]:
+            fully_shard(block, mesh=mesh)
+        # without it the outermost unit would stay whole after a pass without backward, and miss what is assigned then
+        fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+
+
+def gather_weights(module: nn.Module) -> None:
+    """Undo `shard_unets`: plain networks with whole weights on every process, all of which must call it."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                setattr(part, name, nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad))
+        if isinstance(part, FSDPModule):
+            # FSDP2 has no way back. These hooks are all its own; the class was made of FSDPModule and the real one
+            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+                getattr(part, hooks).clear()
+            part.__class__ = type(part).__bases__[1]
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process, nothing on the others; all must call it, for the same names."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if first:
+            found[name] = whole.cpu()
+    return found
+
+
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, spread as `like` is; for a plain `like`, the tensor on its device."""
+    whole = whole.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return whole
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Give a parameter, whole or spread, the values of a whole tensor."""
+    parameter.copy_(part_like(whole, parameter))

@@ -1,0 +1,131 @@
+"""What a training leaves: students that a program without our code loads, for either family, and gets the same eps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_case import trainer_for, write_scenes
+
+import icd_lightning._torchvision
+from icd_lightning.callbacks.export import ExportWeights
+from icd_lightning.data.datamodule import ShardDataModule
+from icd_lightning.models.checkpoints import load_student, lora_settings
+from icd_lightning.models.family import Family
+from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
+from icd_lightning.tasks.base import OptimizerSettings
+from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from families_case import NAMES, write_layout
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+FORMATS = ("{direction}", "kohya/{direction}.safetensors")
+ELSEWHERE = """
+import runpy, sys, torch
+torchvision_fix, *folders = sys.argv[1:]
+runpy.run_path(torchvision_fix)["install"]()
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+for folder in folders:
+    cases = torch.load(folder + "/cases.pt")
+    for case in cases:
+        unet = UNet2DConditionModel.from_pretrained(folder + "/model/unet_guided")
+        if case["name"] == "sd15":
+            parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+            pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False)
+        else:
+            parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+            pipe = StableDiffusionXLPipeline(**parts, unet=unet, scheduler=DDIMScheduler())
+        pipe.load_lora_weights(folder + "/run/" + case["file"])
+        with torch.no_grad():
+            eps = pipe.unet.eval()(**case["inputs"]).sample
+        torch.testing.assert_close(eps, case["eps"])
+        pipe.unload_lora_weights()
+        with torch.no_grad():
+            assert not torch.allclose(pipe.unet(**case["inputs"]).sample, case["eps"], atol=1e-3)
+assert not any(name.startswith("icd_lightning") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """For each family a folder with what two steps of stage 2 left, and the task; SDXL learns sizes from the data."""
+    root, tasks = tmp_path_factory.mktemp("trained"), {}
+    shards = str(write_scenes(root / "shards", 8))
+    for name in NAMES:
+        data = ShardDataModule(shards, batch_size=2, resolution=64, shuffle_buffer=8)
+        family = Family(str(write_layout(name, root / name / "model")))
+        tasks[name] = InvertibleConsistencyDistillation(
+            family, lora=LoraSettings(rank=4), optimizer=OptimizerSettings(lr=1e-1), caption_dropout=0.5
+        )
+        trainer_for(root / name / "run", max_steps=2, callbacks=[ExportWeights()]).fit(tasks[name], datamodule=data)
+    return root, tasks
+
+
+def case_of(task, adapter: str, name: str, form: str) -> dict:
+    """What the other program is to load, to give the network, and to find."""
+    inputs: dict = {}
+    handle = task.students.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.update(kwargs, sample=args[0], timestep=args[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        conditioning, x = task.conditioner(["a red star", "a ring"]), torch.randn(2, 4, 8, 8)
+        eps = task.students.predict(adapter, x, torch.tensor([259, 999]), conditioning, torch.tensor([1.0, 8.0]))
+    handle.remove()
+    inputs["return_dict"] = True
+    return {"name": name, "file": form.format(direction=ADAPTERS[adapter]), "inputs": inputs, "eps": eps}
+
+
+def test_a_program_without_our_code_gets_the_same_eps(trained):
+    root, tasks = trained
+    for name, task in tasks.items():
+        cases = [case_of(task, adapter, name, form) for adapter in ADAPTERS for form in FORMATS]
+        torch.save(cases, root / name / "cases.pt")
+    folders = [str(root / name) for name in tasks]
+    program = [sys.executable, "-c", ELSEWHERE, icd_lightning._torchvision.__file__, *folders]
+    subprocess.run(program, check=True, cwd=root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_holds_the_trained_student(trained, name):
+    root, tasks = trained
+    family = Family(str(root / name / "model"))
+    students = Students(family.load_unet(guided=True), family.load_schedule(), lora=LoraSettings(rank=4))
+    for adapter, direction in ADAPTERS.items():
+        expected, found = tasks[name].students.named_parameters_of(adapter), students.named_parameters_of(adapter)
+        for form in FORMATS:
+            with torch.no_grad():
+                [parameter.zero_() for parameter in found.values()]
+            file = root / name / "run" / form.format(direction=direction)
+            about = load_student(students, adapter, file)
+            assert (about["direction"], about["boundaries"]) == (direction, [0, 259, 519, 779, 999])
+            assert lora_settings(file) == students.lora
+            assert all(torch.equal(parameter, expected[name]) for name, parameter in found.items())
+
+
+def test_a_card_tells_what_a_student_is_and_how_it_was_made(trained):
+    root, _ = trained
+    for direction, jumps in (("forward", "19 to 259, 259 to 519"), ("reverse", "999 to 779, 779 to 519")):
+        card = (root / "sdxl" / "run" / direction / "README.md").read_text()
+        assert card.startswith("---\n")
+        assert all(text in card for text in (jumps, "0, 259, 519, 779, 999", "rank 4, alpha 8 (scale 2)", direction))
+        settings = json.loads(card.partition("```json\n")[2].partition("```")[0])
+        assert settings["steps"] == 2
+        assert settings["optimizer"]["lr"] == 0.1
+        assert settings["losses"]["reverse_preservation"] == 1.5
+
+
+def test_stage_one_leaves_the_teacher_of_stage_two(tmp_path):
+    data = ShardDataModule(str(write_scenes(tmp_path / "shards", 8)), batch_size=2, resolution=64, shuffle_buffer=8)
+    family = Family(str(write_layout("sdxl", tmp_path / "model")))
+    task = GuidanceDistillation(family, (1.0, 8.0), optimizer=OptimizerSettings(lr=1e-3))
+    trainer_for(tmp_path / "run", max_steps=1, callbacks=[ExportWeights()]).fit(task, datamodule=data)
+    guided = Family(str(tmp_path / "model"), guided_unet=str(tmp_path / "run")).load_unet(guided=True)
+    assert all(torch.equal(w, guided.state_dict()[n]) for n, w in task.student.state_dict().items())
+    card = (tmp_path / "run" / "unet_guided" / "README.md").read_text()
+    assert "w = 1, 8," in card
+    assert str(tmp_path / "model") in card

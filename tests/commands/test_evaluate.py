@@ -1,0 +1,39 @@
+"""`icd eval --benchmark` from the command line."""
+
+import json
+
+import pytest
+
+from icd_lightning.commands.main import main
+
+
+def test_a_benchmark_prints_its_table_and_says_where_everything_is(random_family, tmp_path, capsys):
+    args = f"eval --benchmark inversion --model {random_family} --count 2 --metrics psnr,ssim --out {tmp_path}"
+    main([*args.split(), "--method", "icd,untrained"])
+    out = capsys.readouterr().out
+    assert "Inversion: to noise and back" in out
+    assert "untrained" in out
+    found = json.loads((tmp_path / "inversion.json").read_text())["methods"]
+    assert set(found) == {"icd", "untrained"}
+    assert all(set(decodings) == {"w 1", "w 3", "w 3, tau 0.8"} for decodings in found.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--benchmark fid", "benchmark: Expected "),
+        ("--benchmark inversion --method magic", "no method 'magic'; there is: icd"),
+        ("--benchmark inversion --metrics magic", "no metric 'magic'; there is: psnr"),
+        ("--benchmark inversion --data nowhere.csv", "there is no file nowhere.csv"),
+        ("--benchmark inversion --grid tau", "grid 'tau' is not as in tau=0.6,0.7,0.8"),
+        ("--benchmark inversion --batch_size 0", "batch_size 0 must be 1 or more"),
+        ("--benchmark piebench --data .", "is not PIE-Bench: there is no mapping_file.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(random_family, tmp_path, capsys, args, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", *args.split(), "--model", str(random_family), "--count", "1", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("icd: error: ")
+    assert message in error

@@ -1,0 +1,88 @@
+import math
+import time
+
+import pytest
+
+from icd_lightning.data import tally as module
+from icd_lightning.data.tally import Limits, NothingToReadError, RejectedError, Tally
+
+
+def read(tally: Tally, good: int, bad: int = 0, worker: int = 0, reason: str = "too_small") -> None:
+    for _ in range(good):
+        tally.read(worker)
+        tally.passed(1, worker)
+    for _ in range(bad):
+        tally.read(worker)
+        tally.skipped(reason, f"a picture of worker {worker}", worker)
+
+
+def test_counts_go_by_reason_over_all_workers_and_each_reason_is_said_once(caplog):
+    tally = Tally(num_workers=2)
+    read(tally, 3, 2, worker=0)
+    read(tally, 1, 1, worker=1)
+    read(tally, 0, 1, worker=1, reason="no_caption")
+    assert {name: n for name, n in tally.counts().items() if n} == {"passed": 4, "too_small": 3, "no_caption": 1}
+    assert len(caplog.records) == 2
+    assert "no_caption 1, too_small 3; for one, a picture of worker 0" in str(tally.nothing("x"))
+
+
+def test_attempts_are_counted():
+    def decode(raw):
+        if raw["n"] > 2:
+            raise RejectedError("corrupt_image", "n > 2")
+        return raw["n"]
+
+    tally = Tally()
+    assert [tally.attempt(decode, {"n": n}) for n in range(4)] == [0, 1, 2, None]
+    assert (tally.counts()["passed"], tally.counts()["corrupt_image"]) == (3, 1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_run_ends_when_more_than_a_share_is_lost_and_not_before_a_thousand(share):
+    most = int(share * module.MIN_READ)
+    tally = Tally(num_workers=2, limits=Limits(max_skipped=share))
+    read(tally, 0, most, worker=0)
+    read(tally, module.MIN_READ - most, worker=1)
+    with pytest.raises(
+        NothingToReadError, match=rf"{most + 1} of 1001 samples .* more than max_skipped {share:g} allows"
+    ):
+        read(tally, 0, 1)
+    read(Tally(limits=Limits(max_skipped=1)), 0, 1500)
+
+
+def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
+    tally = Tally(limits=Limits(0.5))
+    for _ in range(3):
+        tally.opened()
+        read(tally, 300)
+    tally.opened()
+    tally.broke("d.tar", missing=None)  # 300, as the others had
+    tally.opened()
+    tally.broke("e.tar", missing=550)
+    assert tally.counts()["broken_shard"] == 2
+    tally.opened()
+    with pytest.raises(NothingToReadError, match=r"1050 of 1950 samples"):
+        tally.broke("f.tar", missing=200)
+
+
+def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
+    tally = Tally(num_workers=2, limits=Limits(1, stall_timeout=0.2))
+    time.sleep(0.3)
+    tally.awaited(1)  # training or validation went on meanwhile; a batch is asked for only now
+    read(tally, 0, 1, worker=1)
+    time.sleep(0.15)
+    tally.admitted(1)
+    time.sleep(0.15)
+    read(tally, 0, 1, worker=1)
+    time.sleep(0.1)
+    with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0.2 s .*too_small 3"):
+        read(tally, 0, 1, worker=1)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_skipped": -0.1}, {"max_skipped": 1.1}, {"stall_timeout": 0}, {"stall_timeout": math.nan}]
+)
+def test_limits_that_make_no_sense_are_refused(limits):
+    (name,) = limits
+    with pytest.raises(ValueError, match=f"{name} {limits[name]} must"):
+        Limits(**limits)

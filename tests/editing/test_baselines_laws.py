@@ -1,0 +1,260 @@
+"""What single baselines are for, on networks known by formula or random."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from analytic import Gaussian
+from baselines_case import analytic_parts
+
+from icd_lightning.diffusion import NoiseSchedule, Step, StepGuidance, ddim_invert, ddim_timesteps
+from icd_lightning.editing.baselines.base import Parts
+from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
+from icd_lightning.editing.baselines.infedit import InfEdit
+from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
+from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
+from icd_lightning.editing.baselines.registry import METHODS, typed
+from icd_lightning.editing.baselines.renoise import (
+    Regularization,
+    ReNoise,
+    Renoising,
+    Sampler,
+    auto_correlation,
+    patch_divergence,
+)
+from icd_lightning.editing.baselines.sdedit import SDEdit
+from icd_lightning.models.family import Family
+
+SOURCE, TARGET = ["a large red circle", "a small blue square"], ["a large blue circle", "a small star"]
+UNGUIDED, GUIDED = StepGuidance(1.0), StepGuidance(3.0)
+
+
+@pytest.fixture(scope="module")
+def parts(random_family) -> Parts:
+    return Parts.load(Family(str(random_family)))
+
+
+@pytest.fixture(scope="module")
+def few_step_parts(random_family) -> Parts:
+    return Parts.load(Family(str(random_family)), few_step=True)
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
+
+
+# Edit-friendly DDPM
+
+
+@pytest.mark.parametrize("skip", [0, 3, 6])
+def test_the_stored_noise_brings_the_picture_back(parts, latents, skip):
+    method = EditFriendlyInversion(parts, num_inference_steps=10, skip=skip)
+    steps = list[Step]()
+    inversion = method.invert_latents(latents, SOURCE, seed=3, on_step=steps.append)
+    assert len(inversion.per_step) == len(steps) == 10 - skip
+    close(method.generate_latents(SOURCE, inversion, guidance=UNGUIDED), latents)
+    assert not torch.allclose(method.generate_latents(TARGET, inversion, guidance=GUIDED), latents, atol=0.1)
+
+
+def test_noisings_are_independent(latents):
+    """So the stored noise of neighbours is more than a sampler would draw, and correlates, as the paper says."""
+    schedule = NoiseSchedule()
+    gaussian = analytic_parts(Gaussian(0.0, 1.0, schedule), schedule)  # data that are noise: nothing is to be removed
+    method = EditFriendlyInversion(gaussian, num_inference_steps=50, skip=0)
+    inversion = method.invert_latents(latents, ["source"] * 2)
+    middle = torch.stack(list(inversion.per_step[5:45]))
+    assert middle.var() > 2
+    assert (middle[1:] * middle[:-1]).mean() < -0.3 * middle.var()
+
+
+@pytest.mark.parametrize("skip", [-1, 10])
+def test_skipping_all_is_refused(parts, skip):
+    with pytest.raises(ValueError, match=f"skip {skip} must be 0 or more and less than num_inference_steps 10"):
+        EditFriendlyInversion(parts, num_inference_steps=10, skip=skip)
+
+
+# Null-text inversion
+
+
+def test_null_embeddings_bring_guided_decoding_back(parts, latents):
+    errors = []
+    for inner_steps in (1, 15):
+        optimization = NullTextOptimization(inner_steps=inner_steps, tolerance=0.0, tolerance_growth=0.0)
+        method = NullTextInversion(parts, num_inference_steps=3, guidance_scale=5.0, optimization=optimization)
+        inversion = method.invert_latents(latents, SOURCE)
+        unguided = method.generate_latents(SOURCE, inversion, guidance=UNGUIDED)
+        errors.append((method.generate_latents(SOURCE, inversion, guidance=method.guidance) - unguided).square().mean())
+    assert errors[1] < 0.7 * errors[0], errors
+
+
+def test_a_sample_stops_for_itself(parts, latents):
+    """Tolerance that only some meet: what a sample becomes does not depend on how long its neighbour takes."""
+    optimization = NullTextOptimization(inner_steps=4, tolerance=1e-3, tolerance_growth=0.0)
+    method = NullTextInversion(parts, num_inference_steps=3, optimization=optimization)
+    scaled = torch.stack([latents[0], 0.05 * latents[1]])
+    steps = list[Step]()
+    both = method.invert_latents(scaled, SOURCE, on_step=steps.append)
+    for i in range(2):
+        alone = method.invert_latents(scaled[i : i + 1], SOURCE[i : i + 1])
+        for together, one in zip(both.per_step, alone.per_step, strict=True):
+            close(together[i : i + 1], one, atol=2e-3)
+
+
+# PnP-Inversion
+
+
+def test_the_sources_branch_stays_on_its_path(parts, latents):
+    method = PnPInversion(parts, num_inference_steps=10)
+    up, down = list[Step](), list[Step]()
+    inversion = method.invert_latents(latents, SOURCE, on_step=up.append)
+    assert max(float(difference.abs().max()) for difference in inversion.per_step) > 0.1  # guidance leaves the path
+    for guidance in (method.guidance, GUIDED, UNGUIDED):
+        down.clear()
+        method.generate_latents(TARGET, inversion, guidance=guidance, on_step=down.append)
+        path = [*(step.x for step in up[8::-1]), latents]
+        for step, expected in zip(down, path, strict=True):
+            close(step.x[:2], expected, atol=1e-3)
+
+
+# InfEdit
+
+
+@pytest.mark.parametrize("few_step", [True, False])
+def test_the_same_prompt_returns_the_source(parts, few_step_parts, latents, few_step):
+    method = InfEdit(few_step_parts if few_step else parts)
+    inversion, steps = method.invert_latents(latents, SOURCE, seed=1), list[Step]()
+    close(method.generate_latents(SOURCE, inversion, guidance=UNGUIDED, on_step=steps.append), latents)
+    for step in steps:
+        close(*step.x.chunk(2))
+    close(steps[-1].x[:2], latents)
+    assert not torch.allclose(method.generate_latents(TARGET, inversion, guidance=GUIDED), latents, atol=0.1)
+
+
+# SDEdit
+
+
+def test_strength_from_nothing_to_all(parts, latents):
+    kept = SDEdit(parts, num_inference_steps=4, strength=0.0)
+    assert torch.equal(kept.generate_latents(TARGET, kept.invert_latents(latents, SOURCE), guidance=GUIDED), latents)
+    assert kept.nfe() == 0
+    free = SDEdit(parts, num_inference_steps=4, strength=1.0)
+    results = [
+        free.generate_latents(TARGET, free.invert_latents(x0, SOURCE, seed=2), guidance=GUIDED)
+        for x0 in (latents, 3 - latents)
+    ]
+    assert torch.equal(*results)
+    half = SDEdit(parts, num_inference_steps=4, strength=0.5)
+    assert [t for t, _ in half.steps] == [250, 0]
+    results = [
+        half.generate_latents(TARGET, half.invert_latents(x0, SOURCE, seed=2), guidance=GUIDED)
+        for x0 in (latents, 3 - latents)
+    ]
+    assert not torch.allclose(*results, atol=0.1)
+    with pytest.raises(ValueError, match=r"strength 1.5 must lie between 0"):
+        SDEdit(parts, strength=1.5)
+
+
+# ReNoise
+
+PLAIN = {"regularization": None, "correction": 0.0}
+
+
+def renoise(parts: Parts, count: int, sampler: Sampler, **settings) -> ReNoise:
+    """Of which each step takes the last of its predictions."""
+    last = (count, count + 1)
+    return ReNoise(parts, sampler=sampler, renoising=Renoising(count, last, count, last), **{**PLAIN, **settings})
+
+
+@pytest.mark.parametrize("sampler", [Sampler("ddim", 5), Sampler("jumps", 2, (499, 999))], ids=lambda s: s.kind)
+def test_more_renoisings_leave_less_error(schedule, latents, sampler):
+    """On Gaussian data, whose steps are linear and contract: less with each, down to rounding."""
+    gaussian = analytic_parts(Gaussian(0.5, 0.6, schedule), schedule)
+    errors = []
+    for count in (0, 1, 2, 4, 8, 16):
+        method = renoise(gaussian, count, sampler)
+        inversion = method.invert_latents(latents, ["source"] * 2)
+        back = method.generate_latents(["source"] * 2, inversion, guidance=UNGUIDED)
+        errors.append(float((back - latents).abs().max()))
+    assert all(later < max(0.95 * earlier, 1e-4) for earlier, later in pairwise(errors)), errors
+    assert errors[-1] < 0.3 * errors[0], errors
+
+
+def test_no_renoising_is_ddim_inversion(schedule, latents):
+    gaussian = Gaussian(0.5, 0.6, schedule)
+    method = renoise(analytic_parts(gaussian, schedule), 0, Sampler("ddim", 5))
+    inverted = method.invert_latents(latents, ["source"] * 2).noise
+    close(inverted, ddim_invert(gaussian, latents, ddim_timesteps(5), schedule), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ancestral", "lcm"])
+def test_corrected_noise_brings_all_but_the_last_step_back(schedule, latents, kind):
+    """However few re-noisings: a correction without limit leaves the error of the step that draws nothing."""
+    gaussian = analytic_parts(Gaussian(0.5, 0.6, schedule), schedule)
+    method = renoise(gaussian, 1, Sampler(kind, 4), correction=math.inf)
+    up, down = list[Step](), list[Step]()
+    inversion = method.invert_latents(latents, ["source"] * 2, on_step=up.append)
+    method.generate_latents(["source"] * 2, inversion, guidance=UNGUIDED, on_step=down.append)
+    for falling, rising in zip(down[:-1], up[:-1][::-1], strict=True):
+        close(falling.x, rising.x, atol=1e-3)
+    uncorrected = renoise(gaussian, 1, Sampler(kind, 4))
+    drawn = uncorrected.invert_latents(latents, ["source"] * 2).per_step
+    limited = renoise(gaussian, 1, Sampler(kind, 4), correction=0.5)
+    moved = limited.invert_latents(latents, ["source"] * 2).per_step
+    lengths = [float((a - b).flatten(1).norm(dim=1).max()) for a, b in zip(drawn, moved, strict=True)]
+    assert max(lengths) <= 0.5 + 1e-4
+    assert max(lengths) > 0.4
+
+
+def test_published_evaluations(parts, latents):
+    """44 calls for Turbo, in four of which a second sample rides along; 150 for SDXL, 35 for an LCM."""
+    methods = {
+        name: ReNoise(parts, **typed(ReNoise, METHODS[name].init_args))
+        for name in ("renoise_turbo", "renoise_sdxl", "renoise_lcm")
+    }
+    assert {name: method.nfe() for name, method in methods.items()} == {
+        "renoise_turbo": 44 + 4,
+        "renoise_sdxl": 150,
+        "renoise_lcm": 35,
+    }
+    calls, steps, method = [], list[Step](), methods["renoise_turbo"]
+    hook = parts.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    inversion = method.invert_latents(latents[:1], SOURCE[:1], on_step=steps.append)
+    method.generate_latents(TARGET[:1], inversion, guidance=method.guidance, on_step=steps.append)
+    hook.remove()
+    assert len(calls) == 44
+    assert sum(calls) == sum(step.nfe for step in steps) == 48
+
+
+def test_regularization_makes_noise_of_what_is_none():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(2, 4, 64, 64, generator=generator)
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(2, 4, 66, 66, generator=generator), 3, 1) * 2
+    rolls = [torch.Generator().manual_seed(i) for i in range(2)]
+    only_rolls = Regularization(rounds=20, patch_weight=0.0)(smooth, reference, rolls)
+    near = [[1, 1, 1, 1]] * 2
+    assert (auto_correlation(only_rolls, near) < 0.9 * auto_correlation(smooth, near)).all()
+    only_patches = Regularization(correlation_weight=0.0)(smooth, reference, [torch.Generator()] * 2)
+    assert (patch_divergence(only_patches, reference) < patch_divergence(smooth, reference)).all()
+
+
+def test_statistics_by_hand():
+    x = torch.tensor([[1.0, -1.0], [2.0, 0.0]]).view(1, 1, 2, 2)
+    # rolled by 1 along either side of two: rows (2, 0), (1, -1) and columns (-1, 1), (0, 2)
+    expected = ((2 + 0 + 2 + 0) / 4) ** 2 + ((-1 - 1 + 0 + 0) / 4) ** 2
+    torch.testing.assert_close(auto_correlation(x, [[1]]), torch.tensor([expected]))
+    patch, other = torch.arange(16.0).view(1, 1, 4, 4), 2 * torch.arange(16.0).view(1, 1, 4, 4) + 1
+    mean, var, other_mean, other_var = patch.mean(), patch.var(), other.mean(), other.var()
+    divergence = (other_var / var).log() + (var + (mean - other_mean) ** 2) / other_var - 1
+    torch.testing.assert_close(patch_divergence(patch, other), divergence.abs()[None], rtol=1e-4, atol=1e-5)
+    assert patch_divergence(patch, patch) < 1e-5
+
+
+def test_a_sampler_that_draws_nothing_has_no_noise_to_correct(parts):
+    with pytest.raises(ValueError, match="a ddim sampler draws no noise that could be corrected"):
+        ReNoise(parts, sampler=Sampler("ddim", 4))

@@ -1,0 +1,128 @@
+"""Scores of edits and pictures: the truth has full marks, the untouched picture its own, and damage what it must."""
+
+import math
+
+import pytest
+import torch
+
+from icd_lightning.data.images import to_images
+from icd_lightning.data.rendering import render
+from icd_lightning.data.shapes import HELD_OUT_SEED
+from icd_lightning.evaluation.examples import Example, scene_edits, scene_examples, stack
+from icd_lightning.evaluation.scoring import (
+    ByMetric,
+    OfSets,
+    SceneAttributes,
+    SceneEdits,
+    Scoring,
+    psnr_within,
+)
+from icd_lightning.metrics.attributes import label_tensor
+from icd_lightning.metrics.registry import build_metrics
+
+EXAMPLES = scene_edits(16, HELD_OUT_SEED)
+ORIGINALS = stack(EXAMPLES, 64)
+TRUTHS = to_images([render(example.truth) for example in EXAMPLES])
+
+
+class Oracle:
+    """Reads the very pictures of the examples, before and after their edits."""
+
+    pictures = torch.cat([ORIGINALS, TRUTHS])
+    labels = label_tensor([e.picture for e in EXAMPLES] + [e.truth for e in EXAMPLES])
+
+    def read(self, images):
+        return self.labels[[int((self.pictures - image).abs().flatten(1).sum(1).argmin()) for image in images]]
+
+
+def score(results):
+    return {name: value.tolist() for name, value in SceneEdits(Oracle())(EXAMPLES, results, ORIGINALS).items()}
+
+
+def test_the_true_result_has_full_marks():
+    scores = score(TRUTHS)
+    assert set(scores["changed"]) == set(scores["kept"]) == {1.0}
+    assert all(math.isinf(value) for name in ("psnr_truth", "psnr_edited", "psnr_outside") for value in scores[name])
+
+
+def test_an_untouched_picture_keeps_everything_and_reaches_nothing():
+    scores = score(ORIGINALS)
+    assert set(scores["changed"]) == {0.0}
+    assert set(scores["kept"]) == {1.0}
+    assert all(math.isinf(value) for value in scores["psnr_outside"])
+    assert all(value < 45 for value in scores["psnr_edited"])
+    assert all(e <= t for e, t in zip(scores["psnr_edited"], scores["psnr_truth"], strict=True))
+
+
+def test_harm_outside_of_the_edit_is_not_harm_inside():
+    regions = torch.stack([example.editable(64) for example in EXAMPLES])
+    harmed = torch.where(regions == 1, TRUTHS, (TRUTHS + 0.2).clamp(-1, 1))
+    scores = score(harmed)
+    assert all(math.isinf(value) for value in scores["psnr_edited"])
+    finite = [value for value, region in zip(scores["psnr_outside"], regions, strict=True) if region.mean() < 1]
+    assert all(10 < value < 35 for value in finite)
+
+
+def test_psnr_within_a_region_is_over_its_pixels_alone():
+    reference, region = torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    region[0, :, :4] = 1
+    images = reference.clone()
+    images[:, :, :4] = 2 / 255 * 16  # 16 grey levels
+    images[:, :, 4:] = 1
+    first, second = psnr_within(images, reference, region).tolist()
+    assert first == pytest.approx(20 * math.log10(255 / 16), abs=1e-3)
+    assert math.isnan(second)
+
+
+def test_attributes_of_a_generated_scene_are_shares_of_those_that_are_there():
+    scores = SceneAttributes(Oracle())(EXAMPLES, ORIGINALS, None)
+    assert all(value == 1 for column in scores.values() for value in column.tolist())
+    assert set(scores) >= {"layout", "object color"}
+
+
+def test_a_metric_scores_each_picture_by_itself():
+    psnr = ByMetric("psnr", build_metrics(["psnr"])["psnr"])
+    damaged = torch.cat([ORIGINALS[:1], (ORIGINALS[1:] + 0.1).clamp(-1, 1)])
+    together = psnr(EXAMPLES, damaged, ORIGINALS)["psnr"]
+    alone = [psnr([e], d[None], o[None])["psnr"] for e, d, o in zip(EXAMPLES, damaged, ORIGINALS, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert math.isinf(together[0])
+
+
+def test_a_masked_metric_takes_the_edits_region_and_names_the_example_without_one():
+    inside = ByMetric("mse-edited", build_metrics(["mse-edited"])["mse-edited"])
+    outside = ByMetric("mse-unedited", build_metrics(["mse-unedited"])["mse-unedited"])
+    assert all(value > 0 for value in inside(EXAMPLES, TRUTHS, ORIGINALS)["mse-edited"])
+    assert all(
+        value in (0.0,) or math.isnan(value) for value in outside(EXAMPLES, TRUTHS, ORIGINALS)["mse-unedited"].tolist()
+    )
+    with pytest.raises(ValueError, match="masks"):
+        inside(scene_examples(1, 0), ORIGINALS[:1], ORIGINALS[:1])
+
+
+def test_a_set_is_scored_in_any_batches():
+    metric = OfSets(build_metrics(["tiny-fd"])["tiny-fd"])
+    shifted = ORIGINALS.flip(0)
+    whole = metric([(TRUTHS, shifted)])
+    parts = metric([(TRUTHS[:5], shifted[:5]), (TRUTHS[5:], shifted[5:])])
+    assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_the_defaults_suit_the_examples():
+    edits = Scoring.choose(None, "editing", EXAMPLES)
+    assert set(edits.scorers) == {"edits", "tiny-agreement"}
+    assert set(Scoring.choose(None, "guidance", scene_examples(1, 0)).set_scorers) == {"tiny-fd"}
+
+
+def test_what_is_recorded_anyway_is_not_asked_for_twice():
+    assert set(Scoring.choose(["psnr", "latent-nll"], "inversion", EXAMPLES).scorers) == {"psnr"}
+
+
+def test_scores_of_scenes_are_refused_for_photographs(tmp_path):
+    with pytest.raises(ValueError, match="metric 'edits' is for scenes"):
+        Scoring.choose(["edits"], "editing", [Example("a", "", tmp_path / "a.png")])
+
+
+def test_an_unknown_metric_is_named():
+    with pytest.raises(ValueError, match="no metric 'psnrr'"):
+        Scoring.choose(["psnrr"], "inversion", EXAMPLES)

@@ -1,0 +1,174 @@
+"""Benchmarks by name: what is tried on which examples, and whole ones from the command's settings to their tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
+from icd_lightning.editing.method import UNGUIDED
+from icd_lightning.evaluation import suite as suites
+from icd_lightning.evaluation.methods import Models, all_methods
+from icd_lightning.evaluation.rows import read_rows
+from icd_lightning.evaluation.suite import Settings, Suite, edits_of, guidances_of, parse_grid
+from icd_lightning.models.family import Family
+
+DEFAULT = StepGuidance(3.0, 0.8)
+
+
+def run(family, out, benchmark, **settings):
+    suite = Suite(Settings(benchmark, batch_size=2, **settings), Models(Family(str(family))), out)
+    return suite.run()
+
+
+# Settings
+
+
+def test_a_grid_is_every_combination():
+    assert parse_grid("tau=0.6,0.8 w=3") == ({"tau": 0.6, "w": 3.0}, {"tau": 0.8, "w": 3.0})
+    assert parse_grid("") == ({},)
+
+
+@pytest.mark.parametrize("text", ["tau", "tau=", "tau=x", "=1", "tau=1;2"])
+def test_a_broken_grid_is_named(text):
+    with pytest.raises(ValueError, match="is not as in tau="):
+        parse_grid(text)
+
+
+def test_without_a_grid_decoding_is_unguided_guided_and_dynamic():
+    assert guidances_of(Settings("inversion"), DEFAULT) == {
+        "w 1": UNGUIDED,
+        "w 3": StepGuidance(3.0),
+        "w 3, tau 0.8": DEFAULT,
+    }
+
+
+def test_a_grid_tries_each_kind_of_guidance_and_leaves_out_what_is_none():
+    cads = guidances_of(Settings("inversion", grid=parse_grid("tau1=0.5,0.7 tau2=0.6")), DEFAULT)
+    assert cads == {"w 1": UNGUIDED, "tau1 0.5, tau2 0.6": CADSGuidance(3.0, 0.5, 0.6)}
+    interval = guidances_of(Settings("inversion", grid=parse_grid("lo=0.2 hi=0.6 w=5")), DEFAULT)
+    assert interval["lo 0.2, hi 0.6, w 5"] == IntervalGuidance(5.0, 0.2, 0.6)
+    with pytest.raises(ValueError, match="grid option 'taw' is none of w, tau"):
+        guidances_of(Settings("inversion", grid=parse_grid("taw=1")), DEFAULT)
+
+
+def test_edits_take_guidance_and_their_own_options_from_a_grid():
+    found = edits_of(Settings("tiny_edit", grid=parse_grid("tau=0.6 swap_tau=0.5,0.7")), DEFAULT)
+    assert found == {
+        "tau 0.6, swap_tau 0.5": {"guidance": StepGuidance(3.0, 0.6), "swap_tau": 0.5},
+        "tau 0.6, swap_tau 0.7": {"guidance": StepGuidance(3.0, 0.6), "swap_tau": 0.7},
+    }
+    assert edits_of(Settings("tiny_edit"), DEFAULT) == {"w 3, tau 0.8": {"guidance": DEFAULT}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0}, "count 0 must be 1 or more"),
+        ({"guidance_scale": 0.5}, "guidance_scale 0.5 must be 1"),
+        ({"methods": ("icd", "magic")}, "no method 'magic'; there is: icd, icd_p2p, untrained, ddim"),
+        ({"benchmark": "piebench"}, "--benchmark piebench needs PIE-Bench's folder: give --data"),
+        ({"benchmark": "coco_edit"}, "--benchmark coco_edit needs a CSV of edits: give --data"),
+        ({"benchmark": "tiny_edit", "data": Path("x")}, "draws its scenes itself"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"benchmark": "inversion", **settings})
+
+
+def test_a_method_is_guided_as_told_or_no_more_than_its_family_bears(random_family, tmp_path):
+    models = Models(Family(str(random_family)))  # its own: w 3, tau 0.8
+    icd = models.load("icd")
+    assert models.guidance("icd", icd, None, None) == StepGuidance(3.0, 0.8)
+    assert models.guidance("icd", icd, 5.0, 0.6) == StepGuidance(5.0, 0.6)
+    dynamic = models.load("ddim_dynamic")
+    assert models.guidance("ddim_dynamic", dynamic, None, None) == StepGuidance(3.0, 0.7)
+    infedit = models.load("infedit")
+    assert models.guidance("infedit", infedit, None, None) == StepGuidance(infedit.guidance.guidance_scale)
+
+
+# Whole benchmarks
+
+
+def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tmp_path):
+    paths = run(random_family, tmp_path, "tiny_edit", methods=("icd", "icd_p2p"), count=8, grid=parse_grid("tau=0.6,1"))
+    assert all(path.is_file() for path in paths)
+    found = json.loads((tmp_path / "tiny_edit.json").read_text())["methods"]
+    assert set(found) == {"icd", "icd_p2p"}
+    assert set(found["icd"]) == {"tau 0.6", "tau 1"}
+    assert set(found["icd"]["tau 1"]) >= {"all", "color", "add", "remove"}
+    assert {"changed", "kept", "psnr_edited", "psnr_outside", "nfe", "seconds"} <= set(found["icd"]["tau 1"]["all"])
+    assert [found[name]["tau 1"]["all"]["nfe"]["mean"] for name in found] == [8, 12]  # P2P decodes the source as well
+    text = (tmp_path / "tiny_edit.md").read_text()
+    assert "by type" in text
+    assert "±" in text
+
+
+def test_generation_over_a_grid_is_set_against_inversion(random_family, tmp_path):
+    run(random_family, tmp_path, "generation", count=2, grid=parse_grid("tau=0.6,1"), metrics=("tiny-agreement",))
+    found = json.loads((tmp_path / "generation.json").read_text())["methods"]["icd"]
+    assert set(found) == {"w 1", "tau 0.6", "tau 1"}
+    assert "error of inversion" in (tmp_path / "generation" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_guidance_of_encoder_and_decoder_is_table_1(random_family, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "TURN_ON", (0.0, 1.0))
+    run(random_family, tmp_path, "guidance", count=2)
+    text = (tmp_path / "guidance.md").read_text()
+    assert all(title in text for title in ("Table 1: tiny-fd", "Table 1: latent NLL"))
+    found = json.loads((tmp_path / "guidance.json").read_text())["methods"]
+    assert set(found["icd"]) == {"tau 0", "tau 1"}
+    both = found["ddim, both ways"]
+    assert len(both) == 16
+    assert both["encoder none, decoder none"]["all"]["nfe"]["mean"] == 100
+    assert both["encoder full, decoder full"]["all"]["nfe"]["mean"] == 200
+
+
+def test_pie_bench_is_measured_inside_and_outside_its_masks(random_family, tmp_path):
+    folder, entries = tmp_path / "pie", {}
+    (folder / "annotation_images").mkdir(parents=True)
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "annotation_images" / f"{i}.png")
+        entries[f"{i}"] = {
+            "image_path": f"{i}.png",
+            "original_prompt": "a [red] circle",
+            "editing_prompt": "a [blue] circle",
+            "editing_type_id": f"{i + 5}",
+            "blended_word": "red blue",
+            "mask": [512 * 100, 512 * 200],
+        }
+    (folder / "mapping_file.json").write_text(json.dumps(entries))
+    run(random_family, tmp_path, "piebench", methods=("icd_p2p",), data=folder, metrics=("psnr-unedited", "mse-edited"))
+    found = json.loads((tmp_path / "piebench.json").read_text())["methods"]["icd_p2p"]
+    (means,) = found.values()
+    assert set(means) == {"all", "change attribute pose", "change attribute color"}
+    assert means["all"]["psnr-unedited"]["mean"] > 0
+
+
+def test_pretrained_networks_that_are_missing_end_a_benchmark_early(random_family, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICD_METRICS_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.hub.set_dir(str(tmp_path))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,caption\na.png,a cat\n")
+    with pytest.raises(FileNotFoundError, match="lpips"):
+        run(random_family, tmp_path / "out", "inversion", data=tmp_path / "a.csv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_are_measured_without_networks_on_request(random_family, tmp_path):
+    Image.new("RGB", (90, 64), "red").save(tmp_path / "a.jpg")
+    (tmp_path / "a.csv").write_text("image,caption\na.jpg,a red picture\n")
+    run(random_family, tmp_path / "out", "inversion", data=tmp_path / "a.csv", metrics=("psnr",))
+    (file,) = (tmp_path / "out").glob("icd-*/rows.parquet")
+    assert [row["key"] for row in read_rows(file)] == ["a.jpg"] * 3
+
+
+def test_all_methods_are_known():
+    assert {"icd", "icd_p2p", "untrained", "ddim", "nti", "npi", "pnp_inversion", "edit_friendly"} <= set(all_methods())

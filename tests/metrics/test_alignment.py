@@ -1,0 +1,82 @@
+"""CLIP's metrics on a CLIP of random weights, against torchmetrics and by hand."""
+
+import pytest
+import torch
+from metrics_case import scenes
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from icd_lightning.data.images import to_pictures
+from icd_lightning.data.shapes import vocabulary
+from icd_lightning.metrics.alignment import CLIPImage, CLIPScore, CLIPText
+from icd_lightning.metrics.reconstruction import Within
+from icd_lightning.models.tiny import build_tokenizer
+
+
+@pytest.fixture
+def clip_home(metrics_home):
+    """A CLIP of random weights, under a name that only this folder gives it."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(vocabulary(), 24)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config={**sizes, **words}, vision_config=vision, projection_dim=8)
+    folder = metrics_home / "clip-vit-large-patch14"
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**crop).save_pretrained(folder)
+    return folder
+
+
+def embeddings(metric, images, prompts):
+    """One at a time, through the whole model."""
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = metric.processor(images=[to_pictures(image[None])[0]], return_tensors="pt")
+        tokens = metric.tokenizer([prompt], return_tensors="pt")
+        output = metric.network(**pixels, **tokens)
+        yield output.image_embeds[0], output.text_embeds[0]
+
+
+def test_clip_t_and_clip_i_are_plain_cosines(clip_home):
+    found, images = scenes(3)
+    prompts = [scene.caption() for scene in found]  # of different lengths
+    expected = [torch.dot(*pair) for pair in embeddings(CLIPText(), images, prompts)]  # embeddings are of unit length
+    torch.testing.assert_close(CLIPText().per_image(images, prompts=prompts), torch.stack(expected))
+    pairs = zip(*(embeddings(CLIPImage(), x, prompts) for x in (images, images.flip(0))), strict=True)
+    expected = torch.stack([torch.dot(a[0], b[0]) for a, b in pairs])
+    torch.testing.assert_close(CLIPImage().per_image(images, images.flip(0)), expected)
+    torch.testing.assert_close(CLIPImage().per_image(images, images), torch.ones(3))
+
+
+def test_clip_score_is_a_hundred_times_clip_t_and_never_negative(clip_home):
+    found, images = scenes(12)
+    prompts = [scene.caption() for scene in found]
+    cosines, scores = (metric().per_image(images, prompts=prompts) for metric in (CLIPText, CLIPScore))
+    torch.testing.assert_close(scores, 100 * cosines.clamp(min=0))
+    assert (scores > 0).any()
+
+
+def test_clip_score_inside_the_mask_sees_the_rest_black(clip_home):
+    found, images = scenes(2)
+    prompts = [scene.caption() for scene in found]
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, :, :, 20:] = 1
+    blackened = torch.where(masks[:1].bool(), images[:1], -1.0)
+    score = Within(CLIPScore(), edited=True).per_image(images, prompts=prompts, masks=masks)
+    torch.testing.assert_close(score[:1], CLIPScore().per_image(blackened, prompts=prompts[:1]))
+    assert score[1].isnan()  # nothing to be edited
+
+
+def test_long_prompts_and_other_shapes_are_cut(clip_home):
+    images = scenes(1)[1]
+    long = " ".join(["red"] * 100)
+    assert CLIPText().per_image(images, prompts=[long]).isfinite().all()
+    wide = torch.cat([images.flip(3)[..., 32:], images, images.flip(3)[..., :32]], dim=3)  # mirrored at its sides
+    scores = [CLIPText().per_image(x, prompts=["a red star"]) for x in (wide, images)]
+    torch.testing.assert_close(*scores, rtol=0, atol=0.01)
+
+
+def test_metrics_of_one_process_share_the_network(clip_home):
+    first, second = CLIPText(), CLIPImage()
+    assert first.network is second.network

@@ -1,0 +1,322 @@
+"""A model in whatever form it lies on a disk is the same model, and a form that lacks something says what."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from families_case import NAMES, NETWORKS, single_file, states, write_configs, write_layout
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from icd_lightning.models.backbone import guided_denoiser
+from icd_lightning.models.family import Family, load_autoencoder
+from icd_lightning.models.sources import architecture
+from icd_lightning.models.students import Students
+
+HUB_NAME = "someone/some-model"
+COND = "time_embedding.cond_proj.weight"
+NO_MODEL = r"MODEL=\.\.\. of make, or --model\.init_args\.family\.model .*`make demo` needs none"
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> dict[str, Path]:
+    return {name: write_layout(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+@pytest.fixture
+def sd15(layouts) -> Path:
+    return layouts["sd15"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the hub, which itself is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def put_on_hub(cache: Path, name: str, folder: Path) -> None:
+    """A model in the cache, as a download leaves it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / ("0" * 40)).symlink_to(folder)
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def weights(family: Family, part: str = "unet") -> dict:
+    return family.source.network(part, NETWORKS[part], torch.float32).state_dict()
+
+
+# The same model in every form
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["one.safetensors", "one.ckpt", "hub"])
+def test_every_form_of_a_model_has_the_same_weights(layouts, cache, tmp_path, name, form):
+    folder = layouts[name]
+    if form == "hub":
+        put_on_hub(cache, HUB_NAME, folder)
+        family = Family(HUB_NAME)
+    else:
+        tensors = single_file(folder)
+        save_file(tensors, tmp_path / form) if form.endswith("rs") else torch.save(
+            {"state_dict": tensors}, tmp_path / form
+        )
+        family = Family(str(tmp_path / form), config=str(folder))
+    expected = states(folder)
+    assert all(same(weights(family, part), state) for part, state in expected.items())
+    assert family.source.has("text_encoder_2") == (name == "sdxl")
+    ours, theirs = (of.load_conditioner()(["a red star"]) for of in (family, Family(str(folder))))
+    assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
+    assert family.load_autoencoder().scaling_factor == {"sd15": 0.18215, "sdxl": 0.13025}[name]
+    assert torch.equal(family.load_schedule().alphas_cumprod, Family(str(folder)).load_schedule().alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_file_tells_its_own_architecture(layouts, cache, tmp_path, name):
+    save_file(single_file(layouts[name]), tmp_path / "one.safetensors")
+    family = Family(str(tmp_path / "one.safetensors"))
+    assert family.source.config("unet") == json.loads((architecture(name) / "unet" / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer, .* is not in the hub's cache .*family\.config"):
+        family.source.tokenizer("tokenizer")
+    put_on_hub(cache, "openai/clip-vit-large-patch14", layouts[name] / "tokenizer")
+    assert family.source.tokenizer("tokenizer")("a").input_ids[0] == family.source.tokenizer("tokenizer").bos_token_id
+    assert family.source.tokenizer("tokenizer_2").pad_token == "!"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_weights_are_the_same_each_time(layouts, name):
+    family = Family(f"random:{layouts[name]}")
+    assert all(same(weights(family, part), state) for part, state in states(layouts[name]).items())
+    guided = family.load_unet(guided=True)
+    assert guided.config.time_cond_proj_dim == 512
+    with torch.no_grad():
+        conditioning, x, t = family.load_conditioner()(["a red star"]), torch.randn(1, 4, 8, 8), torch.tensor([500])
+        eps = [guided_denoiser(guided, family.load_schedule(), conditioning, w)(x, t) for w in (1.0, 8.0)]
+    assert torch.isfinite(eps[0]).all()
+    assert not torch.allclose(*eps)
+
+
+def test_frozen_parts_have_the_precision_asked_for(sd15):
+    for model in (str(sd15), f"random:{sd15}"):
+        family = Family(model, precision="bfloat16")
+        parts = (family.load_unet(guided=False), family.load_unet(guided=True), family.load_conditioner())
+        assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
+        assert not any(weight.requires_grad for part in parts for weight in part.parameters())
+
+
+# The true shapes: what is known of the released models, and of the released students
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "modules", "lora"),
+    [
+        ("sd15", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}, 278, 67_252_224),
+        ("sdxl", {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}, 788, 196_751_360),
+    ],
+)
+def test_architectures_have_the_sizes_of_the_released_models(name, counts, modules, lora):
+    family = Family(f"random:{name}")
+    with torch.device("meta"):
+        built = {part: family.source.network(part, NETWORKS[part], torch.float32) for part in counts}
+        students = Students(
+            family.source.network("unet_guided", NETWORKS["unet"], torch.float32), family.load_schedule()
+        )
+    assert {part: sum(w.numel() for w in network.parameters()) for part, network in built.items()} == counts
+    parameters = students.parameters_of("cd")
+    assert (len(parameters), sum(p.numel() for p in parameters)) == (2 * modules, lora)
+
+
+# Variants, overrides
+
+
+def test_a_variant_is_taken_when_asked_for_and_named_when_not(sd15, tmp_path):
+    write_configs("sd15", tmp_path)
+    for part, cls in (("unet", NETWORKS["unet"]), ("text_encoder", CLIPTextModel)):
+        network = Family(str(sd15)).source.network(part, cls, torch.float16)
+        network.save_pretrained(tmp_path / part, variant="fp16")
+        assert same(
+            Family(str(tmp_path), variant="fp16").source.network(part, cls, torch.float16).state_dict(),
+            network.state_dict(),
+        )
+        with pytest.raises(FileNotFoundError, match=r"has no weights that can be read; it holds \w+.fp16.safetensors"):
+            Family(str(tmp_path)).source.network(part, cls, torch.float32)
+    with pytest.raises(FileNotFoundError, match="has no weights of variant fp16"):
+        Family(str(sd15), variant="fp16").load_unet(guided=False)
+
+
+def test_an_autoencoder_that_overflows_stays_in_float32_and_says_so(layouts, tmp_path, caplog):
+    sdxl = layouts["sdxl"]
+    half = Family(str(sdxl), precision="float16").load_autoencoder()
+    assert half.vae.dtype == torch.float32
+    assert [r.levelno for r in caplog.records if "gives NaN in float16" in r.getMessage()] == [logging.WARNING]
+    caplog.clear()
+    assert Family(str(sdxl), precision="bfloat16").load_autoencoder().vae.dtype == torch.bfloat16
+    fixed = AutoencoderKL.from_pretrained(sdxl / "vae")
+    fixed.register_to_config(force_upcast=False)
+    fixed.save_pretrained(tmp_path / "fixed")
+    assert (
+        Family(str(sdxl), vae=str(tmp_path / "fixed"), precision="float16").load_autoencoder().vae.dtype
+        == torch.float16
+    )
+    assert "gives NaN" not in caplog.text
+
+
+def test_another_autoencoder_takes_the_models_place(sd15, cache, tmp_path):
+    vae = AutoencoderKL.from_pretrained(sd15 / "vae")
+    torch.nn.init.ones_(vae.encoder.conv_in.weight)
+    vae.save_pretrained(tmp_path / "other")
+    put_on_hub(cache, HUB_NAME, tmp_path / "other")
+    for location in (str(tmp_path / "other"), HUB_NAME):
+        found = Family(str(sd15), vae=location).load_autoencoder()
+        assert same(found.vae.state_dict(), vae.state_dict())
+        assert found.fingerprint == load_autoencoder(location).fingerprint
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder at .*nowhere"):
+        Family(str(sd15), vae=str(tmp_path / "nowhere")).load_autoencoder()
+    with pytest.raises(FileNotFoundError, match=r"no-such/vae is not in the hub's cache"):
+        Family(str(sd15), vae="no-such/vae").load_autoencoder()
+    with pytest.raises(ValueError, match="is of class 'UNet2DConditionModel'; known autoencoders: AutoencoderKL"):
+        load_autoencoder(sd15 / "unet")
+
+
+def test_the_prediction_type_can_be_set_right(sd15):
+    assert Family(str(sd15)).load_schedule().prediction_type == "epsilon"
+    assert Family(str(sd15), prediction_type="v_prediction").load_schedule().prediction_type == "v_prediction"
+
+
+# The UNet of stage 1
+
+
+@pytest.mark.parametrize("form", ["folder", "run", "sd15_cfg_distill.pt", "old.pt", "state.safetensors", "inside"])
+def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
+    expected = Family(str(sd15)).load_unet(guided=True).state_dict()
+    (tmp_path / "unet_guided").symlink_to(sd15 / "unet_guided")
+    location = {"folder": str(sd15 / "unet_guided"), "run": str(tmp_path), "inside": "unet_guided"}.get(form)
+    if location is None:
+        location = str(tmp_path / form)
+        if form.endswith(".pt"):
+            torch.save(expected, location, _use_new_zipfile_serialization=form != "old.pt")
+        else:
+            save_file(expected, location)
+    family = Family(str(sd15), guided_unet=location, precision="bfloat16")
+    family.check(guided=True)
+    unet = family.load_unet(guided=True)
+    assert same(unet.state_dict(), {name: weight.bfloat16() for name, weight in expected.items()})
+    assert unet.config.time_cond_proj_dim == 512
+    assert not unet.training
+
+
+BROKEN = {
+    rf"no {COND}": lambda state: state.pop(COND),
+    "1 weights missing, 0 unknown, 0 of another shape, for example conv_in.bias": lambda state: state.pop(
+        "conv_in.bias"
+    ),
+    "0 weights missing, 1 unknown": lambda state: state.update(extra=torch.ones(1)),
+    "0 unknown, 1 of another shape, for example conv_in.bias": lambda state: state.update(
+        {"conv_in.bias": torch.ones(1)}
+    ),
+    "something else than one UNet's state dict": lambda state: state.update(epoch=3),
+}
+
+
+@pytest.mark.parametrize("complaint", BROKEN)
+def test_a_state_dict_that_does_not_fit_is_one_error(sd15, tmp_path, complaint):
+    state = Family(str(sd15)).load_unet(guided=True).state_dict()
+    BROKEN[complaint](state)
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match=complaint):
+        Family(str(sd15), guided_unet=str(tmp_path / "broken.pt")).load_unet(guided=True)
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_a_pickle_runs_nothing(sd15, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, write in (
+        ("plain.pt", lambda f: f.write_bytes(pickle.dumps(Malicious()))),
+        ("zip.pt", lambda f: torch.save(Malicious(), f)),
+    ):
+        write(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a file of weights"):
+            Family(str(sd15), guided_unet=str(tmp_path / name)).load_unet(guided=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_guided_unet_is_one_message(sd15, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for a file .*GUIDED=.*family\.guided_unet .*`make demo`"
+    ) as error:
+        Family(str(sd15), guided_unet=str(tmp_path / "nothing")).check(guided=True)
+    assert str(sd15) in str(error.value)
+    Family(str(sd15), guided_unet=str(tmp_path / "nothing")).check(guided=False)
+
+
+# What is missing
+
+
+@pytest.mark.parametrize(
+    ("model", "tried"),
+    [
+        ("/no/such/place", "there is no /no/such/place"),
+        ("here", "has neither unet/ nor vae/"),
+        ("no-such/model", "no-such/model is not in the hub's cache here and cannot be downloaded"),
+        ("random:sd17", "there is no architecture sd17"),
+    ],
+)
+def test_a_missing_model_is_one_message_at_once(cache, tmp_path, monkeypatch, model, tried):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no model '{model}': .*{tried}.*{NO_MODEL}"):
+        Family(model).check(guided=True)
+
+
+def test_a_folder_that_lacks_weights_is_refused(sd15, tmp_path):
+    unet = load_file(sd15 / "unet" / "diffusion_pytorch_model.safetensors")
+    del unet["conv_in.bias"]
+    write_configs("sd15", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"unet has no weights that can be read; it holds no file of weights"):
+        Family(str(tmp_path)).load_unet(guided=False)
+    save_file(unet, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 of the network's weights, for example conv_in.bias"):
+        Family(str(tmp_path)).load_unet(guided=False)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer/"):
+        Family(str(tmp_path)).source.tokenizer("tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer: there is neither tokenizer\.json nor"):
+        Family(str(tmp_path)).source.tokenizer("tokenizer")
+
+
+def test_a_single_file_that_is_something_else_is_refused(sd15, tmp_path):
+    family = Family(str(tmp_path / "one.safetensors"), config=str(sd15))
+    (tmp_path / "one.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be read as a file of weights"):
+        family.load_unet(guided=False)
+    save_file({"weight": torch.ones(1)}, tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match="is neither Stable Diffusion"):
+        Family(str(tmp_path / "one.safetensors")).load_schedule()
+    tensors = single_file(sd15)
+    del tensors["model.diffusion_model.middle_block.1.norm.bias"]
+    save_file(tensors, tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match=r"one.safetensors lacks weights of its unet"):
+        family.load_unet(guided=False)
+
+
+def test_a_model_that_is_no_folder_brings_no_students(sd15, tmp_path):
+    assert Family(str(sd15)).root == sd15
+    with pytest.raises(ValueError, match="brings no students: name both"):
+        _ = Family(f"random:{sd15}").root
+    assert Family(f"random:{sd15}").load_defaults().guidance_scale == 8.0
