@@ -13,10 +13,11 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint train-tiny train-sd15 eval-inversion tensorboard tiny-weights tiny-report clean
+.PHONY: help install demo test test-all lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+  train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations tensorboard tiny-weights tiny-report clean
 
 help: ## show this list
-	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,20 +47,42 @@ data/shapes/val/manifest.json: | $(STAMP)
 train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train both tiny students longer; results in outputs/train-tiny
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)
 
-train-sd15: $(STAMP) ## the paper's SD1.5 training: MODEL=folder GUIDED=stage-1 UNet DATA='shards/{00000..00099}.tar'
-	@test -n "$(MODEL)" -a -n "$(GUIDED)" -a -n "$(DATA)" || { printf '%s\n' \
-	  'make train-sd15 needs what does not come with this repository:' \
-	  '  MODEL=$(or $(MODEL),?)   folder of Stable Diffusion 1.5 in diffusers layout (unet, vae, text_encoder, ...)' \
-	  '  GUIDED=$(or $(GUIDED),?)   folder of the guidance-distilled UNet (stage 1; conf/task/guidance_distillation.yaml trains it)' \
-	  '  DATA=$(or $(DATA),?)   WebDataset shards of pictures and captions, e.g. /data/laion/{00000..01999}.tar' \
-	  'The tiny family needs none of them: make demo'; exit 2; }
-	$(ICD) fit --config conf/base.yaml --config conf/model/sd15.yaml --config conf/experiment/sd15_paper.yaml \
-	  $(if $(MODEL),--model.init_args.family.model='$(MODEL)') \
-	  $(if $(GUIDED),--model.init_args.family.guided_unet='$(GUIDED)') \
-	  $(if $(DATA),--data.init_args.urls='$(DATA)') $(ARGS)
+NEEDS_DATA = @test -n "$(DATA)" || { printf '%s\n' \
+  'make $@ needs weights and data that do not come with this repository:' \
+  '  MODEL=$(or $(MODEL),?)    the model: a folder in diffusers layout, one file, or a hub id (default: that of conf/model)' \
+  '  GUIDED=$(or $(GUIDED),?)   stage 2 only: the UNet of stage 1, its folder or a released .pt file (default: outputs/guidance-...)' \
+  '  DATA=?     shards of pictures and captions, as in /data/laion/{00000..01999}.tar (data/README.md)' \
+  'The tiny family needs none of them: make demo'; exit 2; }
+FAMILY = $(if $(MODEL),--model.init_args.family.model='$(MODEL)') --data.init_args.urls='$(DATA)' $(ARGS)
+
+distill-guidance-sd15: ## stage 1 of SD1.5: DATA='/data/laion/{00000..01999}.tar' [MODEL=folder, file or hub id]
+distill-guidance-sdxl: ## the same for SDXL
+distill-guidance-sd15 distill-guidance-sdxl: distill-guidance-%: $(STAMP)
+	$(NEEDS_DATA)
+	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/task/guidance_distillation.yaml \
+	  --config conf/experiment/$*_guidance.yaml $(FAMILY)
+
+train-sd15: ## stage 2, the paper's training, of SD1.5: the same, and GUIDED=stage 1's folder or released .pt file
+train-sdxl: ## the same for SDXL
+train-sd15 train-sdxl: train-%: $(STAMP)
+	$(NEEDS_DATA)
+	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/experiment/$*_paper.yaml \
+	  --model.init_args.family.guided_unet='$(or $(GUIDED),outputs/guidance-$*)' $(FAMILY)
 
 eval-inversion: $(STAMP) ## to noise and back on held-out scenes: the tiny students and DDIM-50
 	$(ICD) eval $(ARGS)
+
+eval-generation: $(STAMP) ## pictures from drawn noise: Table 4
+	$(ICD) eval --benchmark generation --method icd,untrained,ddim $(ARGS)
+
+eval-guidance: $(STAMP) ## guidance while encoding and while decoding: Table 1, Fig. 4
+	$(ICD) eval --benchmark guidance $(ARGS)
+
+eval-editing: $(STAMP) ## edits with known true results, by every method
+	$(ICD) eval --benchmark tiny_edit --method all $(ARGS)
+
+ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Table 2, A to K, on the tiny family (about an hour a seed)
+	$(ICD) ablations $(ARGS)
 
 tensorboard: $(STAMP) ## look at all runs
 	$(BIN)/tensorboard --logdir outputs $(ARGS)

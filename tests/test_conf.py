@@ -1,12 +1,11 @@
 """Every configuration in conf/: what it composes to, that it builds, and what an ablation changes."""
 
-from math import prod
 from pathlib import Path
 
 import pytest
 from training_case import write_scenes
 
-from icd_lightning.commands.fit import FitCommand
+from icd_lightning.commands.fit import FitCommand, micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.registry import METHODS
@@ -19,13 +18,20 @@ from icd_lightning.tasks.teacher import TeacherTraining
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
 CONF = Path(__file__).parents[1] / "conf"
-TINY, SD15 = ("base", "model/tiny"), ("base", "model/sd15")
+TINY, SD15, SDXL = (("base", f"model/{family}") for family in ("tiny", "sd15", "sdxl"))
 ONE_DEVICE = ("--trainer.devices=1", "--trainer.strategy=auto")
 WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny": ((*TINY, "experiment/tiny"), InvertibleConsistencyDistillation),
     "demo": ((*TINY, "experiment/demo"), InvertibleConsistencyDistillation),
     "ablations": ((*TINY, "experiment/ablations"), InvertibleConsistencyDistillation),
     "sd15": ((*SD15, "experiment/sd15_paper"), InvertibleConsistencyDistillation),
+    "sdxl, paper": ((*SDXL, "experiment/sdxl_paper", "trainer/ddp"), InvertibleConsistencyDistillation),
+    "sd15, stage 1": ((*SD15, "task/guidance_distillation", "experiment/sd15_guidance"), GuidanceDistillation),
+    "sdxl, stage 1": (
+        (*SDXL, "task/guidance_distillation", "experiment/sdxl_guidance", "trainer/fsdp"),
+        GuidanceDistillation,
+    ),
+    "sd15, compiled": ((*SD15, "trainer/single", "trainer/compile"), InvertibleConsistencyDistillation),
     "sd15, other data": ((*SD15, "data/buckets", "data/remote"), InvertibleConsistencyDistillation),
     "sd15, random": ((*SD15, "model/sd15_random"), InvertibleConsistencyDistillation),
     "sdxl": (("base", "model/sdxl"), InvertibleConsistencyDistillation),
@@ -39,6 +45,8 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }
+
+GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128}
 
 TWO, THREE, FOUR = ({"boundaries": ends} for ends in ([499, 999], [339, 679, 999], [259, 519, 699, 999]))
 WITHOUT_LF, WITHOUT_LR = {"losses.forward_preservation": 0.0}, {"losses.reverse_preservation": 0.0}
@@ -114,10 +122,12 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
         options.append(f"--model.init_args.family.model={random_family}")
     if task_class is TeacherTraining:
         options.append(f"--model.init_args.vae={random_family / 'vae'}")
-    if whole == "sd15":
+    if whole in GLOBAL_BATCHES:
         composed = compose(cli, names, *options)
-        counts = ("trainer.devices", "trainer.accumulate_grad_batches", "data.batch_size")
-        assert prod(composed[count] for count in counts) == 512  # the paper's global batch
+        assert composed["global_batch_size"] == GLOBAL_BATCHES[whole]
+        for devices in (1, 8, 16, 64):
+            batches = micro_batches(GLOBAL_BATCHES[whole], composed["data.batch_size"], devices)
+            assert batches * composed["data.batch_size"] * devices == GLOBAL_BATCHES[whole]
         options += ONE_DEVICE
     task, _, trainer = build(cli, names, *options)
     assert type(task) is task_class
@@ -204,7 +214,7 @@ def test_sd15_trains_a_half_precision_base(cli, random_family, tmp_path):
         f"--model.init_args.family.model={random_family}",
         f"--trainer.default_root_dir={tmp_path}",
         *ONE_DEVICE,
-        *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.accumulate_grad_batches=1"),
+        *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--global_batch_size=null"),
         *("--trainer.val_check_interval=1", "--model.init_args.lora.rank=4"),
         *(f"--data.init_args.{key}={value}" for key, value in data.items()),
     )

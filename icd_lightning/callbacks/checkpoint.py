@@ -42,7 +42,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._trained = True
         self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
         if threading.current_thread() is threading.main_thread():
-            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]  # nohup, cmd &
+            heard = [
+                n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
+            ]  # nohup, cmd &
             if callable(signal.getsignal(signal.SIGUSR1)):  # by Lightning, under SLURM
                 heard.append(signal.SIGUSR1)
             self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in heard}

@@ -18,6 +18,7 @@ def ablations(
     overlays: str = "base,model/tiny,experiment/ablations",
     seeds: str = "0",
     model: str = "tiny",
+    guided_unet: str | None = None,
     train_data: str = "data/shapes/train",
     val_data: str = "data/shapes/val",
     steps: int | None = None,
@@ -39,7 +40,8 @@ def ablations(
         conf: Folder of the configuration files.
         overlays: Comma-separated files in it, of which each training is composed, before conf/ablation/*.yaml.
         seeds: Comma-separated seeds of the trainings, e.g. 0,1,2.
-        model: "tiny" (shipped) or the folder of a family.
+        model: "tiny" (shipped), or another family.
+        guided_unet: Its guidance-distilled UNet, a folder or a file; by default the model's own.
         train_data: Shards to train on.
         val_data: Shards to validate on.
         steps: Training steps; by default what the overlays say.
@@ -52,13 +54,14 @@ def ablations(
         device: auto, cpu, cuda ... to measure on; where to train is the overlays' matter.
     """
     from icd_lightning.commands.session import find_device
+    from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
     from icd_lightning.evaluation.ablations import AblationSettings, measure_study, read_ablations
     from icd_lightning.evaluation.methods import teacher_hash
     from icd_lightning.evaluation.report import print_table, wide_console
-    from icd_lightning.models.family import Family
 
-    family, root = Family(model), Path(out)
+    weights, root = Weights(model, guided_unet, device=device), Path(out)
+    family = weights.family()
     settings = AblationSettings(
         root,
         family,
@@ -71,19 +74,20 @@ def ablations(
     )
     rows = read_ablations(Path(conf) / "ablation")
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
-    options |= {"data.init_args.val_urls": val_data, **({} if steps is None else {"trainer.max_steps": steps})}
-    names, weights, students = overlays.split(","), teacher_hash(family), {}
-    for seed in map(int, seeds.split(",")):  # seed by seed: the first table is whole before the second seed begins
+    options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
+    options = {k: v for k, v in {**options, "model.init_args.family.guided_unet": guided_unet}.items() if v is not None}
+    names, frozen, students = overlays.split(","), teacher_hash(family), {}
+    for seed in map(int, seeds.split(",")):  # seed by seed: whole ones come first
         seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
         for letter in dict.fromkeys(row.students for row in rows.values()):
             configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
-            folder = train(root / "trainings", f"{letter}-{seed}", configs, seeded, weights)
+            folder = train(root / "trainings", f"{letter}-{seed}", configs, seeded, frozen)
             students.setdefault(letter, {})[seed] = folder
     study = measure_study(settings, rows, students)
     console = wide_console()
     for table in (*table_2(study), verdict_table(study)):
         print_table(table, console)
-    facts = {"model": model, "weights": weights[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
+    facts = {"model": model, "weights": frozen[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
     for path in write_study(study, root, facts):
         log.info("%s", path)
 

@@ -179,6 +179,8 @@ def _folder_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _csv_rows(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        raise ValueError(f"there is no table at {file}")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, skipinitialspace=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +18,6 @@ def evaluate(
     data: str | None = None,
     images: str | None = None,
     natural: bool = False,
-    model: str = "tiny",
-    forward: str | None = None,
-    reverse: str | None = None,
-    boundaries: str | None = None,
     count: int | None = None,
     guidance_scale: float | None = None,
     tau: float | None = None,
@@ -29,8 +25,8 @@ def evaluate(
     seed: int | None = None,
     batch_size: int = 16,
     ddim: bool = True,
-    device: str = "auto",
     out: str | None = None,
+    **options: Any,
 ) -> None:
     """Measure methods: to noise and back, generation, guidance, edits.
 
@@ -52,10 +48,6 @@ def evaluate(
             it, held-out scenes of the tiny world.
         images: Folder that the names in data are relative to; by default that of data.
         natural: Leave out PIE-Bench's artificial pictures, as the paper does.
-        model: "tiny" (shipped) or the folder of a family.
-        forward: The forward student, a folder or file; by default the family's own.
-        reverse: The reverse student; by default the family's own.
-        boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
         count: Pictures to measure on, from the first; by default all of data, or 128 scenes.
         guidance_scale: w of the guided decodings, 1 is unguided; by default the family's own.
         tau: Dynamic guidance guides at t <= tau T only; by default the family's own.
@@ -64,15 +56,15 @@ def evaluate(
         seed: Of the random numbers; of `scenes`, which world the scenes come from.
         batch_size: Pictures at once.
         ddim: Of `scenes`: measure DDIM-50 too, which takes most of the time.
-        device: auto, cpu, cuda, cuda:1 ...
         out: Folder of all results, by default outputs/eval-BENCHMARK; what was measured before with the same settings
             and weights is reused.
     """
     from pathlib import Path
 
-    from icd_lightning.models.family import Family
+    from icd_lightning.commands.pictures import load
 
-    family = Family(model)
+    weights = load(**options)
+    family = weights.family()
     if benchmark == "scenes":
         from icd_lightning.data.shapes import HELD_OUT_SEED
         from icd_lightning.evaluation.inversion import evaluate_inversion
@@ -82,8 +74,8 @@ def evaluate(
         w, tau = guidance_scale or defaults.guidance_scale, defaults.tau if tau is None else tau
         world = HELD_OUT_SEED if seed is None else seed
         tour = StudySettings(128 if count is None else count, w, tau, swap_tau=tau, seed=world)
-        folder = Path(out or "outputs/eval-inversion")
-        log.info("%s", evaluate_inversion(family, tour, folder, forward=forward, reverse=reverse, ddim=ddim))
+        students = {"forward": weights.forward, "reverse": weights.reverse}
+        log.info("%s", evaluate_inversion(family, tour, Path(out or "outputs/eval-inversion"), **students, ddim=ddim))
         return
     import torch
 
@@ -101,13 +93,15 @@ def evaluate(
         images=Path(images) if images else None,
         natural=natural,
         count=count,
+        guidance_scale=guidance_scale,
+        tau=tau,
         grid=parse_grid(grid),
         seed=seed or 0,
         batch_size=batch_size,
-        guidance_scale=guidance_scale,
-        tau=tau,
     )
-    place = f"cuda:{ranks.local_rank}" if device == "auto" and torch.cuda.is_available() else device
-    models = Models(family, forward, reverse, boundaries, find_device(place))
+    device = find_device(weights.device)
+    if weights.device == "auto" and device.type == "cuda":
+        device = torch.device("cuda", ranks.local_rank)
+    models = Models(family, **weights.students, device=device)
     for path in Suite(settings, models, Path(out or f"outputs/eval-{benchmark}"), ranks).run():
         log.info("%s", path)

@@ -72,7 +72,8 @@ class FitCommand(LightningCLI):
             "--global_batch_size",
             type=PositiveInt | None,
             default=None,
-            help="samples of one optimizer step, on all devices together; sets trainer.accumulate_grad_batches",
+            help="samples of one optimizer step, on all devices together: sets trainer.accumulate_grad_batches, "
+            "and lets trainer.val_check_interval count optimizer steps",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -81,7 +82,7 @@ class FitCommand(LightningCLI):
 
     def before_fit(self) -> None:
         """Accumulate gradients up to the global batch size."""
-        trainer, total = self.trainer, self.config_init[self.subcommand].global_batch_size
+        trainer, total = self.trainer, self._get(self.config, "global_batch_size")
         if total is None:
             return
         if trainer.accumulate_grad_batches != 1:
@@ -89,8 +90,13 @@ class FitCommand(LightningCLI):
                 f"global_batch_size {total} sets trainer.accumulate_grad_batches, which is given as well "
                 f"({trainer.accumulate_grad_batches}): leave out one of them"
             )
-        batch_size, devices = self.datamodule.batch_size, trainer.num_devices * trainer.num_nodes
+        batch_size, devices = (
+            self._get(self.config, "data.init_args.batch_size"),
+            trainer.num_devices * trainer.num_nodes,
+        )
         trainer.accumulate_grad_batches = micro_batches(total, batch_size, devices)
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
         if trainer.is_global_zero:
             shown = (total, batch_size, devices, trainer.accumulate_grad_batches)
             log.info("global batch %d = %d samples x %d devices x %d accumulated micro-batches", *shown)
@@ -109,7 +115,7 @@ def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
         return global_batch_size // (batch_size * devices)
     fitting = [b for b in range(1, global_batch_size // devices + 1) if global_batch_size % (b * devices) == 0]
     nearest = min(fitting, key=lambda size: abs(size - batch_size), default=None)
-    remedy = f"take {devices} devices with data.init_args.batch_size {nearest}" if nearest else "take fewer devices"
+    remedy = f"take data.init_args.batch_size {nearest}" if nearest else "take fewer devices"
     raise ValueError(
         f"global_batch_size {global_batch_size} is not a multiple of {batch_size * devices} "
         f"(batch_size {batch_size} x {devices} devices): {remedy}, or another global_batch_size"

@@ -7,6 +7,8 @@ after all that can be refused without it, and not for type checkers either, beca
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,31 +116,32 @@ def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite:
     if len(todo) < len(edits):
         log.info("%d of %d outputs are there and kept; --overwrite replaces them", len(edits) - len(todo), len(edits))
     failures: list[str] = []
-
-    def attempt(number: int, edit: Any, act: Any) -> bool:
-        try:
-            act()
-            return True
-        except (ValueError, OSError) as error:
-            failures.append(str(error))
-            log.error("%d/%d %s: %s", number, len(todo), edit.image, error)
-            return False
-
-    good = [(number, edit) for number, edit in enumerate(todo, 1) if attempt(number, edit, edit.check)]
-    if good:
+    fitting = []
+    for number, edit in enumerate(todo, 1):
+        with reported(f"{number}/{len(todo)} {edit.image}", failures):
+            edit.check()
+            fitting.append((f"{number}/{len(todo)}", edit))
+    if fitting:
         from icd_lightning.commands.session import open_editor, save_picture
 
         editor = open_editor(weights, settings)
-
-        def make(number: int, edit: Any) -> None:
-            made = next(editor.edit(edit, [settings], size))
-            save_picture(edit.output, made.image, "edit", weights, {**edit.about, **made.about})
-            log.info("%d/%d %s: %s", number, len(todo), edit.output, made.cost)
-
-        for number, edit in good:
-            attempt(number, edit, lambda number=number, edit=edit: make(number, edit))
+        for number, edit in fitting:
+            with reported(f"{number} {edit.image}", failures):
+                made = next(editor.edit(edit, [settings], size))
+                save_picture(edit.output, made.image, "edit", weights, {**edit.about, **made.about})
+                log.info("%s %s: %s", number, edit.output, made.cost)
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} edits failed, the first: {failures[0]}")
+
+
+@contextmanager
+def reported(name: str, failures: list[str]) -> Iterator[None]:
+    """Log what is wrong with one of many, and go on with the next."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failures.append(str(error))
+        log.error("%s: %s", name, error)
 
 
 def invert(

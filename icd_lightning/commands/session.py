@@ -21,6 +21,7 @@ from icd_lightning.commands.edits import OURS, Edit, EditSettings, Size
 from icd_lightning.commands.weights import Weights, check_device
 from icd_lightning.data.images import read_picture, save_png
 from icd_lightning.diffusion import Step
+from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
@@ -176,18 +177,19 @@ class BaselineSession:
                 on_step=cost.count,
                 **options,
             )
-            about = {"method": self.name, **options, **one.control, "seed": one.seed}
+            control = options.pop("control", None)
+            about = {"method": self.name, **options, **({} if control is None else vars(control)), "seed": one.seed}
             about |= {"guidance_scale": guidance.guidance_scale, "tau": guidance.tau}
             yield Made(as_output(result, "pil")[0], about, str(cost))
 
     def _options(self, settings: EditSettings, tau: float) -> dict[str, Any]:
-        """What goes to the method beside guidance, or to its attention control; ValueError for what it has not."""
-        if hasattr(self.method, "attention"):
+        """How the method goes about an edit, beside its guidance; ValueError for settings that it has not."""
+        if isinstance(self.method, Baseline):
             if settings.swap_tau is not None:
                 raise ValueError(f"method {self.name} swaps no prompt: leave out swap_tau")
-            if settings.control:
-                self.method.attention = replace(self.method.attention or PromptToPrompt(), **settings.control)
-            return {}
+            if not settings.control:
+                return {"control": self.method.control}
+            return {"control": replace(self.method.control or PromptToPrompt(), **settings.control)}
         if settings.control:
             raise ValueError(f"method {self.name} borrows no attention: leave out {', '.join(settings.control)}")
         return {"swap_tau": tau if settings.swap_tau is None else settings.swap_tau}

@@ -58,6 +58,10 @@ class InvertibleConsistency(EditingMethod):
             part.to(device)
         return self
 
+    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
+        """Network evaluations of an edit, there and back, whatever its guidance, which is an input of the network."""
+        return 2 * self.boundaries.num_segments
+
     @property
     def resolution(self) -> int:
         """Pixels of a side of the pictures that the UNet was trained on."""

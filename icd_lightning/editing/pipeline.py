@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -26,22 +25,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from icd_lightning.diffusion import Boundaries, GuidanceSchedule, NoiseSchedule, Step, StepGuidance
+from icd_lightning.diffusion import Boundaries, GuidanceSchedule, NoiseSchedule, StepGuidance
+from icd_lightning.editing.calls import Framed, OnStepEnd, Watch, as_texts, batch_size, one_for_each
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.method import UNGUIDED, PromptSwap, Seed, seeded_noise
-from icd_lightning.editing.pictures import OUTPUT_TYPES, OutputType, Pictures, as_images, as_output
+from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.checkpoints import save_student
-from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
 from icd_lightning.models.students import ADAPTERS, Students
 from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
-OnStepEnd = Callable[..., dict[str, Any] | None]
 Control = PromptToPrompt | Sequence[PromptToPrompt] | str | None
 
 DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
@@ -238,13 +236,13 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
             callback_on_step_end: called as callback(pipe, index, t, {"latents": ...}); what it returns replaces them.
         """
         guided = self._guidance(guidance_scale, tau, guidance)
-        prompts = [text for text in _texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
-        count = _batch(prompt=prompts, latents=latents)
+        prompts = [text for text in as_texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
+        count = batch_size(prompt=prompts, latents=latents)
         if latents is None:
             latents = self._noise(count, *self._size(height, width), generator, seed)
-        method, noise = self._bound(latents), _repeat(latents, count)
-        with _Watch(self, self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
-            denoise = method.denoiser(_repeat(prompts, count), guided)
+        method, noise = self._bound(latents), one_for_each(latents, count)
+        with Watch(self, self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
+            denoise = method.denoiser(one_for_each(prompts, count), guided)
             return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
 
     @torch.no_grad()
@@ -268,8 +266,8 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
             height, width, callback_on_step_end: see `generate`.
         """
         images = as_images(image, *self._size(height, width))
-        with _Watch(self, self.boundaries.num_segments, callback_on_step_end) as watch:
-            return self._climb(images, _texts(prompt, "prompt"), generator, seed, watch)
+        with Watch(self, self.boundaries.num_segments, callback_on_step_end) as watch:
+            return self._climb(images, as_texts(prompt, "prompt"), generator, seed, watch)
 
     @torch.no_grad()
     def reconstruct(
@@ -285,11 +283,11 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         callback_on_step_end: OnStepEnd | None = None,
     ) -> ImagePipelineOutput:
         """Take pictures to noise and back, unguided. Arguments as of `invert` and `generate`."""
-        images, prompts = as_images(image, *self._size(height, width)), _texts(prompt, "prompt")
-        with _Watch(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
+        images, prompts = as_images(image, *self._size(height, width)), as_texts(prompt, "prompt")
+        with Watch(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
             noise = self._climb(images, prompts, generator, seed, watch)
             method = self._bound(noise)
-            denoise = method.denoiser(_repeat(prompts, len(noise)), UNGUIDED)
+            denoise = method.denoiser(one_for_each(prompts, len(noise)), UNGUIDED)
             return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
 
     @torch.no_grad()
@@ -330,16 +328,16 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         control = self._control(control, swap_tau)
         guided = self._guidance(guidance_scale, tau, guidance, edit=control is not None)
         swap_tau = getattr(guided, "tau", self.config.tau) if swap_tau is None else check_fraction(swap_tau, "swap_tau")
-        sources, targets = _texts(source_prompt, "source_prompt"), _texts(target_prompt, "target_prompt")
+        sources, targets = as_texts(source_prompt, "source_prompt"), as_texts(target_prompt, "target_prompt")
         if (image is None) == (latents is None):
             raise ValueError("give either an image to edit, or latents, the noise that it was inverted to")
         images = None if image is None else as_images(image, *self._size(height, width))
         steps = self.boundaries.num_segments
-        with _Watch(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as watch:
+        with Watch(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as watch:
             noise = latents if images is None else self._climb(images, sources, generator, seed, watch)
-            count = _batch(image=noise, source_prompt=sources, target_prompt=targets)
-            method, noise = self._bound(noise), _repeat(noise, count)
-            sources, targets = _repeat(sources, count), _repeat(targets, count)
+            count = batch_size(image=noise, source_prompt=sources, target_prompt=targets)
+            method, noise = self._bound(noise), one_for_each(noise, count)
+            sources, targets = one_for_each(sources, count), one_for_each(targets, count)
             if control is None:
                 total = self.students.schedule.num_train_timesteps
                 denoise = PromptSwap(
@@ -354,16 +352,16 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
     # Parts of a call
 
     def _climb(
-        self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, watch: _Watch
+        self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, watch: Watch
     ) -> Tensor:
         """Images (B, 3, H, W) to noise (B, C, h, w)."""
-        count = _batch(image=images, prompt=prompts)
+        count = batch_size(image=images, prompt=prompts)
         if generator is None:
             seed = [seed or 0] * count if seed is None or isinstance(seed, int) else seed
         noise = self._noise(count, *images.shape[-2:], generator, seed)
         method = self._bound(noise)
         latents = method.autoencoder.encode(images.to(noise.device))
-        return method.climb(_repeat(latents, count), _repeat(prompts, count), noise, on_step=watch)
+        return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=watch)
 
     def _bound(self, latents: Tensor) -> InvertibleConsistency:
         """The method for latents (B, C, h, w), on the device that runs; networks that ask are told of their size."""
@@ -374,7 +372,7 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
             )
         self.students.schedule.to(self._execution_device)
         height, width = (side * self.method.autoencoder.downsampling for side in latents.shape[-2:])
-        framed = _Framed(self.method.conditioner, height, width)
+        framed = Framed(self.method.conditioner, height, width)
         return InvertibleConsistency(self.students, self.method.autoencoder, framed, self.boundaries)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -452,84 +450,6 @@ def _defaults(family: Family, boundaries: Boundaries, *, two_encoders: bool) -> 
         return asdict(family.load_defaults())
     paper: dict[str, Any] = {"guidance_scale": 8.0, "tau": suitable_tau(boundaries)}
     return paper if two_encoders else {**paper, "edit_guidance_scale": 20.0, "attention_control": True}
-
-
-@dataclass(frozen=True, eq=False)
-class _Framed:
-    """A conditioner for whole pictures of one size."""
-
-    conditioner: CLIPConditioner | DualCLIPConditioner
-    height: int
-    width: int
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.conditioner.tokenizer
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        return self.conditioner(prompts, Framing.whole(len(prompts), (self.height, self.width)))
-
-
-class _Watch:
-    """Follows a call's steps: counts evaluations, moves the progress bar, calls the callback; at the end, offloads."""
-
-    def __init__(
-        self,
-        pipe: InvertibleConsistencyPipeline,
-        total: int,
-        callback: OnStepEnd | None,
-        output_type: str = OUTPUT_TYPES[0],
-    ) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
-        self.pipe, self.total, self.callback = pipe, total, callback
-        self.branches = 1  # rows of one picture in the network
-        self.index = 0
-
-    def __enter__(self) -> _Watch:
-        self.pipe.nfe = 0
-        self.bar = self.pipe.progress_bar(total=self.total)
-        return self
-
-    def __call__(self, step: Step) -> None:
-        self.pipe.nfe += step.nfe * self.branches
-        self.bar.update()
-        if self.callback is not None:
-            changed = self.callback(self.pipe, self.index, step.t, {"latents": step.x}) or {}
-            if "latents" in changed:
-                step.x.copy_(changed["latents"])  # the loop goes on from it
-        self.index += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
-        self.pipe.maybe_free_model_hooks()
-
-
-def _texts(prompt: Prompts, name: str) -> list[str]:
-    """One prompt or several, as a list."""
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} {prompt!r} must be text, or a list of texts")
-    return texts
-
-
-def _batch(**parts: Sequence | Tensor | None) -> int:
-    """How many pictures these make: each part is of one, or of B."""
-    counts = {name: len(part) for name, part in parts.items() if part is not None}
-    most = max(counts.values())
-    if set(counts.values()) - {1, most}:
-        found = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        raise ValueError(f"{found} do not go together: give one, or as many of each")
-    return most
-
-
-def _repeat(part: Any, count: int) -> Any:
-    """One for all, as one for each."""
-    if len(part) == count:
-        return part
-    return part.repeat(count, 1, 1, 1) if isinstance(part, Tensor) else part * count
 
 
 def _bare(unet: UNet2DConditionModel) -> UNet2DConditionModel:

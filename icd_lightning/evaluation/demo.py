@@ -83,7 +83,11 @@ class DemoStudy:
             edit_table(self.results, self.settings, ours=TRAINED),
             generation_table(self.results, self.settings, ours=TRAINED),
         )
-        panels = (self._reconstructions(scenes[:6]), self._edits(scenes[:6]), self._generations(scenes[6:11]))
+        panels = (
+            self._reconstructions(scenes[:6]),
+            self._edits(scenes[:6]),
+            self._generations((scenes[6:] or scenes)[:5]),
+        )
         curves = self._curves()
         report = Report(
             title="Invertible Consistency Distillation, in miniature",

@@ -19,8 +19,8 @@ TABLE_2 = {  # row -> LPIPS, DinoV2, PSNR on 5K pairs of COCO; there is no D
     "K": (0.273, 0.749, 19.66),
 }
 
-TABLE_5 = {"unguided": (0.192, 0.841, 22.21), "w 8 + d.CFG": (0.263, 0.770, 19.76)}
-"""Three steps: LPIPS, DinoV2, PSNR."""
+TABLE_5 = {"3 steps": (0.192, 0.841, 22.21), "3 steps, w 8 + d.CFG": (0.263, 0.770, 19.76)}
+"""LPIPS, DinoV2, PSNR."""
 
 TABLE_4 = {  # FID, CLIP, ImageReward
     "DDIM-50": (18.73, 0.266, 0.201),
@@ -46,4 +46,14 @@ PIE_BENCH = {  # structure e-3, PSNR, LPIPS e-3, MSE e-4, SSIM e-2, CLIP whole, 
     "null-text": (13.44, 27.03, 60.67, 35.86, 84.11, 24.75, 21.86),
     "negative-prompt": (16.17, 26.21, 69.01, 39.73, 83.40, 24.61, 21.87),
     "pnp-inversion": (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10),
+}
+
+PUBLISHED = {  # benchmark -> title, columns, rows
+    "inversion": ("arXiv:2406.14539, Tables 2 and 5", ("LPIPS", "DinoV2", "PSNR"), TABLE_2 | TABLE_5),
+    "generation": ("arXiv:2406.14539, Table 4", ("FID", "CLIP", "ImageReward"), TABLE_4),
+    "piebench": (
+        "arXiv:2310.01506, all 700 pictures, edits by Prompt-to-Prompt",
+        ("structure, e-3", "PSNR", "LPIPS, e-3", "MSE, e-4", "SSIM, e-2", "CLIP, whole", "CLIP, edited"),
+        PIE_BENCH,
+    ),
 }

@@ -64,11 +64,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of a run, and its sets' scores by decoding: name -> decoding -> value."""
+    """The rows of a run in its folder, and its sets' scores by decoding: name -> decoding -> value."""
 
     name: str
     rows: Sequence[Row]
     set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    folder: Path = Path()
 
     @property
     def decodings(self) -> list[str]:
@@ -123,7 +124,8 @@ def perform(run: Run, ranks: Ranks = ALONE) -> Results:
             folder, run.examples, lambda b, s=scorer: _score(run, s, b, decodings), **_how(run, ranks)
         ):
             rows[row["key"], row["decoding"]] |= row
-    results = Results(run.name, list(rows.values()), _score_sets(run, decodings) if ranks.rank == 0 else {})
+    set_scores = _score_sets(run, decodings) if ranks.rank == 0 else {}
+    results = Results(run.name, list(rows.values()), set_scores, run.folder)
     if ranks.rank == 0:
         write_rows(run.folder / "rows.parquet", results.rows)
         write_json(run.folder / "results.json", results.as_dict())

@@ -129,7 +129,7 @@ class Scoring:
         scenes = isinstance(examples[0].picture, Scene)
         if names is None:
             masked = examples[0].runs is not None
-            names = (SCENE_METRICS if scenes else METRICS)[what] + (PIE_BENCH if masked and what == "editing" else ())
+            names = PIE_BENCH if masked and what == "editing" else (SCENE_METRICS if scenes else METRICS)[what]
         if not scenes and (own := [name for name in names if name in SCENE_SCORERS]):
             raise ValueError(f"metric {own[0]!r} is for scenes of the tiny world, whose attributes are known")
         metrics = build_metrics([name for name in names if name not in SCENE_SCORERS])
@@ -155,4 +155,4 @@ METRICS: dict[str, tuple[str, ...]] = {
     "generation": ("clip-t", "image-reward", "fid"),
     "editing": ("dinov2", "clip-t", "clip-i", "image-reward"),
 }
-PIE_BENCH = ("piebench",)
+PIE_BENCH = ("icd", "piebench")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,26 +25,31 @@ class Estimate(float):
         return self
 
     def __format__(self, spec: str) -> str:
-        return f"{float(self):{spec}} ± {(self.high - self.low) / 2:{spec}}"
+        half = (self.high - self.low) / 2
+        return f"{float(self):{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
 
     def scaled(self, factor: float) -> Estimate:
         """In another unit."""
         return Estimate(factor * self, factor * self.low, factor * self.high)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """For JSON."""
-        return {"mean": float(self), "low": self.low, "high": self.high}
+        limits = {"low": self.low, "high": self.high}
+        return {"mean": float(self), **{name: None if math.isnan(x) else x for name, x in limits.items()}}
 
 
 def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean of one value a picture, with percentiles of the means of `resamples` samples drawn with replacement.
 
-    NaN stands for a picture on which the value means nothing, and is left out. Raises ValueError without any value.
+    NaN stands for a picture on which the value means nothing, and is left out; one picture alone has no interval.
+    Raises ValueError without any value.
     """
     array = np.asarray(values, dtype=np.float64)
     array = array[~np.isnan(array)]
     if not array.size:
         raise ValueError("there is no value to average: the metric means nothing on any of these pictures")
+    if array.size == 1:
+        return Estimate(array[0], math.nan, math.nan)
     chosen = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
     means = array[chosen].mean(1)
     outside = 50 * (1 - LEVEL)

@@ -26,8 +26,8 @@ from icd_lightning.evaluation.examples import (
 from icd_lightning.evaluation.methods import Models, check_names
 from icd_lightning.evaluation.published import GUIDANCES
 from icd_lightning.evaluation.report import (
-    Curve,
     Report,
+    Section,
     Table,
     markdown_table,
     print_table,
@@ -36,7 +36,7 @@ from icd_lightning.evaluation.report import (
 )
 from icd_lightning.evaluation.rows import Ranks
 from icd_lightning.evaluation.runs import Results, Run, perform
-from icd_lightning.evaluation.scoring import SCENE_SCORERS, Scoring
+from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.evaluation.study import file_hash, write_json, write_text
 from icd_lightning.models.family import shipped
 
@@ -158,7 +158,7 @@ def _name(options: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Suite:
-    """Settings, the models to measure, and where everything goes."""
+    """Settings, the models to measure, and where everything goes; under torchrun, this rank's share of it."""
 
     settings: Settings
     models: Models
@@ -189,7 +189,7 @@ class Suite:
 
     def _generation(self):
         results = self.perform("generation", benchmarks.generation, "guidances", self._guidances)
-        sections: list[Table | Curve] = [
+        sections: list[Section] = [
             summaries.table("Generation", f"{self._pictures()}: their captions, from drawn noise.", results)
         ]
         if self.settings.grid != ({},):
@@ -223,15 +223,15 @@ class Suite:
             return edits_of(self.settings, self._default(name, method))
 
         results = self.perform("editing", benchmarks.editing, "settings", options)
-        note, title = (
-            f"{self._pictures()}, each edited towards its target caption.",
-            f"Edits: {self.settings.benchmark}",
-        )
-        sections: list[Table | Curve] = [summaries.table(title, note, results)]
+        note = f"{self._pictures()}, each edited towards its target caption."
+        title = f"Edits: {self.settings.benchmark}"
+        sections: list[Section] = [summaries.table(title, note, results)]
+        if self.ranks.rank == 0:
+            sections.insert(0, summaries.panel(results[:6], self.examples))
         if results[0].kinds:
             sections.append(summaries.table(f"{title}, by type", note, results, by_kind=True))
         pair = next((p for p in TRADE_OFFS if set(p) <= {*results[0].columns, *results[0].set_scores}), None)
-        if pair is not None:
+        if pair is not None and len(self.settings.grid) > 1:
             sections.append(summaries.trade_off(results, *pair, "Preservation against editing"))
         return results, sections
 
@@ -259,7 +259,7 @@ class Suite:
             bench = Bench(method, self.models.resolution(method), settings.seed, self.models.device)
             named = decodings(name, method)
             determinants = {"benchmark": settings.benchmark, "what": what, "seed": settings.seed, "decodings": named}
-            if SCENE_SCORERS.keys() & scoring.scorers.keys():
+            if settings.data is None:  # the scenes' judge
                 determinants["scene_network"] = file_hash(*(shipped() / "scene_network").glob("*.safetensors"))
             run = Run(
                 name=Path(name).stem,
@@ -280,11 +280,13 @@ class Suite:
         count = len(self.examples)
         return f"{count} held-out scenes" if self.settings.data is None else f"{count} of {self.settings.data.name}"
 
-    def _write(self, results: Sequence[Results], sections: Sequence[Table | Curve]) -> list[Path]:
+    def _write(self, results: Sequence[Results], sections: Sequence[Section]) -> list[Path]:
         console, name = wide_console(), self.settings.benchmark
+        beside = summaries.published(name) if self.settings.data is not None else None
+        sections = [*sections, *([] if beside is None else [beside])]
         tables = [section for section in sections if isinstance(section, Table)]
         for table in tables:
-            if "by type" not in table.title:
+            if "type" not in table.header:  # long, and in the files
                 print_table(summaries.plain(table), console)
         markdown, numbers = self.out / f"{name}.md", self.out / f"{name}.json"
         write_text(markdown, "\n".join(markdown_table(table) for table in tables))

@@ -8,9 +8,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
-from icd_lightning.evaluation.report import MAX_SERIES, Curve, Table, Value
-from icd_lightning.evaluation.runs import ALL, Results
+from icd_lightning.data.images import to_pictures
+from icd_lightning.data.rendering import render
+from icd_lightning.evaluation.examples import Example, stack
+from icd_lightning.evaluation.published import GUIDANCES, PUBLISHED, TABLE_1, TABLE_1_NLL
+from icd_lightning.evaluation.report import MAX_SERIES, Curve, Panel, Table, Value
+from icd_lightning.evaluation.runs import ALL, Results, read_results
 from icd_lightning.evaluation.statistics import Estimate
 
 
@@ -73,6 +76,29 @@ def plain(table: Table) -> Table:
     """The table without its intervals, for a terminal's width."""
     rows = tuple(tuple(float(v) if isinstance(v, Estimate) else v for v in row) for row in table.rows)
     return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
+
+
+def published(benchmark: str) -> Table | None:
+    """What papers print for this benchmark on photographs, if anything."""
+    if benchmark not in PUBLISHED:
+        return None
+    title, columns, figures = PUBLISHED[benchmark]
+    return Table(f"As published: {title}", "SD1.5.", ("row", *columns), tuple((n, *row) for n, row in figures.items()))
+
+
+def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
+    """An edit of each type by every method in its first setting, with the true result where it is known."""
+    shown = list({example.kind or example.key: example for example in reversed(examples)}.values())[::-1][:8]
+    made = {f"{r.name}\n{r.decodings[0]}": read_results(r.folder, r.decodings[0], shown) for r in results}
+    resolution = next(iter(made.values())).shape[-1]
+    columns = {"original": stack(shown, resolution), **made}
+    pictures = {name: to_pictures(images) for name, images in columns.items()}
+    truths = [render(example.truth, resolution) for example in shown if example.truth is not None]
+    if len(truths) == len(shown):
+        pictures["true result"] = np.stack(truths)
+    rows = ((f"{e.target}\nwas: {e.caption}", tuple(p[i] for p in pictures.values())) for i, e in enumerate(shown))
+    ours = tuple(i for i, name in enumerate(pictures) if name.startswith("icd"))
+    return Panel("Edits", "The prompts say what shall be there.", tuple(pictures), tuple(rows), ours)
 
 
 def table_1(result: Results, quality: str) -> Table:

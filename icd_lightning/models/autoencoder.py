@@ -62,7 +62,8 @@ class LatentAutoencoder(nn.Module):
                 f"image of {height} x {width} pixels: both sides must be multiples of {self.downsampling}; "
                 "crop or resize it first"
             )
-        encoded = self.vae.encode(images.to(self.vae.dtype))
+        with _own_precision(images):
+            encoded = self.vae.encode(images.to(self.vae.dtype))
         moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
         return moments.to(images.dtype)
 
@@ -87,4 +88,11 @@ class LatentAutoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
         unscaled = latents / self.scaling_factor + self.shift_factor
-        return self.vae.decode(unscaled.to(self.vae.dtype)).sample.clamp(-1, 1).to(latents.dtype)
+        with _own_precision(latents):
+            images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
+        return images.clamp(-1, 1).to(latents.dtype)
+
+
+def _own_precision(like: Tensor) -> torch.autocast:
+    """Autocast off: in float16, an autoencoder that is kept in float32 for a reason would give NaN."""
+    return torch.autocast(like.device.type, enabled=False)

@@ -101,11 +101,9 @@ class Family:
             )
         return Path(self.source.location)
 
-    def check(self, *, guided: bool) -> None:
-        """Say at once what a training would miss, not after minutes of loading: the model, or its guided UNet."""
-        assert self.source is not None
-        if guided:
-            self._guided_unet()
+    def check(self) -> None:
+        """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""
+        self._guided_unet()
 
     def load_defaults(self) -> EditingDefaults:
         file = Path(self.source.location) / "icd.json" if isinstance(self.source, Folder) else None
@@ -141,21 +139,21 @@ class Family:
 
     def _guided_unet(self) -> Callable[[], UNet2DConditionModel]:
         """How to load the guidance-distilled UNet; FileNotFoundError, with what to do, if there is none."""
-        path = Path(self.guided_unet)
+        path, source = Path(self.guided_unet), self.source
         if path.is_file():
-            return partial(guided_unet_from_file, path, self.source.config("unet"), self.dtype)
+            return partial(guided_unet_from_file, path, source.config("unet"), self.dtype)
         folders = [path, path / GUIDED]
-        if isinstance(self.source, Folder):
+        if isinstance(source, Folder):
             folders.append(self.root / self.guided_unet)
         for folder in folders:
             if (folder / "config.json").is_file():
                 return partial(network_in, folder, UNet2DConditionModel, self.dtype)
-        if self.guided_unet == GUIDED and self.source.has(GUIDED):
-            return partial(self.source.network, GUIDED, UNet2DConditionModel, self.dtype)
+        if self.guided_unet == GUIDED and source.has(GUIDED):
+            return partial(source.network, GUIDED, UNet2DConditionModel, self.dtype)
         raise FileNotFoundError(
             f"no guidance-distilled UNet (stage 1) for {self.model}: looked for a file {path} and for config.json in "
-            f"{', '.join(map(str, folders))}. Make one with conf/task/guidance_distillation.yaml, or take a released "
-            "one such as sd15_cfg_distill.pt; name it by GUIDED=... of make, or "
+            f"{', '.join(dict.fromkeys(map(str, folders)))}. Make one with conf/task/guidance_distillation.yaml, or "
+            "take a released one such as sd15_cfg_distill.pt; name it by GUIDED=... of make, or "
             "--model.init_args.family.guided_unet of icd fit. `make demo` needs none"
         )
 

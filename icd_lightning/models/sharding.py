@@ -34,14 +34,19 @@ def shard_unets(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def gather_weights(module: nn.Module) -> None:
-    """Undo `shard_unets`: plain networks with whole weights on every process, all of which must call it."""
+    """Undo `shard_unets` for good: plain networks with whole weights on every process, all of which must call it."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 setattr(part, name, nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad))
         if isinstance(part, FSDPModule):
             # FSDP2 has no way back. These hooks are all its own; the class was made of FSDPModule and the real one
-            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+            for hooks in (
+                "_forward_pre_hooks",
+                "_forward_hooks",
+                "_state_dict_pre_hooks",
+                "_load_state_dict_pre_hooks",
+            ):
                 getattr(part, hooks).clear()
             part.__class__ = type(part).__bases__[1]
 

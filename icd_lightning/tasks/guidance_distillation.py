@@ -28,8 +28,8 @@ class GuidanceDistillation(Task):
     Args:
         family: where the teacher, the autoencoder and the text side come from.
         guidance_scales: the w to learn, drawn evenly; 1 is unguided (SD1.5: 1, 8, 12, 16, 20).
-        relative: divide a sample's loss by 1 + (w - 1)^2. What is to be learned grows as (w - 1)^2, so that without
-            this the largest scales drown the small ones, and w = 1 suffers that the student knew from the start.
+        balance: divide a sample's loss by 1 + balance (w - 1)^2. What is to be learned grows as (w - 1)^2, so that with
+            0 the largest scales drown the small ones, and w = 1 suffers, which the student knew from the start.
     """
 
     def __init__(
@@ -37,26 +37,28 @@ class GuidanceDistillation(Task):
         family: Family,
         guidance_scales: Sequence[float] = (1.0, 8.0, 12.0, 16.0, 20.0),
         *,
-        relative: bool = False,
+        balance: float = 0.0,
+        gradient_checkpointing: bool = False,
         optimizer: OptimizerSettings = OptimizerSettings(),
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        self.relative = relative
+        self.balance = balance
         self.family = family
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
         self.teacher = family.load_unet(guided=False)
         self.student = add_guidance_embedding(self.teacher).float().requires_grad_(True)  # small steps need float32
+        if gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One w for each sample."""
         draws = self.draws()
         w = draws.choice(len(batch.captions), self.guidance_scales)
-        weight = 1 / (1 + (w - 1) ** 2) if self.relative else torch.ones_like(w)
-        loss = (weight * self.loss(batch, w, draws)).mean()
+        loss = (self.loss(batch, w, draws) / (1 + self.balance * (w - 1) ** 2)).mean()
         self.log_losses(loss, {})
         return loss
 

@@ -94,7 +94,7 @@ class InvertibleConsistencyDistillation(Task):
             adapter for adapter, direction in ADAPTERS.items() if direction in directions and losses.of(direction)
         ]
         self.family, self.decoding = family, decoding
-        family.check(guided=True)
+        family.check()
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
@@ -163,7 +163,7 @@ class InvertibleConsistencyDistillation(Task):
         return together({name: plan for name, plan in plans.items() if name in self.weights}, evaluate_joined)
 
     def export(self, folder: Path) -> None:
-        """Write each trained student to `forward/` or `reverse/`, as plain diffusers loads it, and to `kohya/` for others."""
+        """Write `forward/` and `reverse/`, which plain diffusers loads, a card in each, and `kohya/` for others."""
         ends = list(self.boundaries.boundary_timesteps)
         settings = {
             "family": self.family.model,

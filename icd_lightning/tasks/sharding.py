@@ -59,10 +59,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            saved, ours = ([p for g in groups for p in g["params"]] for groups in (state["param_groups"], optimizer.param_groups))
+            saved, ours = (
+                [p for g in groups for p in g["params"]] for groups in (state["param_groups"], optimizer.param_groups)
+            )
             parameters = dict(zip(saved, ours, strict=True))
             spread = {
-                index: {k: part_like(v, parameters[index]) if v.shape == parameters[index].shape else v for k, v in values.items()}
+                index: {
+                    k: part_like(v, parameters[index]) if v.shape == parameters[index].shape else v
+                    for k, v in values.items()
+                }
                 for index, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": spread})
@@ -70,6 +75,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         """Gather whole weights after a training, but not if it broke off: other processes may not come here."""
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
+        if (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.state.status == TrainerStatus.RUNNING
+        ):
             gather_weights(self.lightning_module)
         super().teardown()

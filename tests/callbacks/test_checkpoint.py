@@ -1,9 +1,12 @@
+import logging
 import os
 import signal
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from toy_case import Toy, toy_loader
 from training_case import trainer_for
 
@@ -95,6 +98,40 @@ def test_an_error_leaves_the_checkpoint_before(tmp_path):
 def test_the_last_step_is_saved_whatever_ends_the_run(tmp_path, options):
     fit(tmp_path, every=2, **options)
     assert saved(tmp_path)["global_step"] == 5
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """A SLURM job with an `scontrol` that writes down what it is asked; where it does so."""
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "17", "NTASKS": "1", "LOCALID": "0", "PROCID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return asked
+
+
+def test_a_slurm_job_is_saved_between_two_steps_and_requeued(tmp_path, slurm):
+    options = {"accumulate_grad_batches": 3, "max_steps": 4}
+    whole = fit(tmp_path / "whole", **options)
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", Send(3, signal.SIGUSR1), plugins=[SLURMEnvironment()], **options)
+    assert slurm.read_text().splitlines() == ["requeue 17"]
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert saved(tmp_path / "run")["global_step"] == 2
+    assert fit(tmp_path / "run", **options).number.item() == whole.number.item()
+
+
+def test_a_finished_run_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "icd_lightning")
+    for max_steps in (8, 5):
+        fit(tmp_path, max_steps=max_steps)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("icd_lightning")]
+    assert said == ["already at step 8 of 5; raise trainer.max_steps to go on"]
 
 
 def test_a_run_in_the_background_goes_on_ignoring_ctrl_c(tmp_path):

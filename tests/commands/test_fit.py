@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from training_case import write_scenes
 
+from icd_lightning.commands.fit import micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.commands.main import main
 from icd_lightning.evaluation.curves import read_scalars
@@ -75,9 +77,11 @@ def students(folder: Path) -> list[bytes]:
     return [(folder / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("forward", "reverse")]
 
 
-def test_the_same_command_again_has_nothing_left_to_do(run, command):
+def test_the_same_command_again_has_nothing_left_to_do(run, command, caplog):
     before = students(run)
-    main(command(run))
+    with caplog.at_level(logging.INFO):
+        main(command(run))
+    assert "already at step 2 of 2; raise trainer.max_steps to go on" in caplog.messages
     assert steps(run) == 2
     assert students(run) == before  # to the byte, so that what was measured of these files stays known
 
@@ -134,7 +138,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
 
 def test_the_console_says_each_thing_once(interrupted):
     lines = [line for line in interrupted[2].splitlines() if line and not line.startswith("step ")]
-    assert len([line for line in lines if "Seed set to 0" in line]) == 1
     assert len(lines) == len(set(lines))
 
 
@@ -149,6 +152,36 @@ def test_the_next_call_goes_on(interrupted, command, caplog):
     assert len(logged) == done + 1
 
 
+def test_gradients_are_accumulated_up_to_the_global_batch(command, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        main(command(tmp_path, "--global_batch_size=4", "--trainer.max_steps=2", "--trainer.val_check_interval=1"))
+    assert "global batch 4 = 2 samples x 1 devices x 2 accumulated micro-batches" in caplog.messages
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 4
+    assert read_scalars(tmp_path)["reconstruction/psnr"][0] == [1, 2]  # validated after each step, not each micro-batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((512, 8, 8), 8), ((512, 8, 1), 64), ((128, 2, 64), 1), ((128, 2, 8), 8), ((6, 2, 3), 1)]
+)
+def test_micro_batches_make_up_the_global_batch(sizes, expected):
+    assert micro_batches(*sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ((512, 8, 6), "is not a multiple of 48 (batch_size 8 x 6 devices): take fewer devices, or another"),
+        ((512, 6, 8), "is not a multiple of 48 (batch_size 6 x 8 devices): take data.init_args.batch_size 4"),
+        ((4, 1, 8), "is not a multiple of 8 (batch_size 1 x 8 devices): take fewer devices, or another"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_is_refused(sizes, remedy):
+    with pytest.raises(ValueError, match=re.escape(f"global_batch_size {sizes[0]} {remedy}")):
+        micro_batches(*sizes)
+
+
 WRONG = {
     "a key": ("--trainer.max_stepz=3", "max_stepz"),
     "a key of the task": ("--model.init_args.huber=3", "huber"),
@@ -158,13 +191,15 @@ WRONG = {
     "a learning rate": ("--model.init_args.optimizer.lr=-1", "lr -1.0 must be positive"),
     "a class": ("--model=Missing", "Missing"),
     "a config": ("--config=nowhere.yaml", "nowhere.yaml"),
-    "a model": ("--model.init_args.family.model=nowhere", "no model at 'nowhere'"),
-    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled UNet at 'nowhere'"),
+    "a model": ("--model.init_args.family.model=nowhere", "no model 'nowhere'"),
+    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled UNet (stage 1)"),
     "shards": ("--data.init_args.urls=nowhere", "nowhere"),
     "a student": ("--model.init_args.forward_weights=nowhere", "no student at nowhere"),
     "boundaries": ("--model.init_args.boundaries=[249,499,699,999]", "boundary 249 is not on the 50-step solver grid"),
     "a size": ("--data.init_args.resolution=60", "both sides must be multiples of 8"),
     "a batch": ("--data.init_args.batch_size=0", "batch_size 0 must be at least 1"),
+    "a global batch": ("--global_batch_size=7", "global_batch_size 7 is not a multiple of 2"),
+    "an optimizer": ("--model.init_args.optimizer.kind=adamw8bit", "adamw8bit needs a CUDA GPU: take adamw"),
     "a device": ("--trainer.accelerator=gpu", "gpu"),
 }
 
@@ -177,7 +212,9 @@ def test_what_is_wrong_is_said_in_one_line(command, tmp_path, capsys, what):
     with pytest.raises(SystemExit) as exit_:
         main(command(tmp_path, option))
     assert exit_.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icd: error:")]
+    said_in_all = capsys.readouterr().err
+    assert "Seed set to" not in said_in_all
+    errors = [line for line in said_in_all.splitlines() if line.startswith("icd: error:")]
     assert len(errors) == 1
     assert said in errors[0]
 
@@ -200,7 +237,7 @@ def test_help_is_a_guide_that_imports_nothing_heavy(name):
 
 
 def test_what_the_guide_names_exists():
-    for name in ("experiment", "ablation", "task", "tiny", "model"):
+    for name in ("experiment", "trainer", "ablation", "task", "tiny", "model"):
         assert f"conf/{name}/" in GUIDES["fit"]
         assert (CONF / name).is_dir()
 

@@ -1,5 +1,6 @@
 """What every baseline promises, on a family of random weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from icd_lightning.editing.baselines.registry import METHODS, build, find, typed
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
 from icd_lightning.editing.baselines.sdedit import SDEdit
 from icd_lightning.models.family import Family
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from families_case import write_layout
 
 CONF = Path(__file__).parents[2] / "conf/method"
 SOURCES, TARGETS = ["a large red circle", "a small blue square"], ["a large blue circle", "a small star"]
@@ -131,6 +135,21 @@ def test_branches_joined_are_branches_apart(parts, schedule):
             ]
         torch.testing.assert_close(joined, torch.cat([eps for eps, _ in apart]), rtol=1e-4, atol=1e-4)
         assert nfe == sum(cost for _, cost in apart) == costs
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+def test_other_families(architecture, tmp_path):
+    """Their networks at minimal widths; SDXL's is told sizes too, and its empty prompt is zeros."""
+    family = Family(str(write_layout(architecture, tmp_path)))
+    few_step, teacher = (Parts.load(family, few_step=few) for few in (True, False))
+    image, told = torch.rand(1, 3, 64, 64) * 2 - 1, (["a red cat"], ["a red dog"])
+    for name, few in (("npi", False), ("nti", False), ("edit_friendly", False), ("infedit", True), ("renoise", False)):
+        cls, settings = SMALL[name]
+        method, steps = cls(few_step if few else teacher, **settings), list[Step]()
+        edited = method.edit(image, *told, on_step=steps.append)
+        assert edited.isfinite().all()
+        assert edited.shape == image.shape
+        assert sum(step.nfe for step in steps) == method.nfe()
 
 
 def test_null_text_inversion_needs_classifier_free_guidance(parts):

@@ -49,7 +49,7 @@ def test_every_evaluation_is_counted_and_none_is_wasted(pipeline, images):
     hook.remove()
     assert [(step.t, step.s) for step in steps[:4]] == [(19, 259), (259, 519), (519, 779), (779, 999)]
     assert [(step.t, step.s) for step in steps[4:]] == [(999, 779), (779, 519), (519, 259), (259, 0)]
-    assert sum(step.nfe for step in steps) == 8
+    assert sum(step.nfe for step in steps) == pipeline.nfe(guidance=GUIDED) == 8
     assert batches == [4] * 8  # no unconditional halves, no source branch beside the target's
 
 

@@ -33,6 +33,12 @@ def test_perfect_pictures_have_an_infinite_mean_and_no_nan():
     assert (estimate, estimate.low, estimate.high) == (math.inf, 30.0, math.inf)
 
 
+def test_one_picture_has_no_interval():
+    estimate = bootstrap([27.5])
+    assert f"{estimate:.1f}" == "27.5"
+    assert estimate.as_dict() == {"mean": 27.5, "low": None, "high": None}
+
+
 def test_no_value_at_all_is_an_error():
     with pytest.raises(ValueError, match="no value to average"):
         bootstrap([math.nan])

@@ -20,7 +20,7 @@ DEFAULT = StepGuidance(3.0, 0.8)
 
 
 def run(family, out, benchmark, **settings):
-    suite = Suite(Settings(benchmark, batch_size=2, **settings), Models(Family(str(family))), out)
+    suite = Suite(Settings(benchmark, batch_size=8, **settings), Models(Family(str(family))), out)
     return suite.run()
 
 
@@ -105,6 +105,8 @@ def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tm
     assert [found[name]["tau 1"]["all"]["nfe"]["mean"] for name in found] == [8, 12]  # P2P decodes the source as well
     text = (tmp_path / "tiny_edit.md").read_text()
     assert "by type" in text
+    assert "As published" not in text  # the tiny world is no benchmark of papers
+    assert "true result" in (tmp_path / "tiny_edit" / "report.html").read_text()
     assert "±" in text
 
 
@@ -149,6 +151,7 @@ def test_pie_bench_is_measured_inside_and_outside_its_masks(random_family, tmp_p
     (means,) = found.values()
     assert set(means) == {"all", "change attribute pose", "change attribute color"}
     assert means["all"]["psnr-unedited"]["mean"] > 0
+    assert "As published: arXiv:2310.01506" in (tmp_path / "piebench.md").read_text()
 
 
 def test_pretrained_networks_that_are_missing_end_a_benchmark_early(random_family, tmp_path, monkeypatch):

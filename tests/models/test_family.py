@@ -210,7 +210,7 @@ def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
         else:
             save_file(expected, location)
     family = Family(str(sd15), guided_unet=location, precision="bfloat16")
-    family.check(guided=True)
+    family.check()
     unet = family.load_unet(guided=True)
     assert same(unet.state_dict(), {name: weight.bfloat16() for name, weight in expected.items()})
     assert unet.config.time_cond_proj_dim == 512
@@ -260,9 +260,8 @@ def test_a_missing_guided_unet_is_one_message(sd15, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"looked for a file .*GUIDED=.*family\.guided_unet .*`make demo`"
     ) as error:
-        Family(str(sd15), guided_unet=str(tmp_path / "nothing")).check(guided=True)
+        Family(str(sd15), guided_unet=str(tmp_path / "nothing")).check()
     assert str(sd15) in str(error.value)
-    Family(str(sd15), guided_unet=str(tmp_path / "nothing")).check(guided=False)
 
 
 # What is missing
@@ -281,7 +280,7 @@ def test_a_missing_model_is_one_message_at_once(cache, tmp_path, monkeypatch, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     with pytest.raises(FileNotFoundError, match=f"no model '{model}': .*{tried}.*{NO_MODEL}"):
-        Family(model).check(guided=True)
+        Family(model).check()
 
 
 def test_a_folder_that_lacks_weights_is_refused(sd15, tmp_path):

@@ -1,5 +1,6 @@
 """What every task relies on: draws that know no ranks and no interruptions, clipping, and lean checkpoints."""
 
+import importlib.util
 from pathlib import Path
 
 import lightning
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, drop_captions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*does not have many workers")
 
@@ -67,6 +68,7 @@ def test_draws_have_the_distributions_they_name():
         ({"clip": -1.0}, "clip -1.0 must be positive; null turns clipping off"),
         ({"warmup_steps": -1}, "warmup_steps -1 must be 0 or more"),
         ({"decay": "linear"}, "decay 'linear' is not one of constant, cosine"),
+        ({"kind": "sgd"}, "kind 'sgd' is not one of adamw, adamw8bit"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -265,3 +267,29 @@ def test_validation_draws_the_same_every_time_and_nothing_that_training_draws(tm
     assert len(again) == 2
     assert all(map(torch.equal, first, again))
     assert len({tuple(noise.flatten().tolist()) for noise in drawn["train"] + first}) == 8 + 2
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_dropped_as_drawn_and_nothing_is_drawn_without_a_share():
+    captions = [f"picture {i}" for i in range(2000)]
+    draws, twin = Draws(0, 1), Draws(0, 1)
+    assert drop_captions(captions, 0, draws) == captions
+    assert torch.equal(draws.uniform(5), twin.uniform(5))
+    dropped = drop_captions(captions, 0.25, draws)
+    assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
+    assert dropped.count("") / len(captions) == pytest.approx(0.25, abs=0.03)
+
+
+def test_an_optimizer_of_8_bits_is_refused_where_it_cannot_work():
+    groups = [{"params": [nn.Parameter(torch.zeros(4))], "name": "network"}]
+    with pytest.raises(ValueError, match="adamw8bit needs a CUDA GPU"):
+        OptimizerSettings(kind="adamw8bit").build(groups, fused=False)
+    if torch.cuda.is_available():
+        groups[0]["params"] = [nn.Parameter(torch.zeros(4, device="cuda"))]
+        if importlib.util.find_spec("bitsandbytes") is None:
+            with pytest.raises(ValueError, match=r"needs bitsandbytes .*: pip install bitsandbytes"):
+                OptimizerSettings(kind="adamw8bit").build(groups, fused=False)
+        else:
+            assert OptimizerSettings(kind="adamw8bit").build(groups, fused=False).param_groups[0]["lr"] == 1e-4

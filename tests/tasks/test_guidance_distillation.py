@@ -89,16 +89,13 @@ def test_validation_logs_an_error_for_each_scale(random_family, scenes, tmp_path
     assert metrics == again  # the same noise and timesteps every time
 
 
-def test_a_relative_loss_weighs_each_scale_by_what_is_to_be_learned(random_family, batch, monkeypatch):
+def test_balance_weighs_each_scale_by_what_is_to_be_learned(random_family, batch, monkeypatch):
     """Errors of (w - 1)^2, as of a student that ignores w, then count almost alike."""
-    losses = {}
-    for relative in (False, True):
-        task = stage_one(random_family, relative=relative)
+    w = Draws(0, 0).choice(8, SCALES)
+    for balance in (0.0, 1.0, 4.0):
+        task = stage_one(random_family, balance=balance)
         monkeypatch.setattr(task, "loss", lambda batch, w, draws: (w - 1) ** 2)
         monkeypatch.setattr(task, "draws", lambda: Draws(0, 0))
         monkeypatch.setattr(task, "log_losses", lambda total, parts: None)
-        losses[relative] = task.training_step(batch, 0).item()
-    w = Draws(0, 0).choice(8, SCALES)
-    assert losses[False] == pytest.approx(((w - 1) ** 2).mean().item())
-    assert losses[True] == pytest.approx(((w - 1) ** 2 / (1 + (w - 1) ** 2)).mean().item())
-    assert losses[True] < 1 < losses[False]
+        expected = ((w - 1) ** 2 / (1 + balance * (w - 1) ** 2)).mean().item()
+        assert task.training_step(batch, 0).item() == pytest.approx(expected)

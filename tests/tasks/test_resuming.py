@@ -93,6 +93,14 @@ def test_a_finished_run_goes_on_with_more_steps_as_one_longer_from_the_start(ran
         assert same(student_weights(longer)[direction], weights)
 
 
+def test_a_finished_run_started_again_leaves_its_averages_in_place(random_family, scenes, tmp_path):
+    _, first = fit(random_family, scenes, tmp_path, "averaged", max_steps=2)
+    losses, again = fit(random_family, scenes, tmp_path, "averaged", max_steps=2)
+    assert losses == []
+    for direction, weights in student_weights(first).items():
+        assert same(student_weights(again)[direction], weights)
+
+
 def test_averaged_weights_are_exported(random_family, scenes, tmp_path):
     task, steps = distillation(random_family), []
 

@@ -183,7 +183,7 @@ class Parts:
 def has_guided_unet(family: Family) -> bool:
     """Whether a family is one of iCD's, with a guidance-distilled UNet."""
     try:
-        family.check(guided=True)
+        family.check()
     except FileNotFoundError:
         return False
     return True
@@ -206,9 +206,9 @@ class Inversion:
 class Baseline(PictureMethod):
     """A training-free editing method: `invert`, `edit`, `nfe`. Pictures are (B, 3, H, W) in [-1, 1].
 
-    `guidance` is any schedule of w, `control` what a target's branch borrows from its source's attention (None: nothing);
-    both are by default the method's own. `seed` is of the first picture, or a seed for each. `on_step` is called after each
-    step with the evaluations that it took of one picture (see `diffusion.sampling`).
+    `guidance` is any schedule of w, and `control` what a target's branch borrows of its source's attention (None:
+    nothing); by default both are the method's own. `seed` is of the first picture, or a seed for each. `on_step` is
+    called after each step with the evaluations that it took of one picture (see `diffusion.sampling`).
     """
 
     few_step: ClassVar[bool] = False

@@ -55,7 +55,15 @@ class DDIMInversion(EditingMethod):
         guided = [t for t in self.timesteps if t <= swap and guidance.at(t) != 1]
         return 2 * len(self.timesteps) + len(guided)
 
-    def edit(self, images, source_prompts, target_prompts, *, guidance=None, **options) -> Tensor:
+    def edit(
+        self,
+        images: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule | None = None,
+        **options: Any,
+    ) -> Tensor:
         """As `EditingMethod.edit`, by default under the method's own guidance."""
         return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
 

@@ -8,7 +8,11 @@ from icd_lightning.models.compilation import compile_unets, why_not_compiled
 from icd_lightning.models.conditioning import Conditioning
 
 CPU = torch.device("cpu")
-BACKENDS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = [
+    "eager",
+    pytest.param("aot_eager", marks=pytest.mark.slow),
+    pytest.param("inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
