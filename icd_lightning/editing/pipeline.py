@@ -175,7 +175,9 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
             for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
                 if getattr(self, name) is not None:
                     getattr(self, name).save_pretrained(temporary / name)
-            _bare(self.unet).save_pretrained(temporary / "unet_guided")
+            bare = _bare(self.unet)
+            bare.save_pretrained(temporary / "unet_guided")
+            bare.save_config(temporary / "unet")  # sizes of the family; the plain teacher is not known here
             for adapter, direction in ADAPTERS.items():
                 about = {"boundaries": self.config.boundaries}
                 save_student(self.students, adapter, temporary / "students" / direction, metadata=about)

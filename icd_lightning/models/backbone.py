@@ -73,8 +73,8 @@ class UNetDenoiser:
 
 
 def evaluate_joined(calls: Sequence[Call]) -> list[Tensor]:
-    """Make calls of UNetDenoisers, those of the same network as one batch; the results are in the order of the calls."""
-    groups: dict[Any, list[int]] = {}
+    """Make calls of UNetDenoisers, those of one network as one batch; the results are in the order of the calls."""
+    groups: dict[object, list[int]] = {}
     for place, call in enumerate(calls):
         groups.setdefault(call.denoise.network, []).append(place)
     results: dict[int, Tensor] = {}

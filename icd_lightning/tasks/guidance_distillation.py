@@ -88,7 +88,7 @@ class GuidanceDistillation(Task):
         settings = {
             "family": self.family.model,
             "guidance_scales": list(self.guidance_scales),
-            "relative": self.relative,
+            "balance": self.balance,
             "steps": self.global_step,
             "optimizer": asdict(self.optimizer_settings),
             "seed": self.seed,

@@ -76,7 +76,11 @@ def test_version(capsys):
 def test_a_group_lists_its_commands(capsys):
     code, out, _ = outcome(capsys, "data")
     assert code == 0
-    assert [line.split(":")[0] for line in out.splitlines()] == ["icd data shapes", "icd data cache-latents", "icd data describe"]
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        "icd data shapes",
+        "icd data cache-latents",
+        "icd data describe",
+    ]
 
 
 # Mistakes
@@ -86,7 +90,7 @@ def test_a_group_lists_its_commands(capsys):
     ("args", "message"),
     [
         ("edti photo.png", "no command 'edti'; there is: fit, validate, test, edit"),
-        ("data shape", "no command 'icd data shape'; there is: shapes, describe"),
+        ("data shape", "no command 'icd data shape'; there is: shapes, cache-latents, describe"),
         ("--config conf/base.yaml fit", "--config comes before the command; write `icd COMMAND --config ...`"),
         ("eval --cuont 3", "unrecognized arguments: --cuont 3"),
         ("eval --cou 3", "unrecognized arguments: --cou 3"),
