@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from icd_lightning.evaluation.bars import Bar
+from icd_lightning.evaluation.packaging import STAGES
 from icd_lightning.evaluation.study import write_text
 
 HEAD = """# The tiny family
@@ -52,11 +53,11 @@ def _limit(bar: Bar) -> str:
 def _trainings(folder: Path) -> str:
     """One line a stage, out of the configuration that it ran with."""
     rows = []
-    for file in sorted(folder.glob("*/config.yaml")):
-        config = yaml.safe_load(file.read_text())
+    for stage in STAGES:
+        config = yaml.safe_load((folder / stage / "config.yaml").read_text())
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         values = (config["trainer"]["max_steps"], data["batch_size"], model["optimizer"]["lr"], model["seed"])
-        rows.append(f"| {file.parent.name} | " + " | ".join(map(str, values)) + " |")
+        rows.append(f"| {stage} | " + " | ".join(map(str, values)) + " |")
     return (
         "## Trained\n\n| stage | steps | batch | learning rate | seed |\n|---|---|---|---|---|\n"
         + "\n".join(rows)

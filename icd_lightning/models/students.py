@@ -145,8 +145,10 @@ class Students(nn.Module):
             with self.using(adapter):
                 return module(*args)
 
-        # in evaluation mode a UNet draws no random numbers, so there is no state to preserve
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        # compiled code is of one adapter, in its second run too; and `using` it could not take in.
+        # In evaluation mode a UNet draws no random numbers, so there is no state to preserve
+        block = module if torch.compiler.is_compiling() else run
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
     # Networks
 

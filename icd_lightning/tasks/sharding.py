@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -29,6 +30,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # left to "auto", Lightning divides by nodes
         super().setup_environment()
+
+    def setup(self, trainer: lightning.Trainer) -> None:
+        # weights gathered in inference mode could not be trained on afterwards
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
 
     # Lightning's own would gather the frozen weights too, and load without asking the task whether keys fit.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from family_case import BOUNDARIES, TEXT_ENCODER, UNET
 from PIL import Image
 from safetensors.torch import load_file
@@ -411,9 +411,11 @@ def test_two_text_encoders_and_the_size_of_the_pictures(pipe, tmp_path):
     config = CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), **TEXT_ENCODER})
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     added |= {"projection_class_embeddings_input_dim": 16 + 6 * 8, "time_cond_proj_dim": 32}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     two = InvertibleConsistencyPipeline(
         **{
             **pipe.components,
+            "vae": AutoencoderKL(latent_channels=16, block_out_channels=[8] * 4, norm_num_groups=8, **blocks),
             "unet": UNet2DConditionModel.from_config({**UNET, "cross_attention_dim": 32, **added}),
             "text_encoder_2": CLIPTextModelWithProjection(config),
             "tokenizer_2": pipe.tokenizer,
