@@ -14,7 +14,7 @@ from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.models.backbone import predict
 from icd_lightning.models.family import load_autoencoder
 from icd_lightning.models.tiny import build_conditioner, build_unet, save_teacher
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, drop_captions
 
 
 class TeacherTraining(Task):
@@ -49,9 +49,8 @@ class TeacherTraining(Task):
         self.unet = build_unet(unet)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        draws, count = self.draws(), len(batch.captions)
-        dropped = draws.uniform(count).tolist()
-        captions = ["" if p < self.caption_dropout else c for p, c in zip(dropped, batch.captions, strict=True)]
+        draws = self.draws()
+        captions = drop_captions(batch.captions, self.caption_dropout, draws)
         loss = self.loss(batch, captions, draws).mean()
         self.log_losses(loss, {})
         return loss

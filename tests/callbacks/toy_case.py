@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from icd_lightning.data.batch import Batch
 from icd_lightning.tasks.base import OptimizerSettings, Task
 
 
@@ -32,5 +33,9 @@ class Toy(Task):
 
 
 def toy_loader(count: int = 32) -> DataLoader:
-    """Batches of 2 numbers, for the count of batches alone."""
-    return DataLoader(TensorDataset(torch.linspace(1, 2, count)), batch_size=2)
+    """Batches of 2 captions, for the count of batches alone."""
+    return DataLoader([str(index) for index in range(count)], batch_size=2, collate_fn=_batch)
+
+
+def _batch(captions: list[str]) -> Batch:
+    return Batch(torch.zeros(len(captions), 3, 1, 1), captions, captions, [{}] * len(captions))
