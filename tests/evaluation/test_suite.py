@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
@@ -157,7 +156,7 @@ def test_pie_bench_is_measured_inside_and_outside_its_masks(random_family, tmp_p
 def test_pretrained_networks_that_are_missing_end_a_benchmark_early(random_family, tmp_path, monkeypatch):
     monkeypatch.setenv("ICD_METRICS_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    torch.hub.set_dir(str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("image,caption\na.png,a cat\n")
     with pytest.raises(FileNotFoundError, match="lpips"):
