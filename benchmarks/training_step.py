@@ -176,6 +176,8 @@ def report(setting: Setting, steps: dict, seconds: dict[str, list[float]], memor
 def sweep(setting: Setting, args: argparse.Namespace) -> None:
     """Print, and draw if asked to, the time of our step and of the reference-style one as one thing grows."""
     name, _, values = args.sweep.partition("=")
+    if not all(value.isdecimal() for value in values.split(",")):
+        raise ValueError(f"--sweep {args.sweep} is not as in batch=4,8,16")
     points = [int(value) for value in values.split(",")]
     if name not in ("batch", "latent", "rank"):
         raise SystemExit(f"--sweep {args.sweep}: what grows must be batch, latent or rank")
@@ -199,4 +201,8 @@ def sweep(setting: Setting, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as mistake:
+        sys.stderr.write(f"training_step: error: {mistake}\n")
+        raise SystemExit(2) from None

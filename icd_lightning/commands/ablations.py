@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 PARTS = ("forward", "reverse")
+Number = TypeVar("Number", int, float)
 
 
 def ablations(
@@ -53,6 +55,8 @@ def ablations(
         batch_size: Pictures at once, when measuring.
         device: auto, cpu, cuda ... to measure on; where to train is the overlays' matter.
     """
+    numbers, scales = _numbers("seeds", seeds, int), _numbers("guidance_scales", guidance_scales, float)
+
     from icd_lightning.commands.session import find_device
     from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
@@ -65,7 +69,7 @@ def ablations(
     settings = AblationSettings(
         root,
         family,
-        tuple(float(w) for w in guidance_scales.split(",")),
+        scales,
         tuple(metrics.split(",")) if metrics else None,
         *(Path(path) if path else None for path in (data, images)),
         count=count,
@@ -77,7 +81,7 @@ def ablations(
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
     options = {k: v for k, v in {**options, "model.init_args.family.guided_unet": guided_unet}.items() if v is not None}
     names, frozen, students = overlays.split(","), teacher_hash(family), {}
-    for seed in map(int, seeds.split(",")):  # seed by seed: whole ones come first
+    for seed in numbers:  # seed by seed: whole ones come first
         seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
         for letter in dict.fromkeys(row.students for row in rows.values()):
             configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
@@ -115,3 +119,10 @@ def train(root: Path, name: str, configs: Sequence[Path], options: dict[str, obj
     overrides = [f"--{key}={value}" for key, value in {**options, "trainer.default_root_dir": folder}.items()]
     fit.run(["fit", *words, *overrides])
     return folder
+
+
+def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas") from None

@@ -129,6 +129,26 @@ def ddim_invert(
     return _run_ddim(denoise, x0, _rising(timesteps), schedule, on_step)
 
 
+def ddim_path(
+    denoise: Denoiser,
+    x0: Tensor,
+    timesteps: Sequence[int],
+    schedule: NoiseSchedule,
+    *,
+    on_step: OnStep | None = None,
+) -> list[Tensor]:
+    """Every latent (B, C, H, W) that `ddim_invert` passes, x0 first, the noise last."""
+    path = [x0]
+
+    def keep(step: Step) -> None:
+        path.append(step.x)
+        if on_step is not None:
+            on_step(step)
+
+    ddim_invert(denoise, x0, timesteps, schedule, on_step=keep)
+    return path
+
+
 def _run_ddim(
     denoise: Denoiser, x: Tensor, steps: Iterable[tuple[int, int]], schedule: NoiseSchedule, on_step: OnStep | None
 ) -> Tensor:

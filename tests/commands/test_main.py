@@ -96,6 +96,7 @@ def test_a_group_lists_its_commands(capsys):
         ("eval --cou 3", "unrecognized arguments: --cou 3"),
         ("eval --count three", "count: Expected a int; Given value: three"),
         ("eval --count", "argument --count: expected one argument"),
+        ("ablations --seeds 0,x", "seeds '0,x' must be numbers separated by commas"),
         ("demo --steps x", "steps: Expected a int; Given value: x"),
         ("data describe", "urls [] name no shards"),
         ("data describe nowhere", "nowhere"),

@@ -17,7 +17,7 @@ from icd_lightning.diffusion import (
     OnStep,
     Step,
     classifier_free_guidance,
-    ddim_invert,
+    ddim_path,
     ddim_timesteps,
     falling,
 )
@@ -76,14 +76,8 @@ class NullTextInversion(Baseline):
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Inversion:
         """Climb the solver's grid, then fit; per_step holds null embeddings (B, L, D). `seed` has no effect."""
-        source, path = self.conditioner(prompts), [x0]
-
-        def keep(step: Step) -> None:
-            path.append(step.x)
-            if on_step is not None:
-                on_step(step)
-
-        ddim_invert(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=keep)
+        source = self.conditioner(prompts)
+        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=on_step)
         null_embeds = self.fit(path[::-1], source, self.conditioner.unconditional(len(prompts)), on_step=on_step)
         return Inversion(prompts, x0, path[-1], null_embeds)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, ddim_invert, ddim_timesteps, falling
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, ddim_path, ddim_timesteps, falling
 from icd_lightning.editing.baselines.base import Baseline, Branch, Inversion, Parts, descend
 from icd_lightning.editing.method import Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
@@ -42,14 +42,8 @@ class PnPInversion(Baseline):
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Inversion:
         """Climb the solver's grid; per_step holds what guided steps miss of it (B, C, h, w). `seed` has no effect."""
-        source, path = self.conditioner(prompts), [x0]
-
-        def keep(step: Step) -> None:
-            path.append(step.x)
-            if on_step is not None:
-                on_step(step)
-
-        noise = ddim_invert(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=keep)
+        source = self.conditioner(prompts)
+        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=on_step)
         branch = Branch(source, self.conditioner.unconditional(len(prompts)), self.guidance)
         missed: list[Tensor] = []
 
@@ -57,8 +51,8 @@ class PnPInversion(Baseline):
             missed.append(path[-2 - index] - self._ddim(x, eps, index))
             return path[-2 - index]
 
-        descend(self.parts.network, noise, self.steps, lambda index: [branch], compare, on_step=on_step)
-        return Inversion(prompts, x0, noise, missed)
+        descend(self.parts.network, path[-1], self.steps, lambda index: [branch], compare, on_step=on_step)
+        return Inversion(prompts, x0, path[-1], missed)
 
     def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
         """The guidance under which the differences were found, whatever the target's."""
