@@ -8,13 +8,15 @@ MODEL  ?=
 GUIDED ?=
 DATA   ?=
 ARGS   ?=
+RESULTS ?=
 
 # Two busy cores: threads that sleep while they wait leave the core to whoever has work.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
-  train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations tensorboard tiny-weights tiny-report clean
+  train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
+  notebooks notebook-results tensorboard tiny-weights tiny-report clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -83,6 +85,23 @@ eval-editing: $(STAMP) ## edits with known true results, by every method
 
 ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Table 2, A to K, on the tiny family (about an hour a seed)
 	$(ICD) ablations $(ARGS)
+
+notebooks: $(STAMP) ## execute notebooks/ on the shipped results, or on RESULTS=outputs; copies in outputs/notebooks
+	mkdir -p outputs/notebooks
+	for name in ablations guidance; do ICD_RESULTS=$(if $(RESULTS),$(abspath $(RESULTS))) $(BIN)/jupyter-execute \
+	  notebooks/$$name.ipynb --output ../outputs/notebooks/$$name $(ARGS) || exit; done
+
+NOTEBOOKS_READ := outputs/ablations/table2.json outputs/eval-guidance/guidance.json outputs/eval-generation/generation.json
+outputs/ablations/table2.json: | data/shapes/train/manifest.json data/shapes/val/manifest.json
+	$(ICD) ablations
+outputs/eval-guidance/guidance.json: | $(STAMP)
+	$(ICD) eval --benchmark guidance --method icd,ddim
+outputs/eval-generation/generation.json: | $(STAMP)
+	$(ICD) eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'
+
+notebook-results: $(NOTEBOOKS_READ) ## what the notebooks read of outputs/, made there if missing, to notebooks/results
+	rm -rf notebooks/results
+	$(ICD) condense
 
 tensorboard: $(STAMP) ## look at all runs
 	$(BIN)/tensorboard --logdir outputs $(ARGS)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Setting:
 
 
 class Ours:
-    """The task itself: one UNet, latents from disk, ten evaluations in five calls, one backward pass, one step."""
+    """The task itself: one UNet, latents and text from disk, ten evaluations in five calls, one backward pass."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -67,8 +67,9 @@ class Ours:
             guidance_scales=GUIDANCE_SCALES,
             lora=LoraSettings(setting.rank, setting.rank),
         ).to(setting.device)
-        autoencoder = self.task.autoencoder
-        channels, made_by = autoencoder.latent_channels, {"autoencoder": autoencoder.fingerprint}
+        autoencoder, conditioner = self.task.autoencoder, self.task.conditioner
+        made_by = {"autoencoder": autoencoder.fingerprint, "text_encoder": conditioner.fingerprint}
+        channels = autoencoder.latent_channels
         moments = torch.zeros(setting.batch, channels * _moments(autoencoder), setting.latent, setting.latent)
         self.batch = Batch(
             None,
@@ -76,14 +77,17 @@ class Ours:
             [""] * setting.batch,
             [{"moments": made_by, **_framing(setting, autoencoder)}] * setting.batch,
             moments.to(setting.device),
+            **{name: embeds.float() for name, embeds in conditioner([CAPTION] * setting.batch).embeds().items()},
         )
-        self.task.autoencoder.vae.to("cpu")  # latents come from disk: the autoencoder waits for validation
+        for part in (autoencoder, conditioner):  # what they make comes from disk: they wait for validation
+            part.to("cpu")
+        self.losses, self.share = self.task.losses, {}
         groups = self.task.parameter_groups()
         self.optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=LR, fused=True)
 
     def __call__(self, number: int) -> None:
         with self.setting.autocast():
-            losses = self.task.losses(self.batch, Draws(0, number, device=self.setting.device))
+            losses = self.losses(self.batch, Draws(0, number, device=self.setting.device, **self.share))
             total = sum(self.task.weights[name] * loss.mean() for name, loss in losses.items())
         total.backward()
         for group in self.optimizer.param_groups:
@@ -97,7 +101,13 @@ class Ours:
 
     def modules(self) -> list[nn.Module]:
         """All networks that it keeps where it computes."""
-        return [self.task.students, self.task.conditioner]
+        return [self.task.students]
+
+    def distribute(self) -> None:
+        """Train together with the other processes of torch.distributed's group, each on a batch of its own."""
+        self.share = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
+        self.task.forward = self.task.losses  # what DistributedDataParallel calls
+        self.losses = nn.parallel.DistributedDataParallel(self.task, init_sync=False)  # weights are of one seed
 
 
 class ReferenceStyle:
@@ -169,20 +179,27 @@ class ReferenceStyle:
         return [*self.networks(), self.conditioner, self.autoencoder]
 
 
+def reference_code(checkout: Path) -> tuple[ModuleType, ModuleType]:
+    """The reference's modules `lcm` and `train`."""
+    folder = checkout / "training"
+    if not (folder / "src" / "train.py").is_file():
+        raise ValueError(f"--peer {checkout} has no training/src/train.py: give a checkout of the reference's code")
+    sys.path.insert(0, str(folder))
+    from src import lcm, train
+
+    return lcm, train
+
+
 class Peer(ReferenceStyle):
-    """The four step functions of the reference's own code, from a checkout of it; epsilon prediction only."""
+    """The four step functions of the reference's own code, from a checkout of it, on the networks of another step.
 
-    def __init__(self, setting: Setting, checkout: Path) -> None:
-        super().__init__(setting)
-        folder = checkout / "training"
-        if not (folder / "src" / "train.py").is_file():
-            raise ValueError(f"--peer {checkout} has no training/src/train.py: give a checkout of the reference's code")
-        if self.schedule.prediction_type != "epsilon":
-            raise ValueError("the reference trains epsilon prediction only: --peer needs --family random:sd15")
-        sys.path.insert(0, str(folder))
-        from src import lcm, train
+    They know of epsilon prediction alone. A network that predicts v is timed as if it predicted epsilon: its losses
+    mean nothing, its arithmetic is the same.
+    """
 
-        self.functions = train
+    def __init__(self, style: ReferenceStyle, checkout: Path) -> None:
+        vars(self).update(vars(style))
+        lcm, self.functions = reference_code(checkout)
         alphas_cumprod = self.schedule.alphas_cumprod.cpu()
         self.solver = lcm.DDIMSolver(
             alphas_cumprod.numpy(),
@@ -192,7 +209,7 @@ class Peer(ReferenceStyle):
             num_forward_endpoints=len(BOUNDARIES),
             endpoints=",".join(map(str, (0, *BOUNDARIES[:-1]))),
             forward_endpoints=",".join(map(str, BOUNDARIES)),
-        ).to(setting.device)
+        ).to(self.setting.device)
         self.args = SimpleNamespace(
             num_ddim_timesteps=50,
             embed_guidance=True,

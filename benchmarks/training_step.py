@@ -4,7 +4,8 @@
     python benchmarks/training_step.py --family random:sd15 --latent 16 --batch 1 --rank 64
     python benchmarks/training_step.py --family random:sd15 --latent 64 --batch 8 --rank 64 --device cuda \
         --precision bfloat16 --peer ../invertible-cd
-    python benchmarks/training_step.py --sweep batch=4,8,16,32 --plot step_time.png
+    python benchmarks/training_step.py --sweep batch=4,8,16,32 latent=4,8,16 rank=4,16,64 processes=1,2 \
+        --plot step_time.png
 
 Steps alternate, so that both meet the same weather; medians of `--repeats`. Memory is that of a process of its own.
 """
@@ -13,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,26 +26,48 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import icd_lightning  # noqa: F401  first: it mends torchvision beside a CPU build of torch
 
 import torch  # isort: skip
-from steps import Ours, Peer, ReferenceStyle, Setting  # isort: skip
+from measuring import (  # isort: skip
+    bytes_of,
+    in_turns,
+    measure_memory,
+    now,
+    peak_memory,
+    run_again,
+    table,
+    threads_or_gpu,
+    timed,
+)
+from steps import Ours, Peer, ReferenceStyle, Setting, reference_code  # isort: skip
 from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense matrix FLOP/s, from the vendor's data sheets
-OURS = "ours"
+OURS, STYLE, PEER = "ours", "reference-style", "reference"
+GROWING = ("batch", "latent", "rank", "processes")
 
 
 def main() -> None:
     args = parse()
     setting = Setting(args.family, args.batch, args.latent, args.rank, args.device, args.precision)
     if args.memory_of:
-        sys.stdout.write(f"{peak_memory(build(args.memory_of, setting, args.peer), setting)}\n")
+        step = build(args.memory_of, setting, args.peer)
+        for number in range(3):
+            step(number)
+        sys.stdout.write(f"{peak_memory(setting.device)}\n")
+        return
+    if args.together:
+        together(setting, args.repeats)
         return
     if args.sweep:
-        sweep(setting, args)
+        sweep([read_sweep(text) for text in args.sweep], setting, args)
         return
-    forms = [OURS, "reference-style", *(["reference"] if args.peer else [])]
-    steps = {name: build(name, setting, args.peer) for name in forms}
-    seconds = alternate(steps, setting, args.repeats)
-    report(setting, steps, seconds, {name: measure_memory(name) for name in forms})
+    if args.peer:
+        reference_code(args.peer)  # it may be missing: say so now
+    # before this process has networks of its own
+    memory = {name: measure_memory(name) for name in (OURS, STYLE, *([PEER] if args.peer else []))}
+    steps: dict[str, Callable[[int], None]] = {OURS: Ours(setting), STYLE: (style := ReferenceStyle(setting))}
+    if args.peer:
+        steps[PEER] = Peer(style, args.peer)
+    report(setting, steps, alternate(steps, setting, args.repeats), memory)
 
 
 def parse() -> argparse.Namespace:
@@ -59,34 +80,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--peer", type=Path, help="a checkout of the reference's code, to run its own step functions")
-    parser.add_argument("--sweep", help="time ours as one thing grows, as in batch=4,8,16 or latent=8,16 or rank=4,64")
+    text = "time steps as one thing after another grows; of several processes each has a batch of its own"
+    parser.add_argument("--sweep", nargs="+", metavar="batch=4,8", help=f"{text} ({', '.join(GROWING)})")
     parser.add_argument("--plot", type=Path, help="where to draw the sweep")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def build(name: str, setting: Setting, peer: Path | None) -> Callable[[int], None]:
     """The step of this name, on random or shipped weights."""
-    if name == "reference":
-        return Peer(setting, peer)
-    return Ours(setting) if name == OURS else ReferenceStyle(setting)
+    if name == OURS:
+        return Ours(setting)
+    style = ReferenceStyle(setting)
+    return Peer(style, peer) if name == PEER else style
 
 
 def alternate(steps: dict[str, Callable[[int], None]], setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turns, after one of each to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(repeats + 1):
-        for name, step in steps.items():
-            start = now(setting)
-            step(number)
-            seconds[name].append(now(setting) - start)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def now(setting: Setting) -> float:
-    if setting.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    """Seconds of each step, taken in turns."""
+    forms = {name: timed(step, setting.device) for name, step in steps.items()}
+    return in_turns(forms, dict.fromkeys(forms, repeats))
 
 
 def share_outside(step: Callable[[int], None], setting: Setting) -> float:
@@ -95,11 +108,11 @@ def share_outside(step: Callable[[int], None], setting: Setting) -> float:
 
     def begin(*_: object) -> None:
         nonlocal started
-        started = now(setting)
+        started = now(setting.device)
 
     def end(*_: object) -> None:
         nonlocal inside
-        inside += now(setting) - started
+        inside += now(setting.device) - started
 
     handles = []
     for unet in step.networks():
@@ -113,56 +126,38 @@ def share_outside(step: Callable[[int], None], setting: Setting) -> float:
 
     torch.Tensor.backward = timed
     try:
-        start = now(setting)
+        start = now(setting.device)
         step(0)
-        return 1 - inside / (now(setting) - start)
+        return 1 - inside / (now(setting.device) - start)
     finally:
         torch.Tensor.backward = backward
         for handle in handles:
             handle.remove()
 
 
-def bytes_of(modules: list[torch.nn.Module]) -> int:
-    """Bytes of all weights, each counted once."""
-    tensors = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def peak_memory(step: Callable[[int], None], setting: Setting) -> int:
-    """Bytes at the peak of three steps: of the GPU, or of this process."""
-    for number in range(3):
-        step(number)
-    if setting.device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure_memory(name: str) -> int:
-    """`peak_memory` in a process of its own."""
-    command = [sys.executable, *sys.argv, "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {name} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
-
-
 def report(setting: Setting, steps: dict, seconds: dict[str, list[float]], memory: dict[str, int]) -> None:
     """Print the table; every ratio is of the reference-style step to ours, of this very run."""
     ours, gib = statistics.median(seconds[OURS]), 2**30
-    cpu = setting.device == "cpu"
-    where = f"{torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name()
-    print(f"{json.dumps(asdict(setting))}, torch {torch.__version__}, {where}")
+    print(f"{json.dumps(asdict(setting))}, torch {torch.__version__}, {threads_or_gpu(setting.device)}")
     columns = ["step", "median (s)", "min - max (s)", "time / ours", "UNets (GiB)", "UNets / ours"]
     columns += ["all weights (GiB)", "peak (GiB)", "outside UNets"]
-    print(f"| {' | '.join(columns)} |\n| --- |{' --: |' * (len(columns) - 1)}")
-    own = bytes_of(steps[OURS].networks())
+    own, rows = bytes_of(steps[OURS].networks()), []
     for name, step in steps.items():
         values, unets = seconds[name], bytes_of(step.networks())
-        print(
-            f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} - {max(values):.3f} "
-            f"| {statistics.median(values) / ours:.2f} | {unets / gib:.3f} | {unets / own:.2f} "
-            f"| {bytes_of(step.modules()) / gib:.3f} | {memory[name] / gib:.2f} | {share_outside(step, setting):.1%} |"
+        rows.append(
+            [
+                name,
+                f"{statistics.median(values):.3f}",
+                f"{min(values):.3f} - {max(values):.3f}",
+                f"{statistics.median(values) / ours:.2f}",
+                f"{unets / gib:.3f}",
+                f"{unets / own:.2f}",
+                f"{bytes_of(step.modules()) / gib:.3f}",
+                f"{memory[name] / gib:.2f}",
+                f"{share_outside(step, setting):.1%}",
+            ]
         )
+    print(table(columns, rows))
     if setting.device != "cpu":
         counter = FlopCounterMode(display=False)
         with counter:
@@ -173,31 +168,70 @@ def report(setting: Setting, steps: dict, seconds: dict[str, list[float]], memor
         print(f"ours: {counter.get_total_flops() / 1e12:.2f} TFLOP a step, {rate / 1e12:.0f} TFLOP/s{share}")
 
 
-def sweep(setting: Setting, args: argparse.Namespace) -> None:
-    """Print, and draw if asked to, the time of our step and of the reference-style one as one thing grows."""
-    name, _, values = args.sweep.partition("=")
-    if not all(value.isdecimal() for value in values.split(",")):
-        raise ValueError(f"--sweep {args.sweep} is not as in batch=4,8,16")
-    points = [int(value) for value in values.split(",")]
-    if name not in ("batch", "latent", "rank"):
-        raise SystemExit(f"--sweep {args.sweep}: what grows must be batch, latent or rank")
-    rows = []
-    print(f"| {name} | ours (s) | reference-style (s) | ratio |\n| --: | --: | --: | --: |")
-    for point in points:
-        grown = replace(setting, **{name: point})
-        steps = {form: build(form, grown, None) for form in (OURS, "reference-style")}
-        medians = [statistics.median(values) for values in alternate(steps, grown, args.repeats).values()]
-        rows.append(medians)
-        print(f"| {point} | {medians[0]:.3f} | {medians[1]:.3f} | {medians[1] / medians[0]:.2f} |", flush=True)
-    if args.plot:
-        from matplotlib.figure import Figure
+def read_sweep(text: str) -> tuple[str, list[int]]:
+    """Read "batch=4,8,16"."""
+    name, _, values = text.partition("=")
+    if name not in GROWING or not all(value.isdecimal() and int(value) for value in values.split(",")):
+        raise ValueError(f"--sweep {text} is not as in batch=4,8,16; what grows is one of {', '.join(GROWING)}")
+    return name, [int(value) for value in values.split(",")]
 
-        axes = (figure := Figure(figsize=(5, 3.5), layout="constrained")).add_subplot()
-        for label, column in zip((OURS, "reference-style"), zip(*rows, strict=True), strict=True):
-            axes.plot(points, column, marker="o", label=label)
-        axes.set(xlabel=name, ylabel="seconds a step", ylim=(0, None))
-        axes.legend()
-        figure.savefig(args.plot, dpi=150)
+
+def sweep(sweeps: list[tuple[str, list[int]]], setting: Setting, args: argparse.Namespace) -> None:
+    """Print the seconds of steps as one thing after another grows, and draw them if asked to."""
+    curves = []
+    for name, points in sweeps:
+        forms = [OURS] if name == "processes" else [OURS, STYLE]
+        print(table([name, *(f"{form} (s)" for form in forms), *(["ratio"] if STYLE in forms else [])], []))
+        rows = []
+        for point in points:
+            if name == "processes":
+                rows.append([in_processes(point, max(points))])
+            else:
+                grown = replace(setting, **{name: point})
+                steps = {form: build(form, grown, None) for form in forms}
+                rows.append([statistics.median(values) for values in alternate(steps, grown, args.repeats).values()])
+            numbers = [f"{value:.3f}" for value in rows[-1]] + [f"{value / rows[-1][0]:.2f}" for value in rows[-1][1:]]
+            print(f"| {point} | {' | '.join(numbers)} |", flush=True)
+        print()
+        curves.append((name, points, dict(zip(forms, zip(*rows, strict=True), strict=True))))
+    if args.plot:
+        draw(curves, args.plot)
+
+
+def draw(curves: list[tuple[str, list[int], dict[str, tuple[float, ...]]]], path: Path) -> None:
+    """One panel for each thing that grows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves), 3), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (name, points, seconds) in zip(panels, curves, strict=True):
+        for form, values in seconds.items():
+            panel.plot(points, values, marker="o", label=form)
+        panel.set(xlabel=name, ylim=(0, None), xticks=points)
+    panels[0].set_ylabel("seconds a step")
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def in_processes(count: int, most: int) -> float:
+    """Median seconds of our step in so many processes, each with as many threads as `most` of them could have."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    threads = max(1, (os.cpu_count() or 1) // most)
+    return float(run_again(["--together"], launcher, {"OMP_NUM_THREADS": str(threads)}))
+
+
+def together(setting: Setting, repeats: int) -> None:
+    """Be one of several processes; the first prints the median seconds."""
+    torch.distributed.init_process_group("gloo" if setting.device == "cpu" else "nccl")
+    if setting.device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.manual_seed(0)
+    step = Ours(setting)
+    step.distribute()
+    seconds = alternate({OURS: step}, setting, repeats)[OURS]
+    if torch.distributed.get_rank() == 0:
+        sys.stdout.write(f"{statistics.median(seconds)}\n")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

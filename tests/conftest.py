@@ -1,5 +1,9 @@
 """Fixtures that several packages' tests share."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; networks this small lose more by a second thread
+
 import icd_lightning  # noqa: F401, I001  must come before diffusers and peft
 
 from pathlib import Path
@@ -10,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor
 
+from families_case import NAMES, write_layout
 from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
 from icd_lightning.diffusion import Denoiser, NoiseSchedule, guidance_embedding
@@ -69,3 +74,9 @@ def generator() -> torch.Generator:
 def random_family(tmp_path_factory) -> Path:
     """A family of random weights with both students, to read from."""
     return write_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory) -> dict[str, Path]:
+    """SD1.5 and SDXL at minimal widths, random, in diffusers' layout and with stage 1's UNet, to read from."""
+    return {name: write_layout(name, tmp_path_factory.mktemp(name)) for name in NAMES}

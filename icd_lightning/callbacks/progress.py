@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgress(RichProgressBar):
-    """A bar with loss, images a second and time left; where there is no terminal, one line every `every_seconds`."""
+    """A bar with loss, images a second and time left; where there is no terminal, one line every `every_seconds`.
+
+    Images a second are logged too, as `throughput/images_per_second`.
+    """
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g"), leave=True)
@@ -35,6 +38,7 @@ class TrainingProgress(RichProgressBar):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Update the bar, or write a line."""
         self._throughput.add(len(batch.captions) * trainer.world_size)
+        pl_module.log("throughput/images_per_second", self._throughput.rate)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         now = time.monotonic()
         if self.is_disabled and now >= self._next_line and trainer.is_global_zero:

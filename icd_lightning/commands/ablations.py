@@ -92,6 +92,7 @@ def ablations(
     for table in (*table_2(study), verdict_table(study)):
         print_table(table, console)
     facts = {"model": model, "weights": frozen[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
+    facts |= {name: str(Path(path).resolve()) for name, path in (("data", data), ("images", images)) if path}
     for path in write_study(study, root, facts):
         log.info("%s", path)
 

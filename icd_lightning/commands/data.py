@@ -60,6 +60,7 @@ def cache_latents(
     *urls: str,
     out: str,
     vae: str,
+    text: str | None = None,
     resolution: int = 64,
     buckets: bool = False,
     min_size: int | None = None,
@@ -80,6 +81,7 @@ def cache_latents(
         urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`; also http, s3, gs and pipe: urls.
         out: Folder for the new shards, one for each old one and named like it.
         vae: The autoencoder: a folder in diffusers' layout, such as the `vae` folder of a model, or a hub id.
+        text: Keep also what the text encoders of this model (a folder, a single file or a hub id) make of the captions.
         resolution: Pixels of a side. The short side is resized to it, the centre cut out.
         buckets: Keep the form of pictures that are not square: see the option of that name in training.
         min_size: Leave out pictures with a short side under this many pixels; if not given, those to be enlarged.
@@ -96,7 +98,7 @@ def cache_latents(
     from icd_lightning.commands.session import find_device
     from icd_lightning.data.decoding import SampleDecoder
     from icd_lightning.data.latents import cache_latents as write
-    from icd_lightning.models.family import load_autoencoder
+    from icd_lightning.models.family import Family, load_autoencoder
 
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
@@ -105,11 +107,13 @@ def cache_latents(
     if device == "auto" and place.type == "cuda":
         place = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     autoencoder = load_autoencoder(vae).to(place)
+    conditioner = Family(text).load_conditioner().to(place) if text else None
     manifest = write(
         urls,
         out,
         lambda images: autoencoder.moments(images.to(place)),
         autoencoder=autoencoder.fingerprint,
+        text=conditioner and (conditioner.fingerprint, lambda captions: conditioner(captions).embeds()),
         decoder=SampleDecoder(resolution, caption_field, min_size, buckets),
         batch_size=batch_size,
         part=share,

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data describe": ("icd_lightning.commands.data:describe", "count and check shards"),
     "eval": ("icd_lightning.commands.evaluate:evaluate", "measure methods: to noise and back, generation, edits"),
     "ablations": ("icd_lightning.commands.ablations:ablations", "train and measure the paper's ablations A to K"),
+    "condense": ("icd_lightning.commands.condense:condense", "of results, keep what the notebooks read"),
     "demo": ("icd_lightning.commands.demo:demo", "the whole method on this machine, in minutes, with a report"),
     "tiny report": ("icd_lightning.commands.tiny:report", "measure the shipped tiny family against its bars"),
     "tiny package": ("icd_lightning.commands.tiny:package", "turn the trained parts into the family that ships"),

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.buckets import nearest_bucket
@@ -20,18 +22,27 @@ from icd_lightning.data.manifest import IMAGE_EXTENSIONS
 from icd_lightning.data.tally import NothingToReadError, RejectedError
 
 MOMENTS = "moments.npy"  # the file of a sample that holds an encoder's output instead of a picture
-MIXED = "some shards hold pictures and some hold latents: train on one kind at a time"
+TEXT = "text.safetensors"  # the one beside it that may hold its caption's embeddings: EMBEDS, the second for SDXL alone
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
+MIXED = (
+    "some shards hold pictures and some hold latents, or some hold text embeddings and some none: train on one kind at "
+    "a time"
+)
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
 class Decoded(NamedTuple):
-    """One sample: picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None."""
+    """One sample: picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
+
+    `text` holds the embeddings of the caption, by name, if they were kept beside the moments.
+    """
 
     picture: NDArray[np.uint8] | None
     caption: str
     key: str
     metadata: dict
     moments: NDArray[np.float16] | None = None
+    text: dict[str, NDArray[np.float16]] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class SampleDecoder:
     caption is the txt file or, if `caption_field` is given, that field of the json file. Rejected is a short side under
     `min_size` pixels; if that is not given, a picture that would have to be enlarged (0 allows any enlargement).
 
-    Instead of the image there may be MOMENTS, which must have been made with the same resolution and buckets.
+    Instead of the image there may be MOMENTS, which must have been made with the same resolution and buckets, and TEXT
+    beside them.
     """
 
     resolution: int
@@ -63,7 +75,7 @@ class SampleDecoder:
         metadata, caption = _read_metadata(raw), self._caption(raw)
         if MOMENTS in raw:
             moments = self._moments(raw, metadata)
-            return Decoded(None, caption, raw["__key__"], metadata, moments)
+            return Decoded(None, caption, raw["__key__"], metadata, moments, self._text(raw, metadata, caption))
         image, size = self._open(raw)
         try:
             image = to_rgb(image)
@@ -109,11 +121,28 @@ class SampleDecoder:
             raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {was}, not {now}")
         return moments
 
+    def _text(self, raw: dict[str, Any], metadata: dict, caption: str) -> dict[str, NDArray[np.float16]] | None:
+        """Read the caption's embeddings, if they were kept."""
+        if TEXT not in raw:
+            return None
+        try:
+            text, _ = load(raw[TEXT]), metadata["moments"]["text_encoder"]
+        except (SafetensorError, KeyError) as error:
+            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
+        if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
+            raise RejectedError("corrupt_latents", f"{_name(raw)}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
+        if caption != _txt(raw):
+            raise NothingToReadError(
+                f"{_name(raw)} has embeddings of {_txt(raw)!r}, not of {caption!r} as caption_field "
+                f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
+            )
+        return text
+
     def _caption(self, raw: dict[str, Any]) -> str:
         if self.caption_field is not None:
             caption, source = _read_metadata(raw).get(self.caption_field), f"json field {self.caption_field!r}"
         else:
-            caption, source = raw.get("txt", b"").decode("utf-8", errors="replace"), ".txt file"
+            caption, source = _txt(raw), ".txt file"
         if not isinstance(caption, str) or not caption.strip():
             raise RejectedError("no_caption", f"{_name(raw)} has no {source} with text")
         return caption.strip()
@@ -121,6 +150,10 @@ class SampleDecoder:
 
 def _name(raw: dict[str, Any]) -> str:
     return f"{raw['__key__']} of {raw['__url__']}"
+
+
+def _txt(raw: dict[str, Any]) -> str:
+    return raw.get("txt", b"").decode("utf-8", errors="replace").strip()
 
 
 def _read_metadata(raw: dict[str, Any]) -> dict:
@@ -134,11 +167,15 @@ def _read_metadata(raw: dict[str, Any]) -> dict:
 
 
 def collate(samples: Sequence[Decoded]) -> Batch:
-    """Join samples of one size into a Batch: images (B, 3, H, W), or moments."""
-    pictures, captions, keys, metadata, moments = zip(*samples, strict=True)
-    if any(one is None for one in moments):
-        if any(one is not None for one in moments):
-            raise NothingToReadError(MIXED)
+    """Join samples of one size into a Batch: images (B, 3, H, W), or moments and perhaps embeddings."""
+    pictures, captions, keys, metadata, moments, texts = zip(*samples, strict=True)
+    if len({(one is None, *sorted(text or ())) for one, text in zip(moments, texts, strict=True)}) > 1:
+        raise NothingToReadError(MIXED)
+    if moments[0] is None:
         return Batch(to_images(pictures), list(captions), list(keys), list(metadata))
-    joined = torch.from_numpy(np.stack(moments)).float()
-    return Batch(None, list(captions), list(keys), list(metadata), joined)
+    embeds = {name: _joined([text[name] for text in texts]) for name in texts[0] or ()}
+    return Batch(None, list(captions), list(keys), list(metadata), _joined(moments), **embeds)
+
+
+def _joined(arrays: Sequence[NDArray[np.float16]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays)).float()

@@ -1,7 +1,7 @@
 """Latents on disk: shards of pictures become shards of what the autoencoder's encoder made of them.
 
 Training then needs no encoder. Kept are the posterior's mean and log-variance, not one sample of it, so that every
-epoch draws fresh latents.
+epoch draws fresh latents; and, if asked for, what text encoders make of the captions.
 
 Several processes may share the shards. Each leaves a record of every shard it has finished in `PROGRESS`, written as
 whole as the shards are; nothing is locked. Whoever finds them all there writes the complete manifest.
@@ -15,7 +15,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
-from icd_lightning.data.decoding import MOMENTS, Decoded, SampleDecoder, collate
+from icd_lightning.data.decoding import MOMENTS, TEXT, Decoded, SampleDecoder, collate
 from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, check_shard
 from icd_lightning.data.shards import Shard, open_shards, with_progress, write_shard
 from icd_lightning.data.sources import is_local
@@ -36,6 +37,7 @@ from icd_lightning.files import write_whole
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
+EncodeText = Callable[[list[str]], dict[str, torch.Tensor]]
 PROGRESS = ".progress"
 
 
@@ -45,6 +47,7 @@ def cache_latents(
     encode: Encode,
     *,
     autoencoder: str,
+    text: tuple[str, EncodeText] | None = None,
     decoder: SampleDecoder,
     batch_size: int = 32,
     part: tuple[int, int] = (0, 1),
@@ -53,13 +56,15 @@ def cache_latents(
     """Write shard for shard the moments of pictures to `out`, each under its name; go on where an earlier call stopped.
 
     encode(images (B, 3, H, W) in [-1, 1]) gives moments, which are kept as float16; `autoencoder` is its fingerprint,
-    kept with each sample. Pictures that cannot be used are left out and counted. `part` (i, n) does every n-th shard
+    kept with each sample. `text`, a fingerprint too and a function, does the same for captions: encode_text(B captions)
+    gives EMBEDS by name. Pictures that cannot be used are left out and counted. `part` (i, n) does every n-th shard
     from the i-th on; the manifest returned is complete once every shard is done, by whomever. Raises ValueError if
     `out` holds anything else than a part of this very set.
     """
     folder, shards = Path(out), _by_name(open_shards(urls))
     made: dict[str, Any] = {"resolution": decoder.resolution, "autoencoder": autoencoder}
     made |= {"buckets": True} if decoder.buckets else {}
+    made |= {"text_encoder": text[0]} if text else {}
     parameters = {"latents": made, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
     parameters["source"] = _sources(shards.values())
     if overwrite:
@@ -67,11 +72,12 @@ def cache_latents(
     _check(folder, parameters)
     done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
     tally = Tally(limits=Limits(max_skipped=1.0))
+    encoder = _Encoder(encode, text and text[1], decoder, made, batch_size)
     for name in list(shards)[part[0] :: part[1]]:
         if name not in done:
             if Manifest.load(folder) is None:
                 Manifest(parameters, complete=False).save(folder)
-            _cache_shard(shards[name], folder / name, _Encoder(encode, decoder, made, batch_size), tally)
+            _cache_shard(shards[name], folder / name, encoder, tally)
     if skipped := {reason: n for reason, n in tally.counts().items() if n and reason != "passed"}:
         logger.warning("left out: %s", ", ".join(f"{reason} {n}" for reason, n in skipped.items()))
     return _completed(folder, parameters, list(shards))
@@ -89,14 +95,18 @@ def _cache_shard(shard: Shard, path: Path, encoder: _Encoder, tally: Tally) -> N
     write_whole(path.parent / PROGRESS / f"{path.name}.json", lambda temporary: temporary.write_text(text))
 
 
+@dataclass(frozen=True)
 class _Encoder:
-    """Turns the samples of a shard into samples of moments."""
+    """Turns the samples of a shard into samples of moments, and of embeddings where those are wanted."""
 
-    def __init__(self, encode: Encode, decoder: SampleDecoder, made: dict[str, Any], batch_size: int) -> None:
-        self.encode, self.decoder, self.made, self.batch_size = encode, decoder, made, batch_size
+    encode: Encode
+    encode_text: EncodeText | None
+    decoder: SampleDecoder
+    made: dict[str, Any]
+    batch_size: int
 
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
-        """Yield {"__key__": str, MOMENTS: bytes, "json": bytes, "txt": bytes} for each picture that can be used."""
+        """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
         raws = with_progress(Piece(shard.url, 0, None).read(tally), f"encoding {shard.url}", shard.samples)
         attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
         decoded = (sample for sample in attempts if sample is not None)
@@ -107,11 +117,11 @@ class _Encoder:
                 return
             if batch[0].picture is None:
                 raise ValueError(f"{shard.url} holds latents already: name shards of pictures")
-            for sample, moments in zip(batch, self._moments(batch), strict=True):
+            for sample, moments, text in zip(batch, self._moments(batch), self._texts(batch), strict=True):
                 stream = BytesIO()
                 np.save(stream, moments)
-                text = json.dumps(sample.metadata | {"moments": self.made}, sort_keys=True, separators=(",", ":"))
-                files = {MOMENTS: stream.getvalue(), "json": text.encode(), "txt": sample.caption.encode()}
+                about = json.dumps(sample.metadata | {"moments": self.made}, sort_keys=True, separators=(",", ":"))
+                files = {MOMENTS: stream.getvalue(), **text, "json": about.encode(), "txt": sample.caption.encode()}
                 yield {"__key__": sample.key, **files}
 
     def _moments(self, samples: list[Decoded]) -> list[NDArray[np.float16]]:
@@ -121,14 +131,25 @@ class _Encoder:
             places[sample.picture.shape].append(place)
         found: dict[int, NDArray[np.float16]] = {}
         for group in places.values():
-            moments = self.encode(collate([samples[place] for place in group]).images).to("cpu", torch.float16).numpy()
-            if not np.isfinite(moments).all():
-                key = samples[group[0]].key
-                raise ValueError(
-                    f"the autoencoder gives latents that are not finite near {key}: use float32, or another"
-                )
-            found |= zip(group, moments, strict=True)
+            moments = self.encode(collate([samples[place] for place in group]).images)
+            found |= zip(group, _half(moments, "the autoencoder gives latents", samples[group[0]]), strict=True)
         return [found[place] for place in range(len(samples))]
+
+    def _texts(self, samples: list[Decoded]) -> list[dict[str, bytes]]:
+        """Encode captions, where that is wanted; a file for each, by its extension."""
+        if self.encode_text is None:
+            return [{}] * len(samples)
+        encoded = self.encode_text([sample.caption for sample in samples])
+        embeds = {name: _half(of, "the text encoder gives embeddings", samples[0]) for name, of in encoded.items()}
+        return [{TEXT: save({name: of[place] for name, of in embeds.items()})} for place in range(len(samples))]
+
+
+def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float16]:
+    """As they are kept; ValueError if that is too small a type for them."""
+    half = values.to("cpu", torch.float16).numpy()
+    if not np.isfinite(half).all():
+        raise ValueError(f"{source} that are not finite near {near.key}: use float32, or another")
+    return half
 
 
 # --- what is there already --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import MIXED, MOMENTS, Decoded, SampleDecoder, collate
+from icd_lightning.data.decoding import MIXED, MOMENTS, TEXT, Decoded, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
 from icd_lightning.data.sources import open_url
 from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
@@ -160,7 +160,7 @@ class _Reader:
     def __init__(self, stream: TrainStream, tally: Tally, worker: int, pieces: list[Piece]) -> None:
         self.stream, self.tally, self.worker, self.pieces = stream, tally, worker, pieces
         self.corrupt_in_a_row = 0
-        self.kinds: set[bool] = set()
+        self.kinds: set[tuple[bool, bool]] = set()
 
     def admitted(self, rng: random.Random) -> Iterator[tuple[Size, Raw]]:
         while True:
@@ -189,7 +189,7 @@ class _Reader:
                 except RejectedError as error:
                     self.tally.skipped(error.reason, error.detail, self.worker)
                     continue
-                self.kinds.add(MOMENTS in raw)
+                self.kinds.add((MOMENTS in raw, TEXT in raw))
                 if len(self.kinds) > 1:
                     raise NothingToReadError(MIXED)
                 self.tally.admitted(self.worker)

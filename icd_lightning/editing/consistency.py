@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, generate, invert
+from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
 from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.backbone import UNetDenoiser
 from icd_lightning.models.checkpoints import load_student, lora_settings
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, Students
@@ -19,7 +23,11 @@ from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
 
 class InvertibleConsistency(EditingMethod):
-    """A family's frozen parts and its two students; num_segments evaluations to noise, as many back."""
+    """A family's frozen parts and its two students; num_segments evaluations to noise, as many back.
+
+    With `merge` a loop runs on the weights of its student merged into the UNet's (see `MergedStudent`), which is
+    faster and takes the memory of a second UNet.
+    """
 
     def __init__(
         self,
@@ -27,9 +35,12 @@ class InvertibleConsistency(EditingMethod):
         autoencoder: LatentAutoencoder,
         conditioner: CLIPConditioner | DualCLIPConditioner,
         boundaries: Boundaries,
+        *,
+        merge: bool = False,
     ) -> None:
         self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
-        self.boundaries = boundaries
+        self.boundaries, self.merge = boundaries, merge
+        self._merged: WeakValueDictionary[str, MergedStudent] = WeakValueDictionary()
 
     @classmethod
     def from_pretrained(
@@ -50,7 +61,7 @@ class InvertibleConsistency(EditingMethod):
             about = load_student(students, adapter, paths[direction])
             found[direction] = about.get("boundaries") or boundaries_in_name(Path(paths[direction]).stem)
         ends = given or Boundaries(_common(found, paths), allow_off_grid=True)
-        return cls(students, family.load_autoencoder(), family.load_conditioner(), ends)
+        return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
     def to(self, device: torch.device | str) -> InvertibleConsistency:
         """Move all networks; returns itself."""
@@ -74,7 +85,7 @@ class InvertibleConsistency(EditingMethod):
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         """The reverse model."""
-        return self.students.reverse_model(self.conditioner(prompts), guidance)
+        return self._sampling("cd", self.students.reverse_model(self.conditioner(prompts), guidance))
 
     def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `seed`."""
@@ -82,12 +93,20 @@ class InvertibleConsistency(EditingMethod):
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
-        forward_model = self.students.forward_model(self.conditioner(prompts))
+        forward_model = self._sampling("fcd", self.students.forward_model(self.conditioner(prompts)))
         return invert(forward_model, latents, noise, self.boundaries, self.schedule, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump down."""
         return generate(denoise, noise, self.boundaries, self.schedule, on_step=on_step)
+
+    def _sampling(self, adapter: str, denoise: UNetDenoiser) -> Denoiser:
+        """A student's denoiser as it samples: merged weights are shared by all denoisers that live at a time."""
+        if not self.merge:
+            return denoise
+        network = self._merged.get(adapter) or MergedStudent(self.students, adapter)
+        self._merged[adapter] = network
+        return replace(denoise, network=network)
 
 
 def boundaries_in_name(name: str) -> list[int] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
+from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.text import CLIPConditioner
 
@@ -38,10 +39,7 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
-    for one in seeds:
-        if not 0 <= one < 2**63:
-            raise ValueError(f"seed {one} must be 0 or more, and less than 2^63")
-    return seeds
+    return [check_seed(one) for one in seeds]
 
 
 @dataclass(eq=False)
@@ -58,8 +56,7 @@ class PromptSwap:
     nfe: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"swap_tau {self.tau} is no fraction of the time axis: choose between 0 and 1")
+        check_fraction(self.tau, "swap_tau")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         above = bool((t > self.tau * self.num_train_timesteps).all())  # one t for the whole batch, when sampling
@@ -146,6 +143,18 @@ class EditingMethod(PictureMethod):
         """Decode noise (B, C, h, w), drawn or inverted, to pictures (B, 3, H, W)."""
         return self.autoencoder.decode(self.from_noise(self.denoiser(prompts, guidance), noise, on_step=on_step))
 
+    def swapping(
+        self,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule,
+        swap_tau: float,
+    ) -> PromptSwap:
+        """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided."""
+        source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
+        return PromptSwap(source, target, swap_tau, self.schedule.num_train_timesteps)
+
     @torch.no_grad()
     def swap(
         self,
@@ -157,13 +166,8 @@ class EditingMethod(PictureMethod):
         swap_tau: float,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Decode inverted noise (B, C, h, w): the target prompts, but while t > swap_tau T the source's, unguided."""
-        denoise = PromptSwap(
-            self.denoiser(source_prompts, UNGUIDED),
-            self.denoiser(target_prompts, guidance),
-            swap_tau,
-            self.schedule.num_train_timesteps,
-        )
+        """Decode inverted noise (B, C, h, w) to pictures (B, 3, H, W), by `swapping`."""
+        denoise = self.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
         return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
 
     def edit(

@@ -8,200 +8,33 @@ Benchmarks and trainings use what is below it, `InvertibleConsistency`, on tenso
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
-from weakref import WeakValueDictionary
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from icd_lightning.diffusion import Boundaries, GuidanceSchedule, NoiseSchedule, StepGuidance
+from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.calls import Framed, OnStepEnd, Watch, as_texts, batch_size, one_for_each
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
-from icd_lightning.editing.method import UNGUIDED, PromptSwap, Seed, seeded_noise
+from icd_lightning.editing.loading import StudentPipeline
+from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
-from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.checkpoints import save_student
-from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
-from icd_lightning.models.students import ADAPTERS, Students
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
 Control = PromptToPrompt | Sequence[PromptToPrompt] | str | None
 
-DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
-"""What a pipeline's config says for calls that do not."""
 
-_PLANTED: WeakValueDictionary[int, Students] = WeakValueDictionary()
-"""The students in a UNet, by its id: pipelines that share components share them too."""
+class InvertibleConsistencyPipeline(StudentPipeline):
+    """Generate in 3-4 steps, invert in 3-4 steps, edit by prompt.
 
-
-class InvertibleConsistencyPipeline(DiffusionPipeline):
-    """Generate in 3-4 steps, invert in 3-4 steps, edit by prompt: a frozen guided UNet and the two students in it.
-
-    `from_pretrained` loads students. A pipeline made of parts has those that its UNet carries, or else new ones, which
-    begin as the UNet itself.
-
-    Args:
-        unet: the guidance-distilled UNet of stage 1.
-        boundaries: the ends of the students' segments; None: the paper's four.
-        guidance_scale: w, where a call does not say.
-        tau: of dynamic guidance, where a call does not say; None: what suits the boundaries.
-        edit_guidance_scale: w of edits by attention control; None: guidance_scale.
-        attention_control: edit by Prompt-to-Prompt where a call does not say; otherwise by swapping the prompt.
-        closed_vocabulary: the family knows those words only that its tokenizer keeps whole.
+    What it is made of, how it is loaded and saved: see `StudentPipeline`.
     """
-
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = ("text_encoder_2", "tokenizer_2")
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | AutoencoderDC,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
-        text_encoder_2: CLIPTextModelWithProjection | None = None,
-        tokenizer_2: CLIPTokenizer | None = None,
-        boundaries: list[int] | None = None,
-        guidance_scale: float = 8.0,
-        tau: float | None = None,
-        edit_guidance_scale: float | None = None,
-        attention_control: bool = False,
-        closed_vocabulary: bool = False,
-    ) -> None:
-        super().__init__()
-        ends = Boundaries.uniform(4) if boundaries is None else Boundaries(tuple(boundaries), allow_off_grid=True)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-        )
-        self.register_to_config(
-            boundaries=list(ends.boundary_timesteps),
-            guidance_scale=check_guidance_scale(guidance_scale),
-            tau=check_fraction(suitable_tau(ends) if tau is None else tau, "tau"),
-            edit_guidance_scale=check_guidance_scale(
-                guidance_scale if edit_guidance_scale is None else edit_guidance_scale, "edit_guidance_scale"
-            ),
-            attention_control=attention_control,
-            closed_vocabulary=closed_vocabulary,
-        )
-        self.students = _PLANTED.get(id(unet)) or Students(unet, NoiseSchedule.from_config(scheduler.config))
-        _PLANTED[id(unet)] = self.students
-        autoencoder = LatentAutoencoder(vae)
-        self.method = InvertibleConsistency(self.students, autoencoder, self._conditioner(autoencoder), ends)
-        self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
-
-    def _conditioner(self, autoencoder: LatentAutoencoder) -> CLIPConditioner | DualCLIPConditioner:
-        first = CLIPConditioner(self.tokenizer, self.text_encoder)
-        if self.text_encoder_2 is None:
-            return first
-        resolution = int(self.unet.config.sample_size) * autoencoder.downsampling
-        return DualCLIPConditioner(first, CLIPConditioner(self.tokenizer_2, self.text_encoder_2), resolution)
-
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | Family = "tiny",
-        *,
-        forward: str | None = None,
-        reverse: str | None = None,
-        boundaries: str | None = None,
-        torch_dtype: torch.dtype = torch.float32,
-        **family: Any,
-    ) -> InvertibleConsistencyPipeline:
-        """Load a model and its two students.
-
-        Args:
-            model: "tiny" (shipped), a folder that `save_pretrained` wrote, or any other model that a `Family` names.
-            forward, reverse: folders or files of the students, ours or released ones; by default the model's own.
-            boundaries: e.g. "259,519,779,999"; by default what the students' files say.
-            torch_dtype: type of the weights.
-            family: what else a `Family` takes, such as guided_unet and vae.
-        """
-        if not isinstance(model, Family):
-            precision = {dtype: name for name, dtype in PRECISIONS.items()}.get(torch_dtype)
-            if precision is None:
-                raise ValueError(f"torch_dtype {torch_dtype} is none of {', '.join(PRECISIONS)}")
-            model = Family(str(model), precision=precision, **family)
-        method = InvertibleConsistency.from_pretrained(model, forward=forward, reverse=reverse, boundaries=boundaries)
-        conditioner, unet = method.conditioner, method.students.unet
-        sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
-        second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}
-        _PLANTED[id(unet)] = method.students
-        pipe = cls(
-            method.autoencoder.vae,
-            sides[0].text_encoder,
-            sides[0].tokenizer,
-            unet,
-            DDIMScheduler.from_config(
-                model.source.config("scheduler"), prediction_type=method.schedule.prediction_type
-            ),
-            **second,
-            boundaries=list(method.boundaries.boundary_timesteps),
-            **_defaults(model, method.boundaries, two_encoders=bool(second)),
-        )
-        pipe.register_to_config(_name_or_path=model.model)
-        return pipe
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write a folder for `from_pretrained`, and for `--model` of the commands: every part, and both students."""
-        folder = Path(save_directory).absolute()
-        if folder.is_file():
-            raise ValueError(f"cannot save to {folder}: that is a file, give a folder")
-        temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")
-        try:
-            for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
-                if getattr(self, name) is not None:
-                    getattr(self, name).save_pretrained(temporary / name)
-            bare = _bare(self.unet)
-            bare.save_pretrained(temporary / "unet_guided")
-            bare.save_config(temporary / "unet")  # sizes of the family; the plain teacher is not known here
-            for adapter, direction in ADAPTERS.items():
-                about = {"boundaries": self.config.boundaries}
-                save_student(self.students, adapter, temporary / "students" / direction, metadata=about)
-            defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
-            (temporary / "icd.json").write_text(json.dumps(asdict(defaults)) + "\n")
-            self.save_config(temporary)
-            for file in [path for path in temporary.rglob("*") if path.is_file()]:
-                place = folder / file.relative_to(temporary)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    # Calls
-
-    @property
-    def boundaries(self) -> Boundaries:
-        """The ends of the students' segments."""
-        return self.method.boundaries
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the pictures that the UNet was trained on."""
-        return self.method.resolution
 
     def __call__(self, prompt: Prompts, **options: Any) -> ImagePipelineOutput:
         """Make pictures from prompts: see `generate`."""
@@ -239,13 +72,10 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         """
         guided = self._guidance(guidance_scale, tau, guidance)
         prompts = [text for text in as_texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
-        count = batch_size(prompt=prompts, latents=latents)
         if latents is None:
-            latents = self._noise(count, *self._size(height, width), generator, seed)
-        method, noise = self._bound(latents), one_for_each(latents, count)
+            latents = self._noise(len(prompts), *self._size(height, width), generator, seed)
         with Watch(self, self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
-            denoise = method.denoiser(one_for_each(prompts, count), guided)
-            return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
+            return self._output(self._fall(latents, prompts, guided, watch), output_type)
 
     @torch.no_grad()
     def invert(
@@ -288,9 +118,7 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         images, prompts = as_images(image, *self._size(height, width)), as_texts(prompt, "prompt")
         with Watch(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
             noise = self._climb(images, prompts, generator, seed, watch)
-            method = self._bound(noise)
-            denoise = method.denoiser(one_for_each(prompts, len(noise)), UNGUIDED)
-            return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
+            return self._output(self._fall(noise, prompts, UNGUIDED, watch), output_type)
 
     @torch.no_grad()
     def edit(
@@ -338,13 +166,10 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         with Watch(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as watch:
             noise = latents if images is None else self._climb(images, sources, generator, seed, watch)
             count = batch_size(image=noise, source_prompt=sources, target_prompt=targets)
-            method, noise = self._bound(noise), one_for_each(noise, count)
+            method, noise = self._bound(noise, count)
             sources, targets = one_for_each(sources, count), one_for_each(targets, count)
             if control is None:
-                total = self.students.schedule.num_train_timesteps
-                denoise = PromptSwap(
-                    method.denoiser(sources, UNGUIDED), method.denoiser(targets, guided), swap_tau, total
-                )
+                denoise = method.swapping(sources, targets, guidance=guided, swap_tau=swap_tau)
                 return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
             watch.branches = 2
             editing = PromptToPromptEditing(method, self.unet, steps, control)
@@ -360,13 +185,22 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         count = batch_size(image=images, prompt=prompts)
         if generator is None:
             seed = [seed or 0] * count if seed is None or isinstance(seed, int) else seed
-        noise = self._noise(count, *images.shape[-2:], generator, seed)
-        method = self._bound(noise)
+        method, noise = self._bound(self._noise(count, *images.shape[-2:], generator, seed), count)
         latents = method.autoencoder.encode(images.to(noise.device))
         return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=watch)
 
-    def _bound(self, latents: Tensor) -> InvertibleConsistency:
-        """The method for latents (B, C, h, w), on the device that runs; networks that ask are told of their size."""
+    def _fall(self, latents: Tensor, prompts: list[str], guidance: GuidanceSchedule, watch: Watch) -> Tensor:
+        """Noise to latents (B, C, h, w), each under its prompt."""
+        count = batch_size(prompt=prompts, latents=latents)
+        method, noise = self._bound(latents, count)
+        denoise = method.denoiser(one_for_each(prompts, count), guidance)
+        return method.from_noise(denoise, noise, on_step=watch)
+
+    def _bound(self, latents: Tensor, count: int) -> tuple[InvertibleConsistency, Tensor]:
+        """The method for latents (B or 1, C, h, w) on the device that runs, and these as (count, C, h, w).
+
+        Networks that ask are told of their size.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.method.autoencoder.latent_channels:
             raise ValueError(
                 f"latents are of shape {tuple(latents.shape)}; this model's are "
@@ -375,7 +209,8 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         self.students.schedule.to(self._execution_device)
         height, width = (side * self.method.autoencoder.downsampling for side in latents.shape[-2:])
         framed = Framed(self.method.conditioner, height, width)
-        return InvertibleConsistency(self.students, self.method.autoencoder, framed, self.boundaries)
+        method = InvertibleConsistency(self.students, self.method.autoencoder, framed, self.boundaries, merge=True)
+        return method, one_for_each(latents, count)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels of the pictures; ValueError if the autoencoder cannot have them."""
@@ -426,40 +261,3 @@ class InvertibleConsistencyPipeline(DiffusionPipeline):
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
         return ImagePipelineOutput(images=as_output(self.method.autoencoder.decode(latents), output_type))
-
-    def unknown_words(self, *prompts: str) -> list[str]:
-        """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
-        if not self.config.closed_vocabulary:
-            return []
-        words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
-        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
-
-
-def suitable_tau(boundaries: Boundaries) -> float:
-    """The paper's tau for these segments: guide in all but the first step, 0.8 for 779 and 0.7 for 679 or 699."""
-    last = boundaries.boundary_timesteps[-2]
-    return math.ceil(10 * last / boundaries.num_train_timesteps) / 10 if last else 1.0
-
-
-def _defaults(family: Family, boundaries: Boundaries, *, two_encoders: bool) -> dict[str, Any]:
-    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, SDXL by swapping the prompt."""
-    folder = Path(getattr(family.source, "location", ""))
-    if (folder / "model_index.json").is_file():
-        index = json.loads((folder / "model_index.json").read_text())
-        if index.get("_class_name") == InvertibleConsistencyPipeline.__name__:
-            return {name: index[name] for name in DEFAULTS}
-    if (folder / "icd.json").is_file():
-        return asdict(family.load_defaults())
-    paper: dict[str, Any] = {"guidance_scale": 8.0, "tau": suitable_tau(boundaries)}
-    return paper if two_encoders else {**paper, "edit_guidance_scale": 20.0, "attention_control": True}
-
-
-def _bare(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The UNet without its students; it shares the weights."""
-    weights = {
-        name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items() if ".lora_" not in name
-    }
-    with torch.device("meta"):  # every weight is replaced below, so none is drawn
-        bare = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_use_default_values"})
-    bare.load_state_dict(weights, assign=True)
-    return bare

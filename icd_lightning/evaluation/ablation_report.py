@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_lightning.evaluation.ablations import ORDERINGS, TAU, AblationStudy
+from icd_lightning.evaluation.ablations import ORDERINGS, TABLE_2_JSON, TAU, AblationStudy
 from icd_lightning.evaluation.benchmarks import guidance_name
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report import Curve, Report, Table, markdown_table, write_report
@@ -111,7 +111,7 @@ def write_study(study: AblationStudy, root: Path, facts: Mapping[str, Any]) -> t
     tables, verdicts = table_2(study), verdict_table(study)
     text = "\n".join(markdown_table(table) for table in (*tables, verdicts)) + f"\n{place_of_e(study)}\n"
     write_text(root / "table2.md", text)
-    write_json(root / "table2.json", _as_dict(study, facts))
+    write_json(root / TABLE_2_JSON, {**study.record(root), **_as_dict(study, facts)})
     words = [verdict.word for _, verdict in study.verdicts()]
     report = Report(
         title="What each part adds",
@@ -120,7 +120,7 @@ def write_study(study: AblationStudy, root: Path, facts: Mapping[str, Any]) -> t
         sections=(*_curves(study), *tables, verdicts),
         facts={name: str(value) for name, value in facts.items()},
     )
-    return (root / "table2.md", root / "table2.json", *write_report(report, root))
+    return (root / "table2.md", root / TABLE_2_JSON, *write_report(report, root))
 
 
 def _curves(study: AblationStudy) -> tuple[Curve, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from icd_lightning.diffusion import GuidanceSchedule
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.evaluation import benchmarks
 from icd_lightning.evaluation.benchmarks import CPU, guidance_name, step_guidances
+from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
 from icd_lightning.evaluation.statistics import Verdict, compare
 from icd_lightning.evaluation.suite import Settings, Suite
 from icd_lightning.models.family import Family
@@ -29,6 +31,8 @@ from icd_lightning.models.family import Family
 LETTERS = "ABCEFGHIJK"
 ORDERINGS = {False: "ABCFG", True: "HIJK"}
 """Unguided and guided rows that the paper finds in ascending order of PSNR."""
+TABLE_2_JSON = "table2.json"
+"""In a study's folder: its figures, and where the runs lie that they were made of."""
 TAU = 0.7
 """Of dynamic guidance in the paper's Table 2, for DDIM too."""
 
@@ -69,7 +73,10 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
 
 @dataclass(frozen=True)
 class AblationStudy:
-    """All that was measured: students[letter][seed], untrained[number of segments] and DDIM, each by decoding."""
+    """All that was measured: students[letter][seed], untrained[number of segments] and DDIM, each by decoding.
+
+    `trainings` are the students' folders with their logs.
+    """
 
     ablations: Mapping[str, Ablation]
     guidance_scales: Sequence[float]
@@ -77,6 +84,24 @@ class AblationStudy:
     students: Mapping[str, Mapping[int, Results]]
     untrained: Mapping[int, Results]
     ddim: Results
+    trainings: Mapping[str, Mapping[int, Path]] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> dict[str, Results]:
+        """Every measurement, by its folder's name."""
+        students = {f"{x}-{seed}": r for x, results in self.students.items() for seed, r in results.items()}
+        return {**students, **{f"untrained-{n}": r for n, r in self.untrained.items()}, "ddim": self.ddim}
+
+    def record(self, root: Path) -> dict[str, Any]:
+        """Fit for JSON: all that `read_study` needs to put the study together again from its folder."""
+        trainings = {f"{x}-{seed}": path for x, found in self.trainings.items() for seed, path in found.items()}
+        return {
+            "ablations": [asdict(ablation) for ablation in self.ablations.values()],
+            "guidance_scales": list(self.guidance_scales),
+            "seeds": list(self.seeds),
+            "runs": places({name: results.folder for name, results in self.runs.items()}, root),
+            "trainings": places(trainings, root),
+        }
 
     def values(self, letter: str, guidance_scale: float, column: str = "psnr") -> np.ndarray:
         """A column of a row, (seeds, pictures)."""
@@ -157,4 +182,32 @@ def measure_study(
     }
     ddim = settings.measure("ddim", "ddim", guided=True)
     seeds = list(next(iter(students.values())))
-    return AblationStudy(ablations, settings.guidance_scales, seeds, measured, untrained, ddim)
+    return AblationStudy(ablations, settings.guidance_scales, seeds, measured, untrained, ddim, students)
+
+
+# --- what was written, read back -------------------------------------------------------------------------------------
+
+
+def read_study(folder: Path) -> AblationStudy:
+    """The study that `icd ablations` wrote to its folder, or the part of it that ships."""
+    record, runs = read_summary(folder / TABLE_2_JSON), read_runs(folder / TABLE_2_JSON)
+    rows = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
+    letters, seeds = dict.fromkeys(row.students for row in rows), record["seeds"]
+    untrained = {int(name.removeprefix("untrained-")): runs[name] for name in runs if name.startswith("untrained-")}
+    return AblationStudy(
+        {row.letter: row for row in rows},
+        record["guidance_scales"],
+        seeds,
+        {letter: {seed: runs[f"{letter}-{seed}"] for seed in seeds} for letter in letters},
+        untrained,
+        runs["ddim"],
+        {letter: {seed: folder / record["trainings"][f"{letter}-{seed}"] for seed in seeds} for letter in letters},
+    )
+
+
+def read_examples(folder: Path) -> dict[str, Example]:
+    """The pictures that a study was measured on, by key: of files, those that its command was given."""
+    facts = read_summary(folder / TABLE_2_JSON)["facts"]
+    data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
+    examples = Settings("inversion", data=data, images=images, count=facts["pictures"]).examples()
+    return {example.key: example for example in examples}

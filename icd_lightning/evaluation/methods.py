@@ -14,6 +14,7 @@ from torch import Tensor
 from icd_lightning.diffusion import Boundaries, GuidanceSchedule, OnStep, Step, StepGuidance
 from icd_lightning.editing.baselines import registry
 from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.editing.defaults import P2P_GUIDANCE_SCALE
 from icd_lightning.editing.method import PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 from icd_lightning.evaluation.benchmarks import CPU
@@ -21,9 +22,6 @@ from icd_lightning.evaluation.study import file_hash
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import Students
-
-P2P_GUIDANCE_SCALE = 20.0
-"""Of edits by attention control with SD1.5 (arXiv:2406.14539)."""
 
 
 class AttentionControlled(InvertibleConsistency):
@@ -124,7 +122,7 @@ class Models:
 
 
 OURS: Mapping[str, Callable[[Models], PictureMethod]] = {
-    "icd": Models.students,
+    "icd": lambda models: models.students(),
     "icd_p2p": lambda models: models.students(AttentionControlled),
     "untrained": Models.untrained,
 }

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from numbers import Integral
 from pathlib import Path
 from types import NoneType
@@ -63,6 +64,15 @@ class Panel:
     def highlighted(self) -> tuple[int, ...]:
         return (self.highlight,) if isinstance(self.highlight, int) else self.highlight
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        from icd_lightning.evaluation.blocks import body_block
+        from icd_lightning.evaluation.figure import INNER
+
+        buffer = BytesIO()
+        body_block(self, INNER).save(buffer, "PNG")
+        return buffer.getvalue()
+
 
 @dataclass(frozen=True)
 class Table:
@@ -92,6 +102,10 @@ class Table:
 
     def column(self, index: int) -> list[Value]:
         return [row[index] for row in self.rows]
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return markdown_table(self)
 
     def is_numeric(self, index: int) -> bool:
         """True for a column of numbers, which is set flush right."""

@@ -8,12 +8,15 @@ one's work:
                     images/          results, a folder for each decoding
                     rows.parquet     one row for each picture and decoding
                     results.json     means with confidence intervals, evaluations, seconds
+
+A summary, such as table2.json or guidance.json, names the runs that its figures were made of: `read_runs` finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +33,14 @@ from torch import Tensor
 from icd_lightning.data.images import read_picture, save_png, to_images, to_pictures
 from icd_lightning.evaluation.benchmarks import Outcome
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.rows import ALONE, Ranks, Row, gather_rows, write_rows
+from icd_lightning.evaluation.rows import ALONE, Ranks, Row, gather_rows, read_rows, write_rows
 from icd_lightning.evaluation.scoring import Scorer, SetScorer
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
 from icd_lightning.evaluation.study import remembered, write_json
 
 ALL = "all"
 PACKAGES = ("icd-lightning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+CONFIG, ROWS, MEANS = "config.json", "rows.parquet", "results.json"
 NOT_MEASURED = ("key", "decoding", "kind", "image")
 """Columns of a row that are no figures."""
 
@@ -70,6 +74,14 @@ class Results:
     rows: Sequence[Row]
     set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     folder: Path = Path()
+
+    @classmethod
+    def read(cls, name: str, folder: Path) -> Results:
+        """What `perform` left in a run's folder."""
+        rows, means = read_rows(folder / ROWS), json.loads((folder / MEANS).read_text())
+        of_sets = [score for score in next(iter(means.values()))[ALL] if score not in rows[0]]
+        scores = {score: {decoding: kinds[ALL][score] for decoding, kinds in means.items()} for score in of_sets}
+        return cls(name, rows, scores, folder)
 
     @property
     def decodings(self) -> list[str]:
@@ -109,10 +121,42 @@ class Results:
         return {name: v.as_dict() if isinstance(v, Estimate) else v for name, v in means.items()}
 
 
+MADE_BY = {
+    "table2.json": "icd ablations",
+    "guidance.json": "icd eval --benchmark guidance --method icd,ddim",
+    "generation.json": "icd eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'",
+}
+"""The commands whose summaries the notebooks read."""
+
+
+def places(folders: Mapping[str, Path], root: Path) -> dict[str, str]:
+    """Where folders lie, seen from `root`: so that a whole of results can be moved."""
+    return {name: Path(os.path.relpath(folder, root)).as_posix() for name, folder in folders.items()}
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """A summary, which names its `runs`; FileNotFoundError says what makes it."""
+    if not file.is_file():
+        command = MADE_BY.get(file.name, "icd eval")
+        raise FileNotFoundError(
+            f"there is no {file}: `{command}` makes it, by default in outputs/; a notebook reads it from there with "
+            "ICD_RESULTS set to that folder"
+        )
+    return json.loads(file.read_text())
+
+
+def read_runs(file: Path) -> dict[str, Results]:
+    """The runs that a summary was made of, by name."""
+    found = read_summary(file).get("runs")
+    if found is None:
+        raise ValueError(f"{file} does not name its runs: make it again; what was measured before is reused")
+    return {name: Results.read(name, file.parent / place) for name, place in found.items()}
+
+
 def perform(run: Run, ranks: Ranks = ALONE) -> Results:
     """Do what is not done yet, and score it; rank 0 writes the run's files, and alone has the scores of sets."""
     if ranks.rank == 0:
-        write_json(run.folder / "config.json", {"run": run.name, **run.determinants, **_record(run, ranks)})
+        write_json(run.folder / CONFIG, {"run": run.name, **run.determinants, **_record(run, ranks)})
     made = gather_rows(
         run.folder / "parts" / "pictures", run.examples, lambda batch: _make(run, batch), **_how(run, ranks)
     )
@@ -127,8 +171,8 @@ def perform(run: Run, ranks: Ranks = ALONE) -> Results:
     set_scores = _score_sets(run, decodings) if ranks.rank == 0 else {}
     results = Results(run.name, list(rows.values()), set_scores, run.folder)
     if ranks.rank == 0:
-        write_rows(run.folder / "rows.parquet", results.rows)
-        write_json(run.folder / "results.json", results.as_dict())
+        write_rows(run.folder / ROWS, results.rows)
+        write_json(run.folder / MEANS, results.as_dict())
     ranks.wait()
     return results
 

@@ -50,12 +50,26 @@ def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -
         raise ValueError("there is no value to average: the metric means nothing on any of these pictures")
     if array.size == 1:
         return Estimate(array[0], math.nan, math.nan)
-    chosen = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
-    means = array[chosen].mean(1)
-    outside = 50 * (1 - LEVEL)
-    # of order statistics, so that infinite values (PSNR of identical pictures) give no NaN
-    low, high = np.percentile(means, (outside, 100 - outside), method="nearest")
+    low, high = _limits(_resampled(array, resamples, seed).mean(1))
     return Estimate(array.mean(), low, high)
+
+
+def percentiles(values: ArrayLike, shares: ArrayLike) -> list[Estimate]:
+    """Percentiles of one value a picture at `shares` from 0 to 100, each with the limits that resampling gives it."""
+    array = np.asarray(values, dtype=np.float64)
+    resampled = np.percentile(_resampled(array, RESAMPLES, 0), shares, axis=1)
+    return [Estimate(value, *_limits(row)) for value, row in zip(np.percentile(array, shares), resampled, strict=True)]
+
+
+def _resampled(array: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Samples drawn with replacement, (resamples, pictures)."""
+    return array[np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))]
+
+
+def _limits(means: np.ndarray) -> np.ndarray:
+    """Between which LEVEL of them lie: order statistics, so that infinite values (PSNR of equals) give no NaN."""
+    outside = 50 * (1 - LEVEL)
+    return np.percentile(means, (outside, 100 - outside), method="nearest")
 
 
 class Verdict(NamedTuple):

@@ -35,7 +35,7 @@ from icd_lightning.evaluation.report import (
     write_report,
 )
 from icd_lightning.evaluation.rows import Ranks
-from icd_lightning.evaluation.runs import Results, Run, perform
+from icd_lightning.evaluation.runs import Results, Run, perform, places
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.evaluation.study import file_hash, write_json, write_text
 from icd_lightning.models.family import shipped
@@ -188,16 +188,17 @@ class Suite:
         return results, [summaries.table("Inversion: to noise and back", note, results)]
 
     def _generation(self):
-        results = self.perform("generation", benchmarks.generation, "guidances", self._guidances)
+        results = made = self.perform("generation", benchmarks.generation, "guidances", self._guidances)
         sections: list[Section] = [
             summaries.table("Generation", f"{self._pictures()}: their captions, from drawn noise.", results)
         ]
         if self.settings.grid != ({},):
             back = self.perform("inversion", benchmarks.inversion, "guidances", self._guidances)
-            joined = [_joined(made, came_back) for made, came_back in zip(results, back, strict=True)]
-            quality = next(c for c in (*results[0].columns, *results[0].set_scores) if c not in ("nfe", "seconds"))
+            joined = [_joined(*pair) for pair in zip(made, back, strict=True)]
+            quality = next(c for c in (*made[0].columns, *made[0].set_scores) if c not in ("nfe", "seconds"))
             title = f"{quality} of generation against the error of inversion"
             sections.append(summaries.trade_off(joined, "latent_mse", quality, title))
+            results = [*made, *(replace(r, name=f"{r.name}, to noise and back") for r in back)]
         return results, sections
 
     def _guidance(self):
@@ -290,7 +291,12 @@ class Suite:
                 print_table(summaries.plain(table), console)
         markdown, numbers = self.out / f"{name}.md", self.out / f"{name}.json"
         write_text(markdown, "\n".join(markdown_table(table) for table in tables))
-        write_json(numbers, {"settings": vars(self.settings), "methods": {r.name: r.as_dict() for r in results}})
+        summary = {
+            "settings": vars(self.settings),
+            "runs": places({r.name: r.folder for r in results}, self.out),
+            "methods": {r.name: r.as_dict() for r in results},
+        }
+        write_json(numbers, summary)
         report = Report(f"icd eval --benchmark {name}", self._pictures(), sections=tuple(sections))
         return [markdown, numbers, *write_report(report, self.out / name)]
 

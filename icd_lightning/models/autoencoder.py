@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+
+from icd_lightning.models.fingerprint import fingerprint
 
 
 class LatentAutoencoder(nn.Module):
@@ -36,15 +38,12 @@ class LatentAutoencoder(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per latent, along each side."""
-        stages = self.vae.config.get("block_out_channels") or self.vae.config["encoder_block_out_channels"]
-        return int(2 ** (len(stages) - 1))
+        return downsampling_of(self.vae.config)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells autoencoders apart whose latents do not fit each other; the same in float32 and float16."""
-        parameters = list(self.vae.encoder.parameters())
-        ends = b"".join(end.detach().cpu().half().numpy().tobytes() for end in (parameters[0], parameters[-1]))
-        return hashlib.sha256(ends).hexdigest()[:16]
+        """Tells autoencoders apart whose latents do not fit each other; the same in any precision."""
+        return fingerprint(self.vae.encoder)
 
     def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f): `sample` of their `moments`."""
@@ -91,6 +90,12 @@ class LatentAutoencoder(nn.Module):
         with _own_precision(latents):
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
         return images.clamp(-1, 1).to(latents.dtype)
+
+
+def downsampling_of(config: Mapping[str, Any]) -> int:
+    """Pixels per latent, along each side, of the autoencoder with this config."""
+    stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return int(2 ** (len(stages) - 1))
 
 
 def _own_precision(like: Tensor) -> torch.autocast:

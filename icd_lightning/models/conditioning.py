@@ -26,6 +26,12 @@ class Conditioning:
             if field is not None and len(field) != len(self.prompt_embeds):
                 raise ValueError(f"{name} holds {len(field)} samples, prompt_embeds {len(self.prompt_embeds)}")
 
+    @classmethod
+    def framed(cls, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor | None, framing: Framing) -> Conditioning:
+        """Of embeddings made before; where there are pooled ones, the framing is told too."""
+        ids = None if pooled_prompt_embeds is None else framing.time_ids().to(prompt_embeds.device)
+        return cls(prompt_embeds, pooled_prompt_embeds, ids)
+
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
@@ -54,6 +60,11 @@ class Conditioning:
         """The whole batch `count` times over, a b a b: (B, L, D) to (count B, L, D)."""
         return Conditioning.cat([self] * count)
 
+    def where(self, chosen: Tensor, other: Conditioning) -> Conditioning:
+        """These samples where chosen (B,) is true, and those of the other batch elsewhere."""
+        count = len(self)
+        return Conditioning.cat([self, other])[torch.arange(count, device=chosen.device) + count * ~chosen]
+
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Conditioning:
         """Move, and cast the embeddings; time_ids keep their type, since 1023 is no bfloat16 number."""
         moved = self._map(lambda field: field.to(device=device))
@@ -61,6 +72,11 @@ class Conditioning:
         return Conditioning(
             moved.prompt_embeds.to(dtype=dtype), None if pooled is None else pooled.to(dtype=dtype), moved.time_ids
         )
+
+    def embeds(self) -> dict[str, Tensor]:
+        """What text encoders made, by name."""
+        named = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
+        return {name: embeds for name, embeds in named.items() if embeds is not None}
 
     def unet_kwargs(self) -> dict:
         """As keyword arguments of `UNet2DConditionModel`."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from icd_lightning.diffusion import NoiseSchedule
-from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbone import guided_unet_from_file
 from icd_lightning.models.sources import (
     GUIDED,
@@ -126,8 +126,8 @@ class Family:
             return first
         encoder = self._text_encoder("text_encoder_2", CLIPTextModelWithProjection)
         second = CLIPConditioner(self.source.tokenizer("tokenizer_2"), encoder)
-        unet, vae = (self.source.config(part) for part in ("unet", "vae"))
-        return DualCLIPConditioner(first, second, unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
+        resolution = self.source.config("unet")["sample_size"] * downsampling_of(self.source.config("vae"))
+        return DualCLIPConditioner(first, second, resolution)
 
     def load_unet(self, *, guided: bool) -> UNet2DConditionModel:
         """The plain teacher, or the guidance-distilled one of stage 1; frozen."""

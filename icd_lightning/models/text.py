@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from icd_lightning.models.conditioning import Conditioning, Framing
+from icd_lightning.models.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ class CLIPConditioner(nn.Module):
     @property
     def max_length(self) -> int:
         return int(self.text_encoder.config.max_position_embeddings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells text encoders apart; the same in any precision."""
+        return fingerprint(self.text_encoder)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged, once."""
@@ -81,6 +88,11 @@ class DualCLIPConditioner(nn.Module):
     def tokenizer(self) -> Any:
         """The first one's; the second differs in its padding alone."""
         return self.first.tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells pairs of text encoders apart; the same in any precision."""
+        return fingerprint(self.first.text_encoder, self.second.text_encoder)
 
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D1 + D2) and pooled ones (B, P); an empty prompt is all zeros.

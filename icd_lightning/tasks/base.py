@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.sharding import shard_unets
 
 
@@ -115,9 +116,21 @@ def drop_captions(captions: Sequence[str], share: float, draws: Draws) -> list[s
 
 def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """The w to draw from, or ValueError."""
-    if not scales or min(scales) < 1:
-        raise ValueError(f"guidance_scales {list(scales)} must be 1 (unguided) or more, and at least one")
+    if not scales or min(scales) < 0:
+        raise ValueError(
+            f"guidance_scales {list(scales)} must be 0 (unconditional; 1 is unguided) or more, and at least one"
+        )
     return tuple(scales)
+
+
+def _check_made_by(batch: Batch, part: str, ours: str) -> None:
+    """Raise ValueError if what the data hold of the batch was made by another network than this family's."""
+    if others := {of["moments"][part] for of in batch.metadata} - {ours}:
+        what = {"autoencoder": "latents", "text_encoder": "captions"}[part]
+        raise ValueError(
+            f"the data's {what} were encoded by {part} {min(others)}, but this family's is {ours}: "
+            "write them again with `icd data cache-latents`"
+        )
 
 
 class Task(lightning.LightningModule):
@@ -175,13 +188,19 @@ class Task(lightning.LightningModule):
         """Latents (B, C, h, w) to train on: encoded from the batch's images, or drawn from moments encoded before."""
         if batch.moments is None:
             return self.autoencoder.encode(batch.images, normal=draws.normal)
-        made_by, ours = batch.metadata[0]["moments"]["autoencoder"], self.autoencoder.fingerprint
-        if made_by != ours:
-            raise ValueError(
-                f"the data's latents were encoded by autoencoder {made_by}, but this family's is {ours}: "
-                "write them again with `icd data cache-latents`"
-            )
+        _check_made_by(batch, "autoencoder", self.autoencoder.fingerprint)
         return self.autoencoder.sample(batch.moments, normal=draws.normal)
+
+    def conditioning(self, batch: Batch, framing: Framing) -> Conditioning:
+        """Of the batch's captions: encoded, or as they were encoded before; one left empty is no prompt."""
+        if batch.prompt_embeds is None:
+            return self.conditioner(batch.captions, framing)
+        _check_made_by(batch, "text_encoder", self.conditioner.fingerprint)
+        kept = Conditioning.framed(batch.prompt_embeds, batch.pooled_prompt_embeds, framing)
+        if all(batch.captions):
+            return kept
+        said = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
+        return kept.where(said, self.conditioner.unconditional(len(said), framing))
 
     def validation_draws(self, batch_idx: int) -> Draws:
         """The same random numbers for this batch in every validation."""

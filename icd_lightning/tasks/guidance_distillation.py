@@ -27,7 +27,7 @@ class GuidanceDistillation(Task):
 
     Args:
         family: where the teacher, the autoencoder and the text side come from.
-        guidance_scales: the w to learn, drawn evenly; 1 is unguided (SD1.5: 1, 8, 12, 16, 20).
+        guidance_scales: the w to learn, drawn evenly; 0 is unconditional, 1 unguided (SD1.5: 1, 8, 12, 16, 20).
         balance: divide a sample's loss by 1 + balance (w - 1)^2. What is to be learned grows as (w - 1)^2, so that with
             0 the largest scales drown the small ones, and w = 1 suffers, which the student knew from the start.
     """
@@ -73,7 +73,7 @@ class GuidanceDistillation(Task):
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
         latents = self.latents(batch, draws)
         framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
-        conditioning = self.conditioner(batch.captions, framing)
+        conditioning = self.conditioning(batch, framing)
         unconditional = self.conditioner.unconditional(len(latents), framing)
         t = draws.integers(len(latents), self.schedule.num_train_timesteps)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)

@@ -135,7 +135,7 @@ class InvertibleConsistencyDistillation(Task):
         latents = self.latents(batch, draws)
         data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
         framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
-        conditioning = self.conditioner(batch.captions, framing)
+        conditioning = self.conditioning(batch, framing)
         boundaries, count, c = self.boundaries, len(latents), self.huber_c
         w = draws.choice(count, self.guidance_scales)
         i, j = (draws.integers(count, len(pairs)) for pairs in (boundaries.reverse_pairs, boundaries.forward_pairs))

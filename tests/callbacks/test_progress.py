@@ -1,11 +1,14 @@
 import logging
 import re
+import time
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from toy_case import Toy, toy_loader
 from training_case import trainer_for
 
 from icd_lightning.callbacks.progress import Throughput, TrainingProgress, _clock
+from icd_lightning.evaluation.curves import read_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -26,6 +29,16 @@ def test_lines_keep_their_distance(tmp_path, caplog):
     progress = TrainingProgress(every_seconds=3600)
     trainer_for(tmp_path, max_steps=5, callbacks=[progress], enable_progress_bar=True).fit(Toy(), toy_loader())
     assert sum(record.name.startswith("icd_lightning") for record in caplog.records) == 1
+
+
+def test_images_a_second_are_logged(tmp_path):
+    options = {"max_steps": 3, "log_every_n_steps": 1, "callbacks": [TrainingProgress()], "enable_progress_bar": True}
+    start = time.monotonic()
+    trainer_for(tmp_path, logger=TensorBoardLogger(tmp_path, "", ""), **options).fit(Toy(), toy_loader())
+    steps, rates = read_scalars(tmp_path)["throughput/images_per_second"]
+    assert len(steps) == 3
+    images = sum(len(batch.captions) for batch, _ in zip(toy_loader(), range(3), strict=False))
+    assert rates[-1] > images / (time.monotonic() - start)
 
 
 def test_throughput_counts_from_where_a_run_went_on(monkeypatch):

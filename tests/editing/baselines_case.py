@@ -10,7 +10,8 @@ from torch import Tensor
 
 import icd_lightning  # noqa: F401  must come before diffusers
 from icd_lightning.diffusion import Denoiser, NoiseSchedule
-from icd_lightning.editing.baselines.base import ConditionalNetwork, Parts
+from icd_lightning.editing.baselines.branches import ConditionalNetwork
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.models.backbone import predict
 from icd_lightning.models.conditioning import Conditioning
 

@@ -1,6 +1,5 @@
 """What every baseline promises, on a family of random weights."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,18 @@ import torch
 import yaml
 
 from icd_lightning.diffusion import Step, StepGuidance
-from icd_lightning.editing.baselines.base import Branch, Parts, predict_branches
+from icd_lightning.editing.baselines.branches import Branch, predict_branches
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
 from icd_lightning.editing.baselines.registry import METHODS, build, find, typed
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
 from icd_lightning.editing.baselines.sdedit import SDEdit
 from icd_lightning.models.family import Family
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families_case import write_layout
 
 CONF = Path(__file__).parents[2] / "conf/method"
 SOURCES, TARGETS = ["a large red circle", "a small blue square"], ["a large blue circle", "a small star"]
@@ -138,9 +135,9 @@ def test_branches_joined_are_branches_apart(parts, schedule):
 
 
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
-def test_other_families(architecture, tmp_path):
+def test_other_families(architecture, layouts):
     """Their networks at minimal widths; SDXL's is told sizes too, and its empty prompt is zeros."""
-    family = Family(str(write_layout(architecture, tmp_path)))
+    family = Family(str(layouts[architecture]))
     few_step, teacher = (Parts.load(family, few_step=few) for few in (True, False))
     image, told = torch.rand(1, 3, 64, 64) * 2 - 1, (["a red cat"], ["a red dog"])
     for name, few in (("npi", False), ("nti", False), ("edit_friendly", False), ("infedit", True), ("renoise", False)):

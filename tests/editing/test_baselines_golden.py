@@ -37,32 +37,40 @@ def test_negative_prompt_inversion(golden):
     assert sum(step.nfe for step in steps) == 150
 
 
-def guided_path(method, tensors, prompt) -> list[torch.Tensor]:
+@pytest.fixture(scope="module")
+def guided_path(golden) -> list[torch.Tensor]:
     """The latents of guided decoding with the reference's null embeddings, from noise to data."""
-    steps = list[Step]()
+    (parts, tensors, prompt), steps = golden, list[Step]()
+    method = NullTextInversion(parts)
     inversion = Inversion([prompt], tensors["x0"], tensors["invert_w1.x_T"], list(tensors["nti.null_embeds"]))
     method.generate_latents([prompt], inversion, guidance=method.guidance, on_step=steps.append)
     return [inversion.noise, *(step.x for step in steps)]
 
 
+@pytest.fixture(scope="module")
+def unguided_path(golden) -> list[torch.Tensor]:
+    """The latents of unguided inversion, from noise to data."""
+    (parts, tensors, prompt), steps = golden, list[Step]()
+    plain = NegativePromptInversion(parts).invert_latents(tensors["x0"], [prompt], on_step=steps.append)
+    path = [*(step.x for step in steps[::-1]), tensors["x0"]]
+    torch.testing.assert_close(path[0], plain.noise)
+    return path
+
+
 @pytest.mark.parametrize("index", [0, 24, 40])
-def test_one_fit_of_null_text_inversion(golden, index):
+def test_one_fit_of_null_text_inversion(golden, unguided_path, guided_path, index):
     """Each from the reference's own state, to 1e-4 but for values whose gradients are of the size of rounding.
 
     Adam divides those by their own size. The golden fits differ from the same in float64 as much, and 50 add up.
     """
     parts, tensors, prompt = golden
-    method, steps = NullTextInversion(parts), list[Step]()
+    method = NullTextInversion(parts)
     assert method.guidance.guidance_scale == load_json("baselines.json")["guidance_scale"]
-    plain = NegativePromptInversion(parts).invert_latents(tensors["x0"], [prompt], on_step=steps.append)
-    path = [*(step.x for step in steps[::-1]), tensors["x0"]]
-    torch.testing.assert_close(path[0], plain.noise)
     source, null = parts.conditioner([prompt]), parts.conditioner.unconditional(1)
     if index:
         null = Conditioning(tensors["nti.null_embeds"][index - 1])
     with torch.no_grad():
-        x = guided_path(method, tensors, prompt)[index]
-        _, fitted, rounds = method.fit_step(x, path[index + 1], index, source, null)
+        _, fitted, rounds = method.fit_step(guided_path[index], unguided_path[index + 1], index, source, null)
     error = (fitted.prompt_embeds - tensors["nti.null_embeds"][index]).abs()
     assert error.mean() < 3e-5
     assert (error > 1e-4).float().mean() < 0.05
@@ -72,9 +80,8 @@ def test_one_fit_of_null_text_inversion(golden, index):
     assert rounds == load_json("baselines.json")["nti"]["inner_steps"]
 
 
-def test_decoding_with_null_embeddings(golden):
-    parts, tensors, prompt = golden
-    close(guided_path(NullTextInversion(parts), tensors, prompt)[-1], tensors["nti.decode_w8.x_0"], 8.0)
+def test_decoding_with_null_embeddings(golden, guided_path):
+    close(guided_path[-1], golden[1]["nti.decode_w8.x_0"], 8.0)
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ from analytic import Gaussian
 from baselines_case import analytic_parts
 
 from icd_lightning.diffusion import NoiseSchedule, Step, StepGuidance, ddim_invert, ddim_timesteps
-from icd_lightning.editing.baselines.base import Parts
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import InfEdit
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
 from icd_lightning.editing.baselines.registry import METHODS, typed
 from icd_lightning.editing.baselines.renoise import (

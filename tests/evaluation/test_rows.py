@@ -1,10 +1,9 @@
 """Rows gathered in one go, after a kill, and by two processes are the same rows."""
 
-import multiprocessing
-import os
-import socket
+import json
 
 import pytest
+from ranks_case import run_ranks
 
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.rows import Ranks, gather_rows, read_rows, write_rows
@@ -74,26 +73,18 @@ def test_a_batch_of_nothing_is_refused(tmp_path):
         gather_rows(tmp_path, EXAMPLES, measure, batch_size=0)
 
 
-def as_rank(rank, port, folder, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+def worker(rank, folder):
     mine = []
     rows = gather(
-        folder, measure=lambda batch: mine.append(batch[0].key) or measure(batch), ranks=Ranks.from_environment()
+        folder / "rows",
+        measure=lambda batch: mine.append(batch[0].key) or measure(batch),
+        ranks=Ranks.from_environment(),
     )
-    queue.put((rank, mine, rows))
+    (folder / f"rank{rank}.json").write_text(json.dumps([mine, rows]))
 
 
 def test_two_processes_share_the_batches_and_both_get_all_rows(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=as_rank, args=(rank, port, tmp_path / "two", queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = sorted(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(timeout=60)
-    assert [mine for _, mine, _ in found] == [["picture/0", "picture/6"], ["picture/3", "picture/9"]]
-    assert found[0][2] == found[1][2] == gather(tmp_path / "one")
+    assert run_ranks(worker, tmp_path) == [0, 0]
+    (mine, rows), (others, same) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert (mine, others) == (["picture/0", "picture/6"], ["picture/3", "picture/9"])
+    assert rows == same == gather(tmp_path / "one")

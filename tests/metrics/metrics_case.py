@@ -1,4 +1,4 @@
-"""Pictures for metrics, and two real processes that share them."""
+"""Pictures for metrics."""
 
 import torch
 from torch import Tensor

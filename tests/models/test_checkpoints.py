@@ -20,8 +20,9 @@ from icd_lightning.models.students import RELEASED_TARGET_MODULES, LoraSettings,
 BOUNDARIES = Boundaries.parse("259,519,779,999")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def students():
+    """To read from."""
     return tiny_students()
 
 
@@ -69,8 +70,8 @@ def test_a_file_says_what_it_holds(students, empty, tmp_path):
     assert lora_settings(tmp_path / "fcd") == LORA
 
 
-def test_saving_replaces_the_student_and_nothing_else(students, empty, tmp_path):
-    folder = tmp_path / "exports" / "reverse"
+def test_saving_replaces_the_student_and_nothing_else(empty, tmp_path):
+    students, folder = tiny_students(), tmp_path / "exports" / "reverse"
     save_student(students, "cd", folder, metadata={})
     (folder / "README.md").write_text("a model card")
     students.parameters_of("cd")[0].data.add_(1)
@@ -85,7 +86,8 @@ def test_saving_replaces_the_student_and_nothing_else(students, empty, tmp_path)
     assert [file.name for file in folder.parent.iterdir()] == ["reverse"]
 
 
-def test_an_interrupted_save_leaves_the_old_student(students, empty, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_student(empty, tmp_path, monkeypatch):
+    students = tiny_students()
     save_student(students, "cd", tmp_path / "reverse", metadata={})
     before = {name: value.clone() for name, value in weights(students, "cd").items()}
 

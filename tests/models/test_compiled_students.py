@@ -15,13 +15,16 @@ from students_case import (
 
 from icd_lightning.models.compilation import compile_unets, why_not_compiled
 from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.students import LoraSettings
 
-SMALLEST = {
+SMALLEST = {  # each kind of block once, and of layer with an adapter: tracing takes seconds a block
     "block_out_channels": [16],
-    "down_block_types": ["CrossAttnDownBlock2D"],
+    "down_block_types": ["DownBlock2D"],
+    "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D"],
     "layers_per_block": 1,
 }
+LORA = LoraSettings(rank=4, alpha=8, target_modules=("to_q", "conv1"))
 CPU = torch.device("cpu")
 
 
@@ -49,9 +52,8 @@ CASES = [  # backend, checkpointing, sizes of batches
 def test_compiled_students_give_the_same_outputs_and_gradients(backend, checkpointing, sizes):
     if reason := why_not_compiled(CPU, backend):
         pytest.skip(reason)
-    plain, compiled = (
-        tiny_students(unet=tiny_unet(**SMALLEST), gradient_checkpointing=checkpointing).train() for _ in range(2)
-    )
+    options = {"lora": LORA, "gradient_checkpointing": checkpointing}
+    plain, compiled = (tiny_students(unet=tiny_unet(**SMALLEST), **options).train() for _ in range(2))
     compile_unets(compiled, backend)
     torch._dynamo.config.suppress_errors = False
     counters = torch._dynamo.utils.counters

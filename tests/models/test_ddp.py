@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from ranks_case import WORLD, run_ranks
 from students_case import ADAPTERS, assert_same_gradients, gradients, loss_of, part, tiny_batch, tiny_students
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from icd_lightning.models.students import Students
 
-WORLD = 2
 WRAPS = {
     "plain": {},
     "find_unused": {"find_unused_parameters": True},
@@ -44,8 +44,7 @@ def train(model: nn.Module, students: Students, batch: dict) -> dict:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     results = {}
     for wrap, checkpointing in CASES:
         students = tiny_students(gradient_checkpointing=checkpointing).train()
@@ -58,7 +57,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ddp"))
-    torch.multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+    assert run_ranks(worker, folder) == [0, 0]
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(WORLD)]
 
 

@@ -3,29 +3,25 @@
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from families_case import NAMES, NETWORKS, single_file, states, write_configs, write_layout
+from families_case import NAMES, NETWORKS, single_file, states, write_configs
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from icd_lightning.models.backbone import guided_denoiser
 from icd_lightning.models.family import Family, load_autoencoder
 from icd_lightning.models.sources import architecture
-from icd_lightning.models.students import Students
+from icd_lightning.models.students import ADAPTERS, Students
 
 HUB_NAME = "someone/some-model"
 COND = "time_embedding.cond_proj.weight"
 NO_MODEL = r"MODEL=\.\.\. of make, or --model\.init_args\.family\.model .*`make demo` needs none"
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> dict[str, Path]:
-    return {name: write_layout(name, tmp_path_factory.mktemp(name)) for name in NAMES}
 
 
 @pytest.fixture
@@ -134,8 +130,18 @@ def test_architectures_have_the_sizes_of_the_released_models(name, counts, modul
             family.source.network("unet_guided", NETWORKS["unet"], torch.float32), family.load_schedule()
         )
     assert {part: sum(w.numel() for w in network.parameters()) for part, network in built.items()} == counts
-    parameters = students.parameters_of("cd")
-    assert (len(parameters), sum(p.numel() for p in parameters)) == (2 * modules, lora)
+    for adapter in ADAPTERS:
+        parameters = students.parameters_of(adapter)
+        assert (len(parameters), sum(p.numel() for p in parameters)) == (2 * modules, lora)
+
+
+def test_two_encoders_are_told_the_size_of_the_pictures_of_either_autoencoder(layouts, random_family, tmp_path):
+    """SDXL's and the tiny one call their stages by different names."""
+    shutil.copytree(layouts["sdxl"], tmp_path / "model", ignore=shutil.ignore_patterns("vae"))
+    (tmp_path / "model" / "vae").symlink_to(random_family / "vae")
+    for model in (layouts["sdxl"], tmp_path / "model"):
+        family = Family(str(model))
+        assert family.load_conditioner().resolution == 8 * family.load_autoencoder().downsampling == 64
 
 
 # Variants, overrides

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from families_case import write_layout
 
 from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.family import Family
@@ -17,8 +16,8 @@ METADATA = [
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory) -> Family:
-    return Family(str(write_layout("sdxl", tmp_path_factory.mktemp("sdxl"))))
+def family(layouts) -> Family:
+    return Family(str(layouts["sdxl"]))
 
 
 @pytest.fixture(scope="module")

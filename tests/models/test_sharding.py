@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from ranks_case import WORLD, run_ranks
 from students_case import ADAPTERS, loss_of, part, tiny_batch, tiny_students, tiny_unet
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -11,7 +12,6 @@ from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sharding import assign, gather_weights, gathered, shard_unets
 from icd_lightning.models.students import Students
 
-WORLD = 2
 CASES = [(torch.float32, False), (torch.bfloat16, True)]  # the base, checkpointing
 
 
@@ -72,8 +72,7 @@ def share(students: Students) -> dict[bool, float]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     mesh, batch = init_device_mesh("cpu", (WORLD,)), part(tiny_batch(), slice(2 * rank, 2 * rank + 2))
     results = {}
     for case in CASES:
@@ -95,7 +94,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("sharded"))
-    torch.multiprocessing.spawn(worker, args=(folder,), nprocs=WORLD)
+    assert run_ranks(worker, folder) == [0, 0]
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(WORLD)]
 
 

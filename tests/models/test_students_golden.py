@@ -39,6 +39,7 @@ def test_losses_and_gradients(case: GoldenCase, networks: GoldenNetworks):
     case.check_losses(networks)
 
 
+@pytest.mark.parametrize("networks", [False], ids=["plain"], indirect=True)  # without gradients nothing is checkpointed
 @each_case
 def test_every_latent_of_encoding_and_decoding(case: GoldenCase, networks: GoldenNetworks):
     case.check_sampling(networks)

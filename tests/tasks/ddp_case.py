@@ -1,8 +1,7 @@
-"""Stage 2 over a stream of scenes; as a script, in two processes: ddp_case.py FAMILY FOLDER STRATEGY [LAST_STEP]."""
+"""Stage 2 over a stream of scenes, in one process or as one of two ranks."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import icd_lightning  # noqa: F401 (before lightning: it makes a CUDA torchvision importable beside a CPU torch)
@@ -69,12 +68,11 @@ def train(family: Path, folder: Path, *callbacks, devices: int = 1, ckpt_path: s
     return losses.values, dict(trainer.callback_metrics)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def worker(rank: int, family: Path, folder: Path, strategy: str, last_step: int | None = None) -> None:
+    """Train as a rank: until the second one is interrupted, or go on to the last step."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
-    family, folder, strategy = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     options = {"devices": 2, "strategy": "ddp" if strategy == "ddp" else ShardedStrategy()}
-    if sys.argv[4:]:
-        train(family, folder, max_steps=int(sys.argv[4]), ckpt_path="last", **options)
-    else:
+    if last_step is None:
         train(family, folder, InterruptSecondRank(folder, Losses()), max_steps=100, **options)
+    else:
+        train(family, folder, max_steps=last_step, ckpt_path="last", **options)

@@ -76,11 +76,11 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         OptimizerSettings(**settings)
 
 
-@pytest.mark.parametrize("scales", [[], [1.0, 0.5]])
-def test_guidance_scales_begin_at_one(scales):
-    with pytest.raises(ValueError, match=r"guidance_scales \[.*\] must be 1 \(unguided\) or more, and at least one"):
+@pytest.mark.parametrize("scales", [[], [1.0, -0.5]])
+def test_guidance_scales_begin_at_zero(scales):
+    with pytest.raises(ValueError, match=r"guidance_scales \[.*\] must be 0 \(unconditional.*\) or more, and at least"):
         check_guidance_scales(scales)
-    assert check_guidance_scales([1, 8.0]) == (1, 8.0)
+    assert check_guidance_scales([0, 8.0]) == (0, 8.0)
 
 
 def test_the_learning_rate_rises_then_stays_or_falls_to_zero():

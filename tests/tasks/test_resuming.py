@@ -68,7 +68,7 @@ def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DEC
     return losses.values, task
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run != "averaged")) for run in RUNS])
 def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(random_family, scenes, tmp_path, run):
     whole, unbroken = fit(random_family, scenes, tmp_path / "whole", run)
     before, _ = fit(random_family, scenes, tmp_path / "broken", run, Kill(3))
@@ -81,6 +81,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(random_fami
         assert same(student_weights(resumed)[direction], weights)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps_as_one_longer_from_the_start(random_family, scenes, tmp_path):
     settings = {"run": "averaged", "optimizer": OptimizerSettings(lr=1e-3, warmup_steps=2)}
     whole, unbroken = fit(random_family, scenes, tmp_path / "whole", max_steps=3, **settings)

@@ -1,37 +1,17 @@
 """Stage 2 on two real gloo processes, through the Trainer, against one process with the joined batch."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ddp_case import train
+from ddp_case import train, worker
+from ranks_case import run_ranks
 from training_case import distillation, same, student_weights
 
 from icd_lightning.models.students import ADAPTERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
-
-
-def run_pair(*arguments) -> list[subprocess.Popen]:
-    """Two gloo processes, half of the batch each, started together, as torchrun does; finished."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    command = [sys.executable, Path(__file__).with_name("ddp_case.py"), *map(str, arguments)]
-    processes = [
-        subprocess.Popen(command, env={**shared, "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.errors = process.communicate(timeout=600)[1]
-    return processes
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +25,8 @@ def alone(random_family, tmp_path_factory):
 def pair(request, random_family, tmp_path_factory):
     """Strategy and folder of two processes, of which the second was interrupted in its second step."""
     folder = tmp_path_factory.mktemp(request.param)
-    processes = run_pair(random_family, folder, request.param)
-    errors = "\n".join(process.errors for process in processes)
-    assert (folder / "rank1.pt").is_file(), errors
-    assert [process.returncode for process in processes] == [1, 1], errors
+    assert run_ranks(worker, random_family, folder, request.param) == [1, 1]
+    assert (folder / "rank1.pt").is_file()
     return request.param, folder
 
 
@@ -134,8 +112,7 @@ def test_what_one_process_saved_goes_on_in_two(random_family, alone, pair, longe
     if pair[0] == "ddp":
         pytest.skip("Lightning's own")
     shutil.copytree(alone[0] / "checkpoints", tmp_path / "checkpoints")
-    processes = run_pair(random_family, tmp_path, pair[0], 3)
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(p.errors for p in processes)
+    assert run_ranks(worker, random_family, tmp_path, pair[0], 3) == [0, 0]
     assert_same_step(tmp_path, longer, start)
     exported, expected = (
         student_weights(distillation(random_family, **{f"{d}_weights": str(folder / d) for d in ADAPTERS.values()}))

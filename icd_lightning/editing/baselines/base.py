@@ -1,192 +1,30 @@
-"""What the baselines share: a network not yet bound to prompts, branches of pictures, and the loop down to the data.
+"""What the baselines share: the protocol, and the way down along one branch of pictures, the target's, or two.
 
-A method edits along one branch of pictures, the target's, or two, the source's first: `x` then holds (2 B, C, h, w).
-Its file says what `invert` keeps beside the noise and what a step does; all else is here. Methods know no UNet: a
-`ConditionalNetwork` is any eps = network(x, t, conditioning).
+Of two branches the source's is the first: `x` then holds (2 B, C, h, w). A method's file says what `invert` keeps
+beside the noise and what a step does; all else is here.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from icd_lightning.diffusion import (
-    Denoiser,
-    GuidanceSchedule,
-    NoiseSchedule,
-    OnStep,
-    Step,
-    StepGuidance,
-    classifier_free_guidance,
-)
+from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
+from icd_lightning.editing.baselines.branches import Branch, descend
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import UNGUIDED, PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptControl
-from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.backbone import predict
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import Students
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
-
-log = logging.getLogger(__name__)
 
 Control = PromptToPrompt | Sequence[PromptToPrompt] | Literal["auto"] | None
 """What an edit borrows of attention: for all pictures, for each, as the method does by default, or nothing."""
-
-LCM_SOLVER_TIMESTEPS = range(19, 1000, 20)
-"""The 50 steps that latent consistency models were distilled on."""
-
-
-@dataclass(frozen=True, eq=False)
-class ConditionalNetwork:
-    """eps (N, C, h, w) = network(x (N, C, h, w), t (N,), conditioning of N): unguided.
-
-    `predict` also takes w (N,). With `takes_guidance` (a guidance-distilled UNet, an LCM) w is an input of the network
-    and guiding costs nothing; else w is None, and guiding costs a second evaluation.
-    """
-
-    predict: Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
-    takes_guidance: bool = False
-
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        w = torch.ones_like(t, dtype=torch.float32) if self.takes_guidance else None
-        return self.predict(x, t, conditioning, w)
-
-    def cost(self, guidance: GuidanceSchedule, t: int) -> int:
-        """Evaluations of one picture at t."""
-        return 1 if self.takes_guidance or guidance.at(t) == 1 else 2
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """What B pictures follow: their prompts, the prompts that guidance leads away from, and w(t)."""
-
-    positive: Conditioning
-    negative: Conditioning
-    guidance: GuidanceSchedule = UNGUIDED
-
-
-def predict_branches(network: ConditionalNetwork, x: Tensor, t: int, branches: Sequence[Branch]) -> tuple[Tensor, int]:
-    """Guided eps (n B, C, h, w) for the n branches joined in x (n B, C, h, w), and its evaluations of one picture.
-
-    All goes through the network at once: first the unconditional halves of the branches that are guided at t, if w is
-    no input of the network, and then, as the last n B samples, all branches under their prompts.
-    """
-    times = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-    scales = [branch.guidance.at(t) for branch in branches]
-    positive = Conditioning.cat([branch.positive for branch in branches])
-    nfe = sum(network.cost(branch.guidance, t) for branch in branches)
-    if network.takes_guidance:
-        w = torch.tensor(scales, device=x.device).repeat_interleave(len(x) // len(branches))
-        return network.predict(x, times, positive, w), nfe
-    if nfe == len(branches):
-        return network(x, times, positive), nfe
-    parts = x.chunk(len(branches))
-    guided = [i for i, scale in enumerate(scales) if scale != 1]
-    rows = torch.cat([*(parts[i] for i in guided), x])
-    told = Conditioning.cat([*(branches[i].negative for i in guided), positive])
-    eps = network(rows, torch.full((len(rows),), t, dtype=torch.long, device=x.device), told)
-    eps_uncond, eps_cond = eps[: -len(x)].chunk(len(guided)), list(eps[-len(x) :].chunk(len(branches)))
-    for i, uncond in zip(guided, eps_uncond, strict=True):
-        eps_cond[i] = classifier_free_guidance(uncond, eps_cond[i], scales[i])
-    return torch.cat(eps_cond), nfe
-
-
-@torch.no_grad()
-def descend(
-    network: ConditionalNetwork,
-    x: Tensor,
-    steps: Iterable[tuple[int, int]],
-    branches: Callable[[int], Sequence[Branch]],
-    move: Callable[[Tensor, Tensor, int], Tensor],
-    *,
-    control: PromptToPromptControl | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Take the joined branches x (n B, C, h, w) down steps (t, s): x = move(x, eps, index), under branches(index).
-
-    A control, attached to the network, ends each step: it knows which one it is by counting.
-    """
-    for index, (t, s) in enumerate(steps):
-        eps, nfe = predict_branches(network, x, t, branches(index))
-        x = move(x, eps, index)
-        if control is not None:
-            x = control.step(x)
-        if on_step is not None:
-            on_step(Step(t, s, x, nfe))
-    return x
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What a baseline needs of a family: its network, and the ways between pictures, prompts and numbers."""
-
-    network: ConditionalNetwork
-    schedule: NoiseSchedule
-    autoencoder: LatentAutoencoder
-    conditioner: CLIPConditioner | DualCLIPConditioner
-    unet: nn.Module
-
-    @classmethod
-    def load(cls, family: Family, *, few_step: bool = False) -> Parts:
-        """From disk: the teacher, or what makes pictures in few steps.
-
-        A family with a guidance-distilled UNet (tiny; SD1.5 and SDXL for iCD) is no LCM or Turbo, and that UNet stands
-        in for one; the folder of an LCM or Turbo in diffusers' layout has but one UNet, and that is it.
-        """
-        guided = few_step and has_guided_unet(family)
-        if guided:
-            log.info("%s is no LCM or Turbo; its guidance-distilled UNet stands in for one", family.model)
-        return cls.of(
-            family.load_unet(guided=guided),
-            family.load_schedule(),
-            family.load_autoencoder(),
-            family.load_conditioner(),
-        )
-
-    @classmethod
-    def of(
-        cls,
-        unet: nn.Module,
-        schedule: NoiseSchedule,
-        autoencoder: LatentAutoencoder,
-        conditioner: CLIPConditioner | DualCLIPConditioner,
-    ) -> Parts:
-        """From loaded parts."""
-
-        def eps(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
-            return schedule.eps_from_output(predict(unet, x, t, conditioning, w), x, t)
-
-        network = ConditionalNetwork(eps, takes_guidance=unet.config.time_cond_proj_dim is not None)
-        return cls(network, schedule, autoencoder, conditioner, unet)
-
-    @classmethod
-    def of_student(
-        cls, students: Students, autoencoder: LatentAutoencoder, conditioner: CLIPConditioner | DualCLIPConditioner
-    ) -> Parts:
-        """With iCD's reverse student as the network."""
-
-        def eps(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
-            return students.schedule.eps_from_output(students.predict("cd", x, t, conditioning, w), x, t)
-
-        network = ConditionalNetwork(eps, takes_guidance=True)
-        return cls(network, students.schedule, autoencoder, conditioner, students.unet)
-
-
-def has_guided_unet(family: Family) -> bool:
-    """Whether a family is one of iCD's, with a guidance-distilled UNet."""
-    try:
-        family.check()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import OnStep, falling, lcm_timesteps
-from icd_lightning.editing.baselines.base import LCM_SOLVER_TIMESTEPS, Baseline, Inversion, Parts
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
 from icd_lightning.editing.method import Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 

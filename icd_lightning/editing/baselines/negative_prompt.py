@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from icd_lightning.diffusion import OnStep, ddim_invert, ddim_timesteps, falling
-from icd_lightning.editing.baselines.base import Baseline, Inversion, Parts
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning

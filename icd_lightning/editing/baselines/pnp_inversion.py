@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, ddim_path, ddim_timesteps, falling
-from icd_lightning.editing.baselines.base import Baseline, Branch, Inversion, Parts, descend
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.editing.baselines.branches import Branch, descend
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 

@@ -26,7 +26,8 @@ from icd_lightning.diffusion import (
     lcm_timesteps,
     trailing_timesteps,
 )
-from icd_lightning.editing.baselines.base import LCM_SOLVER_TIMESTEPS, Baseline, Inversion, Parts, has_guided_unet
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts, has_guided_unet
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import Seed, seeded_noise, seeds_of
 from icd_lightning.models.conditioning import Conditioning

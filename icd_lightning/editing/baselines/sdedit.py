@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from icd_lightning.diffusion import OnStep, ddim_timesteps, falling
-from icd_lightning.editing.baselines.base import Baseline, Inversion, Parts
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed, seeded_noise
 
 

@@ -98,18 +98,26 @@ class SelfAttention(_RowProcessor):
 @contextmanager
 def processors_in_place(unet: UNet2DConditionModel, processors: Mapping[str, _RowProcessor]) -> Iterator[None]:
     """Put processors in place by name; afterwards, also after an error, every layer has the one that it had."""
-    before = unet.attn_processors
-    for name in processors:
-        if isinstance(before[name], (nn.Module, _RowProcessor)):
+    layers = {name: layer_of(unet, name) for name in processors}
+    before = {name: layer.processor for name, layer in layers.items()}
+    for name, processor in before.items():
+        if isinstance(processor, (nn.Module, _RowProcessor)):
             raise ValueError(
-                f"attention of this UNet is already changed by {type(before[name]).__name__}, at {name}: unload "
+                f"attention of this UNet is already changed by {type(processor).__name__}, at {name}: unload "
                 "IP-Adapters, and control one edit at a time"
             )
-    unet.set_attn_processor({**before, **processors})
     try:
+        for name, processor in processors.items():
+            layers[name].set_processor(processor)
         yield
     finally:
-        unet.set_attn_processor(dict(before))
+        for name, processor in before.items():
+            layers[name].set_processor(processor)
+
+
+def layer_of(unet: UNet2DConditionModel, name: str) -> Attention:
+    """The layer of a processor, by the processor's name."""
+    return unet.get_submodule(name.removesuffix(".processor"))
 
 
 def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from icd_lightning.editing.prompt_to_prompt.attention import (
     CrossAttention,
     Rewrite,
     SelfAttention,
+    layer_of,
     processors_in_place,
 )
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
@@ -86,7 +87,7 @@ class PromptToPromptControl:
 
     def _processors(self, unet: UNet2DConditionModel) -> dict[str, CrossAttention | SelfAttention]:
         """Processors, by name, for the layers that are ever read."""
-        layers, before, rows = choose_layers(unet, self.size), unet.attn_processors, 2 * len(self.pairs)
+        layers, rows = choose_layers(unet, self.size), 2 * len(self.pairs)
         if self._blend.any and not layers.blend:
             raise ValueError(
                 f"at latents of {self.size[0]} x {self.size[1]} this UNet has no cross-attention coarse enough for the "
@@ -94,11 +95,13 @@ class PromptToPromptControl:
             )
         looked_at = layers.blend if self._blend.any else {}
         found: dict[str, CrossAttention | SelfAttention] = {
-            name: CrossAttention(before[name], rows, partial(self._rewrite, name, looked_at.get(name)))
+            name: CrossAttention(
+                layer_of(unet, name).processor, rows, partial(self._rewrite, name, looked_at.get(name))
+            )
             for name in (layers.cross if self._cross.num_steps else looked_at)
         }
         for name in layers.own if self._self.num_steps else ():
-            found[name] = SelfAttention(before[name], rows, partial(self._borrow, name))
+            found[name] = SelfAttention(layer_of(unet, name).processor, rows, partial(self._borrow, name))
         return found
 
     def _rewrite(self, name: str, looked_at: Grid | None) -> Rewrite | None:

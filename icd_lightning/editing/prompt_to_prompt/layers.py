@@ -7,10 +7,13 @@ that the same layers are meant; for smaller ones the numbers, since a map of 2 x
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 Grid = tuple[int, int]
 """Height and width of the places that a layer attends from."""
@@ -27,7 +30,7 @@ class Layers:
 
 def choose_layers(unet: UNet2DConditionModel, size: Grid) -> Layers:
     """The layers of a UNet at latents of size (h, w)."""
-    grids = {name: _grid(size, _halvings(name, unet)) for name in unet.attn_processors}
+    grids = {name: _grid(size, _halvings(name, unet)) for name in processor_names(unet)}
     cross = {name: grid for name, grid in grids.items() if name.endswith(".attn2.processor")}
     own = {name: grid for name, grid in grids.items() if name.endswith(".attn1.processor")}
     own = _up_to(max(32 * 32, _area(_grid(size, 1))), own)
@@ -35,6 +38,15 @@ def choose_layers(unet: UNet2DConditionModel, size: Grid) -> Layers:
     coarse = _up_to(max(16 * 16, _area(_grid(size, 2))), sided)
     finest = max(coarse.values(), key=_area, default=None)
     return Layers(tuple(cross), tuple(own), {name: grid for name, grid in coarse.items() if grid == finest})
+
+
+def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:
+    """The keys of `attn_processors`, which takes as long to make as a small network to evaluate: it enters all LoRA."""
+    for child_name, child in module.named_children():
+        if isinstance(child, Attention):
+            yield f"{name}{child_name}.processor"
+        else:
+            yield from processor_names(child, f"{name}{child_name}.")
 
 
 def _halvings(name: str, unet: UNet2DConditionModel) -> int:

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from icd_lightning.editing.limits import check_fraction
 from icd_lightning.editing.prompt_to_prompt.alignment import AlignmentKind, PromptTokens, changed_words
 
 
@@ -40,8 +41,7 @@ class PromptToPrompt:
 
     def __post_init__(self) -> None:
         for name in ("cross_replace", "self_replace", "blend_threshold", "blend_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is no fraction: choose between 0 and 1")
+            check_fraction(getattr(self, name), name)
         if self.alignment not in get_args(AlignmentKind):
             raise ValueError(f"alignment {self.alignment!r} is none of: {', '.join(get_args(AlignmentKind))}")
         if not isinstance(self.blend, bool) and (isinstance(self.blend, str) or len(self.blend) != 2):

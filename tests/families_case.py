@@ -1,6 +1,7 @@
 """SD1.5 and SDXL with all their blocks and tiny widths, in every form in which a model is found on a disk."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvision importable beside a CPU torch)
@@ -68,6 +69,7 @@ def write_layout(name: str, folder: Path) -> Path:
     return folder
 
 
+@cache
 def states(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The weights of every network of a model in diffusers' layout, by part."""
     family = Family(str(folder))

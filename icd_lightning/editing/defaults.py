@@ -1,0 +1,38 @@
+"""How a model is edited best where a call does not say: as its folder says, or as in the paper."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from icd_lightning.diffusion import Boundaries
+from icd_lightning.models.family import EditingDefaults, Family
+from icd_lightning.models.sources import Folder
+
+DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
+"""What a pipeline's config says for calls that do not."""
+
+P2P_GUIDANCE_SCALE = 20.0
+"""Of edits by attention control with SD1.5 (arXiv:2406.14539)."""
+
+
+def suitable_tau(boundaries: Boundaries) -> float:
+    """The paper's tau for these segments: guide in all but the first step, 0.8 for 779 and 0.7 for 679 or 699."""
+    last = boundaries.boundary_timesteps[-2]
+    return math.ceil(10 * last / boundaries.num_train_timesteps) / 10 if last else 1.0
+
+
+def defaults_of(family: Family, boundaries: Boundaries, *, two_encoders: bool) -> dict[str, Any]:
+    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, SDXL by swapping the prompt."""
+    if isinstance(family.source, Folder):
+        index = family.root / "model_index.json"
+        said = json.loads(index.read_text()) if index.is_file() else {}
+        if said.keys() >= set(DEFAULTS):  # a pipeline's own
+            return {name: said[name] for name in DEFAULTS}
+        if (family.root / "icd.json").is_file():
+            return asdict(family.load_defaults())
+    paper: dict[str, Any] = {"guidance_scale": EditingDefaults.guidance_scale, "tau": suitable_tau(boundaries)}
+    by_attention = {"edit_guidance_scale": P2P_GUIDANCE_SCALE, "attention_control": True}
+    return paper if two_encoders else {**paper, **by_attention}

@@ -1,0 +1,200 @@
+"""What the pipeline is made of: its parts put together, loaded from a model, saved for the next time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from icd_lightning.diffusion import Boundaries, NoiseSchedule
+from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.editing.defaults import defaults_of, suitable_tau
+from icd_lightning.editing.limits import check_fraction, check_guidance_scale
+from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.checkpoints import save_student
+from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
+from icd_lightning.models.students import ADAPTERS, Students
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PLANTED: WeakValueDictionary[int, Students] = WeakValueDictionary()
+"""The students in a UNet, by its id: pipelines that share components share them too."""
+
+
+class StudentPipeline(DiffusionPipeline):
+    """A frozen guided UNet, the two students in it, and what stands between them and pictures and prompts.
+
+    `from_pretrained` loads students. A pipeline made of parts has those that its UNet carries, or else new ones, which
+    begin as the UNet itself.
+
+    Args:
+        unet: the guidance-distilled UNet of stage 1.
+        boundaries: the ends of the students' segments; None: the paper's four.
+        guidance_scale: w, where a call does not say.
+        tau: of dynamic guidance, where a call does not say; None: what suits the boundaries.
+        edit_guidance_scale: w of edits by attention control; None: guidance_scale.
+        attention_control: edit by Prompt-to-Prompt where a call does not say; otherwise by swapping the prompt.
+        closed_vocabulary: the family knows those words only that its tokenizer keeps whole.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ("text_encoder_2", "tokenizer_2")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderDC,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        boundaries: list[int] | None = None,
+        guidance_scale: float = EditingDefaults.guidance_scale,
+        tau: float | None = None,
+        edit_guidance_scale: float | None = None,
+        attention_control: bool = False,
+        closed_vocabulary: bool = False,
+    ) -> None:
+        super().__init__()
+        ends = Boundaries.uniform(4) if boundaries is None else Boundaries(tuple(boundaries), allow_off_grid=True)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+        )
+        self.register_to_config(
+            boundaries=list(ends.boundary_timesteps),
+            guidance_scale=check_guidance_scale(guidance_scale),
+            tau=check_fraction(suitable_tau(ends) if tau is None else tau, "tau"),
+            edit_guidance_scale=check_guidance_scale(
+                guidance_scale if edit_guidance_scale is None else edit_guidance_scale, "edit_guidance_scale"
+            ),
+            attention_control=attention_control,
+            closed_vocabulary=closed_vocabulary,
+        )
+        self.students = _PLANTED.get(id(unet)) or Students(unet, NoiseSchedule.from_config(scheduler.config))
+        _PLANTED[id(unet)] = self.students
+        autoencoder = LatentAutoencoder(vae)
+        self.method = InvertibleConsistency(self.students, autoencoder, self._conditioner(autoencoder), ends)
+        self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
+
+    def _conditioner(self, autoencoder: LatentAutoencoder) -> CLIPConditioner | DualCLIPConditioner:
+        first = CLIPConditioner(self.tokenizer, self.text_encoder)
+        if self.text_encoder_2 is None:
+            return first
+        resolution = int(self.unet.config.sample_size) * autoencoder.downsampling
+        return DualCLIPConditioner(first, CLIPConditioner(self.tokenizer_2, self.text_encoder_2), resolution)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Family = "tiny",
+        *,
+        forward: str | None = None,
+        reverse: str | None = None,
+        boundaries: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        **family: Any,
+    ) -> Self:
+        """Load a model and its two students.
+
+        Args:
+            model: "tiny" (shipped), a folder that `save_pretrained` wrote, or any other model that a `Family` names.
+            forward, reverse: folders or files of the students, ours or released ones; by default the model's own.
+            boundaries: e.g. "259,519,779,999"; by default what the students' files say.
+            torch_dtype: type of the weights.
+            family: what else a `Family` takes, such as guided_unet and vae.
+        """
+        if not isinstance(model, Family):
+            precision = {dtype: name for name, dtype in PRECISIONS.items()}.get(torch_dtype)
+            if precision is None:
+                raise ValueError(f"torch_dtype {torch_dtype} is none of {', '.join(PRECISIONS)}")
+            model = Family(str(model), precision=precision, **family)
+        method = InvertibleConsistency.from_pretrained(model, forward=forward, reverse=reverse, boundaries=boundaries)
+        conditioner, unet = method.conditioner, method.students.unet
+        sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
+        second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}
+        _PLANTED[id(unet)] = method.students
+        pipe = cls(
+            method.autoencoder.vae,
+            sides[0].text_encoder,
+            sides[0].tokenizer,
+            unet,
+            DDIMScheduler.from_config(
+                model.source.config("scheduler"), prediction_type=method.schedule.prediction_type
+            ),
+            **second,
+            boundaries=list(method.boundaries.boundary_timesteps),
+            **defaults_of(model, method.boundaries, two_encoders=bool(second)),
+        )
+        pipe.register_to_config(_name_or_path=model.model)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write a folder for `from_pretrained`, and for `--model` of the commands: every part, and both students."""
+        folder = Path(save_directory).absolute()
+        if folder.is_file():
+            raise ValueError(f"cannot save to {folder}: that is a file, give a folder")
+        temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")
+        try:
+            for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
+                if getattr(self, name) is not None:
+                    getattr(self, name).save_pretrained(temporary / name)
+            bare = _bare(self.unet)
+            bare.save_pretrained(temporary / "unet_guided")
+            bare.save_config(temporary / "unet")  # sizes of the family; the plain teacher is not known here
+            for adapter, direction in ADAPTERS.items():
+                about = {"boundaries": self.config.boundaries}
+                save_student(self.students, adapter, temporary / "students" / direction, metadata=about)
+            defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
+            (temporary / "icd.json").write_text(json.dumps(asdict(defaults)) + "\n")
+            self.save_config(temporary)
+            for file in [path for path in temporary.rglob("*") if path.is_file()]:
+                place = folder / file.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """The ends of the students' segments."""
+        return self.method.boundaries
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the pictures that the UNet was trained on."""
+        return self.method.resolution
+
+    def unknown_words(self, *prompts: str) -> list[str]:
+        """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
+        if not self.config.closed_vocabulary:
+            return []
+        words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
+        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
+
+
+def _bare(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The UNet without its students; it shares the weights."""
+    weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items() if ".lora_" not in name
+    }
+    with torch.device("meta"):  # every weight is replaced below, so none is drawn
+        bare = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_use_default_values"})
+    bare.load_state_dict(weights, assign=True)
+    return bare

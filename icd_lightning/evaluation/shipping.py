@@ -1,0 +1,52 @@
+"""Of a folder of results, what the notebooks read: rows, means and scalars, and the few pictures that they show."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from icd_lightning.evaluation.ablations import TABLE_2_JSON, read_study
+from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.effects import UNGUIDED_ROWS, result_files, telling
+from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, read_runs
+from icd_lightning.files import write_whole
+
+SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}
+"""Folders under outputs/, and what in them names the runs."""
+POINTS = 100
+"""Of each scalar of a training: more than a plot shows."""
+
+
+def condense(source: Path, target: Path) -> list[Path]:
+    """Copy what the notebooks read of every known result in `source` to `target`; return the folders there."""
+    found = {folder: name for folder, name in SUMMARIES.items() if (source / folder / name).is_file()}
+    if not found:
+        expected = ", ".join(f"{folder}/{name}" for folder, name in SUMMARIES.items())
+        raise FileNotFoundError(f"{source} holds none of {expected}")
+    for folder in found:
+        if (target / folder).exists():
+            raise FileExistsError(f"{target / folder} is there already: remove it first")
+    if "ablations" in found:
+        _condense_trainings(source, target)
+    for folder, name in found.items():  # the summary comes last: it says that all that it names is there
+        for run in read_runs(source / folder / name).values():
+            _copy(run.folder, target / run.folder.relative_to(source), [CONFIG, ROWS, MEANS])
+        _copy(source / folder, target / folder, [name])
+    return [target / folder for folder in found]
+
+
+def _condense_trainings(source: Path, target: Path) -> None:
+    """Scalars of all trainings; pictures of those that the notebook shows."""
+    study = read_study(source / "ablations")
+    for trainings in study.trainings.values():
+        for folder in trainings.values():
+            write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
+    keys = telling(study)
+    for letter in UNGUIDED_ROWS:
+        folder = study.students[letter][study.seeds[0]].folder
+        _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
+
+
+def _copy(source: Path, target: Path, files: list[str]) -> None:
+    for file in files:
+        write_whole(target / file, lambda temporary, file=file: shutil.copyfile(source / file, temporary))

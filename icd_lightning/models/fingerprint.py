@@ -1,0 +1,18 @@
+"""Which weights made what lies on disk."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """Tells networks apart by the signs of all their weights, which no rounding to another precision changes."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for parameter in network.parameters():
+            digest.update(np.packbits(torch.signbit(parameter.detach()).cpu().numpy()))
+    return digest.hexdigest()[:16]

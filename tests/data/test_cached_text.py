@@ -1,0 +1,261 @@
+"""Captions encoded once: training on what was kept is training on the captions."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvision importable beside a CPU torch)
+
+# isort: split
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+from training_case import FEW, Losses, distillation, scenes_data, trainer_for, write_scenes
+
+from icd_lightning.commands.data import cache_latents as command
+from icd_lightning.data.decoding import TEXT, SampleDecoder
+from icd_lightning.data.latents import cache_latents
+from icd_lightning.data.manifest import Manifest, index_shard
+from icd_lightning.data.shards import open_shards, write_shards
+from icd_lightning.data.tally import NothingToReadError
+from icd_lightning.models.family import Family
+from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.tasks.base import OptimizerSettings
+from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from families_case import write_layout
+
+CLOSE = 5e-3  # what keeping embeddings as float16 may change of a loss
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """16 captioned pictures in 2 shards."""
+    return write_scenes(tmp_path_factory.mktemp("pictures"), 16)
+
+
+@pytest.fixture(scope="module")
+def families(random_family, tmp_path_factory) -> dict[str, Path]:
+    """One with one text encoder, and SDXL's two."""
+    return {"tiny": random_family, "sdxl": write_layout("sdxl", tmp_path_factory.mktemp("sdxl"))}
+
+
+def cache(pictures: Path, out: Path, family: Path, **options) -> Path:
+    command(
+        str(pictures),
+        out=str(out),
+        vae=str(family / "vae"),
+        device="cpu",
+        **{"text": str(family), "batch_size": 5} | options,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def sets(pictures, families, tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """For each family its latents alone, and with embeddings."""
+    folder = tmp_path_factory.mktemp("sets")
+    return {
+        name: {
+            kind: cache(pictures, folder / f"{name}-{kind}", family, text=text)
+            for kind, text in (("latents", None), ("text", str(family)))
+        }
+        for name, family in families.items()
+    }
+
+
+def samples_of(folder: Path) -> list[dict]:
+    return [entry.read() for shard in open_shards(str(folder)) for entry in index_shard(shard.url)[0]]
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+def test_beside_each_samples_latents_lie_its_captions_embeddings(sets, families, name):
+    conditioner = Family(str(families[name])).load_conditioner()
+    for bare, raw in zip(*(samples_of(sets[name][kind]) for kind in ("latents", "text")), strict=True):
+        assert raw.keys() - bare.keys() == {TEXT}
+        expected = {
+            part: values[0].half().numpy() for part, values in conditioner([raw["txt"].decode()]).embeds().items()
+        }
+        found = load(raw[TEXT])
+        assert found.keys() == expected.keys()
+        assert len(found) == {"tiny": 1, "sdxl": 2}[name]
+        for part, values in found.items():
+            assert values.dtype == np.float16
+            np.testing.assert_allclose(values, expected[part], rtol=2e-3, atol=2e-3)
+        made = json.loads(raw["json"])["moments"]
+        assert made == json.loads(bare["json"])["moments"] | {"text_encoder": conditioner.fingerprint}
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_caching_goes_on_shard_by_shard(pictures, random_family, sets, tmp_path):
+    family = Family(str(random_family))
+    autoencoder, conditioner = family.load_autoencoder(), family.load_conditioner()
+    encoded = []
+
+    def run(limit: int) -> Manifest:
+        def encode(captions):
+            if len(encoded) + len(captions) > limit:
+                raise KilledError
+            encoded.extend(captions)
+            return conditioner(captions).embeds()
+
+        return cache_latents(
+            str(pictures),
+            tmp_path,
+            autoencoder.moments,
+            autoencoder=autoencoder.fingerprint,
+            text=(conditioner.fingerprint, encode),
+            decoder=SampleDecoder(64),
+            batch_size=5,
+        )
+
+    with pytest.raises(KilledError):
+        run(14)
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar"]
+    encoded.clear()
+    assert run(8).complete
+    assert len(encoded) == 8
+    for path in sets["tiny"]["text"].iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_set_has_embeddings_of_all_captions_or_of_none(pictures, families, sets, tmp_path):
+    for kind, text in (("latents", str(families["tiny"])), ("text", None)):
+        shutil.copytree(sets["tiny"][kind], tmp_path / kind)
+        with pytest.raises(ValueError, match=r"holds another set .*text_encoder.* pass --overwrite"):
+            cache(pictures, tmp_path / kind, families["tiny"], text=text)
+    cache(pictures, tmp_path / "latents", families["tiny"], overwrite=True)
+    assert all(TEXT in raw for raw in samples_of(tmp_path / "latents"))
+
+
+def test_embeddings_that_float16_cannot_hold_are_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="the text encoder gives embeddings that are not finite near 00000"):
+        cache_latents(
+            str(pictures),
+            tmp_path,
+            lambda images: images[:, :, ::8, ::8],
+            autoencoder="a",
+            text=("t", lambda captions: {"prompt_embeds": torch.full((len(captions), 2, 2), 1e5)}),
+            decoder=SampleDecoder(64),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fingerprint_is_of_the_encoders_whatever_their_precision(families, dtype):
+    conditioners = {name: Family(str(family)).load_conditioner() for name, family in families.items()}
+    prints = {name: conditioner.fingerprint for name, conditioner in conditioners.items()}
+    assert len({*prints.values(), fingerprint(conditioners["sdxl"].first)}) == 3
+    for name, family in families.items():
+        assert Family(str(family)).load_conditioner().to(dtype).fingerprint == prints[name]
+    tiny = torch.nn.Linear(2, 2)
+    tiny.weight.data = torch.tensor([[1e-30, -1e-30], [1.0, -1.0]])  # float16 rounds the first two to 0 and -0
+    before = fingerprint(tiny)
+    assert fingerprint(tiny.to(dtype)) == before
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def stage_one(family: Path) -> GuidanceDistillation:
+    torch.manual_seed(0)
+    return GuidanceDistillation(Family(str(family)), (3.0, 5.0), optimizer=OptimizerSettings(lr=1e-6))
+
+
+def stage_two(family: Path, dropout: float = 0.5):
+    return distillation(family, **FEW, caption_dropout=dropout)
+
+
+def trained(task, folder: Path, tmp_path: Path) -> tuple[list[float], set[str]]:
+    """The losses of four steps, and every prompt that was encoded."""
+    prompts, losses = set(), Losses()
+    task.conditioner.register_forward_pre_hook(lambda module, args: prompts.update(args[0]))
+    trainer_for(tmp_path, callbacks=[losses], max_steps=4).fit(task, datamodule=scenes_data(folder))
+    return losses.values, prompts
+
+
+@pytest.mark.parametrize("task", [stage_one, stage_two])
+@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+def test_training_on_kept_embeddings_is_training_on_captions(sets, families, tmp_path, name, task):
+    (live, encoded), (kept, again) = (
+        trained(task(families[name]), sets[name][kind], tmp_path) for kind in ("latents", "text")
+    )
+    assert kept == pytest.approx(live, rel=CLOSE)
+    assert len(set(kept)) == 4
+    assert len(encoded) > 2
+    assert again <= {""}
+
+
+def test_dropped_captions_matter(sets, families, tmp_path):
+    told, untold = (
+        trained(stage_two(families["tiny"], dropout), sets["tiny"]["text"], tmp_path)[0] for dropout in (0.0, 0.9)
+    )
+    assert told != pytest.approx(untold, rel=CLOSE)
+
+
+def test_a_family_in_bfloat16_trains_on_the_same_set(sets, families, tmp_path):
+    task = GuidanceDistillation(Family(str(families["sdxl"]), precision="bfloat16"), (3.0, 5.0))
+    losses = Losses()
+    trainer = trainer_for(tmp_path, callbacks=[losses], max_steps=1, precision="bf16-mixed")
+    trainer.fit(task, datamodule=scenes_data(sets["sdxl"]["text"]))
+    live = trained(stage_one(families["sdxl"]), sets["sdxl"]["latents"], tmp_path)[0]
+    assert losses.values[0] == pytest.approx(live[0], rel=0.1)
+
+
+def test_embeddings_of_another_familys_encoders_are_refused(sets, families, tmp_path):
+    shutil.copytree(families["tiny"], tmp_path / "family")
+    encoder = Family(str(families["tiny"])).load_conditioner().text_encoder
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    encoder.save_pretrained(tmp_path / "family" / "text_encoder")
+    with pytest.raises(ValueError, match=r"captions were encoded by text_encoder \w{16}, but this family's is \w{16}"):
+        trained(stage_two(tmp_path / "family"), sets["tiny"]["text"], tmp_path)
+
+
+def test_shards_with_and_without_embeddings_do_not_mix(sets):
+    data = scenes_data(sets["tiny"]["text"])
+    data.urls = [str(sets["tiny"][kind]) for kind in ("latents", "text")]
+    data.setup("fit")
+    with pytest.raises(NothingToReadError, match="some hold text embeddings and some none"):
+        list(data.train_dataloader())
+
+
+def test_embeddings_of_other_captions_are_refused(sets, tmp_path):
+    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(sets["tiny"]["text"])]
+    for sample in samples:
+        sample["json"] = json.dumps(
+            json.loads(sample["json"]) | {"alt": "else", "same": sample["txt"].decode()}
+        ).encode()
+    write_shards(samples, tmp_path, shard_size=8, parameters={})
+    with pytest.raises(ValueError, match=r"embeddings of 'a .*', not of 'else' as caption_field 'alt' has it: leave"):
+        scenes_data(tmp_path, caption_field="alt").setup("fit")
+    scenes_data(tmp_path, caption_field="same").setup("fit")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s | {TEXT: s[TEXT][:90]},
+        lambda s: s | {TEXT: b""},
+        lambda s: s | {TEXT: save({"other": np.zeros(2, np.float16)})},
+        lambda s: s | {"json": s["json"].replace(b"text_encoder", b"text")},
+    ],
+)
+def test_damaged_embeddings_are_skipped_and_counted(sets, tmp_path, change):
+    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(sets["tiny"]["text"])]
+    samples[3] = change(samples[3])
+    write_shards(samples, tmp_path, shard_size=8, parameters={})
+    data = scenes_data(tmp_path)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert samples[3]["__key__"] not in {key for batch in batches for key in batch.keys}
+    assert data.train_tally.counts()["corrupt_latents"] >= 1

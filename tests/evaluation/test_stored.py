@@ -1,0 +1,133 @@
+"""What was written comes back: runs, studies, logs; and what ships of them says the same."""
+
+import json
+
+import numpy as np
+import pytest
+from results_case import PICTURES, write_ablations, write_generation, write_guidance, write_outputs
+
+from icd_lightning.commands.condense import condense as icd_condense
+from icd_lightning.evaluation.ablation_report import place_of_e, table_2, verdict_table
+from icd_lightning.evaluation.ablations import read_examples, read_study
+from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.effects import effect_panel, effects, result_files, telling
+from icd_lightning.evaluation.runs import read_runs
+from icd_lightning.evaluation.shipping import condense
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return write_outputs(tmp_path_factory.mktemp("outputs"))
+
+
+def test_runs_come_back_with_rows_and_scores_of_sets(tmp_path):
+    written = write_guidance(tmp_path)
+    assert read_runs(tmp_path / "guidance.json") == written
+    assert written["ddim, both ways"].set_scores["tiny-fd"]["encoder none, decoder full"] == pytest.approx(40)
+
+
+def test_moved_results_are_found(tmp_path):
+    write_generation(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert set(read_runs(tmp_path / "there" / "generation.json")) == {"icd", "icd, to noise and back"}
+
+
+def test_a_summary_of_before_says_that_it_names_no_runs(tmp_path):
+    (tmp_path / "guidance.json").write_text(json.dumps({"methods": {}}))
+    with pytest.raises(ValueError, match="does not name its runs: make it again"):
+        read_runs(tmp_path / "guidance.json")
+
+
+def test_a_study_comes_back(tmp_path):
+    written = write_ablations(tmp_path, seeds=(0, 3))
+    found = read_study(tmp_path)
+    assert found.trainings == written.trainings
+    assert {name: (r.rows, r.folder) for name, r in found.runs.items()} == {
+        name: (r.rows, r.folder) for name, r in written.runs.items()
+    }
+    assert table_2(found) == table_2(written)
+    assert found.verdicts() == written.verdicts()
+
+
+def test_the_pictures_of_a_study_are_known_by_key(outputs):
+    examples = read_examples(outputs / "ablations")
+    study = read_study(outputs / "ablations")
+    assert list(examples) == [row["key"] for row in study.ddim.rows[:PICTURES]]
+
+
+def test_what_ships_says_the_same_in_little_room(outputs, tmp_path):
+    folders = condense(outputs, tmp_path)
+    assert [folder.name for folder in folders] == ["ablations", "eval-guidance", "eval-generation"]
+    before, after = (read_study(root / "ablations") for root in (outputs, tmp_path))
+    assert table_2(after) == table_2(before)
+    assert verdict_table(after) == verdict_table(before)
+    assert place_of_e(after) == place_of_e(before)
+    for letter, folders in before.trainings.items():
+        for seed, folder in folders.items():
+            assert read_scalars(after.trainings[letter][seed]) == read_scalars(folder)
+    keys, examples = telling(before), read_examples(outputs / "ablations")
+    shown = [effect_panel(study, examples, keys) for study in (before, after)]
+    assert all(np.array_equal(a, b) for rows in zip(*(p.rows for p in shown), strict=True) for a, b in _pictures(*rows))
+    assert len(list(tmp_path.rglob("*.png"))) == 6 * len(keys)
+    for file in ("eval-guidance/guidance.json", "eval-generation/generation.json"):
+        ours, theirs = read_runs(tmp_path / file), read_runs(outputs / file)
+        assert {name: run.rows for name, run in ours.items()} == {name: run.rows for name, run in theirs.items()}
+
+
+def _pictures(first, second):
+    return zip(first[1], second[1], strict=True)
+
+
+def test_shipped_results_are_not_mixed_with_others(outputs, tmp_path):
+    condense(outputs, tmp_path)
+    with pytest.raises(FileExistsError, match="is there already: remove it first"):
+        condense(outputs, tmp_path)
+
+
+def test_nothing_to_ship_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds none of ablations/table2.json, eval-guidance/guidance.json"):
+        icd_condense(source=str(tmp_path), out=str(tmp_path / "results"))
+
+
+def test_scalars_come_back_as_float32(tmp_path):
+    scalars = {"val/loss": ([0, 10, 20], [0.5, 0.25, 0.125]), "train/loss": ([5], [float(np.float32(0.1))])}
+    write_scalars(tmp_path, scalars)
+    assert read_scalars(tmp_path) == scalars
+
+
+def test_thinned_scalars_end_where_the_training_did():
+    steps = list(range(1, 251))
+    found, values = thinned({"loss": (steps, list(map(float, steps)))}, 100)["loss"]
+    assert len(found) == 84
+    assert found[-1] == 250
+    assert values == list(map(float, found))
+    assert thinned({"loss": ([1, 2], [0.1, 0.2])}, 100) == {"loss": ([1, 2], [0.1, 0.2])}
+
+
+def test_effects_are_differences_over_the_same_pictures(outputs):
+    study = read_study(outputs / "ablations")
+    found = {effect.rows: effect for effect in effects(study, guided=False)}
+    assert list(found) == ["AB", "BC", "CF", "FG"]
+    expected = study.values("G", 1.0).mean(0) - study.values("F", 1.0).mean(0)
+    assert np.array_equal(found["FG"].gain, expected)
+    best, worst = found["FG"].extremes(1)
+    assert found["FG"].keys.index(best) == expected.argmax()
+    assert found["FG"].keys.index(worst) == expected.argmin()
+    guided = {effect.rows: effect for effect in effects(study, guided=True, guidance_scale=5.0)}
+    assert guided["HI"].gain.mean() == pytest.approx(
+        study.values("I", 5.0).mean() - study.values("H", 5.0).mean(), abs=1e-9
+    )
+
+
+def test_gain_by_hardness_parts_all_pictures(outputs):
+    study = read_study(outputs / "ablations")
+    effect = effects(study, guided=False)[-1]
+    groups = effect.by_hardness(study.ddim.values("psnr", "w 1"))
+    assert [x for x, _ in groups] == sorted(x for x, _ in groups)
+    assert np.mean([gain for _, gain in groups]) == pytest.approx(effect.gain.mean())
+
+
+def test_result_files_are_those_of_the_unguided_decoding(outputs):
+    study = read_study(outputs / "ablations")
+    (file,) = result_files(study, "G", [telling(study)[0]])
+    assert file.startswith("images/w-1/")
