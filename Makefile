@@ -95,7 +95,7 @@ NOTEBOOKS_READ := outputs/ablations/table2.json outputs/eval-guidance/guidance.j
 outputs/ablations/table2.json: | data/shapes/train/manifest.json data/shapes/val/manifest.json
 	$(ICD) ablations
 outputs/eval-guidance/guidance.json: | $(STAMP)
-	$(ICD) eval --benchmark guidance --method icd,ddim
+	$(ICD) eval --benchmark guidance
 outputs/eval-generation/generation.json: | $(STAMP)
 	$(ICD) eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'
 
