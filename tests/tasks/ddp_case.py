@@ -15,7 +15,8 @@ from training_case import Losses, distillation, student_weights, trainer_for
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.callbacks.export import ExportWeights
-from icd_lightning.callbacks.reconstruction import ReconstructionCallback
+from icd_lightning.callbacks.reconstruction import GuidanceSweep, ReconstructionCallback
+from icd_lightning.callbacks.segments import SegmentLosses
 from icd_lightning.data.scenes import SceneDataModule
 from icd_lightning.tasks.sharding import ShardedStrategy
 
@@ -55,7 +56,8 @@ def share(task: lightning.LightningModule) -> float:
 def train(family: Path, folder: Path, *callbacks, devices: int = 1, ckpt_path: str | None = None, **options):
     """Train and validate, averaging; losses of this rank, the metrics. Checkpoints and exports go to the folder."""
     task, losses = distillation(family), next((c.losses for c in callbacks if hasattr(c, "losses")), Losses())
-    watching = [losses, *callbacks, ReconstructionCallback(), ExponentialAverage(0.5)]
+    looking = [ReconstructionCallback(), GuidanceSweep([1.0, 3.0]), SegmentLosses()]
+    watching = [losses, *callbacks, *looking, ExponentialAverage(0.5)]
     trainer = trainer_for(
         folder,
         devices=devices,

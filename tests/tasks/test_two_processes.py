@@ -78,8 +78,13 @@ def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted
 
 def test_two_processes_agree_on_the_metrics_of_a_validation(alone, ranks):
     first, second = (rank[2] for rank in ranks)
-    names = [name for name in first if name.startswith(("reconstruction", "val/"))]
-    assert {"reconstruction/psnr", "reconstruction_guided/latent_mse", "val/reverse_cd"} <= set(names)
+    names = [name for name in first if name.startswith(("reconstruction", "guidance_sweep", "val/"))]
+    assert {
+        "reconstruction/psnr",
+        "reconstruction_guided/latent_mse",
+        "guidance_sweep/psnr_w3",
+        "val/reverse_cd",
+    } <= set(names)
     assert all(first[name] == second[name] for name in names)
     assert float(first["reconstruction/psnr"]) == pytest.approx(float(alone[2]["reconstruction/psnr"]), rel=1e-2)
 
