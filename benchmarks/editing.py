@@ -25,7 +25,7 @@ import icd_lightning  # noqa: F401  first: it mends torchvision beside a CPU bui
 
 import torch  # isort: skip
 from edits import BASE, REFERENCE, Edit, Edited, ReferenceEdit, Setting  # isort: skip
-from measuring import bytes_of, in_turns, measure_memory, peak_memory, table, threads_or_gpu  # isort: skip
+from measuring import bytes_of, in_turns, measure_memory, peak_memory, run, table, threads_or_gpu  # isort: skip
 from icd_lightning.evaluation.methods import all_methods, check_names
 
 NULL_TEXT = "nti"
@@ -136,8 +136,4 @@ def report(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as mistake:
-        sys.stderr.write(f"editing: error: {mistake}\n")
-        raise SystemExit(2) from None
+    run(main)

@@ -86,6 +86,15 @@ def run_again(
     return done.stdout.split()[-1]
 
 
+def run(main: Callable[[], None]) -> None:
+    """Call main; a user's mistake is one line, exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as mistake:
+        sys.stderr.write(f"{Path(sys.argv[0]).stem}: error: {mistake}\n")
+        raise SystemExit(2) from None
+
+
 def threads_or_gpu(device: str) -> str:
     """What does the work, in words."""
     return f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()

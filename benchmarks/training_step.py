@@ -32,6 +32,7 @@ from measuring import (  # isort: skip
     measure_memory,
     now,
     peak_memory,
+    run,
     run_again,
     table,
     threads_or_gpu,
@@ -235,8 +236,4 @@ def together(setting: Setting, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as mistake:
-        sys.stderr.write(f"training_step: error: {mistake}\n")
-        raise SystemExit(2) from None
+    run(main)

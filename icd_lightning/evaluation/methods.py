@@ -27,6 +27,10 @@ from icd_lightning.models.students import Students
 class AttentionControlled(InvertibleConsistency):
     """iCD whose edits borrow attention from the picture that they edit."""
 
+    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
+        """Network evaluations of an edit: to noise once, and back with the source beside the target."""
+        return 3 * self.boundaries.num_segments
+
     def edit(
         self,
         images: Tensor,

@@ -123,7 +123,7 @@ class Results:
 
 MADE_BY = {
     "table2.json": "icd ablations",
-    "guidance.json": "icd eval --benchmark guidance --method icd,ddim",
+    "guidance.json": "icd eval --benchmark guidance",
     "generation.json": "icd eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'",
 }
 """The commands whose summaries the notebooks read."""
@@ -142,7 +142,10 @@ def read_summary(file: Path) -> dict[str, Any]:
             f"there is no {file}: `{command}` makes it, by default in outputs/; a notebook reads it from there with "
             "ICD_RESULTS set to that folder"
         )
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}): make it again; what was measured before is reused") from error
 
 
 def read_runs(file: Path) -> dict[str, Results]:

@@ -3,8 +3,9 @@
 import numpy as np
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.manifest import index_shard
-from icd_lightning.data.shards import encode_sample, write_shards
+from icd_lightning.data.shards import encode_sample, open_shards, write_shards
 
 
 def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str = "png") -> list[dict]:
@@ -47,3 +48,19 @@ def cut_after(path, samples: int) -> None:
     first_lost = index_shard(path)[0][samples]
     header = min(offset for offset, _ in first_lost.files.values()) - 512
     path.write_bytes(path.read_bytes()[:header] + bytes(1024))
+
+
+def samples_of(folder) -> list[dict]:
+    """All samples of shards that agree with their manifest, in order."""
+    return [entry.read() for shard in open_shards(str(folder), verify="sha256") for entry in index_shard(shard.url)[0]]
+
+
+def skips_damaged(source, folder, change, reason: str) -> bool:
+    """Whether training on source's samples, of which `change` has damaged one, leaves that out and counts it so."""
+    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(source)]
+    samples[3] = change(samples[3])
+    write_shards(samples, folder, shard_size=8, parameters={})
+    data = ShardDataModule(str(folder), batch_size=2, resolution=64, shuffle_buffer=8)
+    data.setup("fit")
+    seen = {key for batch in data.train_dataloader() for key in batch.keys}
+    return samples[3]["__key__"] not in seen and data.train_tally.counts()[reason] >= 1

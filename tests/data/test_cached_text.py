@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvision importable beside a CPU torch)
@@ -12,21 +11,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load, save
+from shards_case import samples_of, skips_damaged
 from training_case import FEW, Losses, distillation, scenes_data, trainer_for, write_scenes
 
 from icd_lightning.commands.data import cache_latents as command
 from icd_lightning.data.decoding import TEXT, SampleDecoder
 from icd_lightning.data.latents import cache_latents
-from icd_lightning.data.manifest import Manifest, index_shard
-from icd_lightning.data.shards import open_shards, write_shards
+from icd_lightning.data.manifest import Manifest
+from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
 from icd_lightning.models.family import Family
 from icd_lightning.models.fingerprint import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from families_case import write_layout
 
 CLOSE = 5e-3  # what keeping embeddings as float16 may change of a loss
 
@@ -40,9 +37,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def families(random_family, tmp_path_factory) -> dict[str, Path]:
+def families(random_family, layouts) -> dict[str, Path]:
     """One with one text encoder, and SDXL's two."""
-    return {"tiny": random_family, "sdxl": write_layout("sdxl", tmp_path_factory.mktemp("sdxl"))}
+    return {"tiny": random_family, "sdxl": layouts["sdxl"]}
 
 
 def cache(pictures: Path, out: Path, family: Path, **options) -> Path:
@@ -67,10 +64,6 @@ def sets(pictures, families, tmp_path_factory) -> dict[str, dict[str, Path]]:
         }
         for name, family in families.items()
     }
-
-
-def samples_of(folder: Path) -> list[dict]:
-    return [entry.read() for shard in open_shards(str(folder)) for entry in index_shard(shard.url)[0]]
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -251,11 +244,4 @@ def test_embeddings_of_other_captions_are_refused(sets, tmp_path):
     ],
 )
 def test_damaged_embeddings_are_skipped_and_counted(sets, tmp_path, change):
-    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(sets["tiny"]["text"])]
-    samples[3] = change(samples[3])
-    write_shards(samples, tmp_path, shard_size=8, parameters={})
-    data = scenes_data(tmp_path)
-    data.setup("fit")
-    batches = list(data.train_dataloader())
-    assert samples[3]["__key__"] not in {key for batch in batches for key in batch.keys}
-    assert data.train_tally.counts()["corrupt_latents"] >= 1
+    assert skips_damaged(sets["tiny"]["text"], tmp_path, change, "corrupt_latents")

@@ -1,17 +1,13 @@
 import numpy as np
 import pytest
 from PIL import Image
+from shards_case import samples_of
 
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
-from icd_lightning.data.manifest import Manifest, index_shard
+from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.rendering import render
 from icd_lightning.data.shapes import Scene, scene_at
-from icd_lightning.data.shards import open_shards
-
-
-def samples_of(folder) -> list[dict]:
-    return [entry.read() for shard in open_shards(str(folder), verify="sha256") for entry in index_shard(shard.url)[0]]
 
 
 def test_shapes_writes_the_scenes_of_its_seed(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from family_case import VAE
 from lightning.pytorch.callbacks import ModelCheckpoint
-from shards_case import corrupt
+from shards_case import corrupt, samples_of, skips_damaged
 from training_case import FEW, Losses, distillation, scenes_data, trainer_for, write_scenes
 
 from icd_lightning.commands.data import cache_latents as command
@@ -28,7 +28,7 @@ from icd_lightning.commands.data import describe
 from icd_lightning.data.decoding import MOMENTS, SampleDecoder
 from icd_lightning.data.images import to_images
 from icd_lightning.data.latents import PROGRESS, cache_latents
-from icd_lightning.data.manifest import MANIFEST, Manifest, index_shard
+from icd_lightning.data.manifest import MANIFEST, Manifest
 from icd_lightning.data.shards import encode_sample, open_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError
 from icd_lightning.models.autoencoder import LatentAutoencoder
@@ -73,11 +73,6 @@ def cache(urls, out, autoencoder: LatentAutoencoder, *, encode=None, decoder=Sam
         decoder=decoder,
         **{"batch_size": 5, **options},
     )
-
-
-def samples_of(folder: Path) -> list[dict]:
-    shards = open_shards(str(folder), verify="sha256")
-    return [entry.read() for shard in shards for entry in index_shard(shard.url)[0]]
 
 
 def images_of(folder: Path, count: int) -> torch.Tensor:
@@ -464,14 +459,7 @@ def test_pictures_and_latents_do_not_mix(pictures, latents, num_workers):
     ],
 )
 def test_damaged_latents_are_skipped_and_counted(latents, tmp_path, change, reason):
-    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(latents)]
-    samples[3] = change(samples[3])
-    write_shards(samples, tmp_path, shard_size=8, parameters={})
-    data = scenes_data(tmp_path)
-    data.setup("fit")
-    batches = list(data.train_dataloader())
-    assert samples[3]["__key__"] not in {key for batch in batches for key in batch.keys}
-    assert data.train_tally.counts()[reason] >= 1
+    assert skips_damaged(latents, tmp_path, change, reason)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

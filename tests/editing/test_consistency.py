@@ -10,6 +10,7 @@ from torch import Tensor
 from icd_lightning.diffusion import Boundaries, NoiseSchedule, StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency, boundaries_in_name
 from icd_lightning.editing.method import UNGUIDED, PromptSwap, seeded_noise
+from icd_lightning.evaluation.methods import AttentionControlled
 from icd_lightning.models.family import Family
 
 SOURCES = ["a large red circle", "a small blue square", "a green ring on a plain white background", ""]
@@ -51,6 +52,15 @@ def test_every_evaluation_is_counted_and_none_is_wasted(pipeline, images):
     assert [(step.t, step.s) for step in steps[4:]] == [(999, 779), (779, 519), (519, 259), (259, 0)]
     assert sum(step.nfe for step in steps) == pipeline.nfe(guidance=GUIDED) == 8
     assert batches == [4] * 8  # no unconditional halves, no source branch beside the target's
+
+
+def test_an_edit_by_attention_evaluates_its_source_too(pipeline, images):
+    parts = (pipeline.students, pipeline.autoencoder, pipeline.conditioner, pipeline.boundaries)
+    method, rows, steps = AttentionControlled(*parts), [], []
+    hook = pipeline.students.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    method.edit(images, SOURCES, TARGETS, guidance=GUIDED, on_step=steps.append)
+    hook.remove()
+    assert sum(step.nfe for step in steps) == sum(rows) / len(images) == method.nfe(guidance=GUIDED) == 12
 
 
 def test_prompts_guidance_and_seed_matter_and_nothing_else_is_drawn(pipeline, images):

@@ -1,7 +1,5 @@
 """What was written comes back: runs, studies, logs; and what ships of them says the same."""
 
-import json
-
 import numpy as np
 import pytest
 from results_case import PICTURES, write_ablations, write_generation, write_guidance, write_outputs
@@ -32,9 +30,12 @@ def test_moved_results_are_found(tmp_path):
     assert set(read_runs(tmp_path / "there" / "generation.json")) == {"icd", "icd, to noise and back"}
 
 
-def test_a_summary_of_before_says_that_it_names_no_runs(tmp_path):
-    (tmp_path / "guidance.json").write_text(json.dumps({"methods": {}}))
-    with pytest.raises(ValueError, match="does not name its runs: make it again"):
+@pytest.mark.parametrize(
+    ("text", "complaint"), [('{"methods": {}}', "does not name its runs: make it again"), ("x{", "json is no JSON")]
+)
+def test_a_summary_that_cannot_be_used_says_so(tmp_path, text, complaint):
+    (tmp_path / "guidance.json").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
         read_runs(tmp_path / "guidance.json")
 
 
