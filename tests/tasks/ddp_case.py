@@ -15,6 +15,7 @@ from training_case import Losses, distillation, student_weights, trainer_for
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.callbacks.export import ExportWeights
+from icd_lightning.callbacks.generation import GenerationCallback
 from icd_lightning.callbacks.reconstruction import GuidanceSweep, ReconstructionCallback
 from icd_lightning.callbacks.segments import SegmentLosses
 from icd_lightning.data.scenes import SceneDataModule
@@ -56,7 +57,8 @@ def share(task: lightning.LightningModule) -> float:
 def train(family: Path, folder: Path, *callbacks, devices: int = 1, ckpt_path: str | None = None, **options):
     """Train and validate, averaging; losses of this rank, the metrics. Checkpoints and exports go to the folder."""
     task, losses = distillation(family), next((c.losses for c in callbacks if hasattr(c, "losses")), Losses())
-    looking = [ReconstructionCallback(), GuidanceSweep([1.0, 3.0]), SegmentLosses()]
+    generation = GenerationCallback(["tiny-fd", "tiny-agreement"])
+    looking = [ReconstructionCallback(), GuidanceSweep([1.0, 3.0]), generation, SegmentLosses()]
     watching = [losses, *callbacks, *looking, ExponentialAverage(0.5)]
     trainer = trainer_for(
         folder,

@@ -78,15 +78,17 @@ def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted
 
 def test_two_processes_agree_on_the_metrics_of_a_validation(alone, ranks):
     first, second = (rank[2] for rank in ranks)
-    names = [name for name in first if name.startswith(("reconstruction", "guidance_sweep", "val/"))]
+    names = [name for name in first if name.startswith(("reconstruction", "guidance_sweep", "generation", "val/"))]
     assert {
         "reconstruction/psnr",
         "reconstruction_guided/latent_mse",
         "guidance_sweep/psnr_w3",
+        "generation/tiny-fd",
         "val/reverse_cd",
     } <= set(names)
     assert all(first[name] == second[name] for name in names)
-    assert float(first["reconstruction/psnr"]) == pytest.approx(float(alone[2]["reconstruction/psnr"]), rel=1e-2)
+    for name in ("reconstruction/psnr", "generation/tiny-fd"):
+        assert float(first[name]) == pytest.approx(float(alone[2][name]), rel=1e-2)
 
 
 @pytest.fixture(scope="module")
