@@ -36,10 +36,10 @@ class Axis:
 
 
 def axes(curve: Curve) -> tuple[Axis, Axis]:
-    """The x axis, which ends with the data, and the y axis, which ends at ticks."""
+    """The x axis, which ends with the data unless that is marked, and the y axis, which ends at ticks."""
     points = [point for x, y in curve.series.values() for run in _runs(x, y, curve.log_y) for point in run]
     x, y = ([point[i] for point in points] for i in (0, 1))
-    return linear_axis(x, tight=True), log_axis(y) if curve.log_y else linear_axis(y)
+    return linear_axis(x, tight=not curve.marks), log_axis(y) if curve.log_y else linear_axis(y)
 
 
 def lines(curve: Curve, x_axis: Axis, y_axis: Axis) -> list[list[list[tuple[float, float]]]]:

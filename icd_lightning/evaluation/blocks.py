@@ -10,6 +10,7 @@ from icd_lightning.evaluation.axes import LIGHT, LIGHT_SERIES, axes, lines
 from icd_lightning.evaluation.drawing import (
     Line,
     Style,
+    draw_mark,
     fill_rounded,
     lines_height,
     rounded_mask,
@@ -191,13 +192,20 @@ def _plot(curve: Curve, width: int) -> Image.Image:
     for value, text in x_axis.ticks:
         write(image, (left + (right - left) * x_axis.place(value), top + height + 10), (text, SMALL), align=0.5)
     write(image, ((left + right) / 2, top + height + 40), (curve.x_label, SMALL), align=0.5)
-    for color, runs in zip(LIGHT_SERIES, lines(curve, x_axis, y_axis), strict=False):
+    for index, runs in enumerate(lines(curve, x_axis, y_axis)):
+        color, mark = curve.look(index)
         placed = [[(left + (right - left) * x, top + height * (1 - y)) for x, y in run] for run in runs]
-        stroke(image, placed, color)
+        stroke(image, placed, LIGHT_SERIES[color])
+        for point in (point for run in placed for point in run if mark):
+            draw_mark(image, point, mark, LIGHT_SERIES[color], LIGHT["paper"])
     y = top + height + 84
     for row in keys:
         for x, index, name in row:
-            fill_rounded(image, (x, y + 11, x + 26, y + 17), 3, LIGHT_SERIES[index])
+            color, mark = curve.look(index)
+            if mark:
+                draw_mark(image, (x + 13, y + 14), mark, LIGHT_SERIES[color], LIGHT["paper"])
+            else:
+                fill_rounded(image, (x, y + 11, x + 26, y + 17), 3, LIGHT_SERIES[color])
             write(image, (x + 36, y), (name, BODY))
         y += 34
     return image

@@ -120,6 +120,15 @@ def stroke(image: Image.Image, runs: Sequence[Sequence[At]], color: str, *, widt
     image.paste(color, (0, 0, *image.size), mask.reduce(scale))
 
 
+def draw_mark(image: Image.Image, at: At, mark: str, color: str, paper: str, *, radius: int = 8) -> None:
+    """Draw a disc, a ring with `paper` in it, or a square around a point."""
+    left, top = round(at[0]) - radius, round(at[1]) - radius
+    box = (left, top, left + 2 * radius, top + 2 * radius)
+    fill_rounded(image, box, 1 if mark == "square" else radius, color)
+    if mark == "ring":
+        fill_rounded(image, (left + 3, top + 3, box[2] - 3, box[3] - 3), radius - 3, paper)
+
+
 def _runs(text: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
     """Split text where the font changes: Pillow's lacks arrows and Greek, matplotlib's DejaVu has them."""
     return [

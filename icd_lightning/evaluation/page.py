@@ -93,11 +93,18 @@ small { display: block; color: var(--muted); font-size: 0.8rem; font-weight: 400
 .curves svg { display: block; width: 100%; max-width: 40rem; margin-top: 0.6rem; overflow: visible; }
 .curves text { fill: var(--muted); font-size: 13px; }
 .curves .grid { stroke: var(--rule); }
+.curves rect { width: 8px; height: 8px; fill: var(--key); stroke: var(--key); stroke-width: 2; }
+.curves .disc, .curves .ring { rx: 4px; }
+.curves .ring { fill: var(--paper); }
 .curves polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .keys { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.9rem 0 0; padding: 0; list-style: none;
   font-size: 0.9rem; }
 .keys li::before { content: ""; display: inline-block; width: 1.1rem; height: 0.2rem; margin-right: 0.45rem;
   border-radius: 0.1rem; background: var(--key); vertical-align: middle; }
+.keys .disc::before, .keys .ring::before, .keys .square::before { width: 0.5rem; height: 0.5rem;
+  border: 2px solid var(--key); }
+.keys .disc::before, .keys .ring::before { border-radius: 50%; }
+.keys .ring::before { background: none; }
 
 footer { margin-top: 3.5rem; padding-top: 1.2rem; border-top: 1px solid var(--rule); font-size: 0.88rem; }
 footer dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.3rem 1.4rem; margin: 0; }
@@ -255,11 +262,19 @@ def _curve(curve: Curve) -> str:
         f'<text x="{left + width / 2}" y="{top + height + 42}" text-anchor="middle">{escape(curve.x_label)}</text>'
     )
     for index, runs in enumerate(lines(curve, x_axis, y_axis)):
+        color, mark = curve.look(index)
         for run in runs:
-            points = " ".join(f"{left + width * x:.1f},{top + height * (1 - y):.1f}" for x, y in run)
-            parts.append(f'<polyline style="stroke: var(--series-{index})" points="{points}"/>')
+            placed = [(left + width * x, top + height * (1 - y)) for x, y in run]
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            parts.append(f'<polyline style="stroke: var(--series-{color})" points="{points}"/>')
+            parts += [
+                f'<rect class="{mark}" style="--key: var(--series-{color})" x="{x - 4:.1f}" y="{y - 4:.1f}"/>'
+                for x, y in placed
+                if mark
+            ]
     keys = "".join(
-        f'<li style="--key: var(--series-{index})">{escape(name)}</li>' for index, name in enumerate(curve.series)
+        f'<li class="{mark}" style="--key: var(--series-{color})">{escape(name)}</li>'
+        for name, (color, mark) in zip(curve.series, map(curve.look, range(len(curve.series))), strict=True)
     )
     described = escape(f"{curve.title}: {curve.y_label} over {curve.x_label} for {', '.join(curve.series)}")
     picture = "\n".join(parts)

@@ -29,6 +29,8 @@ Value = str | float | int | None
 
 MISSING = "–"  # noqa: RUF001  an en dash, as printed tables have it
 MAX_SERIES = 6  # as many colours as the eye keeps apart
+MARKS = ("disc", "ring", "square")
+MAX_MARKED = MAX_SERIES * len(MARKS)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Cell:
 @dataclass(frozen=True)
 class Curve:
     """Lines over one x axis: name -> (x values, y values). Values that are not finite, or not above 0 on a log axis,
-    leave a gap."""
+    leave a gap. With `marks` each point is marked, and colours come again with another mark."""
 
     title: str
     note: str
@@ -160,13 +162,19 @@ class Curve:
     y_label: str
     series: dict[str, tuple[Sequence[float], Sequence[float]]]
     log_y: bool = False
+    marks: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.series) <= MAX_SERIES:
-            raise ValueError(f"curve {self.title!r}: {len(self.series)} series; show 1 to {MAX_SERIES} in one plot")
+        most = MAX_MARKED if self.marks else MAX_SERIES
+        if not 1 <= len(self.series) <= most:
+            raise ValueError(f"curve {self.title!r}: {len(self.series)} series; show 1 to {most} in one plot")
         for name, (x, y) in self.series.items():
             if len(x) != len(y):
                 raise ValueError(f"curve {self.title!r}: series {name!r} has {len(x)} x values and {len(y)} y values")
+
+    def look(self, index: int) -> tuple[int, str]:
+        """Number of its colour and mark of a series; no mark, "", on plain lines."""
+        return index % MAX_SERIES, MARKS[index // MAX_SERIES] if self.marks else ""
 
 
 Section = Panel | Table | Curve

@@ -232,7 +232,7 @@ class Suite:
         if results[0].kinds:
             sections.append(summaries.table(f"{title}, by type", note, results, by_kind=True))
         pair = next((p for p in TRADE_OFFS if set(p) <= {*results[0].columns, *results[0].set_scores}), None)
-        if pair is not None and len(self.settings.grid) > 1:
+        if pair is not None and len(results) * len(self.settings.grid) > 1:
             sections.append(summaries.trade_off(results, *pair, "Preservation against editing"))
         return results, sections
 

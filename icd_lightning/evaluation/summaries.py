@@ -12,7 +12,7 @@ from icd_lightning.data.images import to_pictures
 from icd_lightning.data.rendering import render
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.published import GUIDANCES, PUBLISHED, TABLE_1, TABLE_1_NLL
-from icd_lightning.evaluation.report import MAX_SERIES, Curve, Panel, Table, Value
+from icd_lightning.evaluation.report import MAX_MARKED, MAX_SERIES, Curve, Panel, Table, Value
 from icd_lightning.evaluation.runs import ALL, Results, read_results
 from icd_lightning.evaluation.statistics import Estimate
 
@@ -141,11 +141,11 @@ def curve_over_tau(results: Sequence[Results], taus: Sequence[float], column: st
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
     """Preservation against editing (Fig. 9), error against quality (Fig. 5): a line a method through its settings."""
     series = {}
-    for result in results[:MAX_SERIES]:
+    for result in results[:MAX_MARKED]:
         points = sorted(
             (float(a), float(b))
             for d in result.decodings
             if (a := result.mean(x, d)) is not None and (b := result.mean(y, d)) is not None
         )
         series[result.name] = ([a for a, _ in points], [b for _, b in points])
-    return Curve(title, "A point for each setting, a line for each method.", x, y, series)
+    return Curve(title, "A point for each setting, a line for each method.", x, y, series, marks=True)

@@ -3,6 +3,7 @@ import io
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +14,9 @@ from rich.console import Console
 from icd_lightning.data.rendering import render
 from icd_lightning.data.shapes import random_scene
 from icd_lightning.evaluation.axes import axes, linear_axis, lines, log_axis
+from icd_lightning.evaluation.blocks import body_block
 from icd_lightning.evaluation.drawing import Style, text_width, wrap
+from icd_lightning.evaluation.page import page
 from icd_lightning.evaluation.report import (
     MISSING,
     Curve,
@@ -348,6 +351,18 @@ def test_gaps_break_a_line():
     np.testing.assert_allclose(np.concatenate(runs), [(0, 0), (0.25, 0.5), (1, 1)], atol=1e-12)
 
 
+def test_marks_tell_as_many_series_apart_as_there_are_methods(tmp_path):
+    many = Curve("", "", "x", "y", {f"m{i}": ([i], [i * i]) for i in range(14)}, marks=True)
+    assert len({many.look(i) for i in range(14)}) == 14
+    made = page(Report("", "", sections=(many,)))
+    for mark, count in (("disc", 6), ("ring", 6), ("square", 2)):
+        assert made.count(f'<rect class="{mark}"') == made.count(f'<li class="{mark}"') == count
+    few = Curve("", "", "x", "y", {f"m{i}": ([i], [i * i]) for i in range(6)})
+    bare, marked = (np.asarray(body_block(replace(few, marks=marks), 600)) for marks in (False, True))
+    more = (marked != 255).any(-1).sum() - (bare != 255).any(-1).sum()
+    assert more > 6 * 100  # pixels of six discs
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +380,7 @@ def test_gaps_break_a_line():
         (lambda: table(highlight_rows=(3,)), "highlight_rows 3 is not one of 0 to 2"),
         (lambda: Curve("C", "", "x", "y", {"a": ([1, 2], [1])}), "2 x values and 1 y values"),
         (lambda: Curve("C", "", "x", "y", {}), "0 series"),
+        (lambda: Curve("C", "", "x", "y", {str(i): ([], []) for i in range(7)}), "7 series; show 1 to 6"),
     ],
 )
 def test_mistakes_are_named(build, message):
