@@ -87,6 +87,7 @@ ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Tabl
 	$(ICD) ablations $(ARGS)
 
 notebooks: $(STAMP) ## execute notebooks/ on the shipped results, or on RESULTS=outputs; copies in outputs/notebooks
+	@test -z "$(RESULTS)" || test -d "$(RESULTS)" || { echo 'there is no folder RESULTS=$(RESULTS)'; exit 2; }
 	mkdir -p outputs/notebooks
 	for name in ablations guidance; do ICD_RESULTS=$(if $(RESULTS),$(abspath $(RESULTS))) $(BIN)/jupyter-execute \
 	  notebooks/$$name.ipynb --output ../outputs/notebooks/$$name $(ARGS) || exit; done

@@ -68,11 +68,8 @@ class Panel:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
-        from icd_lightning.evaluation.blocks import body_block
-        from icd_lightning.evaluation.figure import INNER
-
         buffer = BytesIO()
-        body_block(self, INNER).save(buffer, "PNG")
+        _draw_body(self, buffer)
         return buffer.getvalue()
 
 
@@ -217,6 +214,19 @@ def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | 
     shown = report if sections is None else replace(report, sections=tuple(sections))
     write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
     return Path(path)
+
+
+def draw_section(section: Panel | Curve, path: Path) -> Path:
+    """Draw what stands below a section's heading, as a PNG of its own; return its path."""
+    write_whole(path, lambda temporary: _draw_body(section, temporary))
+    return path
+
+
+def _draw_body(section: Panel | Curve, file: Path | BytesIO) -> None:
+    from icd_lightning.evaluation.blocks import body_block
+    from icd_lightning.evaluation.figure import INNER
+
+    body_block(section, INNER).save(file, "PNG", optimize=True)
 
 
 def markdown_table(table: Table) -> str:

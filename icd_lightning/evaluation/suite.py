@@ -26,9 +26,12 @@ from icd_lightning.evaluation.examples import (
 from icd_lightning.evaluation.methods import Models, check_names
 from icd_lightning.evaluation.published import GUIDANCES
 from icd_lightning.evaluation.report import (
+    Curve,
+    Panel,
     Report,
     Section,
     Table,
+    draw_section,
     markdown_table,
     print_table,
     wide_console,
@@ -228,7 +231,7 @@ class Suite:
         title = f"Edits: {self.settings.benchmark}"
         sections: list[Section] = [summaries.table(title, note, results)]
         if self.ranks.rank == 0:
-            sections.insert(0, summaries.panel(results[:6], self.examples))
+            sections.insert(0, summaries.panel(results, self.examples))
         if results[0].kinds:
             sections.append(summaries.table(f"{title}, by type", note, results, by_kind=True))
         pair = next((p for p in TRADE_OFFS if set(p) <= {*results[0].columns, *results[0].set_scores}), None)
@@ -298,7 +301,14 @@ class Suite:
         }
         write_json(numbers, summary)
         report = Report(f"icd eval --benchmark {name}", self._pictures(), sections=tuple(sections))
-        return [markdown, numbers, *write_report(report, self.out / name)]
+        figures = {"edits.png": Panel, "trade_off.png": Curve} if name in EDITING else {}
+        drawn = [
+            draw_section(section, self.out / name / file)
+            for file, kind in figures.items()
+            for section in sections
+            if isinstance(section, kind)
+        ]
+        return [markdown, numbers, *write_report(report, self.out / name), *drawn]
 
 
 TRADE_OFFS = (("psnr_outside", "changed"), ("psnr-unedited", "clip-score-edited"), ("dinov2", "clip-t"))

@@ -86,8 +86,15 @@ def published(benchmark: str) -> Table | None:
     return Table(f"As published: {title}", "SD1.5.", ("row", *columns), tuple((n, *row) for n, row in figures.items()))
 
 
+SIDE_BY_SIDE = 6
+"""Methods at most, or their columns become narrow."""
+
+
 def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
-    """An edit of each type by every method in its first setting, with the true result where it is known."""
+    """An edit of each type by every method in its first setting, with the true result where it is known.
+
+    Few methods stand side by side, many under one another.
+    """
     shown = list({example.kind or example.key: example for example in reversed(examples)}.values())[::-1][:8]
     made = {f"{r.name}\n{r.decodings[0]}": read_results(r.folder, r.decodings[0], shown) for r in results}
     resolution = next(iter(made.values())).shape[-1]
@@ -96,9 +103,13 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     truths = [render(example.truth, resolution) for example in shown if example.truth is not None]
     if len(truths) == len(shown):
         pictures["true result"] = np.stack(truths)
+    note = "The prompts say what shall be there."
+    if len(results) > SIDE_BY_SIDE:
+        heads = (f"{e.kind or e.key}\n{e.target}" for e in shown)
+        return Panel("Edits", note, tuple(heads), tuple((name, tuple(images)) for name, images in pictures.items()))
     rows = ((f"{e.target}\nwas: {e.caption}", tuple(p[i] for p in pictures.values())) for i, e in enumerate(shown))
     ours = tuple(i for i, name in enumerate(pictures) if name.startswith("icd"))
-    return Panel("Edits", "The prompts say what shall be there.", tuple(pictures), tuple(rows), ours)
+    return Panel("Edits", note, tuple(pictures), tuple(rows), ours)
 
 
 def table_1(result: Results, quality: str) -> Table:

@@ -10,6 +10,7 @@ from PIL import Image
 from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.evaluation import suite as suites
+from icd_lightning.evaluation import summaries
 from icd_lightning.evaluation.methods import Models, all_methods
 from icd_lightning.evaluation.rows import read_rows
 from icd_lightning.evaluation.suite import Settings, Suite, edits_of, guidances_of, parse_grid
@@ -93,9 +94,11 @@ def test_a_method_is_guided_as_told_or_no_more_than_its_family_bears(random_fami
 # Whole benchmarks
 
 
-def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tmp_path):
-    paths = run(random_family, tmp_path, "tiny_edit", methods=("icd", "icd_p2p"), count=8, grid=parse_grid("tau=0.6,1"))
+def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tmp_path, monkeypatch):
+    settings = {"methods": ("icd", "icd_p2p"), "count": 8, "grid": parse_grid("tau=0.6,1")}
+    paths = run(random_family, tmp_path, "tiny_edit", **settings)
     assert all(path.is_file() for path in paths)
+    assert {"edits.png", "trade_off.png"} < {path.name for path in paths}
     found = json.loads((tmp_path / "tiny_edit.json").read_text())["methods"]
     assert set(found) == {"icd", "icd_p2p"}
     assert set(found["icd"]) == {"tau 0.6", "tau 1"}
@@ -105,8 +108,12 @@ def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tm
     text = (tmp_path / "tiny_edit.md").read_text()
     assert "by type" in text
     assert "As published" not in text  # the tiny world is no benchmark of papers
-    assert "true result" in (tmp_path / "tiny_edit" / "report.html").read_text()
     assert "±" in text
+    page = tmp_path / "tiny_edit" / "report.html"
+    assert '<th scope="col" role="columnheader">true result' in page.read_text()
+    monkeypatch.setattr(summaries, "SIDE_BY_SIDE", 1)
+    run(random_family, tmp_path, "tiny_edit", **settings)  # of what is there
+    assert '<th scope="row" role="rowheader">true result' in page.read_text()
 
 
 def test_generation_over_a_grid_is_set_against_inversion(random_family, tmp_path):
