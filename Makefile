@@ -10,9 +10,6 @@ DATA   ?=
 ARGS   ?=
 RESULTS ?=
 
-# Two busy cores: threads that sleep while they wait leave the core to whoever has work.
-export OMP_WAIT_POLICY ?= passive
-
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
