@@ -75,7 +75,7 @@ eval-generation: $(STAMP) ## pictures from drawn noise: Table 4
 	$(ICD) eval --benchmark generation --method icd,untrained,ddim $(ARGS)
 
 eval-guidance: $(STAMP) ## guidance while encoding and while decoding: Table 1, Fig. 4
-	$(ICD) eval --benchmark guidance $(ARGS)
+	$(ICD) eval --benchmark guidance --method icd,ddim $(ARGS)
 
 eval-editing: $(STAMP) ## edits with known true results, by every method
 	$(ICD) eval --benchmark tiny_edit --method all $(ARGS)
@@ -93,7 +93,7 @@ NOTEBOOKS_READ := outputs/ablations/table2.json outputs/eval-guidance/guidance.j
 outputs/ablations/table2.json: | data/shapes/train/manifest.json data/shapes/val/manifest.json
 	$(ICD) ablations
 outputs/eval-guidance/guidance.json: | $(STAMP)
-	$(ICD) eval --benchmark guidance
+	$(ICD) eval --benchmark guidance --method icd,ddim
 outputs/eval-generation/generation.json: | $(STAMP)
 	$(ICD) eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'
 
