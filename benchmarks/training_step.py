@@ -208,7 +208,8 @@ def draw(curves: list[tuple[str, list[int], dict[str, tuple[float, ...]]]], path
     for panel, (name, points, seconds) in zip(panels, curves, strict=True):
         for form, values in seconds.items():
             panel.plot(points, values, marker="o", label=form)
-        panel.set(xlabel=name, ylim=(0, None), xticks=points)
+        highest = max(value for values in seconds.values() for value in values)
+        panel.set(xlabel=name, ylim=(0, 1.08 * highest), xticks=points)
     panels[0].set_ylabel("seconds a step")
     panels[0].legend()
     figure.savefig(path, dpi=150)
