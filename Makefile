@@ -7,6 +7,7 @@ STAMP  := $(VENV)/.installed
 MODEL  ?=
 GUIDED ?=
 DATA   ?=
+VAL    ?=
 ARGS   ?=
 RESULTS ?=
 
@@ -51,8 +52,10 @@ NEEDS_DATA = @test -n "$(DATA)" || { printf '%s\n' \
   '  MODEL=$(or $(MODEL),?)    the model: a folder in diffusers layout, one file, or a hub id (default: that of conf/model)' \
   '  GUIDED=$(or $(GUIDED),?)   stage 2 only: the UNet of stage 1, its folder or a released .pt file (default: outputs/guidance-...)' \
   '  DATA=?     shards of pictures and captions, as in /data/laion/{00000..01999}.tar (data/README.md)' \
+  '  VAL=$(or $(VAL),?)      local shards of other pictures, to validate on and look at (default: none)' \
   'The tiny family needs none of them: make demo'; exit 2; }
-FAMILY = $(if $(MODEL),--model.init_args.family.model='$(MODEL)') --data.init_args.urls='$(DATA)' $(ARGS)
+FAMILY = $(if $(MODEL),--model.init_args.family.model='$(MODEL)') --data.init_args.urls='$(DATA)' \
+  $(if $(VAL),--data.init_args.val_urls='$(VAL)') $(ARGS)
 
 distill-guidance-sd15: ## stage 1 of SD1.5: DATA='/data/laion/{00000..01999}.tar' [MODEL=folder, file or hub id]
 distill-guidance-sdxl: ## the same for SDXL

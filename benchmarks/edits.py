@@ -95,7 +95,7 @@ class Edit:
     def __init__(self, name: str, setting: Setting) -> None:
         models = setting.models()
         self.method, self.device = models.load(name), models.device
-        self.guidance = models.guidance(name, self.method, None, None)
+        self.guidance = models.guidance(name, self.method, None, None, edit=True)
         self.slow = self.method.nfe(guidance=self.guidance) > SLOW_NFE
         resolution = setting.resolution(models, self.method)
         self.examples = [(edit, stack([edit], resolution).to(self.device)) for edit in recolourings()]
@@ -138,7 +138,7 @@ class ReferenceEdit:
         method = models.load(BASE)
         resolution = setting.resolution(models, method)
         self.device, self.examples = models.device, [(edit, edit.array(resolution)) for edit in recolourings()]
-        self.guidance, self.settings = models.guidance(BASE, method, None, None), PromptToPrompt()
+        self.guidance, self.settings = models.guidance(BASE, method, None, None, edit=True), PromptToPrompt()
         self.p2p, self.inversion, self.generation = reference_modules(checkout, method, setting.device)
         latents = method.latent_shape(1, resolution, resolution)
         (self.grid,) = set(choose_layers(method.students.unet, latents[2:]).blend.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -57,6 +58,8 @@ def ablations(
     """
     numbers, scales = _numbers("seeds", seeds, int), _numbers("guidance_scales", guidance_scales, float)
 
+    import torch
+
     from icd_lightning.commands.session import find_device
     from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
@@ -64,6 +67,11 @@ def ablations(
     from icd_lightning.evaluation.methods import teacher_hash
     from icd_lightning.evaluation.report import print_table, wide_console
 
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
+        raise ValueError(
+            "there are several GPUs: start it by torchrun --nproc_per_node N --no-python .venv/bin/icd ablations, or "
+            "let it see one by CUDA_VISIBLE_DEVICES=0"
+        )
     weights, root = Weights(model, guided_unet, device=device), Path(out)
     family = weights.family()
     settings = AblationSettings(

@@ -63,6 +63,16 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("ICD_TRACEBACK"):
             raise
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("ICD_TRACEBACK") or not _lacks_memory(error):
+            raise
+        fail(f"memory is full ({str(error).split('. ')[0]}): take smaller pictures or batches, or half precision")
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """True of Python's own error, of torch's on a GPU, and of its allocator's for the processor, which has no class."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 class _Console(logging.StreamHandler):

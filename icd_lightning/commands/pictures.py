@@ -271,6 +271,9 @@ def load(
     boundaries: str | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    variant: str | None = None,
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+    config: str | None = None,
 ) -> Any:
     """Say which model and students to load, and where.
 
@@ -284,10 +287,14 @@ def load(
         boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
         precision: Of the weights.
         device: auto, cpu, cuda, cuda:1 ...
+        variant: Of the model's files, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors.
+        prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
+        config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
     """
     from icd_lightning.commands.weights import Weights
 
-    return Weights(model, guided_unet, vae, forward, reverse, boundaries, precision, device)
+    students, details = (forward, reverse, boundaries), (variant, prediction_type, config)
+    return Weights(model, guided_unet, vae, *students, precision, device, *details)
 
 
 def beside(file: str, ending: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
+from icd_lightning.evaluation.benchmarks import CPU
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr
@@ -156,7 +158,7 @@ class BaselineSession:
 
     def __init__(self, weights: Weights, settings: EditSettings) -> None:
         self.name = settings.method
-        self.models = Models(weights.family(), device=find_device(weights.device))
+        self.models = Models(weights.family(), **weights.students, device=find_device(weights.device))
         self.method = self.models.load(self.name)
         self._options(settings, tau=1.0)
 
@@ -217,9 +219,12 @@ def described(command: str, weights: Weights, values: dict[str, Any]) -> dict[st
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name, tried out; "auto" is a GPU where there is one. ValueError if it cannot be used."""
+    """The device of this name, tried out; ValueError if it cannot be used.
+
+    "auto" is a GPU where there is one, and under torchrun that of this rank.
+    """
     if check_device(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -25,6 +25,9 @@ class Weights:
     boundaries: str | None = None
     precision: str = "float32"
     device: str = "auto"
+    variant: str | None = None
+    prediction_type: str | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         named = self.model == "tiny" or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
@@ -46,7 +49,8 @@ class Weights:
         """The model; this loads torch."""
         from icd_lightning.models.family import Family
 
-        options = {"guided_unet": self.guided_unet, "vae": self.vae, "precision": self.precision}
+        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config")
+        options = {name: getattr(self, name) for name in names}
         return Family(self.model, **{name: value for name, value in options.items() if value is not None})
 
 

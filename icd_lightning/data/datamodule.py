@@ -115,6 +115,8 @@ class ShardDataModule(lightning.LightningDataModule):
             self.validation_set = self._open_validation_set(rank, world_size)
         elif stage in ("validate", "test"):
             raise ValueError("val_urls is not given: name the shards to validate or test on")
+        elif self.trainer and rank == 0:
+            logger.warning("val_urls is not given: nothing is validated, and callbacks have no pictures to look at")
 
     def _open_stream(self, rank: int, world_size: int) -> TrainStream:
         shards = open_shards(self.urls, verify=self.verify)

@@ -154,7 +154,7 @@ class Family:
             f"no guidance-distilled UNet (stage 1) for {self.model}: looked for a file {path} and for config.json in "
             f"{', '.join(dict.fromkeys(map(str, folders)))}. Make one with conf/task/guidance_distillation.yaml, or "
             "take a released one such as sd15_cfg_distill.pt; name it by GUIDED=... of make, or "
-            "--model.init_args.family.guided_unet of icd fit. `make demo` needs none"
+            "--model.init_args.family.guided_unet of icd fit, --guided_unet of other commands. `make demo` needs none"
         )
 
 

@@ -185,7 +185,7 @@ class SingleFile:
         except OSError as error:
             raise FileNotFoundError(
                 f"{self.file} has no tokenizer, as no single file has, and {first_line(error)}: name a folder in "
-                f"diffusers' layout with {part}/ by --model.init_args.family.config"
+                f"diffusers' layout with {part}/ by --config (icd fit: --model.init_args.family.config)"
             ) from error
 
     def _configs(self, weights: dict[str, Tensor] | None = None) -> Folder | Hub:
@@ -198,7 +198,7 @@ class SingleFile:
         raise ValueError(
             f"{self.file} is neither Stable Diffusion 1.5 nor SDXL, for it has no weight named "
             f"{' or '.join(SINGLE_FILES.values())}: if it is another model of the same kind, name a folder in "
-            "diffusers' layout that fits it by --model.init_args.family.config"
+            "diffusers' layout that fits it by --config (icd fit: --model.init_args.family.config)"
         )
 
     def _weights(self) -> dict[str, Tensor]:
@@ -271,7 +271,7 @@ def network_in(folder: Path, cls: type[nn.Module], dtype: torch.dtype, *, varian
         raise FileNotFoundError(
             f"{folder} has no weights{f' of variant {variant}' if variant else ''} that can be read; it holds "
             f"{', '.join(found) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be named by "
-            f"--model.init_args.family.variant)"
+            f"--variant, of icd fit --model.init_args.family.variant)"
         ) from error
 
 

@@ -158,6 +158,11 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
+        if low := next((n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None):
+            raise ValueError(
+                f"{low} would be trained in half precision, which loses small steps, under trainer.precision "
+                f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"
+            )
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
         # with fp16 a fused one would unscale gradients by itself, after we clip them
         optimizer = settings.build(groups, fused=self.trainer.precision != "16-mixed")

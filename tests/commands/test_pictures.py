@@ -399,6 +399,8 @@ def write_bomb(path: str) -> None:
         (edit("--boundaries", "some"), "boundaries 'some' are not whole numbers"),
         (edit("--forward", "nowhere"), "no student at nowhere"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
+        (edit("--variant", "fp16"), "has no weights of variant fp16 that can be read"),
+        (["generate", "a", "--height", "2000000", "--width", "2000000"], "memory is full ("),
         (edit("--device", "meta"), "device 'meta' cannot be used here: choose auto, cpu, cuda, cuda:1 or mps"),
         (["edit", "photo.png", "--source", "a"], "photo.png has no target prompt"),
         (["edit", "--source", "a", "--target", "b"], "the following arguments are required: image"),

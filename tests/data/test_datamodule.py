@@ -281,6 +281,11 @@ def test_validation_needs_shards(shards, tmp_path):
     assert module.validated == list(range(60))
 
 
+def test_a_training_that_validates_nothing_says_so(shards, tmp_path, caplog):
+    trainer_for(tmp_path).fit(Recorder(), datamodule=data_for(shards))
+    assert "val_urls is not given: nothing is validated" in caplog.text
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_shards_that_go_bad_during_training_end_it_with_one_clear_error(shards, tmp_path, num_workers):
     class Spoil(Callback):

@@ -179,6 +179,11 @@ def test_without_clip_gradients_stay_as_they_are(tmp_path):
     assert all(norms["before"] == norms["after"] for norms in task.gradients)
 
 
+def test_nothing_is_trained_in_half_precision(tmp_path):
+    with pytest.raises(ValueError, match=r"left.weight would be trained in half precision.* take bf16-mixed"):
+        fit(Halves(), tmp_path, precision="bf16-true")
+
+
 def test_what_is_frozen_neither_moves_nor_is_saved(tmp_path):
     task = Halves()
     before = weights(task)
