@@ -1,9 +1,8 @@
-"""What every call of the pipeline goes through: prompts and pictures made as many, steps followed, sizes told."""
+"""What every call of the pipeline goes through: prompts and pictures made as many, steps followed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,27 +11,9 @@ from torch import Tensor
 
 from icd_lightning.diffusion import Step
 from icd_lightning.editing.pictures import OUTPUT_TYPES
-from icd_lightning.models.conditioning import Conditioning, Framing
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
 OnStepEnd = Callable[..., dict[str, Any] | None]
 """callback(pipe, index, t, {"latents": ...}); latents that it returns replace those of the step."""
-
-
-@dataclass(frozen=True, eq=False)
-class Framed:
-    """A conditioner for whole pictures of one size."""
-
-    conditioner: CLIPConditioner | DualCLIPConditioner
-    height: int
-    width: int
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.conditioner.tokenizer
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        return self.conditioner(prompts, Framing.whole(len(prompts), (self.height, self.width)))
 
 
 class Watch:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from torch import Tensor
 from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.text import CLIPConditioner
+from icd_lightning.models.conditioning import Conditioning, Framing
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
 UNGUIDED = StepGuidance(1.0)
-SWAP_TAU = 0.8
-"""Edits follow the source's prompt while t > SWAP_TAU T, unless told otherwise."""
+Method = TypeVar("Method", bound="PictureMethod")
 
 Seed = int | Sequence[int]
 """Of a batch: sample i has seed + i, or the i-th of B seeds."""
@@ -40,6 +41,33 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
     return [check_seed(one) for one in seeds]
+
+
+def usual_swap_tau(guidance: GuidanceSchedule) -> float:
+    """Until when edits follow the source's prompt, unless told otherwise: the guidance's tau, or 1, never."""
+    return getattr(guidance, "tau", 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Framed:
+    """A conditioner for whole pictures of one size."""
+
+    conditioner: CLIPConditioner | DualCLIPConditioner
+    height: int
+    width: int
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.conditioner.tokenizer
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        return self.conditioner(prompts, self._framing(len(prompts)))
+
+    def unconditional(self, batch_size: int) -> Conditioning:
+        return self.conditioner.unconditional(batch_size, self._framing(batch_size))
+
+    def _framing(self, count: int) -> Framing:
+        return Framing.whole(count, (self.height, self.width))
 
 
 @dataclass(eq=False)
@@ -73,7 +101,7 @@ class PictureMethod(ABC):
     """
 
     autoencoder: LatentAutoencoder
-    conditioner: CLIPConditioner
+    conditioner: CLIPConditioner | DualCLIPConditioner | Framed
 
     @property
     @abstractmethod
@@ -99,6 +127,14 @@ class PictureMethod(ABC):
     def nfe(self, *, guidance: GuidanceSchedule) -> int:
         """Network evaluations that an edit of one picture takes under this guidance, there and back."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it costs")
+
+    def framed_for(self: Method, latents: Tensor) -> Method:
+        """This method for whole pictures of latents (B, C, h, w), whose size SDXL is told; all else is shared."""
+        if not isinstance(self.conditioner, DualCLIPConditioner):
+            return self
+        method, factor = copy(self), self.autoencoder.downsampling
+        method.conditioner = Framed(self.conditioner, *(side * factor for side in latents.shape[-2:]))
+        return method
 
     def latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of the latents of `count` pictures of height x width pixels."""
@@ -129,7 +165,8 @@ class EditingMethod(PictureMethod):
         self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Tensor:
         """Encode pictures (B, 3, H, W) with their prompts to noise (B, C, h, w)."""
-        return self.to_noise(self.autoencoder.encode(images), prompts, seed=seed, on_step=on_step)
+        latents = self.autoencoder.encode(images)
+        return self.framed_for(latents).to_noise(latents, prompts, seed=seed, on_step=on_step)
 
     @torch.no_grad()
     def generate(
@@ -141,7 +178,8 @@ class EditingMethod(PictureMethod):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Decode noise (B, C, h, w), drawn or inverted, to pictures (B, 3, H, W)."""
-        return self.autoencoder.decode(self.from_noise(self.denoiser(prompts, guidance), noise, on_step=on_step))
+        denoise = self.framed_for(noise).denoiser(prompts, guidance)
+        return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
 
     def swapping(
         self,
@@ -167,7 +205,8 @@ class EditingMethod(PictureMethod):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Decode inverted noise (B, C, h, w) to pictures (B, 3, H, W), by `swapping`."""
-        denoise = self.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
+        method = self.framed_for(noise)
+        denoise = method.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
         return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
 
     def edit(
@@ -177,10 +216,14 @@ class EditingMethod(PictureMethod):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        swap_tau: float = SWAP_TAU,
+        swap_tau: float | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's."""
+        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's.
+
+        swap_tau: follow the source prompt while t > swap_tau T; by default the guidance's tau, or 1 where it has none.
+        """
+        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
         noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
         return self.swap(noise, source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau, on_step=on_step)

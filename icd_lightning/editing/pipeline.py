@@ -17,11 +17,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
-from icd_lightning.editing.calls import Framed, OnStepEnd, Watch, as_texts, batch_size, one_for_each
+from icd_lightning.editing.calls import OnStepEnd, Watch, as_texts, batch_size, one_for_each
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
-from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, Framed, Seed, seeded_noise
 from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 

@@ -1,12 +1,16 @@
 """What every baseline promises, on a family of random weights."""
 
+import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-from icd_lightning.diffusion import Step, StepGuidance
+from icd_lightning.diffusion import ConstantGuidance, Step, StepGuidance
 from icd_lightning.editing.baselines.branches import Branch, predict_branches
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
@@ -18,6 +22,7 @@ from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
 from icd_lightning.editing.baselines.registry import METHODS, build, find, typed
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
 from icd_lightning.editing.baselines.sdedit import SDEdit
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
 
 CONF = Path(__file__).parents[2] / "conf/method"
@@ -25,6 +30,7 @@ SOURCES, TARGETS = ["a large red circle", "a small blue square"], ["a large blue
 UNGUIDED = StepGuidance(1.0)
 FEW = {"num_inference_steps": 4, "guidance_scale": 3.0}
 DDIM_RENOISE = {"sampler": Sampler("ddim", 4), "renoising": Renoising(1), "regularization": None, "correction": 0.0}
+STUDENTS = ("forward", "reverse")
 SMALL = {
     "npi": (NegativePromptInversion, FEW),
     "nti": (NullTextInversion, FEW | {"optimization": NullTextOptimization(inner_steps=2, tolerance=0.0)}),
@@ -105,6 +111,85 @@ def test_attention_is_borrowed_by_default(parts, images, name):
     assert not torch.allclose(method.generate(TARGETS, inversion), edited, atol=1e-3)
     each = [method.control] * 2
     assert torch.equal(method.generate(TARGETS, inversion, control=each), edited)
+
+
+def test_an_edit_fits_to_the_guidance_that_it_is_given(parts, family, images):
+    settings = FEW | {"optimization": NullTextOptimization(inner_steps=15, tolerance=0.0, tolerance_growth=0.0)}
+    given = StepGuidance(6.0)
+    here, there = (NullTextInversion(parts[False], **settings | {"guidance_scale": w}) for w in (3.0, 6.0))
+    told = (images, SOURCES, SOURCES)
+    fitted = here.edit(*told, guidance=given)
+    assert torch.equal(fitted, there.edit(*told))
+    assert here.guidance == StepGuidance(3.0)
+    retraced = NegativePromptInversion(parts[False], **FEW).edit(*told)
+    plain = DDIMInversion(family, num_inference_steps=4).edit(*told, guidance=given)
+    assert (fitted - retraced).square().mean() < 0.7 * (plain - retraced).square().mean()
+
+
+def test_pnp_inversion_finds_its_differences_under_the_guidance_given(parts, images):
+    here, there = (PnPInversion(parts[False], **FEW | {"guidance_scale": w}) for w in (3.0, 1.0))
+    edited = here.edit(images, SOURCES, TARGETS, guidance=UNGUIDED)
+    assert torch.equal(edited, there.edit(images, SOURCES, TARGETS))
+    assert here.nfe(guidance=UNGUIDED) == there.nfe() == 4 * 4
+
+
+def test_words_say_where_an_edit_blends(parts, images):
+    control = PromptToPrompt(blend_threshold=0.98)  # random attention is nearly even
+    method = NegativePromptInversion(parts[False], **FEW, control=control)
+    usual = method.edit(images, SOURCES, TARGETS)
+    assert torch.equal(method.edit(images, SOURCES, TARGETS, blended_words=[None, None]), usual)
+    told = method.edit(images, SOURCES, TARGETS, blended_words=[("large", "circle"), None])
+    each = [replace(control, blend=("large", "circle")), control]
+    assert torch.equal(told, method.edit(images, SOURCES, TARGETS, control=each))
+    assert torch.equal(told[1], usual[1])
+    assert not torch.allclose(told[0], usual[0], atol=1e-3)
+    words = {"blended_words": [("large", "circle"), None]}
+    for free in (EditFriendlyInversion(parts[False], **FEW, skip=1), SDEdit(parts[False], **FEW)):  # they blend nothing
+        plain = free.edit(images, SOURCES, TARGETS)
+        assert torch.equal(free.edit(images, SOURCES, TARGETS, **words), plain)
+
+
+def test_options_of_an_edit_are_those_of_its_control(parts, images):
+    method = NegativePromptInversion(parts[False], **FEW)
+    changed = method.edit(images, SOURCES, TARGETS, cross_replace=0.9, self_replace=0.0)
+    control = replace(method.control, cross_replace=0.9, self_replace=0.0)
+    assert torch.equal(changed, method.edit(images, SOURCES, TARGETS, control=control))
+    sdedit = SDEdit(parts[False], **FEW)
+    borrowing = sdedit.edit(images, SOURCES, TARGETS, amplify=2.0)
+    assert torch.equal(borrowing, sdedit.edit(images, SOURCES, TARGETS, control=PromptToPrompt(amplify=2.0)))
+    with pytest.raises(ValueError, match=r"edits have no swap_tau; what they borrow: cross_replace, self_replace"):
+        method.edit(images, SOURCES, TARGETS, swap_tau=0.5)
+
+
+@pytest.mark.parametrize("name", ["npi", "nti", "pnp_inversion", "infedit", "renoise", "sdedit", "ddim"])
+def test_sdxl_is_told_the_size_of_the_pictures(layouts, name):
+    family = Family(str(layouts["sdxl"]))
+    if name == "ddim":
+        method = DDIMInversion(family, num_inference_steps=2)
+        unet = method.unet
+    else:
+        cls, settings = SMALL[name]
+        method = cls(Parts.load(family, few_step=name == "infedit"), **settings)
+        unet = method.parts.unet
+    told = []
+    hook = unet.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    method.edit(torch.zeros(1, 3, 64, 128), ["a red cat"], ["a red dog"])
+    hook.remove()
+    assert torch.cat(told).unique(dim=0).tolist() == [[64, 128, 0, 0, 64, 128]]
+
+
+def test_ddim_swaps_no_prompt_under_constant_guidance(family, images):
+    method, dynamic = (DDIMInversion(family, num_inference_steps=5, guidance_scale=3.0, tau=t) for t in (1.0, 0.7))
+    steps = list[Step]()
+    edited = method.edit(images, SOURCES, TARGETS, on_step=steps.append)
+    assert sum(step.nfe for step in steps) == method.nfe() == 15
+    noise = method.invert(images, SOURCES)
+    assert torch.equal(edited, method.generate(TARGETS, noise, guidance=method.guidance))
+    for guidance, swap_tau in ((dynamic.guidance, 0.7), (ConstantGuidance(3.0), 1.0)):
+        usual = dynamic.edit(images, SOURCES, TARGETS, guidance=guidance)
+        assert torch.equal(usual, dynamic.edit(images, SOURCES, TARGETS, guidance=guidance, swap_tau=swap_tau))
 
 
 def test_ddim_counts_what_guidance_takes(family, images):
@@ -195,3 +280,62 @@ def test_families_of_students_have_those_inverted(family, images, name):
     assert method.steps == [(999, 779), (779, 519), (519, 259), (259, 0)]
     method.edit(images, SOURCES, TARGETS, on_step=steps.append)
     assert sum(step.nfe for step in steps) == method.nfe()
+
+
+def test_the_students_that_are_named_are_inverted(family, images, tmp_path):
+    paths = {name: str(shutil.copytree(family.root / "students" / name, tmp_path / name)) for name in STUDENTS}
+    for file in (tmp_path / "reverse").glob("*.safetensors"):
+        save_file({name: 3 * tensor for name, tensor in load_file(file).items()}, file)
+    usual, named = build("renoise_lcm", family), build("renoise_lcm", family, students=paths)
+    assert usual.steps == named.steps
+    edits = [method.edit(images, SOURCES, TARGETS) for method in (usual, named)]
+    assert not torch.allclose(*edits, atol=1e-3)
+    jumps = build("renoise_lcm", family, students={"boundaries": "499,999"})
+    assert jumps.steps == [(999, 499), (499, 0)]
+
+
+def test_methods_say_whether_they_use_students(family):
+    told = {"forward": None, "reverse": None, "boundaries": None}
+    uses = {name: build(name, family, students=told) for name in ("renoise_turbo", "renoise_sdxl", "npi", "ddim")}
+    uses = {name: getattr(method, "uses_students", False) for name, method in uses.items()}
+    assert uses == {"renoise_turbo": True, "renoise_sdxl": False, "npi": False, "ddim": False}
+
+
+@pytest.mark.parametrize("name", ["infedit", "renoise_turbo", "renoise_lcm", "renoise_sdxl"])
+def test_a_teacher_taken_for_a_few_step_model_is_named(layouts, caplog, name):
+    settings = {} if name == "infedit" else {"regularization": None}
+    model = str(layouts["sd15"])
+    with caplog.at_level(logging.WARNING):
+        build(name, Family(model, guided_unet="nowhere"), **settings)
+    found = [record.getMessage() for record in caplog.records if "taken for an LCM or Turbo" in record.getMessage()]
+    assert len(found) == (name != "renoise_sdxl")
+    assert all(message.startswith(f"{model} has no guidance-distilled UNet") for message in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("class_path: [", "mine.yaml must hold class_path and init_args.*expected the node content"),
+        ("just words", "mine.yaml must hold class_path and init_args"),
+        ("init_args: {strength: 0.1}", "mine.yaml must hold class_path and init_args.*class_path"),
+        ("class_path: a.B\nsettings: {}", "mine.yaml must hold class_path and init_args.*settings"),
+        ("class_path: a.B\ninit_args: 3", "mine.yaml must hold class_path and init_args.*init_args 3 are no mapping"),
+        ("class_path: SDEdit", "mine.yaml must hold class_path and init_args.*'SDEdit' is no module.Class"),
+        ("class_path: nowhere.SDEdit", "mine.yaml: there is no class nowhere.SDEdit"),
+        ("class_path: icd_lightning.editing.baselines.sdedit.No", "mine.yaml: there is no class .*No"),
+        (
+            "class_path: icd_lightning.editing.baselines.sdedit.SDEdit\ninit_args: {strenght: 0.1}",
+            "mine.yaml: SDEdit: .*strenght",
+        ),
+    ],
+)
+def test_a_method_file_that_is_wrong_is_named(family, tmp_path, text, reason):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"(?s){reason}"):
+        build(str(file), family)
+
+
+def test_a_method_file_that_is_missing_is_named(family):
+    with pytest.raises(ValueError, match=r"nowhere.yaml must hold class_path.*No such file"):
+        build("nowhere.yaml", family)

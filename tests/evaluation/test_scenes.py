@@ -41,7 +41,7 @@ class Painter(EditingMethod):
     """Takes pictures to 'noise' and back without loss, in 2 + 3 evaluations; edits by what `editor` returns."""
 
     autoencoder = PlainPixels()
-    schedule = None
+    schedule = conditioner = None
 
     def __init__(self, editor=None, damage=0.0):
         self.editor, self.damage = editor, damage

@@ -7,9 +7,10 @@ beside the noise and what a step does; all else is here.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
 from icd_lightning.editing.baselines.branches import Branch, descend
 from icd_lightning.editing.baselines.parts import Parts
-from icd_lightning.editing.method import UNGUIDED, PictureMethod, Seed
+from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
@@ -44,9 +45,10 @@ class Inversion:
 class Baseline(PictureMethod):
     """A training-free editing method: `invert`, `edit`, `nfe`. Pictures are (B, 3, H, W) in [-1, 1].
 
-    `guidance` is any schedule of w, and `control` what a target's branch borrows of its source's attention (None:
-    nothing); by default both are the method's own. `seed` is of the first picture, or a seed for each. `on_step` is
-    called after each step with the evaluations that it took of one picture (see `diffusion.sampling`).
+    `guidance` is any schedule of w, to which `edit` also fits what a method fits; `control` is what a target's branch
+    borrows of its source's attention (None: nothing); by default both are the method's own. `seed` is of the first
+    picture, or a seed for each. `on_step` is called after each step with the evaluations that it took of one picture
+    (see `diffusion.sampling`).
     """
 
     few_step: ClassVar[bool] = False
@@ -54,18 +56,27 @@ class Baseline(PictureMethod):
     needs_source: ClassVar[bool] = False
     """Descends along the source's branch too where no attention is borrowed."""
 
+    uses_students: bool = False
+    """Runs on iCD's students, so that its results depend on them."""
+
     steps: Sequence[tuple[int, int]]
     """(t, s) of an edit's way down."""
     inversion_nfe: int
     """Evaluations of one picture on its way to noise, at most."""
 
     def __init__(self, parts: Parts, guidance_scale: float, control: PromptToPrompt | None = None) -> None:
-        self.parts, self.guidance, self.control = parts, StepGuidance(guidance_scale), control
+        self.parts, self.control = parts, control
+        self.guidance: GuidanceSchedule = StepGuidance(guidance_scale)
         self.autoencoder, self.conditioner = parts.autoencoder, parts.conditioner
 
     @classmethod
-    def from_family(cls, family: Family, **settings: Any) -> Baseline:
-        """Load what the method needs of a family; settings are the constructor's."""
+    def from_family(
+        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+    ) -> Baseline:
+        """Load what the method needs of a family; settings are the constructor's.
+
+        students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
+        """
         return cls(Parts.load(family, few_step=cls.few_step), **settings)
 
     def to(self, device: torch.device | str) -> Baseline:
@@ -86,18 +97,27 @@ class Baseline(PictureMethod):
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None, control: Control = "auto") -> int:
         """Evaluations that an edit of one picture takes, there and back (at most, where it stops by itself)."""
-        guidance = guidance or self.guidance
-        followed = [guidance]
+        method = self.guided_by(guidance)
+        followed = [method.guidance]
         if self.needs_source or self._control(control) is not None:
-            followed.append(self.source_guidance(guidance))
-        return self.inversion_nfe + sum(self.parts.network.cost(w, t) for t, _ in self.steps for w in followed)
+            followed.append(method.source_guidance(method.guidance))
+        return method.inversion_nfe + sum(self.parts.network.cost(w, t) for t, _ in self.steps for w in followed)
+
+    def guided_by(self: Method, guidance: GuidanceSchedule | None) -> Method:
+        """This method with another guidance for its own, to which it then fits; all else is shared."""
+        if guidance is None or guidance == self.guidance:
+            return self
+        method = copy(self)
+        method.guidance = guidance
+        return method
 
     @torch.no_grad()
     def invert(
         self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Inversion:
         """Encode pictures (B, 3, H, W) with the prompts that describe them to what edits descend from."""
-        return self.invert_latents(self.autoencoder.encode(images), prompts, seed=seed, on_step=on_step)
+        latents = self.autoencoder.encode(images)
+        return self.framed_for(latents).invert_latents(latents, prompts, seed=seed, on_step=on_step)
 
     @torch.no_grad()
     def generate(
@@ -114,7 +134,7 @@ class Baseline(PictureMethod):
         Under the inversion's own prompts this is a reconstruction.
         """
         options = {"guidance": guidance or self.guidance, "control": control, "on_step": on_step}
-        return self.autoencoder.decode(self.generate_latents(prompts, inversion, **options))
+        return self.autoencoder.decode(self.framed_for(inversion.x0).generate_latents(prompts, inversion, **options))
 
     def edit(
         self,
@@ -124,14 +144,26 @@ class Baseline(PictureMethod):
         *,
         guidance: GuidanceSchedule | None = None,
         control: Control = "auto",
+        blended_words: Sequence[tuple[str, str] | None] | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's."""
-        inversion = self.invert(images, source_prompts, seed=seed, on_step=on_step)
-        return self.generate(
-            target_prompts, inversion, guidance=guidance, control=self._control(control), on_step=on_step
-        )
+        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's.
+
+        blended_words: for each edit the words of source and target by which its local blend looks, where it blends at
+            all; None: as `control` says.
+        options: fields of `PromptToPrompt`, in the place of `control`'s; ValueError for any other.
+        """
+        method, borrowed = self.guided_by(guidance), self._control(control)
+        if options:
+            usual = PromptToPrompt() if borrowed is None else borrowed
+            borrowed = [one.changed(options) for one in _for_each(usual, len(images))]
+        if borrowed is not None and blended_words is not None:
+            each = _for_each(borrowed, len(images))
+            borrowed = [_blending(one, words) for one, words in zip(each, blended_words, strict=True)]
+        inversion = method.invert(images, source_prompts, seed=seed, on_step=on_step)
+        return method.generate(target_prompts, inversion, control=borrowed, on_step=on_step)
 
     # What makes a method
 
@@ -192,3 +224,12 @@ class Baseline(PictureMethod):
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """The unguided network, bound to prompts."""
         return lambda x, t: self.parts.network(x, t, conditioning)
+
+
+def _for_each(control: PromptToPrompt | Sequence[PromptToPrompt], count: int) -> Sequence[PromptToPrompt]:
+    return [control] * count if isinstance(control, PromptToPrompt) else control
+
+
+def _blending(control: PromptToPrompt, words: tuple[str, str] | None) -> PromptToPrompt:
+    """With a local blend by these words, unless it has none: they say where to blend, not whether."""
+    return control if words is None or control.blend is False else replace(control, blend=words)

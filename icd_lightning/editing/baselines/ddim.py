@@ -5,7 +5,7 @@ To noise it is the paper's fDDIM-50, unguided; back it is DDIM-50 under any guid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from icd_lightning.diffusion import (
     ddim_invert,
     ddim_timesteps,
 )
-from icd_lightning.editing.method import SWAP_TAU, UNGUIDED, EditingMethod
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, usual_swap_tau
 from icd_lightning.models.backbone import cfg_denoiser
 from icd_lightning.models.family import Family
 
@@ -39,8 +39,10 @@ class DDIMInversion(EditingMethod):
         self.guidance = StepGuidance(guidance_scale, tau)
 
     @classmethod
-    def from_family(cls, family: Family, **settings: Any) -> DDIMInversion:
-        """As the constructor: what all baselines are made by."""
+    def from_family(
+        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+    ) -> DDIMInversion:
+        """As the constructor: what all baselines are made by; students have no part in it."""
         return cls(family, **settings)
 
     def to(self, device: torch.device | str) -> DDIMInversion:
@@ -49,9 +51,11 @@ class DDIMInversion(EditingMethod):
             part.to(device)
         return self
 
-    def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float = SWAP_TAU) -> int:
+    def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float | None = None) -> int:
         """Evaluations that an edit of one picture takes, there and back: two where it is guided, one elsewhere."""
-        guidance, swap = guidance or self.guidance, swap_tau * self.schedule.num_train_timesteps
+        guidance = guidance or self.guidance
+        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
+        swap = swap_tau * self.schedule.num_train_timesteps
         guided = [t for t in self.timesteps if t <= swap and guidance.at(t) != 1]
         return 2 * len(self.timesteps) + len(guided)
 

@@ -32,6 +32,9 @@ class InfEdit(Baseline):
     tiny has no LCM; there, as in every family that has one, the guidance-distilled UNet stands in. It predicts the mean
     of the data, blurred where an LCM is sharp, so that such results say little about InfEdit on an LCM.
 
+    The paper's mutual branch and its threshold, 0.6, are not built: all that is borrowed is the source's attention, by
+    Prompt-to-Prompt.
+
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
 

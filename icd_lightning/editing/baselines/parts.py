@@ -40,6 +40,12 @@ class Parts:
         in for one; the folder of an LCM or Turbo in diffusers' layout has but one UNet, and that is it.
         """
         guided = few_step and has_guided_unet(family)
+        if few_step and not guided:
+            log.warning(
+                "%s has no guidance-distilled UNet, so its own UNet is taken for an LCM or Turbo; if it is none, give "
+                "one as --model, or a guidance-distilled UNet as --guided_unet",
+                family.model,
+            )
         if guided:
             log.info("%s is no LCM or Turbo; its guidance-distilled UNet stands in for one", family.model)
         return cls.of(

@@ -38,7 +38,11 @@ class PnPInversion(Baseline):
         super().__init__(parts, guidance_scale, control)
         self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.steps = falling(self.timesteps)
-        self.inversion_nfe = num_inference_steps + sum(parts.network.cost(self.guidance, t) for t, _ in self.steps)
+
+    @property
+    def inversion_nfe(self) -> int:
+        """One a step to noise, and what guidance takes for the differences."""
+        return len(self.steps) + sum(self.parts.network.cost(self.guidance, t) for t, _ in self.steps)
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None

@@ -6,6 +6,7 @@ A name stands for a class and the settings in which it differs from the class's 
     method = build("nti", Family("tiny"))
     method = build("nti", Family("tiny"), guidance_scale=3.0)
     method = build("conf/method/nti.yaml", Family("tiny"))
+    method = build("renoise_turbo", Family("tiny"), students={"forward": "mine/forward", "reverse": "mine/reverse"})
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class Entry:
     class_path: str
     about: str = ""
     init_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.class_path, str) or "." not in self.class_path:
+            raise ValueError(f"class_path {self.class_path!r} is no module.Class")
+        if not isinstance(self.init_args, Mapping):
+            raise ValueError(f"init_args {self.init_args!r} are no mapping")
 
 
 METHODS: dict[str, Entry] = {
@@ -65,15 +72,23 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def build(method: str, family: Family, **settings: Any) -> PictureMethod:
+def build(
+    method: str, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+) -> PictureMethod:
     """Load a method, given by name or as a YAML file, for a family; settings go before its own.
+
+    students: {"forward": ..., "reverse": ..., "boundaries": ...}, all or some, for methods that use iCD's students; by
+    default they are the family's own. Whether a method does, its `uses_students` says.
 
     Raises ValueError for an unknown method, and for settings that it does not have.
     """
     entry = find(method)
-    module, _, name = entry.class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    return cls.from_family(family, **typed(cls, {**entry.init_args, **settings}))
+    cls = class_of(entry, method)
+    try:
+        chosen = typed(cls, {**entry.init_args, **settings})
+    except ValueError as error:
+        raise ValueError(f"method {method}: {error}") from error
+    return cls.from_family(family, students=students, **chosen)
 
 
 def find(method: str) -> Entry:
@@ -83,8 +98,21 @@ def find(method: str) -> Entry:
     if Path(method).suffix in (".yaml", ".yml"):
         import yaml
 
-        return Entry(**yaml.safe_load(Path(method).read_text()))
+        try:
+            return Entry(**yaml.safe_load(Path(method).read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{method} must hold class_path and init_args, as in conf/method ({reason})") from error
     raise ValueError(f"no method {method!r}; there is: {', '.join(METHODS)}, or a YAML file as in conf/method")
+
+
+def class_of(entry: Entry, method: str) -> type[Any]:
+    """The class of an entry; ValueError, with the method's name, if there is none."""
+    module, _, name = entry.class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {method}: there is no class {entry.class_path} ({error})") from error
 
 
 def typed(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ sampler draws noise, corrects it towards what would bring x_s back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -169,14 +169,22 @@ class ReNoise(Baseline):
         self.sampler, self.renoising, self.steps = sampler, renoising, sampler.steps
         self.regularization, self.correction = regularization, correction
         self.inversion_nfe = sum(self._cost(t) for t, _ in self.steps)
+        self.uses_students = sampler.kind == "jumps"
 
     @classmethod
-    def from_family(cls, family: Family, *, sampler: Sampler = TURBO, **settings: Any) -> ReNoise:
+    def from_family(
+        cls,
+        family: Family,
+        *,
+        sampler: Sampler = TURBO,
+        students: Mapping[str, str | None] | None = None,
+        **settings: Any,
+    ) -> ReNoise:
         """Load what the sampler is for: the teacher (ddim), or the family's few-step network."""
         if not sampler.draws or not has_guided_unet(family):
-            return cls(Parts.load(family), sampler=sampler, **settings)
+            return cls(Parts.load(family, few_step=sampler.draws), sampler=sampler, **settings)
         log.info("%s is no Turbo or LCM; iCD's reverse student stands in for one", family.model)
-        icd = InvertibleConsistency.from_pretrained(family)
+        icd = InvertibleConsistency.from_pretrained(family, **(students or {}))
         parts = Parts.of_student(icd.students, icd.autoencoder, icd.conditioner)
         ends = icd.boundaries.boundary_timesteps[1:]
         return cls(parts, sampler=Sampler("jumps", len(ends), ends), **{**settings, "correction": 0.0})

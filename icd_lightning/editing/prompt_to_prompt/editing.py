@@ -61,7 +61,7 @@ class PromptToPromptEditing:
             if on_step is not None:
                 on_step(step)
 
-        denoise = self.method.denoiser(prompts, PairedGuidance(self.source_guidance, guidance))
+        denoise = self.method.framed_for(noise).denoiser(prompts, PairedGuidance(self.source_guidance, guidance))
         with control.attached(self.unet):
             return self.method.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
 

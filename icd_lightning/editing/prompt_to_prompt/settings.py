@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class PromptToPrompt:
         factors = self.amplify.values() if isinstance(self.amplify, Mapping) else [self.amplify]
         if not all(factor >= 0 for factor in factors):
             raise ValueError(f"amplify {self.amplify} must be 0 or more: 1 leaves attention alone, 0 takes it away")
+
+    def changed(self, options: Mapping[str, Any]) -> PromptToPrompt:
+        """The same with other settings; ValueError for one that does not exist."""
+        known = [field.name for field in fields(self)]
+        if unknown := options.keys() - set(known):
+            raise ValueError(f"edits have no {', '.join(sorted(unknown))}; what they borrow: {', '.join(known)}")
+        return replace(self, **options)
 
 
 @dataclass(frozen=True)
