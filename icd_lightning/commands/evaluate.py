@@ -33,7 +33,7 @@ def evaluate(
     icd eval                                                       a tour of the tiny family, with DDIM-50 beside it
     icd eval --benchmark tiny_edit --method icd,ddim               edits of scenes whose true results are known
     icd eval --benchmark inversion --model sd15 --data captions_val2014.json --images val2014 --count 5000
-    icd eval --benchmark piebench --model sd15 --data PIE-Bench --grid "tau=0.6,0.8 cross_replace=0.2,0.4"
+    icd eval --benchmark piebench --model sd15 --data PIE-Bench --method icd_p2p --grid "tau=0.6,0.8 cross_replace=0.2"
 
     A run writes PNG pictures, a row for each of them in rows.parquet, and means with 95 % intervals. Stopped and called
     again it goes on; under torchrun its ranks share the pictures.
@@ -41,8 +41,9 @@ def evaluate(
     Args:
         benchmark: scenes, the tour; inversion (Tables 2 and 5); generation (Table 4; with --grid Fig. 5); guidance
             (Table 1, Fig. 4); piebench, coco_edit, or tiny_edit, whose scenes have known true results.
-        method: Comma-separated: icd, icd_p2p (edits by Prompt-to-Prompt), untrained (the teacher through the students'
-            jumps), ddim, ... or all; of `scenes`, always icd, untrained and ddim.
+        method: Comma-separated: icd (edits as suits the model), icd_p2p (by Prompt-to-Prompt), icd_swap (by swapping
+            the prompt), untrained (the teacher through the students' jumps), ddim, ... or all; of `scenes`, always
+            icd, untrained and ddim.
         metrics: Comma-separated names, or a preset, icd or piebench; by default what suits the benchmark and the model.
         data: COCO's captions as JSON, a CSV of image and caption, PIE-Bench's folder, or a CSV of COCO edits; without
             it, held-out scenes of the tiny world.
@@ -66,12 +67,18 @@ def evaluate(
     weights = load(**options)
     family = weights.family()
     if benchmark == "scenes":
+        of_others = {"method": method != "icd", "metrics": metrics, "data": data, "images": images, "natural": natural}
+        of_others |= {"grid": grid, "batch_size": batch_size != 16}
+        if given := [name for name, value in of_others.items() if value]:
+            raise ValueError(f"benchmark scenes has no {', '.join(given)}: leave it out or name another --benchmark")
         from icd_lightning.data.shapes import HELD_OUT_SEED
+        from icd_lightning.editing.limits import check_guidance_scale
         from icd_lightning.evaluation.inversion import evaluate_inversion
         from icd_lightning.evaluation.study import StudySettings
 
         defaults = family.load_defaults()
-        w, tau = guidance_scale or defaults.guidance_scale, defaults.tau if tau is None else tau
+        w = defaults.guidance_scale if guidance_scale is None else check_guidance_scale(guidance_scale)
+        tau = defaults.tau if tau is None else tau
         world = HELD_OUT_SEED if seed is None else seed
         tour = StudySettings(128 if count is None else count, w, tau, swap_tau=tau, seed=world)
         students = {"forward": weights.forward, "reverse": weights.reverse}
@@ -85,9 +92,13 @@ def evaluate(
     from icd_lightning.evaluation.suite import Settings, Suite, parse_grid
 
     ranks = Ranks.from_environment()
+    device = find_device(weights.device)
+    if weights.device == "auto" and device.type == "cuda":
+        device = torch.device("cuda", ranks.local_rank)
+    models = Models(family, **weights.students, device=device)
     settings = Settings(
         benchmark,
-        methods=tuple(all_methods() if method == "all" else method.split(",")),
+        methods=tuple(all_methods(by_attention=models.edits_by_attention) if method == "all" else method.split(",")),
         metrics=tuple(metrics.split(",")) if metrics else None,
         data=Path(data) if data else None,
         images=Path(images) if images else None,
@@ -99,9 +110,5 @@ def evaluate(
         seed=seed or 0,
         batch_size=batch_size,
     )
-    device = find_device(weights.device)
-    if weights.device == "auto" and device.type == "cuda":
-        device = torch.device("cuda", ranks.local_rank)
-    models = Models(family, **weights.students, device=device)
     for path in Suite(settings, models, Path(out or f"outputs/eval-{benchmark}"), ranks).run():
         log.info("%s", path)

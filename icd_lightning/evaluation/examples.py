@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ from torch.nn.functional import interpolate
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.rendering import render
 from icd_lightning.data.shapes import EDITS, Scene, random_edit, scene_at
+from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
+
+log = logging.getLogger(__name__)
+
+BlendedWords = tuple[str, str] | Literal[False] | None
+"""By which words of source and target an edit blends; False: by none; None: nobody says."""
 
 PIE_BENCH_SIDE = 512
 PIE_BENCH_TYPES = (
@@ -49,7 +56,7 @@ class Example:
     kind: str = ""
     runs: tuple[int, ...] | None = None
     truth: Scene | None = None
-    blended_words: tuple[str, str] | None = None
+    blended_words: BlendedWords = None
 
     def seed(self, seed: int) -> int:
         """Of this example's random numbers, in a run with this seed."""
@@ -143,16 +150,10 @@ def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
     _check_file(file)
     folder, examples = file.parent if images is None else images, []
     for number, row in enumerate(_csv_rows(file, ("file_name", "old_caption", "edited_caption"))):
-        words = _blended(row.get("blended_words") or "", f"{file}, row {number + 1}")
-        examples.append(
-            Example(
-                f"{number:05d}-{Path(row['file_name']).stem}",
-                row["old_caption"],
-                folder / row["file_name"],
-                row["edited_caption"],
-                blended_words=words,
-            )
-        )
+        source, target, text = row["old_caption"], row["edited_caption"], row.get("blended_words") or ""
+        words = _blended(text, source, target, f"{file}, row {number + 1}") if text.strip() else None
+        key, place = f"{number:05d}-{Path(row['file_name']).stem}", folder / row["file_name"]
+        examples.append(Example(key, source, place, target, blended_words=words))
     return _checked(examples, file)
 
 
@@ -170,7 +171,7 @@ def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
             path, kind = entry["image_path"], PIE_BENCH_TYPES[int(entry["editing_type_id"])]
             source, target = (entry[name].translate(BRACKETS) for name in ("original_prompt", "editing_prompt"))
             runs = tuple(int(value) for value in entry["mask"])
-            words = _blended(entry.get("blended_word", ""), f"{file}, {key}")
+            words = _blended(entry.get("blended_word", ""), source, target, f"{file}, {key}")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"{file}: entry {key!r} is not as PIE-Bench's are ({error!r})") from error
         if natural and "artificial" in path:
@@ -184,13 +185,26 @@ BRACKETS = str.maketrans("", "", "[]")
 """Around the words that an edit changes."""
 
 
-def _blended(text: str, where: str) -> tuple[str, str] | None:
+def _blended(text: str, source: str, target: str, where: str) -> BlendedWords:
+    """The two words; False, with a warning, where they are not two or one is missing from its prompt, and for none."""
     words = text.replace(",", " ").split()
     if not words:
-        return None
-    if len(words) != 2:
-        raise ValueError(f"{where}: blended words {text!r} are not two, one of each prompt")
-    return words[0], words[1]
+        return False
+    try:
+        old, new = words
+        for word, prompt in ((old, source), (new, target)):
+            _words_of(prompt).places_of(word)
+    except ValueError as error:
+        reason = error if len(words) == 2 else "they are not two, one of each prompt"
+        log.warning("%s: edited without a blend by the words %r: %s", where, text, reason)
+        return False
+    return old, new
+
+
+def _words_of(prompt: str) -> PromptTokens:
+    """Its words, as edits look for them, without tokens."""
+    words = tuple(prompt.split())
+    return PromptTokens(prompt, (), words, ((),) * len(words))
 
 
 def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, GuidanceSchedule, OnStep, Step, StepGuidance
 from icd_lightning.editing.baselines import registry
+from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import InvertibleConsistency
-from icd_lightning.editing.defaults import P2P_GUIDANCE_SCALE
+from icd_lightning.editing.defaults import defaults_of
 from icd_lightning.editing.method import PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 from icd_lightning.evaluation.benchmarks import CPU
+from icd_lightning.evaluation.examples import BlendedWords
 from icd_lightning.evaluation.study import file_hash
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
+from icd_lightning.models.sources import GUIDED
 from icd_lightning.models.students import Students
 
 
@@ -38,7 +42,7 @@ class AttentionControlled(InvertibleConsistency):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        blended_words: Sequence[tuple[str, str] | None] | None = None,
+        blended_words: Sequence[BlendedWords] | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
         **control: float,
@@ -62,11 +66,39 @@ def untrained_pipeline(family: Family, boundaries: Boundaries) -> InvertibleCons
     return InvertibleConsistency(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
 
 
+def edit_options(method: type[PictureMethod]) -> list[str]:
+    """The numbers that a method's `edit` takes beside what every edit does: of attention control, or its own."""
+    if issubclass(method, (AttentionControlled, Baseline)):
+        return [one.name for one in fields(PromptToPrompt) if one.name not in ("alignment", "blend")]
+    found: list[str] = []
+    for edit in [vars(cls)["edit"] for cls in method.__mro__ if "edit" in vars(cls)]:
+        parameters = inspect.signature(edit).parameters.values()
+        found += [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in EVERY_EDIT]
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters):  # else the rest goes to the class it extends
+            break
+    return found
+
+
+EVERY_EDIT = ("guidance", "seed", "on_step")
+"""Keywords of `edit` that are no options of a method."""
+
+
 def teacher_hash(family: Family) -> str:
-    """Of all weights but the students'; of a family that is no folder or file, its name's."""
+    """Of all weights but the students'; where the model is no folder or file, of its name in their place."""
     place = Path(getattr(family.source, "location", None) or getattr(family.source, "file", ""))
     files = sorted(place.glob("*/*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    return file_hash(*files) if files else hashlib.sha256(family.model.encode()).hexdigest()
+    outside = [file for part in (family.guided_unet, family.vae) if part for file in _weights_at(Path(part))]
+    if files:
+        return file_hash(*files, *outside)
+    return hashlib.sha256(family.model.encode()).hexdigest() + (file_hash(*outside) if outside else "")
+
+
+def _weights_at(place: Path) -> list[Path]:
+    """Of a part that is kept outside of its model, a file or a folder; none where the name is of something else."""
+    if place.is_file():
+        return [place]
+    folders = [folder for folder in (place, place / GUIDED) if (folder / "config.json").is_file()]
+    return sorted(file for folder in folders for kind in ("safetensors", "bin") for file in folder.glob(f"*.{kind}"))
 
 
 @dataclass(frozen=True)
@@ -82,15 +114,35 @@ class Models:
     def load(self, name: str) -> PictureMethod:
         """The method of this name, on the device; ValueError if there is none."""
         check_names([name])
-        method = OURS[name](self) if name in OURS else registry.build(name, self.family)
-        return method.to(self.device)
+        students = {"forward": self.forward, "reverse": self.reverse, "boundaries": self.boundaries}
+        build = OURS.get(name, lambda models: registry.build(name, models.family, students=students))
+        return build(self).to(self.device)
+
+    def method_class(self, name: str) -> type[PictureMethod]:
+        """The class of the method of this name, without loading any weights."""
+        if name in OURS:
+            by_attention = name == "icd_p2p" or (name == "icd" and self.edits_by_attention)
+            return AttentionControlled if by_attention else InvertibleConsistency
+        return registry.class_of(registry.find(name), name)
+
+    @property
+    def edits_by_attention(self) -> bool:
+        """Whether the family is edited best by Prompt-to-Prompt, else by swapping the prompt: what icd does."""
+        return bool(self.defaults().get("attention_control"))
+
+    def defaults(self, boundaries: Boundaries | None = None) -> dict[str, Any]:
+        """How the family is guided and edited best; its tau is for students of these boundaries."""
+        ends = boundaries or Boundaries.uniform(4)
+        return defaults_of(self.family, ends, two_encoders=self.family.source.has("text_encoder_2"))
 
     def determinants(self, name: str, method: PictureMethod) -> dict[str, Any]:
         """All of the models that the method's figures depend on."""
-        found: dict[str, Any] = {"method": name, "family": asdict(self.family), "weights": teacher_hash(self.family)}
-        if isinstance(method, InvertibleConsistency):
-            found["boundaries"] = method.boundaries
-        if isinstance(method, InvertibleConsistency) and name != "untrained":
+        known = "icd_p2p" if isinstance(method, AttentionControlled) else name
+        found: dict[str, Any] = {"method": known, "family": asdict(self.family), "weights": teacher_hash(self.family)}
+        ours, borrowed = isinstance(method, InvertibleConsistency), getattr(method, "uses_students", False)
+        if ours or borrowed:
+            found["boundaries"] = getattr(method, "boundaries", self.boundaries)
+        if borrowed or (ours and name != "untrained"):
             paths = {"forward": self.forward, "reverse": self.reverse}
             files = [weights_file(path or self.family.root / "students" / part) for part, path in paths.items()]
             found["students"] = file_hash(*files)
@@ -103,16 +155,28 @@ class Models:
         return int(self.family.source.config("unet")["sample_size"]) * method.autoencoder.downsampling
 
     def guidance(
-        self, name: str, method: PictureMethod, guidance_scale: float | None, tau: float | None
+        self,
+        name: str,
+        method: PictureMethod,
+        guidance_scale: float | None,
+        tau: float | None,
+        *,
+        edit: bool = False,
     ) -> StepGuidance:
-        """As told; else the method's own guidance, but no stronger than its family bears, or else the family's own."""
-        defaults = self.family.load_defaults()
-        strongest = (
-            P2P_GUIDANCE_SCALE if name == "icd_p2p" and not defaults.closed_vocabulary else defaults.guidance_scale
-        )
-        own = getattr(method, "guidance", None) or StepGuidance(strongest, defaults.tau)
-        scale = min(own.guidance_scale, strongest) if guidance_scale is None else guidance_scale
-        return replace(own, guidance_scale=scale, **({} if tau is None else {"tau": tau}))
+        """As told; else the method's own guidance, but no stronger than its family bears, or else the family's own.
+
+        Edits by attention control have the family's guidance for edits.
+        """
+        if isinstance(method, InvertibleConsistency):
+            defaults = self.defaults(method.boundaries)
+            usual = defaults["guidance_scale"]
+            by_attention = edit and isinstance(method, AttentionControlled)
+            own = StepGuidance(defaults.get("edit_guidance_scale", usual) if by_attention else usual, defaults["tau"])
+        else:
+            strongest = self.defaults()["guidance_scale"]
+            own = replace(method.guidance, guidance_scale=min(method.guidance.guidance_scale, strongest))
+        scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        return replace(own, **scale, **({} if tau is None else {"tau": tau}))
 
     def students(self, cls: type[InvertibleConsistency] = InvertibleConsistency) -> InvertibleConsistency:
         """Both trained students."""
@@ -126,22 +190,22 @@ class Models:
 
 
 OURS: Mapping[str, Callable[[Models], PictureMethod]] = {
-    "icd": lambda models: models.students(),
+    "icd": lambda models: models.students(models.method_class("icd")),
     "icd_p2p": lambda models: models.students(AttentionControlled),
+    "icd_swap": lambda models: models.students(),
     "untrained": Models.untrained,
 }
-"""Beside the registry's baselines."""
+"""Beside the registry's baselines; icd is one of the two that follow, whichever suits the family."""
 
 
-def all_methods() -> list[str]:
-    """The names of every method."""
-    return [*OURS, *registry.METHODS]
+def all_methods(*, by_attention: bool = False) -> list[str]:
+    """The names of every method, once: icd, the other way to edit, and whatever else there is."""
+    return ["icd", "icd_swap" if by_attention else "icd_p2p", "untrained", *registry.METHODS]
 
 
 def check_names(names: Sequence[str]) -> None:
     """ValueError for a name that no method has."""
+    known = [*OURS, *registry.METHODS]
     for name in names:
-        if name not in all_methods() and Path(name).suffix not in (".yaml", ".yml"):
-            raise ValueError(
-                f"no method {name!r}; there is: {', '.join(all_methods())}, or a YAML file as in conf/method"
-            )
+        if name not in known and Path(name).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"no method {name!r}; there is: {', '.join(known)}, or a YAML file as in conf/method")

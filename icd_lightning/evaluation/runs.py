@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icd_lightning.data.images import read_picture, save_png, to_images, to_pictures
+from icd_lightning.data.images import read_picture, resize_and_crop, save_png, to_images, to_pictures
 from icd_lightning.evaluation.benchmarks import Outcome
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.rows import ALONE, Ranks, Row, gather_rows, read_rows, write_rows
@@ -47,7 +47,10 @@ NOT_MEASURED = ("key", "decoding", "kind", "image")
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on."""
+    """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on.
+
+    Pictures of more than `scored_at` pixels a side are scored at that size, and so are their originals.
+    """
 
     name: str
     root: Path
@@ -56,6 +59,7 @@ class Run:
     determinants: Mapping[str, Any]
     resolution: int
     batch_size: int = 16
+    scored_at: int | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     set_scorers: Mapping[str, SetScorer] = field(default_factory=dict)
 
@@ -64,6 +68,11 @@ class Run:
         """Of everything that this run writes."""
         text = json.dumps([self.determinants, self.batch_size, self.resolution], sort_keys=True, default=str)
         return self.root / f"{slug(self.name)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def score_resolution(self) -> int:
+        """Pixels of a side of the pictures that are scored."""
+        return min(self.resolution, self.scored_at or self.resolution)
 
 
 @dataclass(frozen=True)
@@ -203,10 +212,11 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
 
 
 def _score(run: Run, scorer: Scorer, batch: Sequence[Example], decodings: Sequence[str]) -> list[Row]:
-    originals = stack(batch, run.resolution) if batch[0].picture is not None else None
+    side = run.score_resolution
+    originals = stack(batch, side) if batch[0].picture is not None else None
     rows = []
     for decoding in decodings:
-        columns = scorer(batch, read_results(run.folder, decoding, batch), originals)
+        columns = scorer(batch, read_results(run.folder, decoding, batch, side), originals)
         for index, example in enumerate(batch):
             values = {name: float(value[index]) for name, value in columns.items()}
             rows.append({"key": example.key, "decoding": decoding, **values})
@@ -230,12 +240,16 @@ def _pairs(run: Run, decoding: str) -> Iterator[tuple[Tensor, Tensor]]:
     """A decoding's pictures and the originals, batch by batch."""
     for start in range(0, len(run.examples), run.batch_size):
         batch = run.examples[start : start + run.batch_size]
-        yield read_results(run.folder, decoding, batch), stack(batch, run.resolution)
+        side = run.score_resolution
+        yield read_results(run.folder, decoding, batch, side), stack(batch, side)
 
 
-def read_results(folder: Path, decoding: str, batch: Sequence[Example]) -> Tensor:
-    """A decoding's pictures of a batch, (B, 3, R, R), as the PNG files in a run's folder hold them."""
-    return to_images([np.asarray(read_picture(folder / _picture(decoding, example))) for example in batch])
+def read_results(folder: Path, decoding: str, batch: Sequence[Example], resolution: int | None = None) -> Tensor:
+    """A decoding's pictures of a batch, (B, 3, R, R), as the PNG files in a run's folder hold them, or resized."""
+    pictures = [read_picture(folder / _picture(decoding, example)) for example in batch]
+    if resolution is not None:
+        pictures = [resize_and_crop(picture, resolution)[0] for picture in pictures]
+    return to_images([np.asarray(picture) for picture in pictures])
 
 
 def _picture(decoding: str, example: Example) -> Path:
@@ -254,6 +268,7 @@ def _record(run: Run, ranks: Ranks) -> dict[str, Any]:
         "count": len(run.examples),
         "batch_size": run.batch_size,
         "resolution": run.resolution,
+        "scored_at": run.score_resolution,
         "metrics": [*run.scorers, *run.set_scorers],
         "versions": {"python": platform.python_version(), **packages},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "ranks": ranks.world_size},

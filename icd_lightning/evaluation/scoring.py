@@ -14,7 +14,7 @@ from torch import Tensor
 
 from icd_lightning.data.images import quantize
 from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import ABSENT, LABELS, Scene
+from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, LABELS, Scene
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.metrics.attributes import GROUPS, label_tensor
 from icd_lightning.metrics.base import PerImage, PictureMetric
@@ -56,7 +56,8 @@ class SceneEdits:
         truths = scene_batch([_truth(example) for example in examples], [""] * len(examples), results.shape[-1]).images
         edited = (originals != truths).any(1, keepdim=True).float()
         before, after = label_tensor([_scene(e) for e in examples]), label_tensor([_truth(e) for e in examples])
-        right, changed = self.network.read(results) == after, before != after
+        found, before = (_in_places_of_truth(labels, examples) for labels in (self.network.read(results), before))
+        right, changed = found == after, before != after
         everything = list(range(len(LABELS)))
         return {
             "psnr_truth": psnr_within(results, truths, torch.ones_like(edited)),
@@ -65,6 +66,21 @@ class SceneEdits:
             "changed": _share(right, changed & (after != ABSENT), everything),
             "kept": _share(right, ~changed & (after != ABSENT), everything),
         }
+
+
+def _in_places_of_truth(labels: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Labels (B, len(LABELS)) with a lone object in the place that it has in the true result.
+
+    That is the second where an edit adds an object before it, to the left or above.
+    """
+    names, labels = list(LABELS), labels.clone()
+    first, second = ([names.index(f"{attribute} {place}") for attribute in ATTRIBUTES] for place in (1, 2))
+    lone = labels[:, names.index("layout")] == LABELS["layout"].index("single")
+    comes_second = [_truth(e).things[1:] == _scene(e).things for e in examples]
+    rows = (lone & torch.tensor(comes_second, device=lone.device)).nonzero()
+    labels[rows, second] = labels[rows, first]
+    labels[rows, first] = ABSENT
+    return labels
 
 
 def _share(right: Tensor, counted: Tensor, columns: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
+from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import UNGUIDED, PictureMethod
 from icd_lightning.evaluation import benchmarks, summaries
 from icd_lightning.evaluation.benchmarks import Bench, Outcome, guidance_name, step_guidances
@@ -23,7 +24,7 @@ from icd_lightning.evaluation.examples import (
     scene_edits,
     scene_examples,
 )
-from icd_lightning.evaluation.methods import Models, check_names
+from icd_lightning.evaluation.methods import Models, check_names, edit_options
 from icd_lightning.evaluation.published import GUIDANCES
 from icd_lightning.evaluation.report import (
     Curve,
@@ -49,6 +50,8 @@ Benchmark = Literal["inversion", "generation", "guidance", "piebench", "coco_edi
 EDITING = ("piebench", "coco_edit", "tiny_edit")
 SCENES = 128
 """Held-out scenes to measure on where nobody says how many."""
+PHOTOGRAPH_SIDE = 512
+"""Pixels of a side at which photographs are scored, of every family: metrics are compared at one size."""
 TURN_ON = tuple(i / 10 for i in range(11))
 """Thresholds of Fig. 4."""
 
@@ -81,8 +84,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
             raise ValueError(f"count {self.count} must be 1 or more")
-        if self.guidance_scale is not None and self.guidance_scale < 1:
-            raise ValueError(f"guidance_scale {self.guidance_scale} must be 1 (unguided) or more")
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
+        for options in self.grid:
+            check_guidance_scale(options.get("w", 1.0), "grid option w")
+        if not any(map(_in_order, self.grid)):
+            raise ValueError("the grid leaves no setting: tau1 must not be above tau2, nor lo above hi")
         check_names(self.methods)
         if self.benchmark in ("piebench", "coco_edit") and self.data is None:
             what = "PIE-Bench's folder" if self.benchmark == "piebench" else "a CSV of edits"
@@ -126,7 +133,8 @@ def guidance_of(options: Mapping[str, float], default: StepGuidance) -> Guidance
     """A schedule from options of a grid: w with tau, with tau1 and tau2 (CADS), or with lo and hi (an interval)."""
     w = options.get("w", default.guidance_scale)
     if "tau1" in options or "tau2" in options:
-        return CADSGuidance(w, options.get("tau1", default.tau), options.get("tau2", 1.0))
+        tau2 = options.get("tau2", 1.0)
+        return CADSGuidance(w, options.get("tau1", min(default.tau, tau2)), tau2)
     if "lo" in options or "hi" in options:
         return IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
     return StepGuidance(w, options.get("tau", default.tau))
@@ -140,7 +148,7 @@ def guidances_of(settings: Settings, default: StepGuidance) -> dict[str, Guidanc
     for options in settings.grid:
         if unknown := [name for name in options if name not in GUIDANCE_OPTIONS]:
             raise ValueError(f"grid option {unknown[0]!r} is none of {', '.join(GUIDANCE_OPTIONS)}")
-        if options.get("tau1", 0.0) <= options.get("tau2", 1.0) and options.get("lo", 0.0) <= options.get("hi", 1.0):
+        if _in_order(options):
             named[_name(options)] = guidance_of(options, default)
     return named
 
@@ -148,11 +156,24 @@ def guidances_of(settings: Settings, default: StepGuidance) -> dict[str, Guidanc
 def edits_of(settings: Settings, default: StepGuidance) -> dict[str, dict[str, Any]]:
     """Options of a method's `edit` by name: guidance, and whatever else the grid says."""
     found = {}
-    for options in settings.grid:
+    for options in filter(_in_order, settings.grid):
         rest = {name: value for name, value in options.items() if name not in GUIDANCE_OPTIONS}
         name = _name(options) if options else guidance_name(default.guidance_scale, default.tau)
         found[name] = {"guidance": guidance_of(options, default), **rest}
     return found
+
+
+def _in_order(options: Mapping[str, float]) -> bool:
+    """Whether a setting is one: a grid also combines a tau1 with smaller tau2."""
+    return options.get("tau1", 0.0) <= options.get("tau2", 1.0) and options.get("lo", 0.0) <= options.get("hi", 1.0)
+
+
+def check_options(settings: Settings, name: str, method: type[PictureMethod]) -> None:
+    """ValueError for an option of the grid that is neither guidance's nor one of the method's `edit`."""
+    known = [*GUIDANCE_OPTIONS, *edit_options(method)]
+    for option in dict.fromkeys(option for options in settings.grid for option in options):
+        if option not in known:
+            raise ValueError(f"grid option {option!r} is none of {', '.join(known)} (of method {name})")
 
 
 def _name(options: Mapping[str, float]) -> str:
@@ -226,6 +247,8 @@ class Suite:
         def options(name: str, method: PictureMethod) -> dict[str, dict[str, Any]]:
             return edits_of(self.settings, self._default(name, method))
 
+        for name in self.settings.methods:
+            check_options(self.settings, name, self.models.method_class(name))
         results = self.perform("editing", benchmarks.editing, "settings", options)
         note = f"{self._pictures()}, each edited towards its target caption."
         title = f"Edits: {self.settings.benchmark}"
@@ -243,7 +266,9 @@ class Suite:
         return guidances_of(self.settings, self._default(name, method))
 
     def _default(self, name: str, method: PictureMethod) -> StepGuidance:
-        return self.models.guidance(name, method, self.settings.guidance_scale, self.settings.tau)
+        settings = self.settings
+        edit = settings.benchmark in EDITING
+        return self.models.guidance(name, method, settings.guidance_scale, settings.tau, edit=edit)
 
     def perform(
         self,
@@ -273,6 +298,7 @@ class Suite:
                 determinants={**determinants, **self.models.determinants(name, method)},
                 resolution=bench.resolution,
                 batch_size=settings.batch_size,
+                scored_at=None if settings.data is None else PHOTOGRAPH_SIDE,
                 scorers=scoring.scorers,
                 set_scorers=scoring.set_scorers,
             )

@@ -21,6 +21,10 @@ def test_a_benchmark_prints_its_table_and_says_where_everything_is(random_family
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ("--method ddim --grid tau=0.5", "benchmark scenes has no method, grid: leave it out"),
+        ("--batch_size 4 --natural", "benchmark scenes has no natural, batch_size: leave it out"),
+        ("--guidance_scale 0", "guidance_scale 0.0 must be 1 (unguided) or more"),
+        ("--benchmark tiny_edit --grid swop_tau=0.5", "grid option 'swop_tau' is none of w, tau, "),
         ("--benchmark fid", "benchmark: Expected "),
         ("--benchmark inversion --method magic", "no method 'magic'; there is: icd"),
         ("--benchmark inversion --metrics magic", "no metric 'magic'; there is: psnr"),

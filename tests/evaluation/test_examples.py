@@ -64,7 +64,7 @@ def test_pie_bench_is_read_without_brackets_with_words_masks_and_types(pie_bench
         }
     )
     first, second = read_pie_bench(folder)
-    assert (first.key, first.kind, first.blended_words, first.runs) == ("000", "random", None, ())
+    assert (first.key, first.kind, first.blended_words, first.runs) == ("000", "random", False, ())
     assert (second.caption, second.target) == ("a cat on a wooden bench", "a dog on a wooden bench")
     assert (second.kind, second.blended_words) == ("change object", ("cat", "dog"))
     assert stack([first, second], 64).shape == (2, 3, 64, 64)
@@ -100,12 +100,21 @@ def test_a_broken_mask_is_refused(runs, message):
         ({"editing_type_id": "12"}, "entry '1' is not as PIE-Bench's are"),
         ({"mask": "5 3"}, "entry '1' is not"),
         ({"original_prompt": None}, "entry '1' is not"),
-        ({"blended_word": "cat"}, "blended words 'cat' are not two"),
+        ({"blended_word": 7}, "entry '1' is not"),
     ],
 )
 def test_a_broken_entry_is_named(pie_bench, changes, message):
     with pytest.raises(ValueError, match=message):
         read_pie_bench(pie_bench({"1": entry("1.jpg", **changes)}))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), [("cat", "they are not two"), ("cat wolf", "'wolf' is no word of the prompt 'a dog on")]
+)
+def test_an_edit_goes_on_without_a_blend_by_words_that_are_not_there(pie_bench, caplog, words, reason):
+    (example,) = read_pie_bench(pie_bench({"1": entry("1.jpg", blended_word=words)}))
+    assert example.blended_words is False
+    assert f", 1: edited without a blend by the words '{words}': {reason}" in caplog.text
 
 
 def test_another_folder_is_not_pie_bench(tmp_path):

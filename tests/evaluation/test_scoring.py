@@ -1,13 +1,14 @@
 """Scores of edits and pictures: the truth has full marks, the untouched picture its own, and damage what it must."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from icd_lightning.data.images import to_images
 from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import HELD_OUT_SEED
+from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
 from icd_lightning.evaluation.examples import Example, scene_edits, scene_examples, stack
 from icd_lightning.evaluation.scoring import (
     ByMetric,
@@ -52,6 +53,27 @@ def test_an_untouched_picture_keeps_everything_and_reaches_nothing():
     assert all(math.isinf(value) for value in scores["psnr_outside"])
     assert all(value < 45 for value in scores["psnr_edited"])
     assert all(e <= t for e, t in zip(scores["psnr_edited"], scores["psnr_truth"], strict=True))
+
+
+def test_an_object_added_before_another_is_new_and_the_other_kept():
+    before = [e for e in scene_edits(400, HELD_OUT_SEED) if e.truth.things[1:] == e.picture.things]
+    assert {e.kind for e in before} == {"add"}
+    truths, originals = label_tensor([e.truth for e in before]), label_tensor([e.picture for e in before])
+    pictures = stack(before, 64)
+
+    def scored(found):
+        network = SimpleNamespace(read=lambda images: found)
+        columns = SceneEdits(network)(before, pictures, pictures)
+        return [columns[name].tolist() for name in ("changed", "kept")]
+
+    every, none = [1.0] * len(before), [0.0] * len(before)
+    assert scored(truths) == [every, every]
+    assert scored(originals) == [none, every]
+    old_lost = truths.clone()
+    old_lost[:, [list(LABELS).index(f"{name} 2") for name in ATTRIBUTES]] = ABSENT
+    changed, kept = scored(old_lost)
+    assert changed == every
+    assert kept == pytest.approx([2 / 6] * len(before))  # the background's two of six
 
 
 def test_harm_outside_of_the_edit_is_not_harm_inside():

@@ -1,19 +1,26 @@
 """Benchmarks by name: what is tried on which examples, and whole ones from the command's settings to their tables."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
+from icd_lightning.editing.baselines.base import Baseline
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.evaluation import suite as suites
 from icd_lightning.evaluation import summaries
-from icd_lightning.evaluation.methods import Models, all_methods
+from icd_lightning.evaluation.examples import scene_edits, stack
+from icd_lightning.evaluation.methods import AttentionControlled, Models, all_methods, teacher_hash
 from icd_lightning.evaluation.rows import read_rows
-from icd_lightning.evaluation.suite import Settings, Suite, edits_of, guidances_of, parse_grid
+from icd_lightning.evaluation.runs import read_results
+from icd_lightning.evaluation.suite import Settings, Suite, check_options, edits_of, guidances_of, parse_grid
+from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 
 DEFAULT = StepGuidance(3.0, 0.8)
@@ -55,6 +62,19 @@ def test_a_grid_tries_each_kind_of_guidance_and_leaves_out_what_is_none():
         guidances_of(Settings("inversion", grid=parse_grid("taw=1")), DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"), [("tau1=0.5,0.7 tau2=0.6", "tau1 0.5, tau2 0.6"), ("lo=0.3 hi=0.2,0.4", "lo 0.3, hi 0.4")]
+)
+def test_edits_leave_out_the_same_settings(text, named):
+    settings = Settings("tiny_edit", grid=parse_grid(text))
+    assert list(edits_of(settings, DEFAULT)) == [named] == list(guidances_of(settings, DEFAULT))[1:]
+
+
+def test_a_default_tau_above_tau2_is_lowered_to_it():
+    (found,) = edits_of(Settings("tiny_edit", grid=parse_grid("tau2=0.6")), DEFAULT).values()
+    assert found == {"guidance": CADSGuidance(3.0, 0.6, 0.6)}
+
+
 def test_edits_take_guidance_and_their_own_options_from_a_grid():
     found = edits_of(Settings("tiny_edit", grid=parse_grid("tau=0.6 swap_tau=0.5,0.7")), DEFAULT)
     assert found == {
@@ -69,7 +89,9 @@ def test_edits_take_guidance_and_their_own_options_from_a_grid():
     [
         ({"count": 0}, "count 0 must be 1 or more"),
         ({"guidance_scale": 0.5}, "guidance_scale 0.5 must be 1"),
-        ({"methods": ("icd", "magic")}, "no method 'magic'; there is: icd, icd_p2p, untrained, ddim"),
+        ({"methods": ("icd", "magic")}, "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
+        ({"grid": parse_grid("w=0,3")}, "grid option w 0.0 must be 1"),
+        ({"grid": parse_grid("tau1=0.7 tau2=0.6")}, "the grid leaves no setting"),
         ({"benchmark": "piebench"}, "--benchmark piebench needs PIE-Bench's folder: give --data"),
         ({"benchmark": "coco_edit"}, "--benchmark coco_edit needs a CSV of edits: give --data"),
         ({"benchmark": "tiny_edit", "data": Path("x")}, "draws its scenes itself"),
@@ -89,6 +111,85 @@ def test_a_method_is_guided_as_told_or_no_more_than_its_family_bears(random_fami
     assert models.guidance("ddim_dynamic", dynamic, None, None) == StepGuidance(3.0, 0.7)
     infedit = models.load("infedit")
     assert models.guidance("infedit", infedit, None, None) == StepGuidance(infedit.guidance.guidance_scale)
+
+
+@pytest.mark.parametrize(
+    ("method", "known", "unknown"),
+    [
+        ("icd_swap", "w=3 swap_tau=0.5", "cross_replace"),
+        ("icd_p2p", "tau=1 cross_replace=0.2 amplify=2", "swap_tau"),
+        ("ddim", "lo=0.2 swap_tau=0.5", "cross_replace"),
+        ("pnp_inversion", "cross_replace=0.2 self_replace=0.1", "swap_tau"),
+        ("icd_p2p", "blend_from=0.5", "blend"),
+    ],
+)
+def test_each_method_has_its_own_options_in_a_grid(random_family, method, known, unknown):
+    cls = Models(Family(str(random_family))).method_class(method)
+    check_options(Settings("tiny_edit", grid=parse_grid(known)), method, cls)
+    with pytest.raises(ValueError, match=f"grid option '{unknown}' is none of w, tau, .* .of method {method}."):
+        check_options(Settings("tiny_edit", grid=parse_grid(f"{unknown}=0.5")), method, cls)
+
+
+def test_words_that_are_none_are_no_blend(random_family):
+    method = Models(Family(str(random_family))).load("icd_p2p")
+    (example,) = scene_edits(1, 0)
+
+    def edited(**options):
+        return method.edit(stack([example], 64), [example.caption], [example.target], guidance=DEFAULT, **options)
+
+    assert torch.equal(edited(blended_words=[False]), edited(blend=False))
+    assert torch.equal(edited(blended_words=[None]), edited())
+    assert not torch.equal(edited(), edited(blend=False))
+
+
+@pytest.mark.parametrize(("model", "by_attention", "w"), [("random:sd15", True, 20.0), ("random:sdxl", False, 8.0)])
+def test_icd_edits_as_its_family_is_edited_best(random_family, model, by_attention, w):
+    models, method = Models(Family(model)), Models(Family(str(random_family))).load("icd_p2p")
+    assert models.method_class("icd") is (AttentionControlled if by_attention else InvertibleConsistency)
+    assert models.method_class("icd_swap") is InvertibleConsistency
+    assert models.method_class("icd_p2p") is AttentionControlled
+    assert issubclass(models.method_class("nti"), Baseline)
+    assert models.guidance("icd_p2p", method, None, None, edit=True) == StepGuidance(w, 0.8)
+    assert models.guidance("icd_p2p", method, None, None) == StepGuidance(8.0, 0.8)
+    assert models.guidance("icd_p2p", method, 5.0, 0.6, edit=True) == StepGuidance(5.0, 0.6)
+    every = all_methods(by_attention=models.edits_by_attention)
+    assert every[:3] == ["icd", "icd_swap" if by_attention else "icd_p2p", "untrained"]
+    assert len(every) == len(set(every))
+
+
+def test_parts_outside_of_the_model_are_hashed_with_it(random_family, tmp_path):
+    unet, vae = tmp_path / "stage1", tmp_path / "vae"
+    shutil.copytree(random_family / "unet_guided", unet / "unet_guided")
+    shutil.copytree(random_family / "vae", vae)
+    family = Family(str(random_family), guided_unet=str(unet), vae=str(vae))
+    hashes = [teacher_hash(Family(str(random_family))), teacher_hash(family)]
+    for folder in (unet / "unet_guided", vae):
+        (weights,) = folder.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # as after another training
+        hashes.append(teacher_hash(family))
+    file = tmp_path / "distilled.pt"
+    for content in (b"1", b"2"):
+        file.write_bytes(content)
+        hashes.append(teacher_hash(Family("random:sd15", guided_unet=str(file))))
+    assert len(set(hashes)) == 6
+
+
+def test_a_baseline_on_the_students_is_given_ours_and_depends_on_them(random_family, tmp_path):
+    for name in ("forward", "reverse"):
+        shutil.copytree(random_family / "students" / name, tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in ("forward", "reverse")}
+    models = Models(Family(str(random_family)), **folders)
+    method = models.load("renoise_turbo")
+    assert method.uses_students
+    first = models.determinants("renoise_turbo", method)
+    (weights,) = (tmp_path / "reverse").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    second = models.determinants("renoise_turbo", method)
+    assert first.pop("students") != second.pop("students")
+    assert first == second
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="no student at"):
+        models.load("renoise_turbo")
 
 
 # Whole benchmarks
@@ -160,6 +261,13 @@ def test_pie_bench_is_measured_inside_and_outside_its_masks(random_family, tmp_p
     assert "As published: arXiv:2310.01506" in (tmp_path / "piebench.md").read_text()
 
 
+def test_a_wrong_option_ends_a_benchmark_before_anything_is_measured(random_family, tmp_path):
+    settings = {"methods": ("icd_p2p", "icd_swap"), "count": 1, "grid": parse_grid("cross_replace=0.2")}
+    with pytest.raises(ValueError, match=r"grid option 'cross_replace' is none of .* \(of method icd_swap\)"):
+        run(random_family, tmp_path / "out", "tiny_edit", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_pretrained_networks_that_are_missing_end_a_benchmark_early(random_family, tmp_path, monkeypatch):
     monkeypatch.setenv("ICD_METRICS_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -177,6 +285,22 @@ def test_photographs_are_measured_without_networks_on_request(random_family, tmp
     run(random_family, tmp_path / "out", "inversion", data=tmp_path / "a.csv", metrics=("psnr",))
     (file,) = (tmp_path / "out").glob("icd-*/rows.parquet")
     assert [row["key"] for row in read_rows(file)] == ["a.jpg"] * 3
+
+
+def test_photographs_are_scored_at_one_size_however_large_the_results_are(random_family, tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "PHOTOGRAPH_SIDE", 32)  # of results of 64
+    pixels = np.random.default_rng(0).integers(0, 255, (96, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,caption\na.png,a red circle\n")
+    settings = {"data": tmp_path / "a.csv", "grid": parse_grid("tau=1")}
+    run(random_family, tmp_path / "out", "inversion", metrics=("psnr",), **settings)
+    (folder,) = (tmp_path / "out").glob("icd-*/")
+    examples = Settings("inversion", **settings).examples()
+    for row in read_rows(folder / "rows.parquet"):
+        made = read_results(folder, row["decoding"], examples, 32)
+        assert made.shape[-1] == 32
+        assert row["psnr"] == pytest.approx(float(psnr(made, stack(examples, 32))), abs=1e-3)
+        assert Image.open(folder / row["image"]).size == (64, 64)
 
 
 def test_all_methods_are_known():
