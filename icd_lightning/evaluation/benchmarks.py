@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, Step, StepGuidance, ddim_invert
+from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, PictureMethod, seeded_noise
 from icd_lightning.evaluation.examples import Example, stack
@@ -78,11 +79,19 @@ class Bench:
 
 
 def inversion(bench: Bench, batch: Sequence[Example], guidances: Mapping[str, GuidanceSchedule]) -> Iterator[Outcome]:
-    """To noise once, unguided, and back under each guidance (Tables 2 and 5; the MSE of Fig. 4)."""
+    """To noise once, unguided, and back under each guidance (Tables 2 and 5; the MSE of Fig. 4).
+
+    A method that fits itself to its guidance on the way to noise goes there for each.
+    """
     images, prompts = bench.images(batch), [example.caption for example in batch]
-    clock = Clock(bench.device)
-    noise = bench.method.invert(images, prompts, seed=bench.seeds(batch), on_step=clock.count)
-    yield from _decoded(bench, images, prompts, {"": (noise, clock.nfe, clock.seconds())}, guidances)
+    fitted = {bench.method: guidances}
+    if isinstance(bench.method, Baseline) and bench.method.fits_guidance:
+        fitted = {bench.method.guided_by(guidance): {name: guidance} for name, guidance in guidances.items()}
+    for method, under in fitted.items():
+        clock = Clock(bench.device)
+        noise = method.invert(images, prompts, seed=bench.seeds(batch), on_step=clock.count)
+        found = {"": (noise, clock.nfe, clock.seconds())}
+        yield from _decoded(replace(bench, method=method), images, prompts, found, under)
 
 
 def guided_inversion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ EVERY_EDIT = ("guidance", "seed", "on_step")
 def teacher_hash(family: Family) -> str:
     """Of all weights but the students'; where the model is no folder or file, of its name in their place."""
     place = Path(getattr(family.source, "location", None) or getattr(family.source, "file", ""))
-    files = sorted(place.glob("*/*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    files = _weights_in(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
     outside = [file for part in (family.guided_unet, family.vae) if part for file in _weights_at(Path(part))]
     if files:
         return file_hash(*files, *outside)
@@ -97,7 +97,10 @@ def _weights_at(place: Path) -> list[Path]:
     """Of a part that is kept outside of its model, a file or a folder; none where the name is of something else."""
     if place.is_file():
         return [place]
-    folders = [folder for folder in (place, place / GUIDED) if (folder / "config.json").is_file()]
+    return _weights_in(folder for folder in (place, place / GUIDED) if (folder / "config.json").is_file())
+
+
+def _weights_in(folders: Iterable[Path]) -> list[Path]:
     return sorted(file for folder in folders for kind in ("safetensors", "bin") for file in folder.glob(f"*.{kind}"))
 
 

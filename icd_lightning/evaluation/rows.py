@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from icd_lightning.data.shapes import Scene
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import write_whole
 
@@ -92,5 +93,9 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _digest(batch: Sequence[Example]) -> str:
-    """Of what is in a batch: another list of examples makes other files."""
-    return hashlib.sha256("\n".join(example.key for example in batch).encode()).hexdigest()[:8]
+    """Of what is in a batch: other examples make other files, and so does what a file now says of them.
+
+    A scene's key says all.
+    """
+    said = (example.key if isinstance(example.picture, Scene) else repr(example) for example in batch)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]

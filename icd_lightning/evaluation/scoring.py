@@ -148,8 +148,16 @@ class Scoring:
             names = PIE_BENCH if masked and what == "editing" else (SCENE_METRICS if scenes else METRICS)[what]
         if not scenes and (own := [name for name in names if name in SCENE_SCORERS]):
             raise ValueError(f"metric {own[0]!r} is for scenes of the tiny world, whose attributes are known")
+        if "latent-nll" in names and what in ("generation", "editing"):
+            raise ValueError(f"metric 'latent-nll' is of noise that pictures become, which {what} does not measure")
         metrics = build_metrics([name for name in names if name not in SCENE_SCORERS])
         metrics = {n: m.to(device) for n, m in metrics.items() if "noise" not in m.needs}  # its likelihood is recorded
+        compared = next((name for name, metric in metrics.items() if "reference" in metric.needs), None)
+        if compared and examples[0].picture is None:
+            raise ValueError(
+                f"metric {compared!r} compares with pictures, and the data hold captions alone: name metrics that do "
+                "without, as in --metrics clip-t,image-reward"
+            )
         scorers: dict[str, Scorer] = {n: ByMetric(n, m) for n, m in metrics.items() if isinstance(m, PerImage)}
         scorers |= {name: make(load_scene_network()) for name, make in SCENE_SCORERS.items() if name in names}
         return cls(scorers, {n: OfSets(m) for n, m in metrics.items() if not isinstance(m, PerImage)})
@@ -168,7 +176,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "inversion": ("psnr", "ssim", "lpips", "dinov2"),
     "thresholds": ("psnr",),
     "guidance": ("psnr", "fid"),
-    "generation": ("clip-t", "image-reward", "fid"),
+    "generation": ("image-reward", "clip-t", "fid"),
     "editing": ("dinov2", "clip-t", "clip-i", "image-reward"),
 }
 PIE_BENCH = ("icd", "piebench")

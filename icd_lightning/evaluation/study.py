@@ -92,5 +92,7 @@ def file_hash(*files: Path) -> str:
     """SHA-256 over the contents of files."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ what they have fetched. What each metric needs, and under which name, stands in 
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -71,8 +72,12 @@ def load_network(metric: str, repository: str, network: Any, **options: Any) -> 
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .pt file, and nothing that would run code."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """The tensors of a .pth or .pt file, and nothing that would run code; ValueError for a file that holds none."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise ValueError(f"{file} cannot be read as weights ({reason}): fetch it again") from error
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -62,6 +62,14 @@ def test_other_examples_are_never_mixed_up_with_those_before(tmp_path):
     assert [row["key"] for row in gather(tmp_path, other)] == [example.key for example in other]
 
 
+def test_what_a_file_now_says_otherwise_is_measured_anew(tmp_path):
+    gather(tmp_path)
+    changed = [*EXAMPLES[:4], Example("picture/4", "another caption"), *EXAMPLES[5:]]
+    again = []
+    gather(tmp_path, changed, lambda batch: again.append(batch) or measure(batch))
+    assert again == [changed[3:6]]
+
+
 def test_rows_survive_a_file(tmp_path):
     rows = [{"a": 1.5, "b": None, "c": "x"}, {"a": float("inf"), "b": 2.0, "c": "ü"}]
     write_rows(tmp_path / "x.parquet", rows)

@@ -145,6 +145,16 @@ def test_scores_of_scenes_are_refused_for_photographs(tmp_path):
         Scoring.choose(["edits"], "editing", [Example("a", "", tmp_path / "a.png")])
 
 
+def test_pictures_that_are_not_there_are_not_compared_with():
+    with pytest.raises(ValueError, match="metric 'psnr' compares with pictures, and the data hold captions alone"):
+        Scoring.choose(["psnr"], "generation", [Example("a", "a red star")])
+
+
+def test_noise_that_is_not_measured_has_no_likelihood():
+    with pytest.raises(ValueError, match=r"'latent-nll' is of noise .* which editing does not measure"):
+        Scoring.choose(["latent-nll"], "editing", EXAMPLES)
+
+
 def test_an_unknown_metric_is_named():
     with pytest.raises(ValueError, match="no metric 'psnrr'"):
         Scoring.choose(["psnrr"], "inversion", EXAMPLES)

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
+from icd_lightning.editing.baselines import registry
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import UNGUIDED
+from icd_lightning.evaluation import benchmarks, summaries
 from icd_lightning.evaluation import suite as suites
-from icd_lightning.evaluation import summaries
-from icd_lightning.evaluation.examples import scene_edits, stack
+from icd_lightning.evaluation.benchmarks import step_guidances
+from icd_lightning.evaluation.examples import scene_edits, scene_examples, stack
 from icd_lightning.evaluation.methods import AttentionControlled, Models, all_methods, teacher_hash
 from icd_lightning.evaluation.rows import read_rows
 from icd_lightning.evaluation.runs import read_results
@@ -215,6 +217,18 @@ def test_edits_of_scenes_are_scored_for_every_setting_and_type(random_family, tm
     monkeypatch.setattr(summaries, "SIDE_BY_SIDE", 1)
     run(random_family, tmp_path, "tiny_edit", **settings)  # of what is there
     assert '<th scope="row" role="rowheader">true result' in page.read_text()
+
+
+def test_what_is_fit_to_a_guidance_is_fit_to_each(random_family):
+    method = registry.build("nti", Family(str(random_family)), num_inference_steps=3, guidance_scale=5.0)
+    bench, batch = benchmarks.Bench(method, 64), scene_examples(1, seed=0)
+    images, prompts = bench.images(batch), [batch[0].caption]
+    unfit = method.generate(prompts, method.invert(images, prompts), guidance=StepGuidance(2.0))
+    made = {one.decoding: one.images for one in benchmarks.inversion(bench, batch, step_guidances(2.0, (1.0,)))}
+    fit = method.guided_by(StepGuidance(2.0))
+    expected = fit.generate(prompts, fit.invert(images, prompts))
+    torch.testing.assert_close(made["w 2"], expected)
+    assert (made["w 2"] - unfit).abs().max() > 1e-3
 
 
 def test_generation_over_a_grid_is_set_against_inversion(random_family, tmp_path):

@@ -55,6 +55,13 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(metrics_home, name, ur
         build_metrics([name])
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut short"])
+def test_a_file_of_weights_that_was_cut_short_is_to_be_fetched_again(tmp_path, content):
+    (tmp_path / "net.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"net.pt cannot be read as weights \(.*\): fetch it again"):
+        pretrained.load_weights(tmp_path / "net.pt")
+
+
 def test_torch_hub_s_cache_is_looked_into_after_home(metrics_home):
     content = b"weights"
     name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"

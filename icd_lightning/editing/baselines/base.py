@@ -55,6 +55,8 @@ class Baseline(PictureMethod):
     """Made for an LCM or Turbo; otherwise for the teacher."""
     needs_source: ClassVar[bool] = False
     """Descends along the source's branch too where no attention is borrowed."""
+    fits_guidance: ClassVar[bool] = False
+    """What `invert` gives is fit to the method's own guidance: see `guided_by`."""
 
     uses_students: bool = False
     """Runs on iCD's students, so that its results depend on them."""

@@ -57,6 +57,8 @@ class NullTextInversion(Baseline):
     Inner evaluations also run backward, which `nfe` does not count.
     """
 
+    fits_guidance = True
+
     def __init__(
         self,
         parts: Parts,

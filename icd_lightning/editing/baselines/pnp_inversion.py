@@ -25,7 +25,7 @@ CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.6, amplify=2.0, blend
 class PnPInversion(Baseline):
     """num_inference_steps evaluations to noise, two a step for the differences, and four a step for both branches."""
 
-    needs_source = True
+    needs_source, fits_guidance = True, True
 
     def __init__(
         self,
