@@ -2,7 +2,7 @@
 
     python benchmarks/editing.py                                                     # the tiny network
     python benchmarks/editing.py --peer ../invertible-cd --methods icd,nti --repeats 20
-    python benchmarks/editing.py --family random:sd15 --latent 16 --methods icd --peer ../invertible-cd
+    python benchmarks/editing.py --family random:sd15 --latent 16 --methods icd_swap --peer ../invertible-cd
 
 Methods alternate, so that all meet the same weather; slow ones, of more than 100 evaluations, are repeated less often.
 Evaluations are of one picture: each row of a batch counts. With one thread (OMP_NUM_THREADS=1) ranges and ratios are of
