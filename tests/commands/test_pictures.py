@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families_case import write_configs
 from family_case import write_family
 from PIL import Image
 from safetensors import safe_open
@@ -22,7 +23,9 @@ from icd_lightning.data.shapes import scene_at
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.metrics.reconstruction import psnr
+from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import Family
+from icd_lightning.models.students import ADAPTERS, Students
 
 SOURCE, TARGET = "a large red circle on a white background", "a large blue circle on a white background"
 
@@ -187,6 +190,23 @@ def test_photographs_of_every_kind(icd, folder):
     icd("edit", "photos", "--source", SOURCE, "--target", TARGET, "-o", "new", "--height", "72", "--width", "64")
     for name in PHOTOGRAPHS:
         assert read(f"new/{Path(name).stem}-edited.png").shape == (72, 64, 3)
+
+
+@pytest.mark.parametrize(("name", "method", "nfe"), [("sd15", "icd_p2p", 12), ("sdxl", "icd_swap", 8)])
+def test_a_photograph_by_networks_of_the_true_families(folder, caplog, name, method, nfe):
+    """With all their blocks, narrow and random, and new students in files: the whole path, by each family's own way."""
+    model = f"random:{write_configs(name, folder / name)}"
+    family = Family(model)
+    students = Students(family.load_unet(guided=True), family.load_schedule())
+    for adapter, direction in ADAPTERS.items():
+        save_student(students, adapter, folder / direction, metadata={"boundaries": [0, 259, 519, 779, 999]})
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save("photo.jpg")
+    prompts = ["--source", "a cat on a bench", "--target", "a dog on a bench"]
+    weights = ["--model", model, "--forward", "forward", "--reverse", "reverse", "--device", "cpu"]
+    main(["edit", "photo.jpg", *prompts, *weights])
+    assert read("photo-edited.png").shape == (64, 64, 3)
+    assert about("photo-edited.png")["method"] == method
+    assert f"{nfe} evaluations" in caplog.text
 
 
 def test_half_precision(icd, folder):
