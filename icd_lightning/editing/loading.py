@@ -172,6 +172,12 @@ class StudentPipeline(DiffusionPipeline):
             shutil.rmtree(temporary, ignore_errors=True)
 
     @property
+    def _execution_device(self) -> torch.device:
+        """As diffusers has it, which asks every module there is; where nothing is offloaded one weight knows."""
+        offloaded = hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook")
+        return super()._execution_device if offloaded else self.unet.conv_in.weight.device
+
+    @property
     def boundaries(self) -> Boundaries:
         """The ends of the students' segments."""
         return self.method.boundaries
