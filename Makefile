@@ -83,7 +83,7 @@ eval-guidance: $(STAMP) ## guidance while encoding and while decoding: Table 1, 
 eval-editing: $(STAMP) ## edits with known true results, by every method
 	$(ICD) eval --benchmark tiny_edit --method all $(ARGS)
 
-ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Table 2, A to K, on the tiny family (about half an hour a seed)
+ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Table 2, A to K, on the tiny family (about 20 minutes a seed)
 	$(ICD) ablations $(ARGS)
 
 notebooks: $(STAMP) ## execute notebooks/ on the shipped results, or on RESULTS=outputs; copies in outputs/notebooks
