@@ -84,7 +84,6 @@ def evaluate(
         students = {"forward": weights.forward, "reverse": weights.reverse}
         log.info("%s", evaluate_inversion(family, tour, Path(out or "outputs/eval-inversion"), **students, ddim=ddim))
         return
-    import torch
 
     from icd_lightning.commands.session import find_device
     from icd_lightning.evaluation.methods import Models, all_methods
@@ -93,8 +92,6 @@ def evaluate(
 
     ranks = Ranks.from_environment()
     device = find_device(weights.device)
-    if weights.device == "auto" and device.type == "cuda":
-        device = torch.device("cuda", ranks.local_rank)
     models = Models(family, **weights.students, device=device)
     settings = Settings(
         benchmark,

@@ -118,9 +118,11 @@ def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None
     return None
 
 
-def sha256(path: Path) -> str:
+def sha256(*paths: Path) -> str:
+    """SHA-256 over the contents of files, one after another."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.images import to_pictures
+from icd_lightning.data.manifest import sha256
 from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
@@ -31,7 +32,7 @@ from icd_lightning.evaluation.report import (
     write_report,
 )
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, random_edits
-from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json, write_text
+from icd_lightning.evaluation.study import StudySettings, remembered, study, write_json, write_text
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
 from icd_lightning.models.checkpoints import WEIGHTS_NAME
 from icd_lightning.models.family import Family
@@ -65,7 +66,7 @@ class DemoStudy:
         self.methods[TRAINED] = InvertibleConsistency.from_pretrained(
             self.family, forward=str(forward), reverse=str(reverse)
         )
-        self._measure(TRAINED, "trained", file_hash(forward / WEIGHTS_NAME, reverse / WEIGHTS_NAME))
+        self._measure(TRAINED, "trained", sha256(forward / WEIGHTS_NAME, reverse / WEIGHTS_NAME))
 
     def _measure(self, name: str, file: str, weights: str) -> None:
         key = {"settings": self.settings, "weights": weights}

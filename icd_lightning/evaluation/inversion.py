@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import EditingMethod
 from icd_lightning.evaluation.methods import teacher_hash, untrained_pipeline
 from icd_lightning.evaluation.report import print_table, wide_console
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out
-from icd_lightning.evaluation.study import StudySettings, file_hash, remembered, study, write_json
+from icd_lightning.evaluation.study import StudySettings, remembered, study, write_json
 from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
@@ -38,7 +39,7 @@ def evaluate_inversion(
     ]
     methods: dict[str, tuple[Callable[[], EditingMethod], str]] = {
         UNTRAINED: (lambda: untrained_pipeline(family, trained.boundaries), teacher_hash(family)),
-        TRAINED: (lambda: trained, teacher_hash(family) + file_hash(*students)),
+        TRAINED: (lambda: trained, teacher_hash(family) + sha256(*students)),
     }
     if ddim:
         methods = {DDIM: (lambda: DDIMInversion(family), teacher_hash(family)), **methods}

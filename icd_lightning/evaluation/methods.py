@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icd_lightning.data.manifest import sha256
 from icd_lightning.diffusion import Boundaries, GuidanceSchedule, OnStep, Step, StepGuidance
 from icd_lightning.editing.baselines import registry
 from icd_lightning.editing.baselines.base import Baseline
@@ -21,7 +22,6 @@ from icd_lightning.editing.method import PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 from icd_lightning.evaluation.benchmarks import CPU
 from icd_lightning.evaluation.examples import BlendedWords
-from icd_lightning.evaluation.study import file_hash
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
 from icd_lightning.models.sources import GUIDED
@@ -89,8 +89,8 @@ def teacher_hash(family: Family) -> str:
     files = _weights_in(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
     outside = [file for part in (family.guided_unet, family.vae) if part for file in _weights_at(Path(part))]
     if files:
-        return file_hash(*files, *outside)
-    return hashlib.sha256(family.model.encode()).hexdigest() + (file_hash(*outside) if outside else "")
+        return sha256(*files, *outside)
+    return hashlib.sha256(family.model.encode()).hexdigest() + (sha256(*outside) if outside else "")
 
 
 def _weights_at(place: Path) -> list[Path]:
@@ -148,7 +148,7 @@ class Models:
         if borrowed or (ours and name != "untrained"):
             paths = {"forward": self.forward, "reverse": self.reverse}
             files = [weights_file(path or self.family.root / "students" / part) for part, path in paths.items()]
-            found["students"] = file_hash(*files)
+            found["students"] = sha256(*files)
         if name not in OURS:
             found["entry"] = asdict(registry.find(name))
         return found

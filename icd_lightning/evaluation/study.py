@@ -86,13 +86,3 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write text, whole or not at all."""
     write_whole(file, lambda temporary: temporary.write_text(text))
-
-
-def file_hash(*files: Path) -> str:
-    """SHA-256 over the contents of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from icd_lightning.data.manifest import sha256
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
@@ -41,7 +42,7 @@ from icd_lightning.evaluation.report import (
 from icd_lightning.evaluation.rows import Ranks
 from icd_lightning.evaluation.runs import Results, Run, perform, places
 from icd_lightning.evaluation.scoring import Scoring
-from icd_lightning.evaluation.study import file_hash, write_json, write_text
+from icd_lightning.evaluation.study import write_json, write_text
 from icd_lightning.models.family import shipped
 
 log = logging.getLogger(__name__)
@@ -289,7 +290,7 @@ class Suite:
             named = decodings(name, method)
             determinants = {"benchmark": settings.benchmark, "what": what, "seed": settings.seed, "decodings": named}
             if settings.data is None:  # the scenes' judge
-                determinants["scene_network"] = file_hash(*(shipped() / "scene_network").glob("*.safetensors"))
+                determinants["scene_network"] = sha256(*(shipped() / "scene_network").glob("*.safetensors"))
             run = Run(
                 name=Path(name).stem,
                 root=self.out,
