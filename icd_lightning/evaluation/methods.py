@@ -117,8 +117,7 @@ class Models:
     def load(self, name: str) -> PictureMethod:
         """The method of this name, on the device; ValueError if there is none."""
         check_names([name])
-        students = {"forward": self.forward, "reverse": self.reverse, "boundaries": self.boundaries}
-        build = OURS.get(name, lambda models: registry.build(name, models.family, students=students))
+        build = OURS.get(name, lambda models: registry.build(name, models.family, students=models.chosen))
         return build(self).to(self.device)
 
     def method_class(self, name: str) -> type[PictureMethod]:
@@ -183,8 +182,12 @@ class Models:
 
     def students(self, cls: type[InvertibleConsistency] = InvertibleConsistency) -> InvertibleConsistency:
         """Both trained students."""
-        options = {"forward": self.forward, "reverse": self.reverse, "boundaries": self.boundaries}
-        return cls.from_pretrained(self.family, **options)
+        return cls.from_pretrained(self.family, **self.chosen)
+
+    @property
+    def chosen(self) -> dict[str, str | None]:
+        """The students and their boundaries, as `InvertibleConsistency.from_pretrained` takes them."""
+        return {"forward": self.forward, "reverse": self.reverse, "boundaries": self.boundaries}
 
     def untrained(self) -> InvertibleConsistency:
         """The teacher through `boundaries`, or the jumps of the trained students."""

@@ -33,13 +33,11 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
     @classmethod
     def from_environment(cls) -> Ranks:
         """As torchrun says; alone without it."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)))
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     def wait(self) -> None:
         """Until all ranks have come here."""

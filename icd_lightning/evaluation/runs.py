@@ -132,7 +132,7 @@ class Results:
 
 MADE_BY = {
     "table2.json": "icd ablations",
-    "guidance.json": "icd eval --benchmark guidance",
+    "guidance.json": "icd eval --benchmark guidance --method icd,ddim",
     "generation.json": "icd eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'",
 }
 """The commands whose summaries the notebooks read."""
