@@ -74,7 +74,7 @@ def test_one_fit_of_null_text_inversion(golden, unguided_path, guided_path, inde
     error = (fitted.prompt_embeds - tensors["nti.null_embeds"][index]).abs()
     assert error.mean() < 3e-5
     assert (error > 1e-4).float().mean() < 0.05
-    assert error.max() < 5e-3
+    assert (error > 1e-3).float().mean() < 0.02
     moved = (tensors["nti.null_embeds"][index] - null.prompt_embeds).abs()
     assert moved.max() > 1e-2
     assert rounds == load_json("baselines.json")["nti"]["inner_steps"]

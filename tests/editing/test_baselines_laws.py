@@ -1,6 +1,7 @@
 """What single baselines are for, on networks known by formula or random."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from baselines_case import analytic_parts
 
 from icd_lightning.diffusion import NoiseSchedule, Step, StepGuidance, ddim_invert, ddim_timesteps
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
-from icd_lightning.editing.baselines.infedit import InfEdit
+from icd_lightning.editing.baselines.infedit import CONTROL, InfEdit
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
@@ -24,6 +25,7 @@ from icd_lightning.editing.baselines.renoise import (
     patch_divergence,
 )
 from icd_lightning.editing.baselines.sdedit import SDEdit
+from icd_lightning.editing.prompt_to_prompt.unified import BLUR
 from icd_lightning.models.family import Family
 
 SOURCE, TARGET = ["a large red circle", "a small blue square"], ["a large blue circle", "a small star"]
@@ -125,15 +127,75 @@ def test_the_sources_branch_stays_on_its_path(parts, latents):
 # InfEdit
 
 
+@pytest.mark.parametrize("control", [None, CONTROL], ids=["two branches", "three branches"])
 @pytest.mark.parametrize("few_step", [True, False])
-def test_the_same_prompt_returns_the_source(parts, few_step_parts, latents, few_step):
+def test_the_same_prompt_returns_the_source(parts, few_step_parts, latents, few_step, control):
     method = InfEdit(few_step_parts if few_step else parts)
     inversion, steps = method.invert_latents(latents, SOURCE, seed=1), list[Step]()
-    close(method.generate_latents(SOURCE, inversion, guidance=UNGUIDED, on_step=steps.append), latents)
+    told = {"guidance": UNGUIDED, "control": control}
+    close(method.generate_latents(SOURCE, inversion, on_step=steps.append, **told), latents)
+    assert {len(step.x) for step in steps} == ({4} if control is None else {4, 6})
     for step in steps:
-        close(*step.x.chunk(2))
+        source, *others = step.x.split(2)
+        for branch in others:
+            close(branch, source)
     close(steps[-1].x[:2], latents)
-    assert not torch.allclose(method.generate_latents(TARGET, inversion, guidance=GUIDED), latents, atol=0.1)
+    edited = method.generate_latents(TARGET, inversion, guidance=GUIDED, control=control)
+    assert not torch.allclose(edited, latents, atol=0.1)
+
+
+def test_a_mutual_branch_is_its_source_until_it_is_run(few_step_parts, latents):
+    """A batch runs the branch from the first step on that any of its pictures needs it; the others' results stay."""
+    method = InfEdit(few_step_parts)
+    assert (method.nfe(), method.nfe(control=None)) == (12 * 2 + 4, 12 * 2)
+    inversion, steps = method.invert_latents(latents, SOURCE, seed=1), list[Step]()
+    each = [replace(CONTROL, self_replace=0.0), CONTROL]
+    assert method.nfe(control=each) == 12 * 3
+    both = method.generate_latents(TARGET, inversion, guidance=GUIDED, control=each, on_step=steps.append)
+    for index, step in enumerate(steps):
+        source, mutual, _ = step.x.split(2)
+        assert torch.allclose(source[1], mutual[1], atol=1e-4) == (index < 8)
+        assert not torch.allclose(source[0], mutual[0], atol=1e-4)
+    for i in range(2):
+        one = method.invert_latents(latents[i : i + 1], SOURCE[i : i + 1], seed=1 + i)
+        alone = method.generate_latents(TARGET[i : i + 1], one, guidance=GUIDED, control=each[i])
+        close(both[i : i + 1], alone, atol=1e-3)
+
+
+def test_a_mutual_branch_has_the_sources_content_in_the_targets_layout(few_step_parts, latents):
+    method = InfEdit(few_step_parts)
+    inversion = method.invert_latents(latents, SOURCE, seed=1)
+    own = method.attention_control(CONTROL, inversion, TARGET).own
+    early, late = own(7), own(8)
+    assert early.query.tolist() == early.key.tolist() == [0, 1, 0, 1]
+    assert early.value is None
+    source, target = [0, 1], [4, 5]
+    assert late.query.tolist() == source + target + target
+    assert late.key.tolist() == late.value.tolist() == source + source + target
+
+
+def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
+    method = InfEdit(few_step_parts)
+    inversion, last = method.invert_latents(latents, SOURCE, seed=1), len(method.steps) - 1
+
+    def decode(**settings) -> list[torch.Tensor]:
+        steps = list[Step]()
+        told = {"guidance": GUIDED, "control": replace(CONTROL, **settings)}
+        method.generate_latents(TARGET, inversion, on_step=steps.append, **told)
+        return [(step.x[-4:-2] - step.x[-2:]).abs().amax(dim=1).flatten(1) for step in steps]
+
+    vague = [index for index, (t, _) in enumerate(method.steps) if method.schedule.alpha(t) < BLUR]
+    for index, apart in enumerate(decode(blend_threshold=0.999)):  # random attention is all but the same everywhere
+        kept = (apart == 0).float().mean(dim=1)
+        if index in (0, last):
+            assert (kept == 0).all()  # nothing is blended
+        elif index in vague:
+            assert (kept == 1).all()
+        else:
+            assert ((kept > 0) & (kept < 1)).all()
+    assert vague == [0, 1]
+    for apart in (*decode(blend=False), *decode(blend_from=1.0)):
+        assert (apart > 0).any(dim=1).all()
 
 
 # SDEdit

@@ -318,7 +318,8 @@ def test_layers_at_every_size():
         layers = choose_layers(unet, size)
         assert layers.blend == dict.fromkeys(side, grid)
         assert len(layers.cross) == 16
-        assert len(layers.own) == 11  # all but the 5 of the finest level
+        assert len(layers.own) == 16
+        assert len(layers.own_replaced) == 11  # all but the 5 of the finest level
     small = choose_layers(unet, (16, 16))
     assert set(small.blend.values()) == {(16, 16)}
     assert len(small.own) == 16

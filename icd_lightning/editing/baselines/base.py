@@ -1,7 +1,7 @@
-"""What the baselines share: the protocol, and the way down along one branch of pictures, the target's, or two.
+"""What the baselines share: the protocol, and the way down along one branch of pictures, the target's, or more.
 
-Of two branches the source's is the first: `x` then holds (2 B, C, h, w). A method's file says what `invert` keeps
-beside the noise and what a step does; all else is here.
+Of n branches, in `x` (n B, C, h, w), the source's is the first and the target's the last. A method's file says what
+`invert` keeps beside the noise and what a step does; all else is here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, O
 from icd_lightning.editing.baselines.branches import Branch, descend
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt import AttentionControl, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
 
-Control = PromptToPrompt | Sequence[PromptToPrompt] | Literal["auto"] | None
-"""What an edit borrows of attention: for all pictures, for each, as the method does by default, or nothing."""
+Borrowed = PromptToPrompt | Sequence[PromptToPrompt] | None
+"""What an edit borrows of attention: for all pictures, for each, or nothing."""
+
+Control = Borrowed | Literal["auto"]
+"""The same, or what the method borrows by default."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +102,12 @@ class Baseline(PictureMethod):
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None, control: Control = "auto") -> int:
         """Evaluations that an edit of one picture takes, there and back (at most, where it stops by itself)."""
-        method = self.guided_by(guidance)
-        followed = [method.guidance]
-        if self.needs_source or self._control(control) is not None:
-            followed.append(method.source_guidance(method.guidance))
-        return method.inversion_nfe + sum(self.parts.network.cost(w, t) for t, _ in self.steps for w in followed)
+        method, borrowed = self.guided_by(guidance), self._control(control)
+        return method.inversion_nfe + sum(
+            self.parts.network.cost(w, t)
+            for index, (t, _) in enumerate(self.steps)
+            for _, w in method.followed(index, method.guidance, borrowed)
+        )
 
     def guided_by(self: Method, guidance: GuidanceSchedule | None) -> Method:
         """This method with another guidance for its own, to which it then fits; all else is shared."""
@@ -128,7 +132,7 @@ class Baseline(PictureMethod):
         inversion: Inversion,
         *,
         guidance: GuidanceSchedule | None = None,
-        control: PromptToPrompt | Sequence[PromptToPrompt] | None = None,
+        control: Borrowed = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Decode an inversion under prompts to pictures (B, 3, H, W); here no attention is borrowed unless it is given.
@@ -179,6 +183,24 @@ class Baseline(PictureMethod):
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """The branches' x (n B, C, h, w) after step `index`, given their guided eps (n B, C, h, w)."""
 
+    def followed(
+        self, index: int, guidance: GuidanceSchedule, control: Borrowed
+    ) -> list[tuple[Literal["source", "target"], GuidanceSchedule]]:
+        """Whose prompts each branch is told at step `index`, and its guidance, where the target's is `guidance`.
+
+        A branch may begin at any step; until then it is the source's.
+        """
+        target = [("target", guidance)]
+        beside = self.needs_source or control is not None
+        return [("source", self.source_guidance(guidance)), *target] if beside else target
+
+    def attention_control(
+        self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
+    ) -> AttentionControl:
+        """What lends the targets attention on their way down."""
+        told = (inversion.prompts, prompts, inversion.noise)
+        return PromptToPromptControl(control, *told, tokenizer=self.conditioner.tokenizer, num_steps=self.control_steps)
+
     def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
         """How the source's branch is guided beside a target's guided by `guidance`."""
         return UNGUIDED
@@ -193,34 +215,33 @@ class Baseline(PictureMethod):
         inversion: Inversion,
         *,
         guidance: GuidanceSchedule,
-        control: PromptToPrompt | Sequence[PromptToPrompt] | None = None,
+        control: Borrowed = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Decode an inversion under prompts to latents (B, C, h, w)."""
-        source, target = self.conditioner(inversion.prompts), self.conditioner(prompts)
+        told = {"source": self.conditioner(inversion.prompts), "target": self.conditioner(prompts)}
         empty = self.conditioner.unconditional(len(prompts))
-        followed = [(target, guidance)]
-        if self.needs_source or control is not None:
-            followed.insert(0, (source, self.source_guidance(guidance)))
+        followed = [self.followed(index, guidance, control) for index in range(len(self.steps))]
+        counts = [len(each) for each in followed] or [1]
 
         def branches(index: int) -> list[Branch]:
-            negative = self.negative(index, inversion, source, empty)
-            return [Branch(told, negative, w) for told, w in followed]
+            negative = self.negative(index, inversion, told["source"], empty)
+            return [Branch(told[whose], negative, w) for whose, w in followed[index]]
 
         def move(x: Tensor, eps: Tensor, index: int) -> Tensor:
-            return self.move(x, eps, index, inversion)
+            x = self.move(x, eps, index, inversion)
+            begun = counts[min(index + 1, len(counts) - 1)] - counts[index]
+            return torch.cat([*[x[: len(prompts)]] * begun, x]) if begun else x
 
-        x, state = inversion.noise.repeat(len(followed), 1, 1, 1), None
+        x, state = inversion.noise.repeat(counts[0], 1, 1, 1), None
         with ExitStack() as attached:
             if control is not None:
-                tokenizer, steps = self.conditioner.tokenizer, self.control_steps
-                told = (inversion.prompts, prompts, inversion.noise)
-                state = PromptToPromptControl(control, *told, tokenizer=tokenizer, num_steps=steps)
+                state = self.attention_control(control, inversion, prompts)
                 attached.enter_context(state.attached(self.parts.unet))
             x = descend(self.parts.network, x, self.steps, branches, move, control=state, on_step=on_step)
         return x[-len(prompts) :]
 
-    def _control(self, control: Control) -> PromptToPrompt | Sequence[PromptToPrompt] | None:
+    def _control(self, control: Control) -> Borrowed:
         return self.control if control == "auto" else control
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, classifier_free_guidance
 from icd_lightning.editing.method import UNGUIDED
-from icd_lightning.editing.prompt_to_prompt import PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt import AttentionControl
 from icd_lightning.models.conditioning import Conditioning
 
 
@@ -80,12 +80,13 @@ def descend(
     branches: Callable[[int], Sequence[Branch]],
     move: Callable[[Tensor, Tensor, int], Tensor],
     *,
-    control: PromptToPromptControl | None = None,
+    control: AttentionControl | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Take the joined branches x (n B, C, h, w) down steps (t, s): x = move(x, eps, index), under branches(index).
 
-    A control, attached to the network, ends each step: it knows which one it is by counting.
+    `move` may return more branches than it gets, for the next step. A control, attached to the network, ends each step:
+    it knows which one it is by counting.
     """
     for index, (t, s) in enumerate(steps):
         eps, nfe = predict_branches(network, x, t, branches(index))

@@ -1,39 +1,41 @@
 """InfEdit (arXiv:2312.04965): virtual inversion, a few steps of a latent consistency model beside the known source.
 
 The source's branch is noised afresh at every step, so nothing is inverted: the noise that takes it back to the picture,
-e_c, is known. The target's branch takes the same noise and moves by how the two predictions differ:
+e_c, is known. Every other branch b takes the same noise and moves by how its prediction differs from the source's:
 
-    eps = (e_t - e_s) + e_c,    x_0' = x_0 + ((x_t - x_s) - sigma (e_t - e_s)) / alpha
+    eps = (e_b - e_s) + e_c,    x_0' = x_0 + ((x_b - x_s) - sigma (e_b - e_s)) / alpha
 
-A third branch (mutual) is told the source's prompt, and differs from the source's only by the paper's unified attention
-control, through which it carries layout to the target. That control is not built here: with Prompt-to-Prompt or with
-none, the third branch would repeat the source's, so it is not run.
+With attention control there are two: the target's, and the mutual one of `prompt_to_prompt.unified`, which is told the
+source's prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import OnStep, falling, lcm_timesteps
-from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, falling, lcm_timesteps
+from icd_lightning.editing.baselines.base import Baseline, Borrowed, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
 from icd_lightning.editing.method import Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
+from icd_lightning.editing.prompt_to_prompt.unified import UnifiedAttentionControl, mutual_begins
 
 CONTROL = PromptToPrompt(cross_replace=0.7, self_replace=0.7, amplify=1.0, blend_threshold=0.55)
 
 
 class InfEdit(Baseline):
-    """Evaluations for each step: one for the source, and one or two for the target, as the network takes guidance.
+    """Evaluations for each step: one for the source, one or two for the target, as the network takes guidance, and one
+    for the mutual branch once it differs from the source (after 8 of 12 steps, as it is set).
 
     tiny has no LCM; there, as in every family that has one, the guidance-distilled UNet stands in. It predicts the mean
     of the data, blurred where an LCM is sharp, so that such results say little about InfEdit on an LCM.
 
-    The paper's mutual branch and its threshold, 0.6, are not built: all that is borrowed is the source's attention, by
-    Prompt-to-Prompt.
+    Set as in the authors' run of PIE-Bench, where no words are kept from the source, so that their second threshold,
+    0.6, has nothing to act on. Words are paired as in Prompt-to-Prompt; the authors pair new ones by their embeddings.
 
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
@@ -61,11 +63,30 @@ class InfEdit(Baseline):
         return Inversion(prompts, x0, first, rest)
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
-        """Correct the target by the source's known error, and noise both alike for the next step."""
-        t, s = self.steps[index]
-        (x_s, x_t), (e_s, e_t), x0 = x.chunk(2), eps.chunk(2), inversion.x0
+        """Correct all but the source by the source's known error, and noise all alike for the next step."""
+        (t, s), x0 = self.steps[index], inversion.x0
+        count = len(x0)
         std = self.schedule.sigma(s)
-        noise = inversion.per_step[index] if s else torch.zeros_like(x0)
-        eps = (e_t - e_s) + self.schedule.eps_from_x0(x_s, x0, t)
-        target = self.schedule.ddim_step(x_t, eps, t, s, noise_std=std) + std * noise
-        return torch.cat([self.schedule.alpha(s) * x0 + std * noise, target])
+        noise = std * inversion.per_step[index] if s else torch.zeros_like(x0)
+        known = self.schedule.eps_from_x0(x[:count], x0, t) - eps[:count]
+        others = [
+            self.schedule.ddim_step(x_b, e_b + known, t, s, noise_std=std) + noise
+            for x_b, e_b in zip(x[count:].split(count), eps[count:].split(count), strict=True)
+        ]
+        return torch.cat([self.schedule.alpha(s) * x0 + noise, *others])
+
+    def followed(
+        self, index: int, guidance: GuidanceSchedule, control: Borrowed
+    ) -> list[tuple[Literal["source", "target"], GuidanceSchedule]]:
+        """Source and target, and between them the mutual branch from when it differs from the source."""
+        source, target = super().followed(index, guidance, control)
+        mutual = control is not None and index >= mutual_begins(control, self.control_steps)
+        return [source, source, target] if mutual else [source, target]
+
+    def attention_control(
+        self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
+    ) -> UnifiedAttentionControl:
+        """Between all three branches."""
+        alphas = [float(self.schedule.alpha(t)) for t, _ in self.steps]
+        told = (inversion.prompts, prompts, inversion.noise)
+        return UnifiedAttentionControl(control, *told, tokenizer=self.conditioner.tokenizer, alphas=alphas)

@@ -3,7 +3,7 @@
 Source and target are decoded side by side, as one batch [sources, targets] of P pairs from the same noise. In the first
 steps the target attends where the source does; later it is free. A local blend takes what lies outside the changed
 words' attention from the source, after every step. `PromptToPromptEditing` does it for an editing method; a loop of its
-own uses the control directly:
+own uses the control directly (InfEdit's, with a third branch between the two, is in `unified`):
 
     control = PromptToPromptControl(PromptToPrompt(), sources, targets, noise, tokenizer=tokenizer, num_steps=4)
     x = torch.cat([noise, noise])
@@ -16,8 +16,8 @@ ones of classifier-free guidance, are left alone. So a guidance embedding takes 
 or 3 P where the sources are unguided, and the control need not be told which. One evaluation is one step.
 """
 
-from icd_lightning.editing.prompt_to_prompt.control import PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
 from icd_lightning.editing.prompt_to_prompt.editing import PairedGuidance, PromptToPromptEditing
 from icd_lightning.editing.prompt_to_prompt.settings import PromptToPrompt
 
-__all__ = ["PairedGuidance", "PromptToPrompt", "PromptToPromptControl", "PromptToPromptEditing"]
+__all__ = ["AttentionControl", "PairedGuidance", "PromptToPrompt", "PromptToPromptControl", "PromptToPromptEditing"]

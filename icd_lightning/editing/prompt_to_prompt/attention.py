@@ -1,6 +1,6 @@
 """Attention processors of diffusers that let the rows of a batch look where others look, and how to put them in place.
 
-Only the last `num_rows` rows of a batch are touched; those before them, the unconditional ones of classifier-free
+Only the last rows of a batch are touched; those before them, the unconditional ones of classifier-free
 guidance, are attended as ever. A processor that has nothing to do at an evaluation hands it to the one it stands for.
 
 Shapes: R rows touched, N queries, M keys (N of self-attention, L tokens of cross-attention).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,21 +22,29 @@ Rewrite = Callable[[Tensor], Tensor]
 """New attention probabilities (R, heads, N, M) float32 from those of the network."""
 
 
+class Rows(NamedTuple):
+    """The rows (R,) among those touched whose queries, keys and values each row attends with; values None: its own."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None = None
+
+
 class _RowProcessor:
     """Stands for the processor `original`."""
 
-    def __init__(self, original: Any, num_rows: int) -> None:
-        self.original, self.num_rows = original, num_rows
+    def __init__(self, original: Any) -> None:
+        self.original = original
 
-    def _free_rows(self, hidden_states: Tensor, attention_mask: Tensor | None) -> int:
-        """How many rows come before those touched."""
+    def _free_rows(self, hidden_states: Tensor, attention_mask: Tensor | None, num_rows: int) -> int:
+        """How many rows come before the last `num_rows`, which are touched."""
         assert attention_mask is None, "nothing here masks attention"
-        if len(hidden_states) < self.num_rows:
+        if len(hidden_states) < num_rows:
             raise ValueError(
-                f"the network got a batch of {len(hidden_states)} while attention of {self.num_rows} rows, sources and "
+                f"the network got a batch of {len(hidden_states)} while attention of {num_rows} rows, sources and "
                 "targets, is controlled: evaluate them together"
             )
-        return len(hidden_states) - self.num_rows
+        return len(hidden_states) - num_rows
 
 
 class CrossAttention(_RowProcessor):
@@ -46,8 +54,8 @@ class CrossAttention(_RowProcessor):
     """
 
     def __init__(self, original: Any, num_rows: int, rewrite: Callable[[], Rewrite | None]) -> None:
-        super().__init__(original, num_rows)
-        self.rewrite = rewrite
+        super().__init__(original)
+        self.num_rows, self.rewrite = num_rows, rewrite
 
     def __call__(
         self,
@@ -59,7 +67,7 @@ class CrossAttention(_RowProcessor):
         rewrite = self.rewrite()
         if rewrite is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        free = self._free_rows(hidden_states, attention_mask)
+        free = self._free_rows(hidden_states, attention_mask, self.num_rows)
         query, key, value = _project(attn, hidden_states, encoder_hidden_states)
         scores = (query[free:] * attn.scale) @ key[free:].transpose(-1, -2)
         attended = rewrite(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
@@ -70,13 +78,13 @@ class CrossAttention(_RowProcessor):
 
 
 class SelfAttention(_RowProcessor):
-    """Attends with the queries and keys of other rows and its own values: `borrow()` returns whose (R,), or None.
+    """Attends with the queries, keys and values of other rows: `borrow()` returns whose, or None for its own.
 
     Equal queries and keys make equal probabilities, so that this needs no look at them and stays in the fused kernel.
     """
 
-    def __init__(self, original: Any, num_rows: int, borrow: Callable[[], Tensor | None]) -> None:
-        super().__init__(original, num_rows)
+    def __init__(self, original: Any, borrow: Callable[[], Rows | None]) -> None:
+        super().__init__(original)
         self.borrow = borrow
 
     def __call__(
@@ -89,10 +97,10 @@ class SelfAttention(_RowProcessor):
         rows = self.borrow()
         if rows is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        free = self._free_rows(hidden_states, attention_mask)
-        query, key, value = _project(attn, hidden_states, hidden_states)
-        rows = torch.cat([torch.arange(free, device=rows.device), rows + free])
-        return _output(attn, scaled_dot_product_attention(query[rows], key[rows], value, scale=attn.scale))
+        free = self._free_rows(hidden_states, attention_mask, len(rows.query))
+        projected = _project(attn, hidden_states, hidden_states)
+        query, key, value = (_lent(x, whose, free) for x, whose in zip(projected, rows, strict=True))
+        return _output(attn, scaled_dot_product_attention(query, key, value, scale=attn.scale))
 
 
 @contextmanager
@@ -124,6 +132,14 @@ def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[T
     """Queries (B, heads, N, d), keys and values (B, heads, M, d) of a transformer block's attention."""
     projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
     return tuple(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+
+
+def _lent(x: Tensor, rows: Tensor | None, free: int) -> Tensor:
+    """x (free + R, ...) with each of its last R rows taken from another of these; None: from itself."""
+    if rows is None:
+        return x
+    lent = x[free:][rows]
+    return torch.cat([x[:free], lent]) if free else lent
 
 
 def _output(attn: Attention, attended: Tensor) -> Tensor:

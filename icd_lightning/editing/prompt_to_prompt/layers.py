@@ -21,10 +21,11 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of processors: those of all cross-attention, of the self-attention replaced, and of the maps blended by."""
+    """Names of processors: all of cross-attention, of self-attention all and those replaced, and the maps blended by."""
 
     cross: tuple[str, ...]
     own: tuple[str, ...]
+    own_replaced: tuple[str, ...]
     blend: dict[str, Grid]
 
 
@@ -33,11 +34,12 @@ def choose_layers(unet: UNet2DConditionModel, size: Grid) -> Layers:
     grids = {name: _grid(size, _halvings(name, unet)) for name in processor_names(unet)}
     cross = {name: grid for name, grid in grids.items() if name.endswith(".attn2.processor")}
     own = {name: grid for name, grid in grids.items() if name.endswith(".attn1.processor")}
-    own = _up_to(max(32 * 32, _area(_grid(size, 1))), own)
+    replaced = _up_to(max(32 * 32, _area(_grid(size, 1))), own)
     sided = {name: grid for name, grid in cross.items() if not name.startswith("mid_block")}
     coarse = _up_to(max(16 * 16, _area(_grid(size, 2))), sided)
     finest = max(coarse.values(), key=_area, default=None)
-    return Layers(tuple(cross), tuple(own), {name: grid for name, grid in coarse.items() if grid == finest})
+    blend = {name: grid for name, grid in coarse.items() if grid == finest}
+    return Layers(tuple(cross), tuple(own), tuple(replaced), blend)
 
 
 def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:

@@ -1,0 +1,126 @@
+"""Unified attention control (InfEdit, arXiv:2312.04965, section 4): layout and content pass to the target by a branch.
+
+Between source and target stands a third branch, the mutual one. It is told the source's prompt and has the source's
+keys and values in self-attention, but, once the target's self-attention is free, the target's queries: the source's
+content in the target's layout. At words the target looks as the mutual branch does, and what it does not change is it.
+
+As long as the target's self-attention is the source's, nothing sets the mutual branch apart from the source. Until then
+it is the source, and is not run; `mutual_begins` says when it is. A batch is at first [sources, targets] and then
+[sources, mutuals, targets]; unconditional rows before these are left alone, as in Prompt-to-Prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from icd_lightning.editing.prompt_to_prompt.attention import Rows
+from icd_lightning.editing.prompt_to_prompt.control import AttentionControl
+from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers
+from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement, self_counts
+from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
+
+BLUR = 0.15
+"""The blend's threshold is at least this over alpha(t): where noise is high, maps are vague and no place is changed."""
+
+
+def mutual_begins(settings: PromptToPrompt | Sequence[PromptToPrompt], num_steps: int) -> int:
+    """The first step, of num_steps, at which a mutual branch differs from its source."""
+    return min(self_counts([settings] if isinstance(settings, PromptToPrompt) else settings, num_steps))
+
+
+class UnifiedAttentionControl(AttentionControl):
+    """What goes between the branches of P edits.
+
+    Args:
+        alphas: the schedule's alpha at the t of each step.
+        others: as of `AttentionControl`.
+    """
+
+    def __init__(
+        self,
+        settings: PromptToPrompt | Sequence[PromptToPrompt],
+        sources: Sequence[str],
+        targets: Sequence[str],
+        noise: Tensor,
+        *,
+        tokenizer: Any,
+        alphas: Sequence[float],
+    ) -> None:
+        super().__init__(settings, sources, targets, noise, tokenizer=tokenizer, num_steps=len(alphas))
+        counts = [int(pair.settings.cross_replace * self.num_steps) for pair in self.pairs]
+        self.cross = CrossReplacement(self.pairs, self.length, counts, self.device)
+        self.own = MutualSelfAttention(self.pairs, self.num_steps, self.device)
+        self.blend = MutualBlend(self.pairs, self.length, alphas, self.device)
+
+    def own_layers(self, layers: Layers) -> Sequence[str]:
+        """All of them."""
+        return layers.own
+
+    def seen(self, probabilities: Tensor, attended: Tensor) -> Tensor:
+        """At every step the mutual branch's attention as the target would have it."""
+        mutual, target = probabilities.chunk(2)
+        return torch.cat([mutual, self.cross.replaced(mutual, target)])
+
+
+class MutualSelfAttention(SelfReplacement):
+    """Whose queries, keys and values P sources, P mutual branches and P targets have."""
+
+    def __init__(self, pairs: Sequence[Pair], num_steps: int, device: torch.device) -> None:
+        super().__init__(pairs, num_steps, device)
+        self._mutual_begins = int(self._counts.min())
+
+    def __call__(self, step: int) -> Rows | None:
+        """The rows of [sources, targets] while all targets have their source's, then of [sources, mutuals, targets]."""
+        if step < self._mutual_begins:
+            return super().__call__(step)
+        source, count = self._source, len(self._source)
+        target = source + 2 * count
+        looking = torch.where(step < self._counts, source, target)
+        return Rows(
+            torch.cat([source, looking, looking]),
+            torch.cat([source, source, looking]),
+            torch.cat([source, source, target]),
+        )
+
+
+class MutualBlend:
+    """The mutual branch's attention to the target's changed words, summed over steps, layers and heads; its masks.
+
+    Nothing is blended after the first step, whose maps say little, nor after the last, whose result is the picture.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], length: int, alphas: Sequence[float], device: torch.device) -> None:
+        self._words = torch.stack([pair.blend_words(length)[1] for pair in pairs]).to(device)  # (P, L)
+        self._blended = self._words.any(dim=1)
+        self.any = bool(self._blended.any())
+        begins = [max(1, int(pair.settings.blend_from * len(alphas))) for pair in pairs]
+        self._begins = torch.tensor(begins, device=device)
+        thresholds = torch.tensor([pair.settings.blend_threshold for pair in pairs])
+        self._thresholds = [thresholds.clamp(min=BLUR / alpha).to(device) for alpha in alphas]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self._maps: Tensor | None = None
+
+    def observe(self, probabilities: Tensor, grid: Grid) -> None:
+        """Add the cross-attention (2 P, heads, h' w', L) of a layer whose grid is (h', w'), of which the targets'."""
+        target = probabilities[len(self._words) :].sum(dim=1) * self._words[:, None]
+        seen = target.transpose(1, 2).unflatten(2, grid)  # (P, L, h', w')
+        self._maps = seen if self._maps is None else self._maps + seen
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """x (n P, C, h, w), mutual branches and targets last, with the targets blended after so many steps."""
+        if self._maps is None or step == len(self._thresholds):
+            return x
+        maps = interpolate(self._maps.amax(dim=1, keepdim=True), size=x.shape[2:])
+        threshold = self._thresholds[step - 1].view(-1, 1, 1, 1)
+        changed = maps > threshold * maps.amax(dim=(2, 3), keepdim=True)
+        free = ~self._blended | (step <= self._begins)
+        *others, mutual, target = x.split(len(self._words))
+        return torch.cat([*others, mutual, torch.where(changed | free.view(-1, 1, 1, 1), target, mutual)])
