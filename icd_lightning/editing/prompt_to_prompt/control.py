@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -56,11 +56,6 @@ class AttentionControl(ABC):
         num_steps: how many steps decoding takes; the settings' fractions are of these.
     """
 
-    cross: CrossReplacement
-    own: Callable[[int], Rows | None]
-    """Whose self-attention the rows have at a step; None: their own."""
-    blend: Blend
-
     def __init__(
         self,
         settings: PromptToPrompt | Sequence[PromptToPrompt],
@@ -83,8 +78,13 @@ class AttentionControl(ABC):
         ]
         self.num_steps, self.length, self.device = num_steps, tokenizer.model_max_length, noise.device
         self.size = (noise.shape[-2], noise.shape[-1])
+        self.cross, self.own, self.blend = self.parts()
         self._step = 0
         self._evaluated: set[str] = set()
+
+    @abstractmethod
+    def parts(self) -> tuple[CrossReplacement, SelfReplacement, Blend]:
+        """Whose cross-attention the targets have at each step, whose self-attention all have, and how targets blend."""
 
     @abstractmethod
     def own_layers(self, layers: Layers) -> Sequence[str]:
@@ -169,24 +169,15 @@ class PromptToPromptControl(AttentionControl):
     After each step what lies outside of the changed words is the source.
     """
 
-    own: SelfReplacement
-
-    def __init__(
-        self,
-        settings: PromptToPrompt | Sequence[PromptToPrompt],
-        sources: Sequence[str],
-        targets: Sequence[str],
-        noise: Tensor,
-        *,
-        tokenizer: Any,
-        num_steps: int,
-    ) -> None:
-        super().__init__(settings, sources, targets, noise, tokenizer=tokenizer, num_steps=num_steps)
-        # As published, one step is counted beyond the last.
-        counts = [min(int(pair.settings.cross_replace * (num_steps + 1)), num_steps) for pair in self.pairs]
-        self.cross = CrossReplacement(self.pairs, self.length, counts, self.device)
-        self.own = SelfReplacement(self.pairs, num_steps, self.device)
-        self.blend = LocalBlend(self.pairs, self.length, num_steps, self.device)
+    def parts(self) -> tuple[CrossReplacement, SelfReplacement, LocalBlend]:
+        """From the source, for the first steps; as published, one step is counted beyond the last across."""
+        steps = self.num_steps
+        counts = [min(int(pair.settings.cross_replace * (steps + 1)), steps) for pair in self.pairs]
+        return (
+            CrossReplacement(self.pairs, self.length, counts, self.device),
+            SelfReplacement(self.pairs, steps, self.device),
+            LocalBlend(self.pairs, self.length, steps, self.device),
+        )
 
     def own_layers(self, layers: Layers) -> Sequence[str]:
         """The coarse ones."""

@@ -21,7 +21,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of processors: all of cross-attention, of self-attention all and those replaced, and the maps blended by."""
+    """Names of processors: all of cross-attention, all and the replaced ones of self-attention, the maps blended by."""
 
     cross: tuple[str, ...]
     own: tuple[str, ...]

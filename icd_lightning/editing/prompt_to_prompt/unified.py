@@ -37,25 +37,23 @@ class UnifiedAttentionControl(AttentionControl):
     """What goes between the branches of P edits.
 
     Args:
+        told: settings, sources, targets and noise, as of `AttentionControl`.
+        tokenizer: the text encoder's.
         alphas: the schedule's alpha at the t of each step.
-        others: as of `AttentionControl`.
     """
 
-    def __init__(
-        self,
-        settings: PromptToPrompt | Sequence[PromptToPrompt],
-        sources: Sequence[str],
-        targets: Sequence[str],
-        noise: Tensor,
-        *,
-        tokenizer: Any,
-        alphas: Sequence[float],
-    ) -> None:
-        super().__init__(settings, sources, targets, noise, tokenizer=tokenizer, num_steps=len(alphas))
+    def __init__(self, *told: Any, tokenizer: Any, alphas: Sequence[float]) -> None:
+        self._alphas = alphas
+        super().__init__(*told, tokenizer=tokenizer, num_steps=len(alphas))
+
+    def parts(self) -> tuple[CrossReplacement, MutualSelfAttention, MutualBlend]:
+        """From the mutual branch across and where blending, within as `MutualSelfAttention` says."""
         counts = [int(pair.settings.cross_replace * self.num_steps) for pair in self.pairs]
-        self.cross = CrossReplacement(self.pairs, self.length, counts, self.device)
-        self.own = MutualSelfAttention(self.pairs, self.num_steps, self.device)
-        self.blend = MutualBlend(self.pairs, self.length, alphas, self.device)
+        return (
+            CrossReplacement(self.pairs, self.length, counts, self.device),
+            MutualSelfAttention(self.pairs, self.num_steps, self.device),
+            MutualBlend(self.pairs, self.length, self._alphas, self.device),
+        )
 
     def own_layers(self, layers: Layers) -> Sequence[str]:
         """All of them."""
