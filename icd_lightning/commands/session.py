@@ -30,6 +30,7 @@ from icd_lightning.evaluation.benchmarks import CPU
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr
+from icd_lightning.models.text import unknown_words
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ class Session:
 
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
-        if unknown := self.pipeline.unknown_words(*prompts):
-            log.warning("%s does not know: %s; expect nonsense", self.weights.model, ", ".join(unknown))
+        warn_of(self.pipeline.unknown_words(*prompts), self.weights.model)
 
     def size(self, wanted: Size) -> tuple[int, int]:
         """Height and width of the pictures."""
@@ -167,6 +167,9 @@ class BaselineSession:
         resolution = self.models.resolution(self.method)
         height, width = size.height or resolution, size.width or resolution
         images = as_images(opened(edit.image, height, width), height, width).to(self.models.device)
+        if self.models.defaults().get("closed_vocabulary"):
+            unknown = unknown_words(self.method.conditioner.tokenizer, edit.source, edit.target)
+            warn_of(unknown, self.models.family.model)
         for one in settings:
             cost, guidance = Cost(), self.models.guidance(self.name, self.method, one.guidance_scale, one.tau)
             options = self._options(one, guidance.tau)
@@ -200,6 +203,12 @@ class BaselineSession:
 def open_editor(weights: Weights, settings: EditSettings) -> Session | BaselineSession:
     """What edits by the method of these settings."""
     return Session.open(weights) if settings.method in OURS else BaselineSession(weights, settings)
+
+
+def warn_of(unknown: Sequence[str], model: str) -> None:
+    """Say which words the model has never seen, if any."""
+    if unknown:
+        log.warning("%s does not know: %s; expect nonsense", model, ", ".join(unknown))
 
 
 def opened(path: str | Path, height: int, width: int) -> Image.Image:

@@ -22,7 +22,7 @@ from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
 from icd_lightning.models.students import ADAPTERS, Students
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner, unknown_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -189,10 +189,7 @@ class StudentPipeline(DiffusionPipeline):
 
     def unknown_words(self, *prompts: str) -> list[str]:
         """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
-        if not self.config.closed_vocabulary:
-            return []
-        words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
-        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
+        return unknown_words(self.tokenizer, *prompts) if self.config.closed_vocabulary else []
 
 
 def _bare(unet: UNet2DConditionModel) -> UNet2DConditionModel:

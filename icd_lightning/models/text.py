@@ -20,6 +20,12 @@ MAX_REPORTS = 20
 """Cut prompts that are logged; captions on the web are long, and a training sees millions of them."""
 
 
+def unknown_words(tokenizer: Any, *prompts: str) -> list[str]:
+    """The words that a tokenizer of whole words does not keep whole."""
+    words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
+    return [word for word in words if len(tokenizer(word).input_ids) > 3]
+
+
 class CLIPConditioner(nn.Module):
     """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
 

@@ -530,3 +530,6 @@ def test_words_that_a_closed_vocabulary_lacks_are_named(random_family, tmp_path,
     (folder / "icd.json").write_text('{"guidance_scale": 3.0, "closed_vocabulary": true}')
     main([*arguments, "-o", "closed.png"])
     assert "does not know: dog; expect nonsense" in caplog.text
+    told = ["edit", "closed.png", "--source", "a red circle", "--target", "a red cat", "--model", str(folder)]
+    main([*told, "--method", "sdedit", "-o", "edited.png"])
+    assert "does not know: cat; expect nonsense" in caplog.text
