@@ -32,8 +32,10 @@ def evaluate(
 
     icd eval                                                       a tour of the tiny family, with DDIM-50 beside it
     icd eval --benchmark tiny_edit --method icd,ddim               edits of scenes whose true results are known
-    icd eval --benchmark inversion --model sd15 --data captions_val2014.json --images val2014 --count 5000
-    icd eval --benchmark piebench --model sd15 --data PIE-Bench --method icd_p2p --grid "tau=0.6,0.8 cross_replace=0.2"
+    icd eval --benchmark inversion --data captions_val2014.json --images val2014 --count 5000 MODEL
+    icd eval --benchmark piebench --data PIE-Bench --method icd_p2p --grid "tau=0.6,0.8 cross_replace=0.2" MODEL
+
+    where MODEL stands for --model FOLDER --guided_unet FILE --forward FILE --reverse FILE, as of `icd edit --help`.
 
     A run writes PNG pictures, a row for each of them in rows.parquet, and means with 95 % intervals. Stopped and called
     again it goes on; under torchrun its ranks share the pictures.

@@ -42,7 +42,9 @@ def edit(
     """Edit a picture, or many: take it to noise with the prompt that describes it, and back with another.
 
     icd edit star.png --source "a red star on a blue background" --target "a yellow star on a blue background"
-    icd edit cat.jpg --source "a cat on a bench" --target "a dog on a bench" -o dog.png --model sd15
+    icd edit cat.jpg --source "a cat on a bench" --target "a dog on a bench" -o dog.png --model SD15_FOLDER \\
+      --guided_unet sd15_cfg_distill.pt --forward iCD-SD15-forward_19_259_519_779.safetensors \\
+      --reverse iCD-SD15-reverse_259_519_779_999.safetensors
     icd edit cat.jpg --source "a cat" --target "a dog" --method icd_p2p --cross 0.4 --self 0.6 --blend "cat dog"
     icd edit cat.jpg --source "a cat" --target "a dog" --grid tau=0.6,0.7,0.8 cross=0.2,0.4
     icd edit edits.csv -o results       a row for each edit: image, source, target and, if you like, output
