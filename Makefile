@@ -42,7 +42,7 @@ data/shapes/train/manifest.json: | $(STAMP)
 	$(ICD) data shapes --out data/shapes/train --count 20000 --seed 0
 
 data/shapes/val/manifest.json: | $(STAMP)
-	$(ICD) data shapes --out data/shapes/val --count 512 --seed 1
+	$(ICD) data shapes --out data/shapes/val --count 512 --seed 6
 
 train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train both tiny students longer; results in outputs/train-tiny
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)
@@ -59,14 +59,14 @@ FAMILY = $(if $(MODEL),--model.init_args.family.model='$(MODEL)') --data.init_ar
 
 distill-guidance-sd15: ## stage 1 of SD1.5: DATA='/data/laion/{00000..01999}.tar' [MODEL=folder, file or hub id]
 distill-guidance-sdxl: ## the same for SDXL
-distill-guidance-sd15 distill-guidance-sdxl: distill-guidance-%: $(STAMP)
+distill-guidance-sd15 distill-guidance-sdxl: distill-guidance-%: $(if $(DATA),$(STAMP))
 	$(NEEDS_DATA)
 	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/task/guidance_distillation.yaml \
 	  --config conf/experiment/$*_guidance.yaml $(FAMILY)
 
 train-sd15: ## stage 2, the paper's training, of SD1.5: the same, and GUIDED=stage 1's folder or released .pt file
 train-sdxl: ## the same for SDXL
-train-sd15 train-sdxl: train-%: $(STAMP)
+train-sd15 train-sdxl: train-%: $(if $(DATA),$(STAMP))
 	$(NEEDS_DATA)
 	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/experiment/$*_paper.yaml \
 	  --model.init_args.family.guided_unet='$(or $(GUIDED),outputs/guidance-$*)' $(FAMILY)

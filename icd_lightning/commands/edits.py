@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from icd_lightning.editing.baselines.registry import METHODS as BASELINES
-from icd_lightning.editing.limits import check_fraction, check_guidance_scale, check_seed
+from icd_lightning.editing.limits import SHORT_NAMES, check_fraction, check_guidance_scale, check_seed
 
 OURS = {
     "icd": "as the model is edited best, by one of the next two",
@@ -32,29 +32,34 @@ class EditSettings:
     self_replace: float | None = None
     amplify: float | None = None
     blend: str | None = None
+    alignment: str | None = None
+    blend_threshold: float | None = None
+    blend_from: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", self.method.lower().replace("-", "_"))
-        if self.method not in OURS and self.method not in BASELINES:
-            raise ValueError(f"no method {self.method!r}; there is: {', '.join([*OURS, *BASELINES])}")
+        if not Path(self.method).is_file():
+            object.__setattr__(self, "method", self.method.lower().replace("-", "_"))
+            if self.method not in OURS and self.method not in BASELINES:
+                names = ", ".join([*OURS, *BASELINES])
+                raise ValueError(f"no method {self.method!r}; there is: {names}, or a YAML file as in conf/method")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
-        for name in ("tau", "swap_tau", "cross_replace", "self_replace"):
+        for name in ("tau", "swap_tau", "cross_replace", "self_replace", "blend_threshold", "blend_from"):
             if (value := getattr(self, name)) is not None:
                 check_fraction(value, name)
         if self.amplify is not None and not 0 <= self.amplify < float("inf"):
             raise ValueError(f"amplify {self.amplify} must be 0 or more: 1 leaves attention alone, 0 takes it away")
         if self.blend is not None and self.blend != "none" and len(self.blend.split()) != 2:
             raise ValueError(f"blend {self.blend!r} must be a word of the source and one of the target, or none")
+        if self.alignment not in (None, "auto", "replace", "refine"):
+            raise ValueError(f"alignment {self.alignment!r} is none of: auto, replace, refine")
         check_seed(self.seed)
         self._check_control()
 
     def _check_control(self) -> None:
         """Only what the method reads may be given."""
-        given = [
-            name for name in ("cross_replace", "self_replace", "amplify", "blend") if getattr(self, name) is not None
-        ]
+        given = list(self.control)
         if given and self.method == "icd_swap":
             raise ValueError(f"method icd_swap borrows no attention: leave out {', '.join(given)}, or take icd_p2p")
         if self.swap_tau is None:
@@ -65,9 +70,10 @@ class EditSettings:
             raise ValueError("method icd_p2p swaps no prompt: leave out swap_tau, or take icd_swap")
 
     @property
-    def control(self) -> dict[str, float | bool | tuple[str, ...]]:
+    def control(self) -> dict[str, float | bool | str | tuple[str, ...]]:
         """The settings given of a `PromptToPrompt`."""
-        found: dict = {name: getattr(self, name) for name in ("cross_replace", "self_replace", "amplify")}
+        names = ("cross_replace", "self_replace", "amplify", "alignment", "blend_threshold", "blend_from")
+        found: dict = {name: getattr(self, name) for name in names}
         if self.blend is not None:
             found["blend"] = False if self.blend == "none" else tuple(self.blend.split())
         return {name: value for name, value in found.items() if value is not None}
@@ -86,8 +92,8 @@ class Size:
                 raise ValueError(f"{name} {value} must be 1 or more")
 
 
-GRID_KEYS = {"w": "guidance_scale", "cross": "cross_replace", "self": "self_replace"} | {
-    field.name: field.name for field in fields(EditSettings) if field.name not in ("method", "blend")
+GRID_KEYS = {"w": "guidance_scale", **SHORT_NAMES} | {
+    field.name: field.name for field in fields(EditSettings) if field.name not in ("method", "blend", "alignment")
 }
 """What a grid may vary, by its names on the command line."""
 
@@ -187,9 +193,10 @@ def _csv_rows(file: Path) -> list[dict[str, str]]:
             rows = [
                 {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in reader
             ]
+            columns = reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read as a CSV file in UTF-8 ({error})") from error
-    if "image" not in (reader.fieldnames or []):
+    if "image" not in columns:
         raise ValueError(f"{file} has no column image; it needs image, source and target, and may have output")
     if not rows:
         raise ValueError(f"{file} has no rows below its heading")

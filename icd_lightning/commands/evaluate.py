@@ -59,8 +59,8 @@ def evaluate(
         seed: Of the random numbers; of `scenes`, which world the scenes come from.
         batch_size: Pictures at once.
         ddim: Of `scenes`: measure DDIM-50 too, which takes most of the time.
-        out: Folder of all results, by default outputs/eval-BENCHMARK; what was measured before with the same settings
-            and weights is reused.
+        out: Folder of all results, by default outputs/eval-BENCHMARK, of `scenes` outputs/eval-inversion; what was
+            measured before with the same settings and weights is reused.
     """
     from pathlib import Path
 
@@ -70,10 +70,10 @@ def evaluate(
     family = weights.family()
     if benchmark == "scenes":
         of_others = {"method": method != "icd", "metrics": metrics, "data": data, "images": images, "natural": natural}
-        of_others |= {"grid": grid, "batch_size": batch_size != 16}
+        of_others |= {"grid": grid, "batch_size": batch_size != 16, "device": weights.device not in ("auto", "cpu")}
         if given := [name for name, value in of_others.items() if value]:
             raise ValueError(f"benchmark scenes has no {', '.join(given)}: leave it out or name another --benchmark")
-        from icd_lightning.data.shapes import HELD_OUT_SEED
+        from icd_lightning.data.shapes import HELD_OUT_SEED, check_held_out
         from icd_lightning.editing.limits import check_guidance_scale
         from icd_lightning.evaluation.inversion import evaluate_inversion
         from icd_lightning.evaluation.study import StudySettings
@@ -81,11 +81,13 @@ def evaluate(
         defaults = family.load_defaults()
         w = defaults.guidance_scale if guidance_scale is None else check_guidance_scale(guidance_scale)
         tau = defaults.tau if tau is None else tau
-        world = HELD_OUT_SEED if seed is None else seed
+        world = HELD_OUT_SEED if seed is None else check_held_out(seed)
         tour = StudySettings(128 if count is None else count, w, tau, swap_tau=tau, seed=world)
-        students = {"forward": weights.forward, "reverse": weights.reverse}
-        log.info("%s", evaluate_inversion(family, tour, Path(out or "outputs/eval-inversion"), **students, ddim=ddim))
+        folder = Path(out or "outputs/eval-inversion")
+        log.info("%s", evaluate_inversion(family, tour, folder, **weights.students, ddim=ddim))
         return
+    if not ddim:
+        raise ValueError(f"no_ddim is of benchmark scenes: leave it out; --method names the methods of {benchmark}")
 
     from icd_lightning.commands.session import find_device
     from icd_lightning.evaluation.methods import Models, all_methods
@@ -97,8 +99,8 @@ def evaluate(
     models = Models(family, **weights.students, device=device)
     settings = Settings(
         benchmark,
-        methods=tuple(all_methods(by_attention=models.edits_by_attention) if method == "all" else method.split(",")),
-        metrics=tuple(metrics.split(",")) if metrics else None,
+        methods=tuple(all_methods(by_attention=models.edits_by_attention) if method == "all" else _names(method)),
+        metrics=tuple(_names(metrics)) if metrics else None,
         data=Path(data) if data else None,
         images=Path(images) if images else None,
         natural=natural,
@@ -111,3 +113,8 @@ def evaluate(
     )
     for path in Suite(settings, models, Path(out or f"outputs/eval-{benchmark}"), ranks).run():
         log.info("%s", path)
+
+
+def _names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",")]

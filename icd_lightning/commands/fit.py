@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import signal
 import warnings
+from pathlib import Path
 
 import lightning
 import torch
@@ -80,8 +82,28 @@ class FitCommand(LightningCLI):
         """Set what must be set before any network exists."""
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
 
+    def before_validate(self) -> None:
+        """Refuse to measure untrained students for want of a checkpoint."""
+        if self._get(self.config, "ckpt_path") == "last" and self._last_checkpoint() is None:
+            raise ValueError(
+                f"there is no checkpoint in {self.trainer.default_root_dir}: name the run's folder by "
+                "trainer.default_root_dir; ckpt_path null measures what has not been trained"
+            )
+
+    before_test = before_validate
+
     def before_fit(self) -> None:
-        """Accumulate gradients up to the global batch size."""
+        """Refuse another run's checkpoint before anything is written; accumulate up to the global batch size."""
+        if self._get(self.config, "ckpt_path") == "last" and (file := self._last_checkpoint()) is not None:
+            self.model.check_recipe(_read_checkpoint(file))
+        self._accumulate()
+
+    def _last_checkpoint(self) -> Path | None:
+        """Where RunCheckpoint keeps it."""
+        file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt"
+        return file if file.is_file() else None
+
+    def _accumulate(self) -> None:
         trainer, total = self.trainer, self._get(self.config, "global_batch_size")
         if total is None:
             return
@@ -107,6 +129,16 @@ class FitCommand(LightningCLI):
             root = self._get(self.config_init, "trainer.default_root_dir") or "outputs/run"
             kwargs["logger"] = TensorBoardLogger(root, name="", version="")
         return super().instantiate_trainer(**kwargs)
+
+
+def _read_checkpoint(file: Path) -> dict:
+    """A checkpoint, its tensors not yet read; ValueError for a damaged file."""
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): take it away to begin anew"
+        ) from error
 
 
 def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:

@@ -14,7 +14,7 @@ Train. Configurations are laid one over the other, each holding only what it cha
   conf/tiny/                the stages of `make tiny-weights`, each after conf/tiny/base.yaml
 
 Train
-  icd data shapes --out data/shapes/train --count 20000; icd data shapes --out data/shapes/val --count 512 --seed 1
+  icd data shapes --out data/shapes/train --count 20000; icd data shapes --out data/shapes/val --count 512 --seed 6
   icd fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml
 An ablation, in a folder of its own
   icd fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \\
@@ -27,6 +27,7 @@ Change a value
   --model.init_args.losses.forward_preservation 0      leave a loss out
   --model.init_args.train forward --model.init_args.reverse_weights FOLDER      learn the inverse of a given model
   --trainer.callbacks+=icd_lightning.callbacks.averaging.ExponentialAverage     validate and export averaged weights
+  --model.init_args.seed 1 --data.init_args.seed 1     other noise, and another order of the data
 Keys may stand in a file as well: that is an overlay.
 
 Look
@@ -44,10 +45,15 @@ Go on
 OTHER = """\
 usage: icd {name} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
-Run a task's {name} step over data.init_args.val_urls, with the run's last checkpoint (--ckpt_path FILE for another).
+Run a task's {name} step over data.init_args.val_urls, with the run's last checkpoint (--ckpt_path FILE for another), on
+trainer.limit_{batches}_batches batches, and reconstruct as many pictures as its callback says.
 Takes what `icd fit` takes: see `icd fit --help`.
 
   icd {name} --config outputs/train-tiny/config.yaml
 """
 
-GUIDES = {"fit": FIT, "validate": OTHER.format(name="validate"), "test": OTHER.format(name="test")}
+GUIDES = {
+    "fit": FIT,
+    "validate": OTHER.format(name="validate", batches="val"),
+    "test": OTHER.format(name="test", batches="test"),
+}

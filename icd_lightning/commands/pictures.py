@@ -32,6 +32,9 @@ def edit(
     self_replace: float | None = None,
     amplify: float | None = None,
     blend: str | None = None,
+    blend_threshold: float | None = None,
+    blend_from: float | None = None,
+    alignment: str | None = None,
     grid: list[str] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -60,18 +63,24 @@ def edit(
         output: PNG file to write, with prompts and settings in its metadata; by default photo-edited.png beside
             photo.jpg, or photo-grid.png. Of many edits a folder; by default NAME-edited beside folder or file.
         method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
-            default is; or one of the baselines, ddim, nti, npi, pnp_inversion, edit_friendly, sdedit ...
+            default is; one of the baselines ddim, ddim_dynamic, nti, npi, pnp_inversion, edit_friendly, infedit,
+            renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; or one of them otherwise set, by a YAML file as in
+            conf/method.
         guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
         tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
             model's own.
         swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
             by default as tau. Of edits without attention control.
         cross_replace: Share of the steps with the source's cross-attention: more keeps more of the layout. This and the
-            next three ask for attention control.
+            next six ask for attention control.
         self_replace: Share of the steps with the source's self-attention: more keeps more of the shapes.
         amplify: Factor of the attention to the target's new words; 1 leaves it alone.
         blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
             "cat dog"; none blends nothing. By default the words that differ.
+        blend_threshold: Attended to is what has more than this share of the strongest attention.
+        blend_from: Share of the steps after which blending begins.
+        alignment: Pair words one by one (replace) or by what the prompts have in common (refine); auto replaces where
+            both have as many words.
         grid: Try values, all combinations, and draw them as a sheet with labels, as in tau=0.6,0.8 cross=0.2,0.4.
         height: Pixels of the result; by default the model's.
         width: Pixels of the result; by default the model's.
@@ -82,7 +91,18 @@ def edit(
     from icd_lightning.data.images import read_picture
 
     settings = EditSettings(
-        method, guidance_scale, tau, swap_tau, cross_replace, self_replace, amplify, blend, seed=seed
+        method,
+        guidance_scale,
+        tau,
+        swap_tau,
+        cross_replace,
+        self_replace,
+        amplify,
+        blend,
+        alignment,
+        blend_threshold,
+        blend_from,
+        seed,
     )
     size, weights, place = Size(height, width), load(**options), Path(image)
     if place.is_dir() or place.suffix.lower() == ".csv":

@@ -20,13 +20,14 @@ def report(
     Args:
         model: "tiny" (shipped) or a folder, e.g. outputs/tiny-weights/model.
         count: scenes to measure on.
-        seed: which world they come from; training used the seeds 0 to 4.
+        seed: which world they come from; trainings used the seeds 0 to 6.
         out: folder for bars.json.
         card: also write the model card, README.md in the family's folder.
     """
     from dataclasses import asdict
     from pathlib import Path
 
+    from icd_lightning.data.shapes import check_held_out
     from icd_lightning.evaluation.bars import measure_family
     from icd_lightning.evaluation.model_card import write_card
     from icd_lightning.evaluation.report import Table, print_table, wide_console
@@ -35,6 +36,7 @@ def report(
 
     if count < 1:
         raise ValueError(f"count {count} must be 1 or more")
+    check_held_out(seed)
     family = Family(model)
     bars = measure_family(family, count=count, seed=seed)
     rows = tuple(

@@ -45,6 +45,17 @@ CANVAS = 64.0  # all lengths below are in pixels of a picture of this size
 HELD_OUT_SEED = 1_000_003
 """Scenes of this seed are for validation; no training seed may equal it."""
 
+TRAINING_SEEDS = range(7)
+"""Those of the shipped family's trainings, and of the pictures that validated them."""
+
+
+def check_held_out(seed: int) -> int:
+    """A seed whose scenes the shipped family has not seen."""
+    if seed in TRAINING_SEEDS:
+        last = TRAINING_SEEDS[-1]
+        raise ValueError(f"seed {seed} is of pictures that tiny was trained with (0 to {last}): take another")
+    return seed
+
 
 @dataclass(frozen=True)
 class Thing:

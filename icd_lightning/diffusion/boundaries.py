@@ -113,7 +113,7 @@ class Boundaries:
         nearest = ", ".join(str(point) for point in grid[max(above - 1, 0) : above + 1])
         raise ValueError(
             f"{name} {timestep} is not on the {self.num_solver_steps}-step solver grid (nearest: {nearest}); "
-            "move it there, or pass allow_off_grid=true to sample with weights that were trained for it"
+            "move it there, or pass allow_off_grid=true"
         )
 
     @classmethod

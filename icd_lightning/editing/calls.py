@@ -43,6 +43,11 @@ class Watch:
         if self.callback is not None:
             changed = self.callback(self.pipe, self.index, step.t, {"latents": step.x}) or {}
             if "latents" in changed:
+                if changed["latents"].shape != step.x.shape:
+                    raise ValueError(
+                        f"the callback returned latents of shape {tuple(changed['latents'].shape)} for those of "
+                        f"{tuple(step.x.shape)}"
+                    )
                 step.x.copy_(changed["latents"])  # the loop goes on from it
         self.index += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from icd_lightning.models.checkpoints import load_student, lora_settings
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, Students
 from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+
+log = logging.getLogger(__name__)
 
 
 class InvertibleConsistency(EditingMethod):
@@ -61,6 +64,8 @@ class InvertibleConsistency(EditingMethod):
             about = load_student(students, adapter, paths[direction])
             found[direction] = about.get("boundaries") or boundaries_in_name(Path(paths[direction]).stem)
         ends = given or Boundaries(_common(found, paths), allow_off_grid=True)
+        if others := {name: own for name, own in found.items() if own and tuple(own) != ends.boundary_timesteps}:
+            log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
     def to(self, device: torch.device | str) -> InvertibleConsistency:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+SHORT_NAMES = {"cross": "cross_replace", "self": "self_replace"}
+"""What commands also call these settings of `PromptToPrompt`."""
+
 
 def check_guidance_scale(value: float, name: str = "guidance_scale") -> float:
     """w: 1 is unguided, and less was never trained."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ def seeded_noise(shape: Sequence[int], seed: Seed, device: torch.device | str = 
 
 def seeds_of(seed: Seed, count: int) -> list[int]:
     """A seed for each of `count` samples."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
     return [check_seed(one) for one in seeds]

@@ -9,6 +9,7 @@ Benchmarks and trainings use what is below it, `InvertibleConsistency`, on tenso
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from icd_lightning.editing.calls import OnStepEnd, Watch, as_texts, batch_size, 
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
-from icd_lightning.editing.method import UNGUIDED, Framed, Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, Framed, Seed, seeded_noise, usual_swap_tau
 from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 
@@ -71,6 +72,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             callback_on_step_end: called as callback(pipe, index, t, {"latents": ...}); what it returns replaces them.
         """
         guided = self._guidance(guidance_scale, tau, guidance)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt {num_images_per_prompt} must be 1 or more")
         prompts = [text for text in as_texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
         if latents is None:
             latents = self._noise(len(prompts), *self._size(height, width), generator, seed)
@@ -148,8 +151,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             image: see `invert`; None where `latents` are given.
             control: a `PromptToPrompt`, or one for each edit; None swaps the prompt; "auto" does as the family is best
                 edited, by its default settings.
-            swap_tau: without control, follow the source prompt while t > swap_tau T; by default tau. Given, it asks for
-                this way to edit.
+            swap_tau: without control, follow the source prompt while t > swap_tau T; by default the guidance's tau, and
+                never where it has none. Given, it asks for this way to edit.
             latents: noise (B, C, h, w) that `invert` returned for the source prompts.
             guidance_scale, tau, guidance, output_type, callback_on_step_end: see `generate`. With control, latents in
                 callbacks are (2 B, C, h, w): all sources, then all targets.
@@ -157,7 +160,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         """
         control = self._control(control, swap_tau)
         guided = self._guidance(guidance_scale, tau, guidance, edit=control is not None)
-        swap_tau = getattr(guided, "tau", self.config.tau) if swap_tau is None else check_fraction(swap_tau, "swap_tau")
+        swap_tau = usual_swap_tau(guided) if swap_tau is None else check_fraction(swap_tau, "swap_tau")
         sources, targets = as_texts(source_prompt, "source_prompt"), as_texts(target_prompt, "target_prompt")
         if (image is None) == (latents is None):
             raise ValueError("give either an image to edit, or latents, the noise that it was inverted to")
@@ -184,7 +187,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         """Images (B, 3, H, W) to noise (B, C, h, w)."""
         count = batch_size(image=images, prompt=prompts)
         if generator is None:
-            seed = [seed or 0] * count if seed is None or isinstance(seed, int) else seed
+            seed = [seed or 0] * count if seed is None or isinstance(seed, Integral) else seed
         method, noise = self._bound(self._noise(count, *images.shape[-2:], generator, seed), count)
         latents = method.autoencoder.encode(images.to(noise.device))
         return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=watch)
@@ -226,6 +229,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         """Standard normal noise (B, C, h, w), float32, on the device that runs."""
         shape, device = self.method.latent_shape(count, height, width), self._execution_device
         if seed is None:
+            generator = list(generator) if isinstance(generator, tuple) else generator
             if isinstance(generator, list) and len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one for each")
             return randn_tensor(shape, generator, device, torch.float32)
@@ -239,6 +243,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         if schedule is not None:
             if scale is not None or tau is not None:
                 raise ValueError("guidance says w at every t: leave out guidance_scale and tau")
+            check_guidance_scale(getattr(schedule, "guidance_scale", 1.0))
             return schedule
         usual = self.config.edit_guidance_scale if edit else self.config.guidance_scale
         return StepGuidance(
@@ -254,6 +259,9 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             return PromptToPrompt() if self.config.attention_control and swap_tau is None else None
         if control is not None and swap_tau is not None:
             raise ValueError("swap_tau is of edits without control: leave out one of them")
+        each = control if isinstance(control, (list, tuple)) else [control]
+        if control is not None and not all(isinstance(one, PromptToPrompt) for one in each):
+            raise ValueError(f"control {control!r} is none of: auto, None, a PromptToPrompt, a list of these")
         return control
 
     def _output(self, latents: Tensor, output_type: OutputType) -> ImagePipelineOutput:

@@ -28,10 +28,11 @@ def evaluate_inversion(
     *,
     forward: str | None = None,
     reverse: str | None = None,
+    boundaries: str | None = None,
     ddim: bool = True,
 ) -> Path:
     """Measure, print the tables, and write results.json; return its path. What was measured before is reused."""
-    trained = InvertibleConsistency.from_pretrained(family, forward=forward, reverse=reverse)
+    trained = InvertibleConsistency.from_pretrained(family, forward=forward, reverse=reverse, boundaries=boundaries)
     network = SceneNetwork.from_pretrained(family.root / "scene_network")
     students = [
         weights_file(path or family.root / "students" / name)

@@ -33,14 +33,16 @@ Everything is float16 on disk. `make tiny-weights` trains it from nothing, by th
 
 
 def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> Path:
-    """Write `README.md` beside the weights; return its path."""
+    """Write `README.md` beside the weights, ending with their `notes.md` if there is one; return its path."""
     rows = "\n".join(f"| {bar.name} | {bar.value:.4g} | {_limit(bar)} |" for bar in bars)
     measured = (
         f"## Measured\n\nOn {count} held-out scenes of the world with seed {seed}, by `icd tiny report --count {count} "
         f"--seed {seed} --card`; other seeds give other scenes.\n\n| what | measured | bar |\n|---|---|---|\n{rows}\n"
     )
     file = folder / "README.md"
-    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured]))
+    notes = folder / "notes.md"
+    said = [notes.read_text()] if notes.is_file() else []
+    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured, *said]))
     return file
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from icd_lightning.data.manifest import sha256
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
-from icd_lightning.editing.limits import check_guidance_scale
+from icd_lightning.editing.limits import SHORT_NAMES, check_guidance_scale
 from icd_lightning.editing.method import UNGUIDED, PictureMethod
 from icd_lightning.evaluation import benchmarks, summaries
 from icd_lightning.evaluation.benchmarks import Bench, Outcome, guidance_name, step_guidances
@@ -89,14 +89,27 @@ class Settings:
             check_guidance_scale(self.guidance_scale)
         for options in self.grid:
             check_guidance_scale(options.get("w", 1.0), "grid option w")
+            _check_together(options)
+        self._check_unread()
         if not any(map(_in_order, self.grid)):
             raise ValueError("the grid leaves no setting: tau1 must not be above tau2, nor lo above hi")
         check_names(self.methods)
         if self.benchmark in ("piebench", "coco_edit") and self.data is None:
             what = "PIE-Bench's folder" if self.benchmark == "piebench" else "a CSV of edits"
             raise ValueError(f"--benchmark {self.benchmark} needs {what}: give --data")
-        if self.benchmark == "tiny_edit" and self.data is not None:
-            raise ValueError("--benchmark tiny_edit draws its scenes itself: leave --data out")
+
+    def _check_unread(self) -> None:
+        """ValueError for what the benchmark does not read."""
+        unread = {
+            "data": self.data is not None and self.benchmark == "tiny_edit",
+            "images": self.images is not None and (self.data is None or self.benchmark == "piebench"),
+            "natural": self.natural and self.benchmark != "piebench",
+            "tau": self.tau is not None and self.benchmark == "guidance",
+            "grid": self.grid != ({},) and self.benchmark == "guidance",
+        }
+        if given := [name for name, value in unread.items() if value]:
+            of = self.benchmark if self.data or self.benchmark == "tiny_edit" else f"{self.benchmark} without --data"
+            raise ValueError(f"benchmark {of} does not read {', '.join(given)}: leave it out")
 
     def examples(self) -> list[Example]:
         """The examples to measure on, always the same and in the same order."""
@@ -118,6 +131,9 @@ def parse_grid(text: str) -> tuple[dict[str, float], ...]:
     axes: dict[str, list[float]] = {}
     for part in text.split():
         name, equals, values = part.partition("=")
+        name = SHORT_NAMES.get(name, name)
+        if name in axes:
+            raise ValueError(f"the grid varies {name} twice: give all its values at once")
         try:
             axes[name] = [float(value) for value in values.split(",")]
         except ValueError:
@@ -128,6 +144,17 @@ def parse_grid(text: str) -> tuple[dict[str, float], ...]:
 
 
 GUIDANCE_OPTIONS = ("w", "tau", "tau1", "tau2", "lo", "hi")
+
+
+SCHEDULES = ({"tau"}, {"tau1", "tau2"}, {"lo", "hi"})
+"""Options of a step, of CADS and of an interval: guidance follows one of these."""
+
+
+def _check_together(options: Mapping[str, float]) -> None:
+    kinds = [sorted(names & set(options)) for names in SCHEDULES if names & set(options)]
+    if len(kinds) > 1:
+        given = " and ".join(" and ".join(names) for names in kinds)
+        raise ValueError(f"the grid has {given}, of different schedules: vary tau, or tau1 and tau2, or lo and hi")
 
 
 def guidance_of(options: Mapping[str, float], default: StepGuidance) -> GuidanceSchedule:
@@ -313,8 +340,7 @@ class Suite:
 
     def _write(self, results: Sequence[Results], sections: Sequence[Section]) -> list[Path]:
         console, name = wide_console(), self.settings.benchmark
-        beside = summaries.published(name) if self.settings.data is not None else None
-        sections = [*sections, *([] if beside is None else [beside])]
+        sections = [*sections, *(summaries.published(name) if self.settings.data is not None else [])]
         tables = [section for section in sections if isinstance(section, Table)]
         for table in tables:
             if "type" not in table.header:  # long, and in the files

@@ -78,12 +78,12 @@ def plain(table: Table) -> Table:
     return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
 
 
-def published(benchmark: str) -> Table | None:
+def published(benchmark: str) -> list[Table]:
     """What papers print for this benchmark on photographs, if anything."""
-    if benchmark not in PUBLISHED:
-        return None
-    title, columns, figures = PUBLISHED[benchmark]
-    return Table(f"As published: {title}", "SD1.5.", ("row", *columns), tuple((n, *row) for n, row in figures.items()))
+    return [
+        Table(f"As published: {title}", "Not run here.", ("row", *columns), tuple((n, *r) for n, r in rows.items()))
+        for title, columns, rows in PUBLISHED.get(benchmark, ())
+    ]
 
 
 SIDE_BY_SIDE = 6

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -222,10 +223,25 @@ class Task(lightning.LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
 
+    def recipe(self) -> dict[str, Any]:
+        """What a run that goes on must share with its checkpoint, since it says what is learned; plain values."""
+        return {}
+
+    def check_recipe(self, checkpoint: dict) -> None:
+        """ValueError if the checkpoint was trained for something else."""
+        ours = self.recipe()
+        saved = checkpoint.get("recipe", ours)
+        if other := [f"{name} {saved.get(name)} (here {ours[name]})" for name in ours if saved.get(name) != ours[name]]:
+            raise ValueError(
+                f"the checkpoint of this run was trained with {', '.join(other)}: give this training another "
+                "trainer.default_root_dir, or ckpt_path null"
+            )
+
     # Frozen weights come from their own files, so checkpoints leave them out.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep what was trained."""
+        """Keep what was trained, and what for."""
+        checkpoint["recipe"] = self.recipe()
         trained = self._trained_keys()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
@@ -233,6 +249,8 @@ class Task(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.check_recipe(checkpoint)
         trained, found = self._trained_keys(), checkpoint["state_dict"].keys()
         shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         other = {name for name in trained & found if checkpoint["state_dict"][name].shape != shapes[name]}

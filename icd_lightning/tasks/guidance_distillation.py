@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class GuidanceDistillation(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
+        if balance < 0:
+            raise ValueError(f"balance {balance} must be 0 or more: 0 weighs all w alike")
         self.balance = balance
         self.family = family
         self.schedule = family.load_schedule()
@@ -81,14 +84,17 @@ class GuidanceDistillation(Task):
         student = guided_denoiser(self.student, self.schedule, conditioning, w)
         return guidance_distillation(student, teacher, data, t)
 
+    def recipe(self) -> dict[str, Any]:
+        """The w learned, and how they are weighed."""
+        return {"guidance_scales": list(self.guidance_scales), "balance": self.balance}
+
     def export(self, folder: Path) -> None:
         """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it, with a card."""
         with replaced_folder(folder / GUIDED) as temporary:
             self.student.save_pretrained(temporary)
         settings = {
             "family": self.family.model,
-            "guidance_scales": list(self.guidance_scales),
-            "balance": self.balance,
+            **self.recipe(),
             "steps": self.global_step,
             "optimizer": asdict(self.optimizer_settings),
             "seed": self.seed,

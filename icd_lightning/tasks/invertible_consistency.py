@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,8 @@ class InvertibleConsistencyDistillation(Task):
 
     Args:
         family: where the guidance-distilled teacher, the autoencoder and the text side come from.
-        boundaries: the upper ends of the segments, e.g. [259, 519, 779, 999]; they must lie on the solver grid.
+        boundaries: the upper ends of the segments, e.g. [259, 519, 779, 999]. Off the solver grid their boundary
+            conditions are never learnt, so there they are refused, unless `allow_off_grid` asks for them.
         guidance_scales: the w drawn for the reverse student's consistency loss; the forward student is unguided.
         train: which student learns; the other one stays as `reverse_weights` or `forward_weights` left it.
         reverse_weights, forward_weights: a student to start from, ours or a released file.
@@ -63,6 +64,7 @@ class InvertibleConsistencyDistillation(Task):
         family: Family,
         boundaries: Sequence[int] = (259, 519, 779, 999),
         *,
+        allow_off_grid: bool = False,
         guidance_scales: Sequence[float] = (1.0, 8.0, 12.0, 16.0, 20.0),
         losses: LossWeights = LossWeights(),
         huber_c: float = 0.001,
@@ -81,7 +83,8 @@ class InvertibleConsistencyDistillation(Task):
             raise ValueError(f"huber_c {huber_c} must be positive (the paper's is 0.001)")
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"caption_dropout {caption_dropout} must be 0 or more and less than 1")
-        self.boundaries = Boundaries(tuple(boundaries) if 0 in boundaries else (0, *boundaries))
+        ends = tuple(boundaries) if 0 in boundaries else (0, *boundaries)
+        self.boundaries = Boundaries(ends, allow_off_grid=allow_off_grid)
         self.guidance_scales = check_guidance_scales(guidance_scales)
         self.huber_c, self.caption_dropout = huber_c, caption_dropout
         self.segments: dict[str, Tensor] = {}  # of the samples of the latest losses, (B,) each
@@ -162,17 +165,23 @@ class InvertibleConsistencyDistillation(Task):
         }
         return together({name: plan for name, plan in plans.items() if name in self.weights}, evaluate_joined)
 
+    def recipe(self) -> dict[str, Any]:
+        """Segments and losses; which students they train follows."""
+        return {
+            "boundaries": list(self.boundaries.boundary_timesteps),
+            "losses": self.weights,
+            "guidance_scales": list(self.guidance_scales),
+            "huber_c": self.huber_c,
+            "caption_dropout": self.caption_dropout,
+        }
+
     def export(self, folder: Path) -> None:
         """Write `forward/` and `reverse/`, which plain diffusers loads, a card in each, and `kohya/` for others."""
         ends = list(self.boundaries.boundary_timesteps)
         settings = {
             "family": self.family.model,
-            "boundaries": ends,
+            **self.recipe(),
             "steps": self.global_step,
-            "losses": self.weights,
-            "guidance_scales": list(self.guidance_scales),
-            "huber_c": self.huber_c,
-            "caption_dropout": self.caption_dropout,
             "optimizer": asdict(self.optimizer_settings),
             "seed": self.seed,
         }

@@ -23,6 +23,9 @@ def test_a_benchmark_prints_its_table_and_says_where_everything_is(random_family
     [
         ("--method ddim --grid tau=0.5", "benchmark scenes has no method, grid: leave it out"),
         ("--batch_size 4 --natural", "benchmark scenes has no natural, batch_size: leave it out"),
+        ("--seed 3", "seed 3 is of pictures that tiny was trained with (0 to 6)"),
+        ("--device cuda", "benchmark scenes has no device: leave it out"),
+        ("--benchmark inversion --no_ddim", "no_ddim is of benchmark scenes"),
         ("--guidance_scale 0", "guidance_scale 0.0 must be 1 (unguided) or more"),
         ("--benchmark tiny_edit --grid swop_tau=0.5", "grid option 'swop_tau' is none of w, tau, "),
         ("--benchmark fid", "benchmark: Expected "),

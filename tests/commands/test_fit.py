@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,41 @@ def test_what_is_wrong_is_said_in_one_line(command, tmp_path, capsys, what):
     errors = [line for line in said_in_all.splitlines() if line.startswith("icd: error:")]
     assert len(errors) == 1
     assert said in errors[0]
+
+
+def test_a_run_does_not_go_on_as_another(command, run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as exit_:
+        main(command(folder, "--model.init_args.boundaries=[499,999]", "--trainer.max_steps=3"))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained with boundaries [0, 259, 519, 779, 999] (here [0, 499, 999]): give this training" in error
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys):
+    file = tmp_path / "checkpoints/last.ckpt"
+    file.parent.mkdir()
+    file.write_bytes((run / "checkpoints/last.ckpt").read_bytes()[:3000])
+    with pytest.raises(SystemExit) as exit_:
+        main(command(tmp_path))
+    assert exit_.value.code == 2
+    assert f"icd: error: {file} cannot be read as a checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_nothing_is_validated_for_want_of_a_checkpoint(command, tmp_path, capsys):
+    _, *rest = command(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["validate", *rest])
+    assert exit_.value.code == 2
+    assert f"icd: error: there is no checkpoint in {tmp_path}: name the run's folder" in capsys.readouterr().err
+
+
+def test_boundaries_off_the_grid_are_trained_if_asked_for(command, tmp_path):
+    main(command(tmp_path, "--model.init_args.boundaries=[250,999]", "--model.init_args.allow_off_grid=true"))
+    assert steps(tmp_path) == 2
 
 
 def test_a_config_before_the_command_is_refused(capsys):

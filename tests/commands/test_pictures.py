@@ -99,6 +99,7 @@ def test_edit_by_attention_control(icd, pipeline, folder, caplog):
         ("ddim", ("--swap-tau", "0.5"), {"swap_tau": "0.5"}),
         ("infedit", ("--cross", "0.25"), {"cross_replace": "0.25"}),
         ("sdedit", (), {}),
+        ("npi", ("--alignment", "refine", "--blend_threshold", "0.5"), {"alignment": "refine"}),
     ],
 )
 def test_edit_by_a_baseline(icd, folder, caplog, method, options, said):
@@ -107,6 +108,20 @@ def test_edit_by_a_baseline(icd, folder, caplog, method, options, said):
     assert about("photo-edited.png").items() >= expected.items()
     assert read("photo-edited.png").shape == (64, 64, 3)
     assert "photo-edited.png: 0 evaluations" not in caplog.text
+
+
+def test_edit_by_a_method_of_one_s_own(icd, folder, caplog):
+    Path("Half.yaml").write_text(
+        "class_path: icd_lightning.editing.baselines.sdedit.SDEdit\ninit_args: {num_inference_steps: 4, strength: 0.5}"
+    )
+    icd(*edit("--method", "Half.yaml"))
+    assert about("photo-edited.png")["method"] == "Half.yaml"
+    assert "photo-edited.png: 4 evaluations" in caplog.text
+
+
+def test_boundaries_that_the_students_were_not_trained_for_are_said(icd, folder, caplog):
+    icd(*edit("--boundaries", "499,999"))
+    assert "trained for other boundaries than 499,999: {'forward': [0, " in caplog.text
 
 
 def test_defaults_are_the_family_s_and_every_setting_is_in_the_file(icd, random_family, folder):
@@ -418,6 +433,11 @@ def write_bomb(path: str) -> None:
         (edit("--boundaries", "999,259"), "boundar"),
         (edit("--boundaries", "some"), "boundaries 'some' are not whole numbers"),
         (edit("--forward", "nowhere"), "no student at nowhere"),
+        (edit("--method", "infedit", "--guided_unet", "nowhere"), "nowhere"),
+        (edit("--method", "conf.yaml"), "no method 'conf.yaml'; there is: icd"),
+        (edit("--alignment", "words"), "alignment 'words' is none of: auto, replace, refine"),
+        (edit("--blend_threshold", "2"), "blend_threshold 2.0 is no fraction"),
+        (["edit", "empty.csv"], "empty.csv has no column image"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
         (edit("--variant", "fp16"), "has no weights of variant fp16 that can be read"),
         (["generate", "a", "--height", "2000000", "--width", "2000000"], "memory is full ("),
@@ -444,6 +464,7 @@ def write_bomb(path: str) -> None:
 def test_a_mistake_is_one_line_and_writes_nothing(icd, folder, capsys, args, message):
     Path("notes.txt").write_text("no picture")
     Path("nothing").mkdir()
+    Path("empty.csv").touch()
     Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
     write_bomb("bomb.png")
     Path("empty.csv").write_text("picture,source\n")

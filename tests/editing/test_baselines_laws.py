@@ -12,6 +12,7 @@ from baselines_case import analytic_parts
 from icd_lightning.diffusion import NoiseSchedule, Step, StepGuidance, ddim_invert, ddim_timesteps
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import CONTROL, InfEdit
+from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
@@ -198,6 +199,14 @@ def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
         assert (apart > 0).any(dim=1).all()
 
 
+# Negative-prompt inversion
+
+
+def test_a_network_without_a_place_for_the_negative_prompt_is_refused(few_step_parts):
+    with pytest.raises(ValueError, match="needs a UNet without guidance embedding"):
+        NegativePromptInversion(few_step_parts)
+
+
 # SDEdit
 
 
@@ -315,6 +324,9 @@ def test_statistics_by_hand():
     divergence = (other_var / var).log() + (var + (mean - other_mean) ** 2) / other_var - 1
     torch.testing.assert_close(patch_divergence(patch, other), divergence.abs()[None], rtol=1e-4, atol=1e-5)
     assert patch_divergence(patch, patch) < 1e-5
+    small = patch[..., :3, :2]  # narrower than a patch: patches of 2 x 2, of which the third row makes none
+    torch.testing.assert_close(patch_divergence(small, small + 1), patch_divergence(small, small + 1, size=2))
+    assert patch_divergence(patch[..., :1, :1], other[..., :1, :1]) == 0
 
 
 def test_a_sampler_that_draws_nothing_has_no_noise_to_correct(parts):

@@ -464,6 +464,14 @@ def test_two_text_encoders_and_the_size_of_the_pictures(pipe, tmp_path):
         (lambda p, x: p.edit(x, "a", "b", swap_tau=2.0), "swap_tau 2.0 is no fraction"),
         (lambda p, x: p.edit(x, "a", "b", control="p2p"), "control 'p2p' is none of"),
         (lambda p, x: p.edit(x, "a", "b", control=CONTROL, swap_tau=0.5), "swap_tau is of edits without control"),
+        (lambda p, x: p.edit(x, "a", "b", control={"cross_replace": 0.3}), "is none of: auto, None, a PromptToPrompt"),
+        (lambda p, x: p("a", num_images_per_prompt=0), "num_images_per_prompt 0 must be 1 or more"),
+        (lambda p, x: p("a", guidance=IntervalGuidance(0.2, lo=0.0, hi=1.0)), "guidance_scale 0.2 must be 1"),
+        (lambda p, x: p("a", generator=tuple(generators(1, 2))), "2 generators for 1 pictures"),
+        (
+            lambda p, x: p("a", callback_on_step_end=lambda *args: {"latents": torch.zeros(1)}),
+            r"the callback returned latents of shape \(1,\) for those of \(1, 16, 8, 8\)",
+        ),
     ],
 )
 def test_a_mistake_is_named(pipe, images, act, message):

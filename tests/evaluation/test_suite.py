@@ -72,6 +72,12 @@ def test_edits_leave_out_the_same_settings(text, named):
     assert list(edits_of(settings, DEFAULT)) == [named] == list(guidances_of(settings, DEFAULT))[1:]
 
 
+def test_a_grid_takes_the_short_names_of_edits_and_each_name_once():
+    assert parse_grid("cross=0.4 self=0.5") == ({"cross_replace": 0.4, "self_replace": 0.5},)
+    with pytest.raises(ValueError, match="varies cross_replace twice"):
+        parse_grid("cross=0.4 cross_replace=0.5")
+
+
 def test_a_default_tau_above_tau2_is_lowered_to_it():
     (found,) = edits_of(Settings("tiny_edit", grid=parse_grid("tau2=0.6")), DEFAULT).values()
     assert found == {"guidance": CADSGuidance(3.0, 0.6, 0.6)}
@@ -96,7 +102,12 @@ def test_edits_take_guidance_and_their_own_options_from_a_grid():
         ({"grid": parse_grid("tau1=0.7 tau2=0.6")}, "the grid leaves no setting"),
         ({"benchmark": "piebench"}, "--benchmark piebench needs PIE-Bench's folder: give --data"),
         ({"benchmark": "coco_edit"}, "--benchmark coco_edit needs a CSV of edits: give --data"),
-        ({"benchmark": "tiny_edit", "data": Path("x")}, "draws its scenes itself"),
+        ({"benchmark": "tiny_edit", "data": Path("x")}, "tiny_edit does not read data"),
+        ({"benchmark": "tiny_edit", "images": Path("x"), "natural": True}, "tiny_edit does not read images, natural"),
+        ({"images": Path("x")}, "inversion without --data does not read images"),
+        ({"benchmark": "guidance", "tau": 0.3, "grid": ({"w": 3.0},)}, "does not read tau, grid"),
+        ({"grid": parse_grid("lo=0.2 tau=0.4,0.8")}, "the grid has tau and lo, of different schedules"),
+        ({"grid": parse_grid("tau1=0.2 hi=0.4")}, "the grid has tau1 and hi, of different schedules"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_loaded(settings, message):

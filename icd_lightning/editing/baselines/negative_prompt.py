@@ -32,6 +32,11 @@ class NegativePromptInversion(Baseline):
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
         super().__init__(parts, guidance_scale, control)
+        if parts.network.takes_guidance:
+            raise ValueError(
+                "negative-prompt inversion puts a prompt where classifier-free guidance has the empty one: it needs a "
+                "UNet without guidance embedding, no LCM or guidance-distilled one"
+            )
         self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
         self.steps, self.inversion_nfe = falling(self.timesteps), num_inference_steps
 

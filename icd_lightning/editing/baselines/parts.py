@@ -12,7 +12,7 @@ from icd_lightning.editing.baselines.branches import ConditionalNetwork
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.backbone import predict
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.family import Family
+from icd_lightning.models.family import GUIDED, Family
 from icd_lightning.models.students import Students
 from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
 
@@ -85,7 +85,10 @@ class Parts:
 
 
 def has_guided_unet(family: Family) -> bool:
-    """Whether a family is one of iCD's, with a guidance-distilled UNet."""
+    """Whether a family has a guidance-distilled UNet, as iCD's have; FileNotFoundError for a named one that is not."""
+    if family.guided_unet != GUIDED:
+        family.check()
+        return True
     try:
         family.check()
     except FileNotFoundError:

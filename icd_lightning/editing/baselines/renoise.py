@@ -263,7 +263,11 @@ def patch_divergence(x: Tensor, reference: Tensor, size: int = 4) -> Tensor:
     """How the patches' means and variances differ from the reference's, (B,) of x and reference (B, C, h, w).
 
     Twice the divergence of two Gaussians, for each channel of each patch of size x size, in absolute value, summed.
+    Latents narrower than that are cut into smaller patches; a single number has no variance, and no divergence.
     """
+    size = min(size, *x.shape[2:])
+    if size == 1:
+        return x.new_zeros(len(x))
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         patches = x.unfold(2, size, size).unfold(3, size, size).flatten(4)
