@@ -249,7 +249,7 @@ class ReNoise(Baseline):
         return self.denoiser(source)(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
-        """The source prompt, which matters where the edit is guided."""
+        """The source prompt, which matters where the edit is guided by a network that does not take w as an input."""
         return source
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
