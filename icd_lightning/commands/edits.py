@@ -30,7 +30,7 @@ class EditSettings:
     swap_tau: float | None = None
     cross_replace: float | None = None
     self_replace: float | None = None
-    amplify: float | None = None
+    amplify: float | str | dict[str, float] | None = None
     blend: str | None = None
     alignment: str | None = None
     blend_threshold: float | None = None
@@ -48,7 +48,10 @@ class EditSettings:
         for name in ("tau", "swap_tau", "cross_replace", "self_replace", "blend_threshold", "blend_from"):
             if (value := getattr(self, name)) is not None:
                 check_fraction(value, name)
-        if self.amplify is not None and not 0 <= self.amplify < float("inf"):
+        if isinstance(self.amplify, str):
+            object.__setattr__(self, "amplify", factors(self.amplify))
+        amplified = self.amplify.values() if isinstance(self.amplify, dict) else [self.amplify or 0.0]
+        if not all(0 <= factor < float("inf") for factor in amplified):
             raise ValueError(f"amplify {self.amplify} must be 0 or more: 1 leaves attention alone, 0 takes it away")
         if self.blend is not None and self.blend != "none" and len(self.blend.split()) != 2:
             raise ValueError(f"blend {self.blend!r} must be a word of the source and one of the target, or none")
@@ -70,13 +73,26 @@ class EditSettings:
             raise ValueError("method icd_p2p swaps no prompt: leave out swap_tau, or take icd_swap")
 
     @property
-    def control(self) -> dict[str, float | bool | str | tuple[str, ...]]:
+    def control(self) -> dict[str, float | bool | str | dict[str, float] | tuple[str, ...]]:
         """The settings given of a `PromptToPrompt`."""
         names = ("cross_replace", "self_replace", "amplify", "alignment", "blend_threshold", "blend_from")
         found: dict = {name: getattr(self, name) for name in names}
         if self.blend is not None:
             found["blend"] = False if self.blend == "none" else tuple(self.blend.split())
         return {name: value for name, value in found.items() if value is not None}
+
+
+def factors(text: str) -> float | dict[str, float]:
+    """A factor of attention, "4", or those of words, "lego=3 red=0"; ValueError for anything else."""
+    try:
+        if "=" not in text:
+            return float(text)
+        words = [pair.rpartition("=") for pair in text.split()]
+        if all(word for word, _, _ in words):
+            return {word: float(factor) for word, _, factor in words}
+    except ValueError:
+        pass
+    raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def edit(
     swap_tau: float | None = None,
     cross_replace: float | None = None,
     self_replace: float | None = None,
-    amplify: float | None = None,
+    amplify: str | None = None,
     blend: str | None = None,
     blend_threshold: float | None = None,
     blend_from: float | None = None,
@@ -74,7 +74,8 @@ def edit(
         cross_replace: Share of the steps with the source's cross-attention: more keeps more of the layout. This and the
             next six ask for attention control.
         self_replace: Share of the steps with the source's self-attention: more keeps more of the shapes.
-        amplify: Factor of the attention to the target's new words; 1 leaves it alone.
+        amplify: Factor of the attention to the target's new words, 1 leaves it alone; or those of any of its words, as
+            in "lego=3 red=0".
         blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
             "cat dog"; none blends nothing. By default the words that differ.
         blend_threshold: Attended to is what has more than this share of the strongest attention.

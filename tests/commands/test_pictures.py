@@ -110,6 +110,12 @@ def test_edit_by_a_baseline(icd, folder, caplog, method, options, said):
     assert "photo-edited.png: 0 evaluations" not in caplog.text
 
 
+def test_words_are_amplified_by_name(icd, folder):
+    words = " ".join(f"{word}={number}" for number, word in enumerate(TARGET.split()[-2:], 2))
+    icd(*edit("--amplify", words))
+    assert about("photo-edited.png")["amplify"] == str(dict(zip(TARGET.split()[-2:], (2.0, 3.0), strict=True)))
+
+
 def test_edit_by_a_method_of_one_s_own(icd, folder, caplog):
     Path("Half.yaml").write_text(
         "class_path: icd_lightning.editing.baselines.sdedit.SDEdit\ninit_args: {num_inference_steps: 4, strength: 0.5}"
@@ -435,6 +441,9 @@ def write_bomb(path: str) -> None:
         (edit("--forward", "nowhere"), "no student at nowhere"),
         (edit("--method", "infedit", "--guided_unet", "nowhere"), "nowhere"),
         (edit("--method", "conf.yaml"), "no method 'conf.yaml'; there is: icd"),
+        (edit("--amplify", "lego:3"), "amplify 'lego:3' must be a number, or words with numbers"),
+        (edit("--amplify", "dog=-1"), "amplify {'dog': -1.0} must be 0 or more"),
+        (edit("--amplify", "unheard=2"), "'unheard' is no word of the prompt"),
         (edit("--alignment", "words"), "alignment 'words' is none of: auto, replace, refine"),
         (edit("--blend_threshold", "2"), "blend_threshold 2.0 is no fraction"),
         (["edit", "empty.csv"], "empty.csv has no column image"),
