@@ -105,9 +105,11 @@ def expected_gradients(students: Students, adapter: str, batch: dict) -> dict[st
 
 
 def assert_same_gradients(found: dict[str, Tensor | None], expected: dict[str, Tensor]) -> None:
+    """To 1e-4 of each tensor's largest number: what cancels keeps the rounding of its parts, and processors differ."""
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert gradient is not None, name
+        atol = 1e-4 * float(expected[name].abs().max()) + 1e-7
         torch.testing.assert_close(
-            gradient, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            gradient, expected[name], rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
