@@ -38,11 +38,12 @@ class EditSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not Path(self.method).is_file():
-            object.__setattr__(self, "method", self.method.lower().replace("-", "_"))
-            if self.method not in OURS and self.method not in BASELINES:
-                names = ", ".join([*OURS, *BASELINES])
-                raise ValueError(f"no method {self.method!r}; there is: {names}, or a YAML file as in conf/method")
+        named = self.method.lower().replace("-", "_")
+        if named in OURS or named in BASELINES:
+            object.__setattr__(self, "method", named)
+        elif not Path(self.method).is_file():
+            names = ", ".join([*OURS, *BASELINES])
+            raise ValueError(f"no method {named!r}; there is: {names}, or a YAML file as in conf/method")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         for name in ("tau", "swap_tau", "cross_replace", "self_replace", "blend_threshold", "blend_from"):
