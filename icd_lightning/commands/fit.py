@@ -82,9 +82,14 @@ class FitCommand(LightningCLI):
         """Set what must be set before any network exists."""
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take settings from the checkpoint; ours hold none, and a damaged one is told of below."""
+
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""
-        if self._get(self.config, "ckpt_path") == "last" and self._last_checkpoint() is None:
+        if (file := self._checkpoint()) is not None:
+            _read_checkpoint(file)
+        elif self._get(self.config, "ckpt_path") == "last":
             raise ValueError(
                 f"there is no checkpoint in {self.trainer.default_root_dir}: name the run's folder by "
                 "trainer.default_root_dir; ckpt_path null measures what has not been trained"
@@ -94,13 +99,14 @@ class FitCommand(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse another run's checkpoint before anything is written; accumulate up to the global batch size."""
-        if self._get(self.config, "ckpt_path") == "last" and (file := self._last_checkpoint()) is not None:
+        if (file := self._checkpoint()) is not None:
             self.model.check_recipe(_read_checkpoint(file))
         self._accumulate()
 
-    def _last_checkpoint(self) -> Path | None:
-        """Where RunCheckpoint keeps it."""
-        file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt"
+    def _checkpoint(self) -> Path | None:
+        """The file that ckpt_path names, if it is there; the last is where RunCheckpoint keeps it."""
+        named = self._get(self.config, "ckpt_path")
+        file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
         return file if file.is_file() else None
 
     def _accumulate(self) -> None:
@@ -137,7 +143,8 @@ def _read_checkpoint(file: Path) -> dict:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): take it away to begin anew"
+            f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or take it "
+            "away to begin anew"
         ) from error
 
 

@@ -231,12 +231,14 @@ def test_a_run_does_not_go_on_as_another(command, run, tmp_path, capsys):
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys):
+@pytest.mark.parametrize("action", ["fit", "validate"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, named):
     file = tmp_path / "checkpoints/last.ckpt"
     file.parent.mkdir()
     file.write_bytes((run / "checkpoints/last.ckpt").read_bytes()[:3000])
     with pytest.raises(SystemExit) as exit_:
-        main(command(tmp_path))
+        main([action, *command(tmp_path, *([f"--ckpt_path={file}"] if named else []))[1:]])
     assert exit_.value.code == 2
     assert f"icd: error: {file} cannot be read as a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "config.yaml").exists()
