@@ -108,20 +108,22 @@ tensorboard: $(STAMP) ## look at all runs
 	$(BIN)/tensorboard --logdir outputs $(ARGS)
 
 TINY := $(ICD) fit --config conf/tiny/base.yaml
+PICTURES ?= 65536
+SCENES   ?= 512
 TINY_SHARDS := outputs/tiny-weights/shards
 tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train the shipped tiny family from nothing (hours; goes on where it stopped)
-	$(TINY) --config conf/tiny/autoencoder.yaml
-	$(TINY) --config conf/tiny/scene_network.yaml
-	$(ICD) data shapes --out $(TINY_SHARDS)/pictures --count 65536 --shard_size 4096 --seed 3
-	$(ICD) data shapes --out $(TINY_SHARDS)/pictures-val --count 512 --seed 5
+	$(TINY) --config conf/tiny/autoencoder.yaml $(ARGS)
+	$(TINY) --config conf/tiny/scene_network.yaml $(ARGS)
+	$(ICD) data shapes --out $(TINY_SHARDS)/pictures --count $(PICTURES) --shard_size 4096 --seed 3
+	$(ICD) data shapes --out $(TINY_SHARDS)/pictures-val --count $(SCENES) --seed 5
 	for set in pictures pictures-val; do $(ICD) data cache-latents $(TINY_SHARDS)/$$set \
 	  --out $(TINY_SHARDS)/latents$${set#pictures} --vae outputs/tiny-weights/model/vae --batch_size 64 || exit; done
-	$(TINY) --config conf/tiny/teacher.yaml
-	$(TINY) --config conf/tiny/guidance.yaml
+	$(TINY) --config conf/tiny/teacher.yaml $(ARGS)
+	$(TINY) --config conf/tiny/guidance.yaml $(ARGS)
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \
-	  --config conf/tiny/students.yaml
+	  --config conf/tiny/students.yaml $(ARGS)
 	$(ICD) tiny package
-	$(ICD) tiny report --card
+	$(ICD) tiny report --card --count $(SCENES)
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8, "closed_vocabulary": True}
+WRITTEN = ("README.md", "notes.md")  # the card and what people wrote by hand for its end
 STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
 
 
@@ -30,8 +31,9 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     for stage in STAGES:
         _record(source / stage, temporary / "training" / stage)
     (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
-    if (out / "README.md").is_file():
-        shutil.copy(out / "README.md", temporary / "README.md")
+    for name in WRITTEN:
+        if (out / name).is_file():
+            shutil.copy(out / name, temporary / name)
     size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
     if size > max_megabytes:
         shutil.rmtree(temporary)
