@@ -10,6 +10,7 @@ from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.registry import METHODS
 from icd_lightning.tasks.autoencoder import AutoencoderTraining
+from icd_lightning.tasks.guidance_aware import GuidanceAwareTraining
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
 from icd_lightning.tasks.scene_network import SceneNetworkTraining
@@ -42,6 +43,7 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),
     "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
     "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
+    "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }

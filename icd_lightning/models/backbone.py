@@ -156,15 +156,35 @@ def add_guidance_embedding(unet: UNet2DConditionModel, dim: int = 512) -> UNet2D
     """A copy of the UNet with a guidance embedding of width dim that starts at zero: the same output at every w."""
     if unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"this UNet already has a guidance embedding of width {unet.config.time_cond_proj_dim}")
-    with torch.device("meta"):  # every weight is replaced below, so none is drawn
-        # diffusers would drop a value again that it noted as "default, since the file did not say"
-        config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
-        guided = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": dim})
     weights = {name: weight.detach().clone() for name, weight in unet.state_dict().items()}
     first = weights["time_embedding.linear_1.weight"]
     weights[GUIDANCE_WEIGHT] = first.new_zeros(first.shape[1], dim)
-    guided.load_state_dict(weights, assign=True)
-    return guided.train(unet.training)
+    return _with_weights(unet, weights, dim)
+
+
+def fold_guidance_embedding(unet: UNet2DConditionModel, w: float) -> UNet2DConditionModel:
+    """A copy of a UNet with a guidance embedding that has none and is what it was at this w: w becomes part of a bias.
+
+    The inverse of `add_guidance_embedding` for a UNet that this made.
+    """
+    dim = unet.config.time_cond_proj_dim
+    if dim is None:
+        raise ValueError("this UNet has no guidance embedding to fold")
+    weights = {name: weight.detach().clone() for name, weight in unet.state_dict().items()}
+    projection = weights.pop(GUIDANCE_WEIGHT)
+    embedding = guidance_embedding(projection.new_full((1,), w), dim=dim).to(projection.dtype)[0]
+    weights["time_embedding.linear_1.bias"] += weights["time_embedding.linear_1.weight"] @ (projection @ embedding)
+    return _with_weights(unet, weights, None)
+
+
+def _with_weights(unet: UNet2DConditionModel, weights: dict[str, Tensor], dim: int | None) -> UNet2DConditionModel:
+    """A UNet like this one, but for its weights and the width of its guidance embedding."""
+    with torch.device("meta"):  # every weight is replaced below, so none is drawn
+        # diffusers would drop a value again that it noted as "default, since the file did not say"
+        config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
+        other = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": dim})
+    other.load_state_dict(weights, assign=True)
+    return other.train(unet.training)
 
 
 def guided_unet_from_file(file: Path, config: dict[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:

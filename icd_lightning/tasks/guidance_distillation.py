@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import NoisedData, guidance_distillation
+from icd_lightning.diffusion.guidance import guidance_balance
 from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
 from icd_lightning.models.cards import write_guided_card
 from icd_lightning.models.checkpoints import replaced_folder
@@ -29,8 +30,8 @@ class GuidanceDistillation(Task):
     Args:
         family: where the teacher, the autoencoder and the text side come from.
         guidance_scales: the w to learn, drawn evenly; 0 is unconditional, 1 unguided (SD1.5: 1, 8, 12, 16, 20).
-        balance: divide a sample's loss by 1 + balance (w - 1)^2. What is to be learned grows as (w - 1)^2, so that with
-            0 the largest scales drown the small ones, and w = 1 suffers, which the student knew from the start.
+        balance: how far the losses at larger w are damped, by `guidance_balance`. Undamped, w = 1 suffers, which the
+            student knew from the start.
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class GuidanceDistillation(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        if balance < 0:
-            raise ValueError(f"balance {balance} must be 0 or more: 0 weighs all w alike")
+        guidance_balance(torch.ones(1), balance)  # a wrong one is refused before anything is loaded
         self.balance = balance
         self.family = family
         self.schedule = family.load_schedule()
@@ -61,7 +61,7 @@ class GuidanceDistillation(Task):
         """One w for each sample."""
         draws = self.draws()
         w = draws.choice(len(batch.captions), self.guidance_scales)
-        loss = (self.loss(batch, w, draws) / (1 + self.balance * (w - 1) ** 2)).mean()
+        loss = (self.loss(batch, w, draws) * guidance_balance(w, self.balance)).mean()
         self.log_losses(loss, {})
         return loss
 
