@@ -120,7 +120,7 @@ def test_no_configuration_is_forgotten():
 def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_path, whole):
     names, task_class = WHOLES[whole]
     options = [f"--trainer.default_root_dir={tmp_path}"]
-    if task_class in (GuidanceDistillation, InvertibleConsistencyDistillation):
+    if task_class in (GuidanceAwareTraining, GuidanceDistillation, InvertibleConsistencyDistillation):
         options.append(f"--model.init_args.family.model={random_family}")
     if task_class is TeacherTraining:
         options.append(f"--model.init_args.vae={random_family / 'vae'}")

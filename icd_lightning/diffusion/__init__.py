@@ -9,6 +9,7 @@ from icd_lightning.diffusion.guidance import (
     IntervalGuidance,
     StepGuidance,
     classifier_free_guidance,
+    guidance_balance,
     guidance_embedding,
 )
 from icd_lightning.diffusion.losses import (
@@ -58,6 +59,7 @@ __all__ = [
     "ddim_timesteps",
     "falling",
     "generate",
+    "guidance_balance",
     "guidance_distillation",
     "guidance_embedding",
     "invert",

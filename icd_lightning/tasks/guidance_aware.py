@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion.guidance import classifier_free_guidance, guidance_balance
+from icd_lightning.diffusion import classifier_free_guidance, guidance_balance
 from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.models.backbone import add_guidance_embedding, fold_guidance_embedding, predict
 from icd_lightning.models.checkpoints import replaced_folder

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import NoisedData, guidance_distillation
-from icd_lightning.diffusion.guidance import guidance_balance
+from icd_lightning.diffusion import NoisedData, guidance_balance, guidance_distillation
 from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
 from icd_lightning.models.cards import write_guided_card
 from icd_lightning.models.checkpoints import replaced_folder

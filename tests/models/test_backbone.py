@@ -6,10 +6,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from students_case import run, tiny_batch, tiny_unet
+from training_case import same
 
 from icd_lightning.diffusion.guidance import ConstantGuidance, StepGuidance
 from icd_lightning.diffusion.schedule import NoiseSchedule
-from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser, predict
+from icd_lightning.models.backbone import (
+    add_guidance_embedding,
+    cfg_denoiser,
+    fold_guidance_embedding,
+    guided_denoiser,
+    predict,
+)
 from icd_lightning.models.conditioning import Conditioning
 
 SDXL_LIKE = {
@@ -84,6 +91,29 @@ def test_a_new_guidance_embedding_changes_nothing_yet(batch, dtype):
     eps = guided_denoiser(guided, NoiseSchedule(), conditioning, batch["w"])(x, t)
     assert torch.equal(eps, predict(unet, x, t, conditioning, None))
     assert eps.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+def test_a_guidance_scale_folds_into_a_unet_without_embedding(batch, w):
+    guided = tiny_unet(time_cond_proj_dim=64)
+    before = {name: weight.clone() for name, weight in guided.state_dict().items()}
+    plain = fold_guidance_embedding(guided, w)
+    conditioning, x, t = Conditioning(batch["prompt_embeds"]), batch["x"], batch["t"]
+    expected = predict(guided, x, t, conditioning, torch.full((len(x),), w))
+    torch.testing.assert_close(predict(plain, x, t, conditioning, None), expected)
+    assert not torch.allclose(expected, predict(guided, x, t, conditioning, torch.full((len(x),), w + 1)))
+    assert all(torch.equal(weight, before[name]) for name, weight in guided.state_dict().items())
+
+
+@torch.no_grad()
+def test_adding_an_embedding_and_folding_it_gives_the_unet_back():
+    unet = tiny_unet(time_cond_proj_dim=None)
+    again = fold_guidance_embedding(add_guidance_embedding(unet), 5.0)
+    assert again.config.time_cond_proj_dim is None
+    assert same(again.state_dict(), unet.state_dict())
+    with pytest.raises(ValueError, match="no guidance embedding to fold"):
+        fold_guidance_embedding(unet, 1.0)
 
 
 def test_a_stored_config_that_does_not_mention_the_embedding_gets_one(tmp_path):
