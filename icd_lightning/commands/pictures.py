@@ -223,7 +223,7 @@ def generate(
     tau: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> None:
@@ -242,12 +242,13 @@ def generate(
         tau: Guide at times t <= tau T only, 1 guides throughout; by default the model's own.
         height: Pixels of the picture; by default the model's. Not with latents, which have a size.
         width: Pixels of the picture; by default the model's.
-        seed: Of the noise: picture number i (from 0) has seed + i, and with that seed is the same alone.
+        seed: Of the noise, by default 0: picture number i (from 0) has seed + i, and with that seed is the same alone.
+            Not with latents, which are the noise.
         overwrite: Replace outputs that exist.
     """
     from icd_lightning.commands.edits import EditSettings, Size
 
-    EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed)
+    EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed or 0)
     size, weights = Size(height, width), load(**options)
     if count < 1 or (latents is not None and count != 1):
         raise ValueError(f"count {count} must be 1 or more, and cannot be given with --latents, one picture each")
@@ -255,8 +256,9 @@ def generate(
         raise ValueError("there is no prompt; write for example: icd generate 'a small red circle'")
     if latents is not None and not Path(latents).is_file():
         raise ValueError(f"there are no latents at {latents}; icd invert writes them")
-    if latents is not None and (height or width):
-        raise ValueError("latents have a size: leave out height and width")
+    if latents is not None and (height or width or seed is not None):
+        raise ValueError("latents are noise of one size: leave out height, width and seed")
+    first = seed or 0
     if latents is None:
         paths = free_numbered(output, Path("generated.png"), len(prompts) * count, overwrite=overwrite)
     from icd_lightning.commands.session import Session, read_latents, save_picture
@@ -275,11 +277,13 @@ def generate(
     for start in range(0, len(wanted), BATCH_SIZE):
         numbers = range(start, min(start + BATCH_SIZE, len(wanted)))
         begin = (
-            {"seed": [seed + i for i in numbers]} if noise is None else {"latents": noise[[i % count for i in numbers]]}
+            {"seed": [first + i for i in numbers]}
+            if noise is None
+            else {"latents": noise[[i % count for i in numbers]]}
         )
         made, guidance, cost = session.generate([wanted[i] for i in numbers], guidance_scale, tau, size, begin)
         for i, picture in zip(numbers, made, strict=True):
-            drawn = {"seed": seed + i} if latents is None else {"latents": Path(latents).name}
+            drawn = {"seed": first + i} if latents is None else {"latents": Path(latents).name}
             save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **guidance})
             log.info("%s: %s%s", paths[i], cost, f" for {len(made)} at once" if len(made) > 1 else "")
 

@@ -449,6 +449,8 @@ def write_bomb(path: str) -> None:
         (["edit", "empty.csv"], "empty.csv has no column image"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
         (edit("--variant", "fp16"), "has no weights of variant fp16 that can be read"),
+        (["generate", "a", "--latents", "photo.png", "--seed", "3"], "latents are noise of one size: leave out height"),
+        (["generate", "a", "--seed", "-1"], "seed -1 must be 0 or more"),
         (["generate", "a", "--height", "2000000", "--width", "2000000"], "memory is full ("),
         (edit("--device", "meta"), "device 'meta' cannot be used here: choose auto, cpu, cuda, cuda:1 or mps"),
         (["edit", "photo.png", "--source", "a"], "photo.png has no target prompt"),
