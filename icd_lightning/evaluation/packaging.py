@@ -61,13 +61,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _record(run: Path, target: Path) -> None:
-    """Keep a training's configuration and its curves, thinned to some 200 points each."""
-    from icd_lightning.evaluation.curves import read_scalars
+    """Keep a training's configuration and its curves, thinned to 200 points each."""
+    from icd_lightning.evaluation.curves import read_scalars, thinned
 
     target.mkdir(parents=True)
     shutil.copy(run / "config.yaml", target / "config.yaml")
-    curves = {}
-    for name, (steps, values) in read_scalars(run).items():
-        every = max(1, len(steps) // 200)
-        curves[name] = {"step": steps[::every], "value": [float(f"{value:.5g}") for value in values[::every]]}
+    curves = {
+        name: {"step": steps, "value": [float(f"{value:.5g}") for value in values]}
+        for name, (steps, values) in thinned(read_scalars(run), 200).items()
+    }
     (target / "curves.json").write_text(json.dumps(curves) + "\n")
