@@ -26,9 +26,10 @@ class GuidanceAwareTraining(Task):
         unconditional   f(x, t, -, 1) is the mean of f(x, t, c, 1) over the captions that x may have
         guided          f(x, t, c, w) is f(x, t, -, 1) + w (f(x, t, c, 1) - f(x, t, -, 1))
 
-    The gradient of the last reaches all of its terms (with f(x, t, c, 1) held, training diverges). A small teacher that is trained on the first two alone differs
-    with and without caption in ways that nothing asks for, and that stage 1 would have to copy; so it learns only such
-    differences as it can also make in one evaluation. What it exports is f at w = 1, a teacher like any other.
+    The gradient of the last reaches all of its terms: with f(x, t, c, 1) held, training diverges. A small teacher that
+    is trained on the first two alone differs with and without caption in ways that nothing asks for, and that stage 1
+    would have to copy; so it learns only such differences as it can also make in one evaluation. What it exports is f
+    at w = 1, a teacher like any other.
 
     Args:
         family: where the teacher, the autoencoder and the text side come from; the last two stay as they are.
