@@ -42,6 +42,12 @@ def tensors(file: Path) -> bytes:
     return save(dict(sorted(load_file(file).items())))
 
 
+def checkpoints(checkout: Path) -> dict[str, int]:
+    """When each stage's training was last saved."""
+    files = (checkout / "outputs/tiny-weights").glob("*/checkpoints/last.ckpt")
+    return {file.parents[1].name: file.stat().st_mtime_ns for file in files}
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """What make needs of the repository, with shards of a few pictures in the place of data/shapes."""
@@ -75,5 +81,8 @@ def test_the_family_is_made_from_nothing_and_once(checkout):
     assert card.endswith(notes)
     assert "8 held-out scenes" in card
 
+    trained = checkpoints(checkout)
+    assert trained.keys() == set(STAGES)
     make(checkout)
     assert written(checkout / PACKAGE) == made
+    assert checkpoints(checkout) == trained, "a finished stage was trained again"

@@ -42,12 +42,10 @@ def guidance_embedding(guidance_scale: Tensor, dim: int = 512) -> Tensor:
 
 
 def guidance_balance(guidance_scale: Tensor, balance: float) -> Tensor:
-    """Weights 1 / (1 + balance (w - 1)^2) of samples' losses at guidance_scale (B,); ValueError for a balance below 0.
+    """Weights 1 / (1 + balance (w - 1)^2) of samples' losses at guidance_scale (B,).
 
     What guidance adds to a prediction grows as w - 1, so that with balance 0 the largest scales drown the small ones.
     """
-    if balance < 0:
-        raise ValueError(f"balance {balance} must be 0 or more: 0 weighs all w alike")
     return 1 / (1 + balance * (guidance_scale - 1) ** 2)
 
 

@@ -20,6 +20,7 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
     missing = [part for part in PARTS if not (source / "model" / part).is_dir()]
     missing += [name for name in ("forward", "reverse") if not (source / "students" / name).is_dir()]
+    missing += [f"{stage}/config.yaml" for stage in STAGES if not (source / stage / "config.yaml").is_file()]
     if missing:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
     temporary = out.with_name(f".{out.name}.tmp")

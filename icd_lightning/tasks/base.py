@@ -124,6 +124,13 @@ def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     return tuple(scales)
 
 
+def check_weight(name: str, value: float) -> float:
+    """What a loss is weighed by, or ValueError."""
+    if value < 0:
+        raise ValueError(f"{name} {value} must be 0 or more")
+    return value
+
+
 def _check_made_by(batch: Batch, part: str, ours: str) -> None:
     """Raise ValueError if what the data hold of the batch was made by another network than this family's."""
     if others := {of["moments"][part] for of in batch.metadata} - {ours}:

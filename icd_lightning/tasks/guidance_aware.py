@@ -16,7 +16,7 @@ from icd_lightning.models.backbone import add_guidance_embedding, fold_guidance_
 from icd_lightning.models.checkpoints import replaced_folder
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_weight
 
 
 class GuidanceAwareTraining(Task):
@@ -49,12 +49,9 @@ class GuidanceAwareTraining(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
-        if guided_weight < 0:
-            raise ValueError(f"guided_weight {guided_weight} must be 0 or more")
-        guidance_balance(torch.ones(1), balance)  # a wrong one is refused before anything is loaded
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        self.guided_weight = guided_weight
-        self.balance = balance
+        self.guided_weight = check_weight("guided_weight", guided_weight)
+        self.balance = check_weight("balance", balance)
         self.family = family
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()

@@ -18,7 +18,7 @@ from icd_lightning.models.checkpoints import replaced_folder
 from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.family import Family
 from icd_lightning.models.sources import GUIDED
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_weight
 
 
 class GuidanceDistillation(Task):
@@ -45,8 +45,7 @@ class GuidanceDistillation(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        guidance_balance(torch.ones(1), balance)  # a wrong one is refused before anything is loaded
-        self.balance = balance
+        self.balance = check_weight("balance", balance)
         self.family = family
         self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
