@@ -5,9 +5,12 @@ import torch
 
 from icd_lightning.data.shapes import LABELS
 from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
+from icd_lightning.evaluation.bars import stage_one_bars
 from icd_lightning.evaluation.inversion import untrained_pipeline
+from icd_lightning.evaluation.packaging import STAGES
 from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of
 from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import psnr
@@ -31,7 +34,7 @@ def test_the_whole_family_is_small_and_in_half_precision(family):
     files = [file for file in family.root.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 30e6
     assert {"README.md", "icd.json"} <= {file.name for file in files}
-    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in ("teacher", "students"))
+    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in STAGES)
 
 
 def test_the_autoencoder_reaches_its_bar(family):
@@ -43,6 +46,13 @@ def test_the_scene_network_reads_true_scenes(family):
     found = network.read(images_of(SCENES))
     assert found.shape == (len(SCENES), len(LABELS))
     assert all(share >= 0.95 for share in attribute_accuracy(found, label_tensor(SCENES)).values())
+
+
+def test_stage_one_stands_in_for_its_guided_teacher(family):
+    bars = stage_one_bars(family, DDIMInversion(family), held_out(64))
+    assert len(bars) == 4
+    for bar in bars:  # the bars are of 512 scenes, as in the model card
+        assert bar.value <= 1.2 * bar.limit, bar.name
 
 
 def test_trained_students_come_back_nearer_than_untrained_ones(family, students):

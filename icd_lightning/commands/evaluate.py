@@ -53,7 +53,8 @@ def evaluate(
         natural: Leave out PIE-Bench's artificial pictures, as the paper does.
         count: Pictures to measure on, from the first; by default all of data, or 128 scenes.
         guidance_scale: w of the guided decodings, 1 is unguided; by default the family's own.
-        tau: Dynamic guidance guides at t <= tau T only; by default the family's own.
+        tau: Dynamic guidance guides at t <= tau T only; by default the family's own, and 0.8 in the reconstructions of
+            `scenes`.
         grid: Settings to try, every combination, as in "tau=0.6,0.8 swap_tau=0.6,0.8"; guidance is w, tau, tau1 with
             tau2, or lo with hi, and for edits there are the method's own options.
         seed: Of the random numbers; of `scenes`, which world the scenes come from.
@@ -80,9 +81,9 @@ def evaluate(
 
         defaults = family.load_defaults()
         w = defaults.guidance_scale if guidance_scale is None else check_guidance_scale(guidance_scale)
-        tau = defaults.tau if tau is None else tau
+        taus = {"edit_tau": defaults.tau} if tau is None else {"tau": tau, "edit_tau": tau}
         world = HELD_OUT_SEED if seed is None else check_held_out(seed)
-        tour = StudySettings(128 if count is None else count, w, tau, swap_tau=tau, seed=world)
+        tour = StudySettings(128 if count is None else count, w, seed=world, **taus)
         folder = Path(out or "outputs/eval-inversion")
         log.info("%s", evaluate_inversion(family, tour, folder, **weights.students, ddim=ddim))
         return

@@ -50,7 +50,7 @@ def measure_family(family: Family, *, count: int, seed: int, batch_size: int = 6
         *_scene_network(network, scenes, batch_size),
         *_teacher(teacher, network, scenes, batch_size),
         *_inversion(teacher, scenes, batch_size),
-        *_stage_one(family, teacher, scenes, batch_size),
+        *stage_one_bars(family, teacher, scenes, batch_size),
     ]
 
 
@@ -97,7 +97,7 @@ def _inversion(teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int)
     ]
 
 
-def _stage_one(family: Family, teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int) -> list[Bar]:
+def stage_one_bars(family: Family, teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int = 64) -> list[Bar]:
     """Mean squared errors of the network's output (eps or v) at uniform timesteps, against the guided teacher."""
     student, schedule = family.load_unet(guided=True), teacher.schedule
     errors: dict[float, list] = {w: [] for w in GUIDANCE_SCALES}

@@ -46,7 +46,8 @@ class DemoStudy:
 
     def __init__(self, root: Path, count: int, family: Family | None = None) -> None:
         self.root, self.family = root, family or Family()
-        self.settings = StudySettings(count=count)
+        defaults = self.family.load_defaults()
+        self.settings = StudySettings(count, defaults.guidance_scale, edit_tau=defaults.tau)
         self.network = SceneNetwork.from_pretrained(self.family.root / "scene_network")
         self.boundaries = Boundaries.uniform(4)
         self.results: dict[str, dict] = {}
@@ -176,7 +177,7 @@ class DemoStudy:
         columns = [images]
         for name in (DDIM, UNTRAINED, TRAINED):
             result = self.methods[name].edit(
-                images, sources, prompts, guidance=self.settings.dynamic(), swap_tau=self.settings.swap_tau
+                images, sources, prompts, guidance=self.settings.editing, swap_tau=self.settings.edit_tau
             )
             columns.append(result)
         columns.append(images_of(targets))
@@ -194,7 +195,7 @@ class DemoStudy:
         prompts, trained = [scene.caption() for scene in scenes], self.methods[TRAINED]
         assert isinstance(trained, InvertibleConsistency)
         noise = seeded_noise(trained.latent_shape(len(scenes), 64, 64), 0)
-        guidance = self.settings.dynamic()
+        guidance = self.settings.editing
         columns = [self.methods[DDIM].generate(prompts, noise, guidance=guidance)]
         for steps in GENERATION_STEPS:
             pipeline = InvertibleConsistency(

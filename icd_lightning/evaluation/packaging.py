@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
-EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8, "closed_vocabulary": True}
+EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 1.0, "closed_vocabulary": True}
 WRITTEN = ("README.md", "notes.md")  # the card and what people wrote by hand for its end
-STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
+STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance", "students")
 
 
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:

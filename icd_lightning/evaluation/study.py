@@ -13,6 +13,7 @@ from typing import Any
 from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.method import EditingMethod
+from icd_lightning.evaluation.benchmarks import guidance_name, step_guidances
 from icd_lightning.evaluation.scenes import (
     held_out,
     measure_edits,
@@ -28,12 +29,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How much to measure, on which held-out scenes, and with which guidance."""
+    """How much to measure, on which held-out scenes, and with which guidance.
+
+    `tau` is of dynamic guidance in reconstructions, beside guidance throughout; `edit_tau` of generations and edits,
+    which follow the source prompt before it.
+    """
 
     count: int = 64
     guidance_scale: float = 3.0
     tau: float = 0.8
-    swap_tau: float = 0.8
+    edit_tau: float = 1.0
     seed: int = HELD_OUT_SEED
 
     def __post_init__(self) -> None:
@@ -41,26 +46,27 @@ class StudySettings:
             raise ValueError(f"count {self.count} must be 1 or more")
 
     def guidances(self) -> dict[str, GuidanceSchedule]:
-        """Unguided, guided throughout, and dynamically guided."""
-        w = f"{self.guidance_scale:g}"
-        return {
-            "w 1": StepGuidance(1.0),
-            f"w {w}": StepGuidance(self.guidance_scale),
-            f"w {w}, tau {self.tau:g}": self.dynamic(),
-        }
+        """Of reconstructions: unguided, guided throughout, and dynamically guided."""
+        return step_guidances(self.guidance_scale, (1.0, self.tau))
 
-    def dynamic(self) -> StepGuidance:
-        """Guided for t <= tau T only."""
-        return StepGuidance(self.guidance_scale, self.tau)
+    @property
+    def editing(self) -> StepGuidance:
+        """Of generations and edits."""
+        return StepGuidance(self.guidance_scale, self.edit_tau)
+
+    @property
+    def edited(self) -> str:
+        """The name of that."""
+        return guidance_name(self.guidance_scale, self.edit_tau)
 
 
 def study(method: EditingMethod, network: SceneNetwork, settings: StudySettings) -> dict[str, Any]:
     """Measure a method; returns {"reconstruction": rows, "generation": shares, "edits": scores}, fit for JSON."""
     scenes = held_out(settings.count, settings.seed)
-    edits = measure_edits(method, network, scenes, random_edits(scenes), settings.dynamic(), swap_tau=settings.swap_tau)
+    edits = measure_edits(method, network, scenes, random_edits(scenes), settings.editing, swap_tau=settings.edit_tau)
     return {
         "reconstruction": measure_reconstruction(method, scenes, settings.guidances()),
-        "generation": measure_generation(method, network, scenes, settings.dynamic()),
+        "generation": measure_generation(method, network, scenes, settings.editing),
         "edits": asdict(edits),
     }
 

@@ -40,7 +40,7 @@ def edit_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *
     return Table(
         title="Edits by prompt, against their true results",
         note=f"{settings.count} edits of one attribute each (colour, shape, texture or size of an object, colour or "
-        f"texture of the background), w {settings.guidance_scale:g}, tau {settings.tau:g}. Attributes as read by a "
+        f"texture of the background), {settings.edited}. Attributes as read by a "
         "small network made for this world; PSNR to the true edit and, outside the edited region, to the original.",
         header=(
             "method",
@@ -63,8 +63,7 @@ def generation_table(results: Mapping[str, dict[str, Any]], settings: StudySetti
     rows = tuple((name, *(100 * result["generation"][key] for key in names)) for name, result in results.items())
     return Table(
         title="Generation: attributes of the caption that the picture shows (%)",
-        note=f"{settings.count} pictures from drawn noise, w {settings.guidance_scale:g}, tau {settings.tau:g}, read "
-        "by the same network.",
+        note=f"{settings.count} pictures from drawn noise, {settings.edited}, read by the same network.",
         header=("method", *names),
         rows=rows,
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),

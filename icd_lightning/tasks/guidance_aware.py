@@ -50,6 +50,10 @@ class GuidanceAwareTraining(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
+        if set(self.guidance_scales) == {1}:
+            raise ValueError(
+                f"guidance_scales {list(guidance_scales)} hold no guidance to make ready for: add the w of stage 1"
+            )
         self.guided_weight = check_weight("guided_weight", guided_weight)
         self.balance = check_weight("balance", balance)
         self.family = family

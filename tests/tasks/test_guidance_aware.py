@@ -16,8 +16,8 @@ SCALES = (2.0, 5.0)
 
 
 def aware(random_family, **options) -> GuidanceAwareTraining:
-    settings = {"optimizer": OptimizerSettings(lr=5e-4, betas=(0.9, 0.99)), **options}
-    return GuidanceAwareTraining(Family(str(random_family)), SCALES, **settings)
+    settings = {"guidance_scales": SCALES, "optimizer": OptimizerSettings(lr=5e-4, betas=(0.9, 0.99)), **options}
+    return GuidanceAwareTraining(Family(str(random_family)), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,5 @@ def test_wrong_settings_are_refused(random_family):
         aware(random_family, guided_weight=-1)
     with pytest.raises(ValueError, match="balance -1 must be 0 or more"):
         aware(random_family, balance=-1)
+    with pytest.raises(ValueError, match=r"guidance_scales \[1\] hold no guidance"):
+        aware(random_family, guidance_scales=[1])
