@@ -32,7 +32,7 @@ class StudySettings:
     """How much to measure, on which held-out scenes, and with which guidance.
 
     `tau` is of dynamic guidance in reconstructions, beside guidance throughout; `edit_tau` of generations and edits,
-    which follow the source prompt before it.
+    which follow the source prompt while t > edit_tau T.
     """
 
     count: int = 64
