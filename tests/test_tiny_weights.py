@@ -75,6 +75,10 @@ def test_the_family_is_made_from_nothing_and_once(checkout):
         curves = json.loads((checkout / PACKAGE / "training" / stage / "curves.json").read_text())
         assert curves, stage
 
+    configs = [file.read_text() for file in (checkout / PACKAGE).glob("*/config.json")]
+    assert configs
+    assert not any("tiny-weights" in text for text in configs), "a folder of the training is named"
+
     notes = (checkout / PACKAGE / "notes.md").read_text()
     assert notes == (ROOT / PACKAGE / "notes.md").read_text()
     card = (checkout / PACKAGE / "README.md").read_text()

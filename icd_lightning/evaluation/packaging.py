@@ -48,6 +48,11 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a part; floating-point weights become float16, which is enough for inference and half the download."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
+        if file.name == "config.json":
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)  # diffusers' note of the folder that a training began from
+            (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
+            continue
         if file.suffix != ".safetensors":
             shutil.copy(file, target / file.name)
             continue
