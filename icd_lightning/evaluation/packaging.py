@@ -45,25 +45,29 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a part; floating-point weights become float16, which is enough for inference and half the download."""
+    """Copy a part, its weights in half precision, its configuration without the folder that its training began from."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.name == "config.json":
+        if file.suffix == ".safetensors":
+            (target / file.name).write_bytes(_halved(file))
+        elif file.name == "config.json":
             config = json.loads(file.read_text())
-            config.pop("_name_or_path", None)  # diffusers' note of the folder that a training began from
+            config.pop("_name_or_path", None)  # diffusers' note
             (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
-            continue
-        if file.suffix != ".safetensors":
+        else:
             shutil.copy(file, target / file.name)
-            continue
-        with safe_open(file, "pt") as weights:
-            header = weights.metadata()
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
-        halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-        wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
-        if wrong:
-            raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
-        (target / file.name).write_bytes(save(halved, metadata=header))
+
+
+def _halved(file: Path) -> bytes:
+    """A file's weights, floating-point ones as float16: enough for inference and half the download."""
+    with safe_open(file, "pt") as weights:
+        header = weights.metadata()
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+    wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
+    return save(halved, metadata=header)
 
 
 def _record(run: Path, target: Path) -> None:
