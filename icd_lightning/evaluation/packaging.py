@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
+SHIPPED = "tiny"  # what `Family` knows it by
 EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 1.0, "closed_vocabulary": True}
 WRITTEN = ("README.md", "notes.md")  # the card and what people wrote by hand for its end
 STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance", "students")
@@ -25,10 +26,11 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    trained_on = json.loads((source / "students/forward/icd.json").read_text())["family"]
     for part in PARTS:
-        _copy(source / "model" / part, temporary / part)
+        _copy(source / "model" / part, temporary / part, trained_on)
     for name in ("forward", "reverse"):
-        _copy(source / "students" / name, temporary / "students" / name)
+        _copy(source / "students" / name, temporary / "students" / name, trained_on)
     for stage in STAGES:
         _record(source / stage, temporary / "training" / stage)
     (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
@@ -44,24 +46,24 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     return size
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a part, its weights in half precision, its configuration without the folder that its training began from."""
+def _copy(source: Path, target: Path, trained_on: str) -> None:
+    """Copy a part, its weights in half precision; what names the folder of the training names the family that ships."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
-            (target / file.name).write_bytes(_halved(file))
+            (target / file.name).write_bytes(_halved(file, trained_on))
         elif file.name == "config.json":
             config = json.loads(file.read_text())
-            config.pop("_name_or_path", None)  # diffusers' note
+            config.pop("_name_or_path", None)  # diffusers' note of the folder that the training began from
             (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
         else:
-            shutil.copy(file, target / file.name)
+            (target / file.name).write_text(file.read_text().replace(trained_on, SHIPPED))
 
 
-def _halved(file: Path) -> bytes:
+def _halved(file: Path, trained_on: str) -> bytes:
     """A file's weights, floating-point ones as float16: enough for inference and half the download."""
     with safe_open(file, "pt") as weights:
-        header = weights.metadata()
+        header = {name: value.replace(trained_on, SHIPPED) for name, value in (weights.metadata() or {}).items()}
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]

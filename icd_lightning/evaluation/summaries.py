@@ -150,13 +150,17 @@ def curve_over_tau(results: Sequence[Results], taus: Sequence[float], column: st
 
 
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
-    """Preservation against editing (Fig. 9), error against quality (Fig. 5): a line a method through its settings."""
+    """Preservation against editing (Fig. 9), error against quality (Fig. 5): a line a method through its settings.
+
+    The line follows the settings in their order, not x: where both measures turn back, so does the line.
+    """
     series = {}
     for result in results[:MAX_MARKED]:
-        points = sorted(
+        points = [
             (float(a), float(b))
             for d in result.decodings
             if (a := result.mean(x, d)) is not None and (b := result.mean(y, d)) is not None
-        )
+        ]
         series[result.name] = ([a for a, _ in points], [b for _, b in points])
-    return Curve(title, "A point for each setting, a line for each method.", x, y, series, marks=True)
+    note = "A point for each setting, a line for each method, through its settings in their order."
+    return Curve(title, note, x, y, series, marks=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from results_case import write_ablations, write_generation, write_guidance
+from results_case import write_ablations, write_generation, write_guidance, write_results
 from test_architecture import users_of
 
 from icd_lightning.evaluation.ablation_plots import distribution_plot, dynamics_plot, rows_plot, verdict_plot
@@ -10,6 +10,7 @@ from icd_lightning.evaluation.guidance_plots import options_of, table_1_plot, th
 from icd_lightning.evaluation.plots import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.published import TABLE_1, TABLE_2
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles
+from icd_lightning.evaluation.summaries import trade_off
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,13 @@ def test_a_point_of_the_trade_off_joins_error_and_quality_in_percent(tmp_path):
     made = results["icd"].values("tiny-agreement", "tau1 0.7, tau2 0.7")
     assert quality[1] == pytest.approx(100 * made.mean())
     assert len(series(axes)["unguided"][0]) == 1
+
+
+def test_a_line_of_the_trade_off_goes_through_the_settings_in_their_order(tmp_path):
+    there_and_back = {"w 2": {"psnr": 20.0}, "w 3": {"psnr": 30.0}, "w 5": {"psnr": 25.0}}
+    results = write_results("sdedit", tmp_path, {d: {**c, "changed": 0.5} for d, c in there_and_back.items()})
+    x, _ = trade_off([results], "psnr", "changed", "Fig. 9").series["sdedit"]
+    assert x[0] < x[2] < x[1]
 
 
 def test_table_1_is_drawn_with_the_encoders_across(tmp_path):
