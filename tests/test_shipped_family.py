@@ -1,5 +1,7 @@
 """The weights that come with the package: complete, small, and able to do what the rest builds on."""
 
+import json
+
 import pytest
 import torch
 
@@ -35,6 +37,12 @@ def test_the_whole_family_is_small_and_in_half_precision(family):
     assert sum(file.stat().st_size for file in files) <= 30e6
     assert {"README.md", "icd.json"} <= {file.name for file in files}
     assert all((family.root / "training" / stage / "curves.json").is_file() for stage in STAGES)
+
+
+def test_its_students_and_cards_name_the_family_as_users_do(family):
+    parts = [file for file in family.root.rglob("*") if file.is_file() and file.name != "config.yaml"]
+    assert not [file for file in parts if b"tiny-weights/" in file.read_bytes()], "the folder of the training is named"
+    assert json.loads((family.root / "students/forward/icd.json").read_text())["family"] == "tiny"
 
 
 def test_the_autoencoder_reaches_its_bar(family):

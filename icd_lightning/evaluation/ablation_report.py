@@ -48,7 +48,7 @@ def _table(study: AblationStudy, w: float | None) -> Table:
     return Table(
         title="Table 2, unguided" if w is None else f"Table 2, guided at w {w:g}",
         note=f"To noise and back, {how}. {pictures} held-out pictures, {seeds}; ± is half of a 95 % interval over "
-        "resampled pictures. Untrained: the teacher's own weights through the same jumps.",
+        "resampled pictures. Untrained: the weights of stage 1, from which the students start, through the same jumps.",
         header=("row", "students", *columns, "paper: PSNR", "LPIPS", "DinoV2"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),

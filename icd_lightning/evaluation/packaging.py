@@ -47,7 +47,7 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
 
 
 def _copy(source: Path, target: Path, trained_on: str) -> None:
-    """Copy a part, its weights in half precision; what names the folder of the training names the family that ships."""
+    """Copy a part, its weights in half precision; where it names the family it was trained on, it names the shipped."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
@@ -56,20 +56,27 @@ def _copy(source: Path, target: Path, trained_on: str) -> None:
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)  # diffusers' note of the folder that the training began from
             (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
+        elif file.name in ("icd.json", "README.md"):
+            (target / file.name).write_text(_renamed(file.read_text(), trained_on))
         else:
-            (target / file.name).write_text(file.read_text().replace(trained_on, SHIPPED))
+            shutil.copy(file, target / file.name)
 
 
 def _halved(file: Path, trained_on: str) -> bytes:
     """A file's weights, floating-point ones as float16: enough for inference and half the download."""
     with safe_open(file, "pt") as weights:
-        header = {name: value.replace(trained_on, SHIPPED) for name, value in (weights.metadata() or {}).items()}
+        header = {name: _renamed(value, trained_on) for name, value in (weights.metadata() or {}).items()}
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
     return save(halved, metadata=header)
+
+
+def _renamed(text: str, trained_on: str) -> str:
+    """A card or JSON with the family's name, which stands in quotes there, replaced."""
+    return text.replace(f'"{trained_on}"', f'"{SHIPPED}"').replace(f"`{trained_on}`", f"`{SHIPPED}`")
 
 
 def _record(run: Path, target: Path) -> None:

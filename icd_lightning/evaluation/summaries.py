@@ -152,15 +152,21 @@ def curve_over_tau(results: Sequence[Results], taus: Sequence[float], column: st
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
     """Preservation against editing (Fig. 9), error against quality (Fig. 5): a line a method through its settings.
 
-    The line follows the settings in their order, not x: where both measures turn back, so does the line.
+    The line follows the settings in their order, not x, as long as from one to the next a single option changes.
     """
     series = {}
     for result in results[:MAX_MARKED]:
-        points = [
-            (float(a), float(b))
-            for d in result.decodings
-            if (a := result.mean(x, d)) is not None and (b := result.mean(y, d)) is not None
-        ]
+        settings = [d for d in result.decodings if None not in (result.mean(x, d), result.mean(y, d))]
+        points: list[tuple[float, float]] = []
+        for index, decoding in enumerate(settings):
+            if index and not _differ_in_one(settings[index - 1], decoding):
+                points.append((np.nan, np.nan))  # a gap
+            points.append((float(result.mean(x, decoding)), float(result.mean(y, decoding))))
         series[result.name] = ([a for a, _ in points], [b for _, b in points])
     note = "A point for each setting, a line for each method, through its settings in their order."
     return Curve(title, note, x, y, series, marks=True)
+
+
+def _differ_in_one(a: str, b: str) -> bool:
+    """Whether two settings, such as "w 3, tau 0.8", have all options but one in common."""
+    return len(set(a.split(", ")) ^ set(b.split(", "))) == 2

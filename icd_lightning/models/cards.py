@@ -37,7 +37,7 @@ The {direction} model of {paper}: it takes {journey} in {count} evaluations, by 
 | base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
 
 `pytorch_lora_weights.safetensors` is for diffusers, and holds its alpha in its header, which diffusers older than 0.35
-ignores; `../kohya/{direction}.safetensors` has the same weights for other programs, and those.
+ignores. The training wrote the same weights for other programs, and for those, as `kohya/{direction}.safetensors`.
 
 ```python
 pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UNet with time_cond_proj_dim

@@ -109,11 +109,21 @@ def test_a_point_of_the_trade_off_joins_error_and_quality_in_percent(tmp_path):
     assert len(series(axes)["unguided"][0]) == 1
 
 
-def test_a_line_of_the_trade_off_goes_through_the_settings_in_their_order(tmp_path):
-    there_and_back = {"w 2": {"psnr": 20.0}, "w 3": {"psnr": 30.0}, "w 5": {"psnr": 25.0}}
-    results = write_results("sdedit", tmp_path, {d: {**c, "changed": 0.5} for d, c in there_and_back.items()})
+def trade_off_line(folder, psnr: dict[str, float]) -> np.ndarray:
+    """The line's x through settings with these means: nan where it breaks."""
+    results = write_results("sdedit", folder, {d: {"psnr": mean, "changed": 0.5} for d, mean in psnr.items()})
     x, _ = trade_off([results], "psnr", "changed", "Fig. 9").series["sdedit"]
+    return np.asarray(x)
+
+
+def test_a_line_of_the_trade_off_goes_through_the_settings_in_their_order(tmp_path):
+    x = trade_off_line(tmp_path, {"w 2": 20.0, "w 3": 30.0, "w 5": 25.0})
     assert x[0] < x[2] < x[1]
+
+
+def test_a_line_of_the_trade_off_breaks_where_two_options_change(tmp_path):
+    x = trade_off_line(tmp_path, {"w 2, tau 0.8": 20.0, "w 2, tau 1": 21.0, "w 3, tau 0.8": 22.0, "w 3, tau 1": 23.0})
+    assert np.isnan(x).tolist() == [False, False, True, False, False]
 
 
 def test_table_1_is_drawn_with_the_encoders_across(tmp_path):
