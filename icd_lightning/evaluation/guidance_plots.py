@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from icd_lightning.evaluation.plots import LOOKS, PRINTED, Axes, Sheet, points, 
 from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.runs import Results
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.evaluation.summaries import style_of
+from icd_lightning.evaluation.summaries import options_of, style_of
 
 LATENT_MSE = "latent MSE, to noise and back"
 NORMAL_NLL = 0.5 * (1 + np.log(2 * np.pi))
@@ -26,11 +25,6 @@ LABELS = {
 TICKS = [name.removeprefix("tau ") for name in GUIDANCES]
 QUALITIES = ("image-reward", "tiny-agreement", "clip-t")
 """Of generated pictures, the first that was measured."""
-
-
-def options_of(decoding: str) -> dict[str, float]:
-    """The numbers in a decoding's name: "tau1 0.4, tau2 0.8" -> {"tau1": 0.4, "tau2": 0.8}."""
-    return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", decoding)}
 
 
 @PRINTED

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from icd_lightning.models.checkpoints import sorted_metadata
+
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 SHIPPED = "tiny"  # what `Family` knows it by
 EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 1.0, "closed_vocabulary": True}
@@ -20,13 +22,13 @@ STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
     missing = [part for part in PARTS if not (source / "model" / part).is_dir()]
-    missing += [name for name in ("forward", "reverse") if not (source / "students" / name).is_dir()]
+    missing += [f"{name}/icd.json" for name in ("forward", "reverse") if not _about(source, name).is_file()]
     missing += [f"{stage}/config.yaml" for stage in STAGES if not (source / stage / "config.yaml").is_file()]
     if missing:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    trained_on = json.loads((source / "students/forward/icd.json").read_text())["family"]
+    trained_on = json.loads(_about(source, "forward").read_text())["family"]
     for part in PARTS:
         _copy(source / "model" / part, temporary / part, trained_on)
     for name in ("forward", "reverse"):
@@ -44,6 +46,11 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return size
+
+
+def _about(source: Path, student: str) -> Path:
+    """Where `save_student` says what a student is, the family it was trained on among it."""
+    return source / "students" / student / "icd.json"
 
 
 def _copy(source: Path, target: Path, trained_on: str) -> None:
@@ -65,13 +72,13 @@ def _copy(source: Path, target: Path, trained_on: str) -> None:
 def _halved(file: Path, trained_on: str) -> bytes:
     """A file's weights, floating-point ones as float16: enough for inference and half the download."""
     with safe_open(file, "pt") as weights:
-        header = {name: _renamed(value, trained_on) for name, value in (weights.metadata() or {}).items()}
+        header = {name: _renamed(value, trained_on) for name, value in (weights.metadata() or {"format": "pt"}).items()}
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
     if wrong:
         raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
-    return save(halved, metadata=header)
+    return sorted_metadata(save(halved, metadata=header))
 
 
 def _renamed(text: str, trained_on: str) -> str:

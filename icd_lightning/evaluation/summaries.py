@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -156,17 +157,21 @@ def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
     """
     series = {}
     for result in results[:MAX_MARKED]:
-        settings = [d for d in result.decodings if None not in (result.mean(x, d), result.mean(y, d))]
+        means = {d: (result.mean(x, d), result.mean(y, d)) for d in result.decodings}
         points: list[tuple[float, float]] = []
-        for index, decoding in enumerate(settings):
-            if index and not _differ_in_one(settings[index - 1], decoding):
+        last: str | None = None
+        for decoding, (a, b) in means.items():
+            if a is None or b is None:
+                continue
+            if last is not None and len(options_of(last).items() ^ options_of(decoding).items()) != 2:
                 points.append((np.nan, np.nan))  # a gap
-            points.append((float(result.mean(x, decoding)), float(result.mean(y, decoding))))
+            points.append((float(a), float(b)))
+            last = decoding
         series[result.name] = ([a for a, _ in points], [b for _, b in points])
     note = "A point for each setting, a line for each method, through its settings in their order."
     return Curve(title, note, x, y, series, marks=True)
 
 
-def _differ_in_one(a: str, b: str) -> bool:
-    """Whether two settings, such as "w 3, tau 0.8", have all options but one in common."""
-    return len(set(a.split(", ")) ^ set(b.split(", "))) == 2
+def options_of(decoding: str) -> dict[str, float]:
+    """The numbers in a decoding's name: "tau1 0.4, tau2 0.8" -> {"tau1": 0.4, "tau2": 0.8}."""
+    return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", decoding)}

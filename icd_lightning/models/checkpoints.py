@@ -52,7 +52,7 @@ def save_student(students: Students, adapter: str, folder: str | Path, *, metada
         "icd": about,
     }
     with replaced_folder(folder) as temporary:
-        data = _sorted_metadata(save(weights, metadata=header))
+        data = sorted_metadata(save(weights, metadata=header))
         (temporary / WEIGHTS_NAME).write_bytes(data)  # save_file lets nobody else read
         (temporary / "icd.json").write_text(about + "\n")
     return Path(folder).absolute() / WEIGHTS_NAME
@@ -71,7 +71,7 @@ def save_kohya(students: Students, adapter: str, file: str | Path, *, metadata: 
         weights[f"{KOHYA}{module}.alpha"] = torch.tensor(float(lora.alpha))
     dim = {"ss_network_module": "networks.lora", "ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.alpha)}
     data = save(weights, metadata={"format": "pt", **dim, "icd": _described(students, adapter, metadata)})
-    write_whole(Path(file), lambda temporary: temporary.write_bytes(_sorted_metadata(data)))
+    write_whole(Path(file), lambda temporary: temporary.write_bytes(sorted_metadata(data)))
     return Path(file)
 
 
@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"metadata must be JSON values or dataclasses, not {type(value).__name__}: {value!r}")
 
 
-def _sorted_metadata(data: bytes) -> bytes:
+def sorted_metadata(data: bytes) -> bytes:
     """A safetensors file with its metadata in order: written in any, equal students would be unequal files."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])

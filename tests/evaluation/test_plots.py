@@ -6,11 +6,11 @@ from results_case import write_ablations, write_generation, write_guidance, writ
 from test_architecture import users_of
 
 from icd_lightning.evaluation.ablation_plots import distribution_plot, dynamics_plot, rows_plot, verdict_plot
-from icd_lightning.evaluation.guidance_plots import options_of, table_1_plot, threshold_plot, trade_off_plot
+from icd_lightning.evaluation.guidance_plots import table_1_plot, threshold_plot, trade_off_plot
 from icd_lightning.evaluation.plots import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.published import TABLE_1, TABLE_2
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles
-from icd_lightning.evaluation.summaries import trade_off
+from icd_lightning.evaluation.summaries import options_of, trade_off
 
 
 @pytest.fixture(scope="module")
