@@ -23,7 +23,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from icd_lightning.data.images import to_images
-from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import Boundaries, NoiseSchedule
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import PictureMethod
@@ -35,6 +34,7 @@ from icd_lightning.evaluation.methods import Models, untrained_pipeline
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.family import Family
 from icd_lightning.models.sources import Folder
+from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 BASE = "icd_p2p"
 """The method that all are compared with: iCD with Prompt-to-Prompt."""

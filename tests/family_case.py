@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.data.shapes import vocabulary
 from icd_lightning.models.backbone import add_guidance_embedding
 from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
-from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.tiny.scenes import vocabulary
 
 BOUNDARIES = [0, 259, 519, 779, 999]
 CHANNELS = [8, 8, 16, 16]

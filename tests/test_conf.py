@@ -9,12 +9,12 @@ from icd_lightning.commands.fit import FitCommand, micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.registry import METHODS
-from icd_lightning.tasks.autoencoder import AutoencoderTraining
-from icd_lightning.tasks.guidance_aware import GuidanceAwareTraining
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
-from icd_lightning.tasks.scene_network import SceneNetworkTraining
-from icd_lightning.tasks.teacher import TeacherTraining
+from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
+from icd_lightning.tiny.train_guidance_aware import GuidanceAwareTraining
+from icd_lightning.tiny.train_scene_network import SceneNetworkTraining
+from icd_lightning.tiny.train_teacher import TeacherTraining
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import scene_at
 from icd_lightning.data.shards import encode_sample, write_shards
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import scene_at
 
 FEW = {"lora": LoraSettings(rank=2, target_modules=("to_q", "conv1")), "forward_weights": None, "reverse_weights": None}
 """Options of `distillation`: small new adapters, for when it matters that something is trained, not what."""

@@ -187,9 +187,9 @@ def _encoded_scenes(
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
-    from icd_lightning.data.rendering import render
-    from icd_lightning.data.shapes import scene_at
     from icd_lightning.data.shards import encode_sample
+    from icd_lightning.tiny.rendering import render
+    from icd_lightning.tiny.scenes import scene_at
 
     scene = scene_at(seed, index)
     return encode_sample(f"{index:08d}", render(scene, size), scene.caption(), scene.to_dict(), format=format)
@@ -199,8 +199,8 @@ def _version(size: int) -> str:
     """Change with the world: shards that an older program drew are not taken for today's."""
     import hashlib
 
-    from icd_lightning.data.rendering import render
-    from icd_lightning.data.shapes import scene_at
+    from icd_lightning.tiny.rendering import render
+    from icd_lightning.tiny.scenes import scene_at
 
     digest = hashlib.sha256()
     for index in range(8):

@@ -34,8 +34,8 @@ def demo(
     """
     from icd_lightning.commands import fit
     from icd_lightning.commands.data import shapes
-    from icd_lightning.evaluation.demo import DemoStudy
     from icd_lightning.models.family import Family
+    from icd_lightning.tiny.demo import DemoStudy
 
     start, root = time.monotonic(), Path(out)
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes

@@ -74,10 +74,10 @@ def evaluate(
         of_others |= {"grid": grid, "batch_size": batch_size != 16, "device": weights.device not in ("auto", "cpu")}
         if given := [name for name, value in of_others.items() if value]:
             raise ValueError(f"benchmark scenes has no {', '.join(given)}: leave it out or name another --benchmark")
-        from icd_lightning.data.shapes import HELD_OUT_SEED, check_held_out
         from icd_lightning.editing.limits import check_guidance_scale
-        from icd_lightning.evaluation.inversion import evaluate_inversion
-        from icd_lightning.evaluation.study import StudySettings
+        from icd_lightning.tiny.scenes import HELD_OUT_SEED, check_held_out
+        from icd_lightning.tiny.study import StudySettings
+        from icd_lightning.tiny.tour import evaluate_inversion
 
         defaults = family.load_defaults()
         w = defaults.guidance_scale if guidance_scale is None else check_guidance_scale(guidance_scale)

@@ -27,12 +27,12 @@ def report(
     from dataclasses import asdict
     from pathlib import Path
 
-    from icd_lightning.data.shapes import check_held_out
-    from icd_lightning.evaluation.bars import measure_family
-    from icd_lightning.evaluation.model_card import write_card
     from icd_lightning.evaluation.report import Table, print_table, wide_console
-    from icd_lightning.evaluation.study import write_json
     from icd_lightning.models.family import Family
+    from icd_lightning.tiny.bars import measure_family
+    from icd_lightning.tiny.card import write_card
+    from icd_lightning.tiny.scenes import check_held_out
+    from icd_lightning.tiny.study import write_json
 
     if count < 1:
         raise ValueError(f"count {count} must be 1 or more")
@@ -75,7 +75,7 @@ def package(
     """
     from pathlib import Path
 
-    from icd_lightning.evaluation.packaging import package_family
+    from icd_lightning.tiny.packaging import package_family
 
     size = package_family(Path(source), Path(out), max_megabytes)
     log.info("%s: %.1f MB", out, size)

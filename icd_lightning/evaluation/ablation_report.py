@@ -14,8 +14,8 @@ from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report import Curve, Report, Table, markdown_table, write_report
 from icd_lightning.evaluation.runs import Results
 from icd_lightning.evaluation.statistics import bootstrap
-from icd_lightning.evaluation.study import write_json, write_text
 from icd_lightning.evaluation.summaries import style_of
+from icd_lightning.tiny.study import write_json, write_text
 
 DESCRIPTIONS = {
     "A": "fCD2, CD2",

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import EDITS, Scene, random_edit, scene_at
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import EDITS, Scene, random_edit, scene_at
 
 log = logging.getLogger(__name__)
 

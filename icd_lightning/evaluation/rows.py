@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from icd_lightning.data.shapes import Scene
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import write_whole
+from icd_lightning.tiny.scenes import Scene
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.rows import ALONE, Ranks, Row, gather_rows, read_rows, write_rows
 from icd_lightning.evaluation.scoring import Scorer, SetScorer
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.evaluation.study import remembered, write_json
+from icd_lightning.tiny.study import remembered, write_json
 
 ALL = "all"
 PACKAGES = ("icd-lightning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.images import quantize
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, LABELS, Scene
 from icd_lightning.evaluation.examples import Example
-from icd_lightning.metrics.attributes import GROUPS, label_tensor
 from icd_lightning.metrics.base import PerImage, PictureMetric
 from icd_lightning.metrics.registry import build_metrics
-from icd_lightning.metrics.tiny import load_scene_network
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.attributes import GROUPS, label_tensor
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.metrics import load_scene_network
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, LABELS, Scene
 
 Columns = Mapping[str, Tensor]
 Scorer = Callable[[Sequence[Example], Tensor, Tensor | None], Columns]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icd_lightning.data.manifest import sha256
-from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
 from icd_lightning.editing.limits import SHORT_NAMES, check_guidance_scale
 from icd_lightning.editing.method import UNGUIDED, PictureMethod
@@ -42,8 +41,9 @@ from icd_lightning.evaluation.report import (
 from icd_lightning.evaluation.rows import Ranks
 from icd_lightning.evaluation.runs import Results, Run, perform, places
 from icd_lightning.evaluation.scoring import Scoring
-from icd_lightning.evaluation.study import write_json, write_text
 from icd_lightning.models.family import shipped
+from icd_lightning.tiny.scenes import HELD_OUT_SEED
+from icd_lightning.tiny.study import write_json, write_text
 
 log = logging.getLogger(__name__)
 

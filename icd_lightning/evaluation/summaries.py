@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.data.rendering import render
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.published import GUIDANCES, PUBLISHED, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report import MAX_MARKED, MAX_SERIES, Curve, Panel, Table, Value
 from icd_lightning.evaluation.runs import ALL, Results, read_results
 from icd_lightning.evaluation.statistics import Estimate
+from icd_lightning.tiny.rendering import render
 
 
 class Style(NamedTuple):

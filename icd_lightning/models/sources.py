@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.models.tokenizer import build_tokenizer
 
 RANDOM = "random:"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -12,11 +12,11 @@ from icd_lightning.callbacks.generation import GenerationCallback
 from icd_lightning.callbacks.reconstruction import GuidanceSweep, ReconstructionCallback
 from icd_lightning.callbacks.segments import SegmentLosses
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.scenes import SceneDataModule
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+from icd_lightning.tiny.datamodule import SceneDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -18,14 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from icd_lightning.commands import pictures
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import to_images
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import scene_at
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, Students
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import scene_at
 
 SOURCE, TARGET = "a large red circle on a white background", "a large blue circle on a white background"
 

@@ -6,8 +6,8 @@ from shards_case import samples_of
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import Scene, scene_at
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import Scene, scene_at
 
 
 def test_shapes_writes_the_scenes_of_its_seed(tmp_path):

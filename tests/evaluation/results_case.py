@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from icd_lightning.data.images import save_png
-from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.evaluation.ablation_report import write_study
 from icd_lightning.evaluation.ablations import AblationStudy, read_ablations
 from icd_lightning.evaluation.curves import write_scalars
 from icd_lightning.evaluation.published import GUIDANCES
 from icd_lightning.evaluation.rows import write_rows
 from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, Results, places, slug
-from icd_lightning.evaluation.study import write_json
 from icd_lightning.evaluation.suite import TURN_ON
+from icd_lightning.tiny.scenes import HELD_OUT_SEED
+from icd_lightning.tiny.study import write_json
 
 CONF = Path(__file__).parents[2] / "conf"
 PICTURES = 24

@@ -8,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import EDITS, HELD_OUT_SEED
 from icd_lightning.evaluation.examples import (
     Example,
     decode_mask,
@@ -20,6 +18,8 @@ from icd_lightning.evaluation.examples import (
     scene_examples,
     stack,
 )
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import EDITS, HELD_OUT_SEED
 
 
 def picture(path, size=(96, 64)):

@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import random_scene
 from icd_lightning.evaluation.axes import axes, linear_axis, lines, log_axis
 from icd_lightning.evaluation.blocks import body_block
 from icd_lightning.evaluation.drawing import Style, text_width, wrap
@@ -28,6 +26,8 @@ from icd_lightning.evaluation.report import (
     print_table,
     write_report,
 )
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import random_scene
 
 HOSTILE = """<script>alert("1")</script> & 'quotes' [bold]"""
 

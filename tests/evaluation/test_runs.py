@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.registry import build
 from icd_lightning.editing.method import UNGUIDED
@@ -21,6 +20,7 @@ from icd_lightning.evaluation.rows import read_rows
 from icd_lightning.evaluation.runs import Results, Run, perform, read_results, slug
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.models.family import Family
+from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 EXAMPLES = scene_examples(6, HELD_OUT_SEED)
 GUIDANCES = {"w 1": UNGUIDED, "w 3, tau 0.8": StepGuidance(3.0, 0.8)}

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from icd_lightning.data.images import to_images
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
 from icd_lightning.evaluation.examples import Example, scene_edits, scene_examples, stack
 from icd_lightning.evaluation.scoring import (
     ByMetric,
@@ -18,8 +16,10 @@ from icd_lightning.evaluation.scoring import (
     Scoring,
     psnr_within,
 )
-from icd_lightning.metrics.attributes import label_tensor
 from icd_lightning.metrics.registry import build_metrics
+from icd_lightning.tiny.attributes import label_tensor
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
 
 EXAMPLES = scene_edits(16, HELD_OUT_SEED)
 ORIGINALS = stack(EXAMPLES, 64)

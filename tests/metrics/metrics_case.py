@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import Scene, scene_at
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scenes import Scene, scene_at
 
 LEVEL = 2 / 255
 """One of the 255 steps of an 8-bit value, in images in [-1, 1]."""

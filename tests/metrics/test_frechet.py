@@ -12,7 +12,7 @@ from torchvision.models.inception import Inception3, InceptionA, InceptionE
 from icd_lightning.data.images import quantize, to_pictures
 from icd_lightning.metrics.distribution import FrechetDistance, prepare_clean, prepare_paper
 from icd_lightning.metrics.inception import POOLS, Inception2015, _OtherPool, resize_like_tensorflow
-from icd_lightning.metrics.tiny import TinyFrechetDistance, load_scene_network
+from icd_lightning.tiny.metrics import TinyFrechetDistance, load_scene_network
 
 
 class Brightness(nn.Module):

@@ -6,7 +6,7 @@ from metrics_case import grey, noisy
 
 from icd_lightning.metrics.latents import LatentNLL
 from icd_lightning.metrics.reconstruction import PSNR
-from icd_lightning.metrics.tiny import TinyAgreement
+from icd_lightning.tiny.metrics import TinyAgreement
 
 
 @pytest.mark.parametrize(

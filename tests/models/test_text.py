@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.data.shapes import vocabulary
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner
-from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.tiny.networks import build_tokenizer
+from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH, WIDTH = 24, 16
 PROMPTS = ["a small red ring on a blue background", "a large greenish star", ""]

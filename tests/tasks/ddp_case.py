@@ -18,8 +18,8 @@ from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.callbacks.generation import GenerationCallback
 from icd_lightning.callbacks.reconstruction import GuidanceSweep, ReconstructionCallback
 from icd_lightning.callbacks.segments import SegmentLosses
-from icd_lightning.data.scenes import SceneDataModule
 from icd_lightning.tasks.sharding import ShardedStrategy
+from icd_lightning.tiny.datamodule import SceneDataModule
 
 BATCH = 4
 """Of all processes together."""

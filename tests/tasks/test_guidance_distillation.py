@@ -3,11 +3,11 @@ import torch
 from training_case import distillation, frozen_weights, same, scenes_data, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import scene_at
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import Draws, OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scenes import scene_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -4,8 +4,6 @@ import torch
 from training_case import FEW, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import scene_at
 from icd_lightning.diffusion import Boundaries, NoisedData, StepGuidance, consistency, preservation
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
@@ -13,6 +11,8 @@ from icd_lightning.models.family import Family
 from icd_lightning.models.students import ADAPTERS, LoraSettings
 from icd_lightning.tasks.base import Draws, OptimizerSettings
 from icd_lightning.tasks.invertible_consistency import LossWeights
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scenes import scene_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.evaluation.scenes import batches, held_out, images_of, measure_generation
-from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.backbone import cfg_denoiser, guided_denoiser
 from icd_lightning.models.family import Family
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
+from icd_lightning.tiny.measuring import batches, held_out, images_of, measure_generation
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import Scene
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
 TEACHER_BARS = {"object color": 0.95, "background color": 0.97, "object shape": 0.70, "background texture": 0.85}

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import ABSENT, HELD_OUT_SEED, Scene, random_edit, scene_at
 from icd_lightning.diffusion import GuidanceSchedule, Step
 from icd_lightning.editing.method import EditingMethod, seeded_noise
-from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import PSNR, SSIM, psnr
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import ABSENT, HELD_OUT_SEED, Scene, random_edit, scene_at
 
 ATTRIBUTE_EDITS = ("color", "shape", "texture", "size", "background color", "background texture")
 """Edits that leave the number of objects alone."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from icd_lightning.data.shapes import CANVAS, COLORS, Scene, Thing
+from icd_lightning.tiny.scenes import CANVAS, COLORS, Scene, Thing
 
 TEXTURE_PERIOD = 10.0  # in pixels of the canvas
 DARK_TONE = 0.6  # brightness of a texture's second tone

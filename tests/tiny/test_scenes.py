@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from icd_lightning.data import rendering
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import (
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import (
     ABSENT,
     ATTRIBUTES,
     COLORS,

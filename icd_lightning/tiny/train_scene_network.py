@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.shapes import ABSENT, Scene
-from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
-from icd_lightning.models.scene_network import SceneNetwork
 from icd_lightning.tasks.base import OptimizerSettings, Task
+from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import ABSENT, Scene
 
 
 class SceneNetworkTraining(Task):

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_pictures
-from icd_lightning.data.rendering import render
-from icd_lightning.data.scenes import SceneDataModule, SceneStream, scene_batch
-from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, scene_at
+from icd_lightning.tiny.datamodule import SceneDataModule, SceneStream, scene_batch
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import HELD_OUT_SEED, Scene, scene_at
 
 
 def keys(batches: Iterable[Batch]) -> list[list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icd_lightning.evaluation.report import Table
-from icd_lightning.evaluation.study import StudySettings
+from icd_lightning.tiny.study import StudySettings
 
 
 def reconstruction_table(

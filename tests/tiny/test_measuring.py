@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from icd_lightning.data.shapes import LABELS
 from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.method import EditingMethod
-from icd_lightning.evaluation.scenes import (
+from icd_lightning.tiny.measuring import (
     ATTRIBUTE_EDITS,
     held_out,
     images_of,
@@ -19,7 +18,8 @@ from icd_lightning.evaluation.scenes import (
     measure_reconstruction,
     random_edits,
 )
-from icd_lightning.evaluation.study import StudySettings, remembered, study
+from icd_lightning.tiny.scenes import LABELS
+from icd_lightning.tiny.study import StudySettings, remembered, study
 
 SCENES = held_out(12)
 TARGETS = random_edits(SCENES)

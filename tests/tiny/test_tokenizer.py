@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from icd_lightning.data.shapes import vocabulary
-from icd_lightning.models.tiny import build_tokenizer
+from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH = 24
 CAPTION = "a small red striped circle left of a large blue ring on an orange checkered background"

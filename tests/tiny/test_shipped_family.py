@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 
-from icd_lightning.data.shapes import LABELS
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.evaluation.bars import stage_one_bars
-from icd_lightning.evaluation.inversion import untrained_pipeline
-from icd_lightning.evaluation.packaging import STAGES
-from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of
-from icd_lightning.metrics.attributes import attribute_accuracy, label_tensor
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
+from icd_lightning.tiny.bars import stage_one_bars
+from icd_lightning.tiny.measuring import autoencoder_psnr, held_out, images_of
+from icd_lightning.tiny.packaging import STAGES
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import LABELS
+from icd_lightning.tiny.tour import untrained_pipeline
 
 SCENES = held_out(24)
 

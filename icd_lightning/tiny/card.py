@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from icd_lightning.evaluation.bars import Bar
-from icd_lightning.evaluation.packaging import STAGES
-from icd_lightning.evaluation.study import write_text
+from icd_lightning.tiny.bars import Bar
+from icd_lightning.tiny.packaging import STAGES
+from icd_lightning.tiny.study import write_text
 
 HEAD = """# The tiny family
 
-A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/data/shapes.py`: 64 x 64
+A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/tiny/scenes.py`: 64 x 64
 pixels, one or two objects on a background, captions such as "a small red striped circle left of a large blue ring on a
 green checkered background". It exists so that all of invertible consistency distillation runs on a laptop's processor,
 through the very code that serves SD1.5 and SDXL. It knows nothing but this world.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import LABELS, scene_at
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import LABELS, scene_at
 
 
 @pytest.fixture

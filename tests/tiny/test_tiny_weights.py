@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save
 
-from icd_lightning.evaluation.packaging import PARTS, STAGES
+from icd_lightning.tiny.packaging import PARTS, STAGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path("icd_lightning/weights/tiny")

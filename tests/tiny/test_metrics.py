@@ -6,10 +6,10 @@ import pytest
 import torch
 from metrics_case import grey, scenes
 
-from icd_lightning.data.shapes import ABSENT, LABELS, scene_at
-from icd_lightning.metrics.attributes import caption_labels, label_tensor
 from icd_lightning.metrics.registry import build_metrics
-from icd_lightning.metrics.tiny import TinyAgreement, TinyPerceptualDistance
+from icd_lightning.tiny.attributes import caption_labels, label_tensor
+from icd_lightning.tiny.metrics import TinyAgreement, TinyPerceptualDistance
+from icd_lightning.tiny.scenes import ABSENT, LABELS, scene_at
 
 NAMES = list(LABELS)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.metrics.reconstruction import psnr
-from icd_lightning.models.tiny import build_autoencoder
 from icd_lightning.tasks.base import OptimizerSettings, Task
+from icd_lightning.tiny.networks import build_autoencoder
 
 
 class AutoencoderTraining(Task):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from icd_lightning.data.shapes import LABELS
+from icd_lightning.tiny.scenes import LABELS
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 

@@ -11,12 +11,12 @@ from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import EditingMethod
 from icd_lightning.evaluation.methods import teacher_hash, untrained_pipeline
 from icd_lightning.evaluation.report import print_table, wide_console
-from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out
-from icd_lightning.evaluation.study import StudySettings, remembered, study, write_json
-from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
 from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.measuring import autoencoder_psnr, held_out
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.study import StudySettings, remembered, study, write_json
+from icd_lightning.tiny.tables import edit_table, generation_table, reconstruction_table
 
 DDIM, UNTRAINED, TRAINED = "DDIM-50", "untrained", "iCD"
 

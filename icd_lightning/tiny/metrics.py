@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from icd_lightning.data.shapes import ABSENT
-from icd_lightning.metrics.attributes import caption_labels
 from icd_lightning.metrics.base import PerImage
 from icd_lightning.metrics.distribution import FrechetDistance
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.attributes import caption_labels
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import ABSENT
 
 HALVING = 6  # modules of the network's body to each halving of the picture
 

@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icd_lightning.data.shapes import HELD_OUT_SEED
 from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
 from icd_lightning.editing.method import EditingMethod
 from icd_lightning.evaluation.benchmarks import guidance_name, step_guidances
-from icd_lightning.evaluation.scenes import (
+from icd_lightning.files import write_whole
+from icd_lightning.tiny.measuring import (
     held_out,
     measure_edits,
     measure_generation,
     measure_reconstruction,
     random_edits,
 )
-from icd_lightning.files import write_whole
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 log = logging.getLogger(__name__)
 

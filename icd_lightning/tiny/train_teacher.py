@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.shapes import vocabulary
 from icd_lightning.diffusion import NoiseSchedule
 from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.models.backbone import predict
 from icd_lightning.models.family import load_autoencoder
-from icd_lightning.models.tiny import build_conditioner, build_unet, save_teacher
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, drop_captions
+from icd_lightning.tiny.networks import build_conditioner, build_unet, save_teacher
+from icd_lightning.tiny.scenes import vocabulary
 
 
 class TeacherTraining(Task):

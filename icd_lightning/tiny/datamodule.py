@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_images
-from icd_lightning.data.rendering import render
-from icd_lightning.data.shapes import HELD_OUT_SEED, Scene, scene_at
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import HELD_OUT_SEED, Scene, scene_at
 
 
 def scene_batch(scenes: Sequence[Scene], keys: Sequence[str], size: int = 64) -> Batch:

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.data.manifest import sha256
-from icd_lightning.data.shapes import Scene
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.evaluation.curves import read_scalars
-from icd_lightning.evaluation.inversion import DDIM, TRAINED, UNTRAINED
 from icd_lightning.evaluation.methods import teacher_hash, untrained_pipeline
 from icd_lightning.evaluation.report import (
     Curve,
@@ -31,12 +29,14 @@ from icd_lightning.evaluation.report import (
     wide_console,
     write_report,
 )
-from icd_lightning.evaluation.scenes import autoencoder_psnr, held_out, images_of, random_edits
-from icd_lightning.evaluation.study import StudySettings, remembered, study, write_json, write_text
-from icd_lightning.evaluation.tables import edit_table, generation_table, reconstruction_table
 from icd_lightning.models.checkpoints import WEIGHTS_NAME
 from icd_lightning.models.family import Family
-from icd_lightning.models.scene_network import SceneNetwork
+from icd_lightning.tiny.measuring import autoencoder_psnr, held_out, images_of, random_edits
+from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scenes import Scene
+from icd_lightning.tiny.study import StudySettings, remembered, study, write_json, write_text
+from icd_lightning.tiny.tables import edit_table, generation_table, reconstruction_table
+from icd_lightning.tiny.tour import DDIM, TRAINED, UNTRAINED
 
 GENERATION_STEPS = (1, 2, 3, 4)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from icd_lightning.data.shapes import ABSENT, LABELS, labels, scene_at
-from icd_lightning.metrics.attributes import GROUPS, attribute_accuracy
+from icd_lightning.tiny.attributes import GROUPS, attribute_accuracy
+from icd_lightning.tiny.scenes import ABSENT, LABELS, labels, scene_at
 
 NAMES = list(LABELS)
 

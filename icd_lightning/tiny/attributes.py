@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icd_lightning.data.shapes import ABSENT, ATTRIBUTES, LABELS, RELATIONS, Scene, labels
+from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, LABELS, RELATIONS, Scene, labels
 
 GROUPS = {
     "layout": ("layout",),

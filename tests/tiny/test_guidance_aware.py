@@ -2,13 +2,13 @@ import pytest
 import torch
 from training_case import frozen_weights, same, scenes_data, trainer_for
 
-from icd_lightning.data.scenes import scene_batch
-from icd_lightning.data.shapes import scene_at
 from icd_lightning.diffusion.guidance import classifier_free_guidance
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import Draws, OptimizerSettings
-from icd_lightning.tasks.guidance_aware import GuidanceAwareTraining
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
+from icd_lightning.tiny.datamodule import scene_batch
+from icd_lightning.tiny.scenes import scene_at
+from icd_lightning.tiny.train_guidance_aware import GuidanceAwareTraining
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -71,7 +71,7 @@ def test_only_the_network_moves(trained):
 def test_the_guided_loss_moves_its_goal_too(random_family, batch, monkeypatch):
     task, gradients = aware(random_family), []
     for guide in (classifier_free_guidance, lambda *predictions: classifier_free_guidance(*predictions).detach()):
-        monkeypatch.setattr("icd_lightning.tasks.guidance_aware.classifier_free_guidance", guide)
+        monkeypatch.setattr("icd_lightning.tiny.train_guidance_aware.classifier_free_guidance", guide)
         task.zero_grad()
         task.losses(batch, Draws(0, 0))["guided"].backward()
         gradients.append(task.network.conv_out.weight.grad.clone())
