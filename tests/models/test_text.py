@@ -6,7 +6,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner
-from icd_lightning.tiny.networks import build_tokenizer
+from icd_lightning.models.tokenizer import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH, WIDTH = 24, 16
