@@ -14,11 +14,12 @@ import icd_lightning
 
 PACKAGE = Path(icd_lightning.__file__).parent
 LAYERS = (
-    {"diffusion", "files"},
+    {"diffusion", "files", "registry"},
     {"data", "metrics", "models"},
     {"editing", "tasks"},
     {"callbacks", "evaluation"},
-    {"apps", "commands"},
+    {"apps", "tiny"},
+    {"commands"},
 )
 
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -1,0 +1,108 @@
+"""Parts by name: methods, metrics, benchmarks of this package, those that other packages register, any class by its path.
+
+A registry maps names to entries. Another package adds its own by an entry point in the registry's group, whose value is a
+mapping of names to entries in a module that is light to import:
+
+    [project.entry-points."icd_lightning.metrics"]
+    mine = "my_package.parts:METRICS"          # METRICS = {"my-metric": Entry("my_package.metrics.MyMetric", "what it is")}
+
+Without that, `my_package.metrics.MyMetric` is a name too, and so is a YAML file with `class_path` and `init_args`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part's class, `module.Class`, what it is, in a line, and its settings beside the class's defaults."""
+
+    class_path: str
+    about: str = ""
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.class_path, str) or "." not in self.class_path:
+            raise ValueError(f"class_path {self.class_path!r} is no module.Class")
+        if not isinstance(self.init_args, Mapping):
+            raise ValueError(f"init_args {self.init_args!r} are no mapping")
+
+    def load(self) -> Any:
+        """The class, or the function that makes the part; ValueError if there is none."""
+        module, _, name = self.class_path.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"there is no class {self.class_path} ({error})") from error
+
+    def build(self, **parts: Any) -> Any:
+        """The part, made of its settings, typed as its constructor wants them, and of `parts`, which no setting names."""
+        cls = self.load()
+        return cls(**parts, **typed(cls, self.init_args, skip=set(parts)))
+
+
+class Registry:
+    """Entries by name: `own`, and those of the entry points in `group`. `kind` is what messages call such a part."""
+
+    def __init__(self, kind: str, group: str, own: Mapping[str, Entry]) -> None:
+        self.kind, self.group, self.own = kind, group, own
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every entry by name; ValueError where two packages register one name."""
+        found = dict(self.own)
+        for point in entry_points(group=self.group):
+            registered = point.load()
+            if twice := found.keys() & registered.keys():
+                raise ValueError(f"{self.kind} {min(twice)!r} is registered twice, the second time by {point.value}")
+            found |= registered
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name, of a YAML file, or of a class's path; ValueError for anything else."""
+        if name in self.entries:
+            return self.entries[name]
+        if Path(name).suffix in (".yaml", ".yml"):
+            return read_entry(Path(name))
+        if "." in name:
+            entry = Entry(name)
+            entry.load()
+            return entry
+        raise ValueError(
+            f"no {self.kind} {name!r}; there is: {', '.join(self.entries)}; or a class's path, or a YAML file with "
+            "class_path and init_args"
+        )
+
+
+def read_entry(file: Path) -> Entry:
+    """The entry in a YAML file; ValueError for any other content."""
+    import yaml
+
+    try:
+        return Entry(**yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} must hold class_path and init_args, as in conf/method ({reason})") from error
+
+
+def typed(cls: Any, settings: Mapping[str, Any], *, skip: set[str] = frozenset()) -> dict[str, Any]:
+    """Settings as a class's constructor, or a function, wants them: checked, mappings turned to dataclasses."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isinstance(cls, type) else parser.add_function_arguments
+    add(cls, skip=set(skip))
+    try:
+        return vars(parser.instantiate_classes(parser.parse_object(dict(settings))))
+    except ArgumentError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from error
