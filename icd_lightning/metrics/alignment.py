@@ -79,4 +79,4 @@ class ImageReward(PerImage):
         self.network = network or load_image_reward()
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.network(to_pictures(images), prompts)
+        return self.network(images, prompts)

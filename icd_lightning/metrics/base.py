@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
+from icd_lightning.data.images import to_pictures
+
+FACTS = ("higher_is_better", "version", "digits", "factor", "unit")  # what a metric states of its values
 LIMIT = 1.01  # a decoder may overshoot by rounding; what lies further out was never in [-1, 1]
 
 
@@ -19,9 +24,18 @@ class PictureMetric(Metric):
     images, reference: (B, 3, H, W) in [-1, 1], what a method made and what it should look like; prompts: B texts;
     masks: (B, 1, H, W), 1 where the picture was to be edited; noise: latents (B, C, h, w) that pictures were inverted
     to. ValueError for what is missing or not in this form. States are sums, which torchmetrics adds up over ranks.
+
+    Tables and caches go by what a class states of its values. higher_is_better: None where neither is better. version:
+    to be raised when equal pictures get another value. digits: decimals in print, None for three digits in all; factor:
+    what values are multiplied by in print, 100 for shares.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("images", "reference")
+    higher_is_better: ClassVar[bool | None] = None
+    version: ClassVar[int] = 1
+    digits: ClassVar[int | None] = None
+    factor: ClassVar[float] = 1.0
+    unit: ClassVar[str] = ""
     full_state_update = False
     is_differentiable = False
 
@@ -94,6 +108,13 @@ class PerImage(PictureMetric):
         """The values (B,) of a batch as `update` takes it, which is left uncounted; NaN for an image without one."""
         nothing = dict.fromkeys(("prompts", "masks", "noise"))
         return self.values(*self._needed(images=images, reference=reference, **{**nothing, **given}))
+
+
+def pillow_squares(images: Tensor, size: int, interpolation: InterpolationMode) -> Tensor:
+    """8-bit values 0 ... 255 (B, 3, size, size), float32: short sides resized by Pillow, centres cut out."""
+    pictures = [resize(Image.fromarray(picture), [size], interpolation) for picture in to_pictures(images)]
+    squares = torch.stack([pil_to_tensor(center_crop(picture, [size])) for picture in pictures])
+    return squares.float().to(images.device)
 
 
 def _check(name: str, need: str, value: Any) -> None:

@@ -2,60 +2,137 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchvision.transforms.functional import center_crop
+from torch.nn.functional import interpolate
+from torchvision.transforms.functional import InterpolationMode, center_crop
 
-from icd_lightning.data.images import quantize, resize_and_crop, to_pictures
-from icd_lightning.metrics.base import PictureMetric
-from icd_lightning.metrics.inception import INCEPTION_SIZE, load_inception, resize_like_tensorflow
+from icd_lightning.data.images import quantize
+from icd_lightning.metrics.base import PictureMetric, pillow_squares
+from icd_lightning.metrics.inception import INCEPTION_SIZE, NUM_FEATURES, load_inception
 
 
-class FrechetDistance(PictureMetric, FrechetInceptionDistance):
+class FrechetDistance(PictureMetric):
     """Frechet distance between Gaussians fitted to the features of images and of references (arXiv:1706.08500).
 
-    `network` gives features (B, network.num_features) of images.
+    reference_stats: a file of the references' mean and covariance, which then takes the place of reference pictures.
     """
 
     higher_is_better = False
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(feature=network)
-        self.orig_dtype = torch.float32  # of the result; torchmetrics knows it only after an update
+    def __init__(self, network: nn.Module, num_features: int, reference_stats: str | Path | None = None) -> None:
+        super().__init__()
+        self.network = network
+        if reference_stats is None:
+            fixed = torch.zeros(0, num_features).double(), torch.zeros(0, num_features, num_features).double()
+        else:
+            self.needs = ("images",)
+            fixed = read_statistics(reference_stats, num_features)
+        self.register_buffer("fixed_means", fixed[0], persistent=False)
+        self.register_buffer("fixed_covariances", fixed[1], persistent=False)
+        sides = len(self.needs)
+        self.add_state("sums", torch.zeros(sides, num_features).double(), dist_reduce_fx="sum")
+        self.add_state("products", torch.zeros(sides, num_features, num_features).double(), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def take(self, images: Tensor, reference: Tensor) -> None:
-        FrechetInceptionDistance.update(self, reference, real=True)
-        FrechetInceptionDistance.update(self, images, real=False)
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, F)."""
+        return self.network(images)
+
+    def take(self, *inputs: Tensor) -> None:
+        features = torch.stack([self.features(images) for images in inputs]).double()
+        self.sums += features.sum(1)
+        self.products += features.mT @ features
+        self.count += features.shape[1]
 
     def compute(self) -> Tensor:
         """The distance; ValueError for less than two pictures, which have no covariance."""
-        if (count := int(self.fake_features_num_samples)) < 2:
+        if (count := int(self.count)) < 2:
             raise ValueError(f"a Frechet distance of {count} pictures does not exist: measure on two or more, on many")
-        return super().compute()
+        means = self.sums / count
+        covariances = (self.products - count * means[..., None] * means[:, None]) / (count - 1)
+        means, covariances = torch.cat([means, self.fixed_means]), torch.cat([covariances, self.fixed_covariances])
+        return frechet_distance(means, covariances).float()
 
 
-def fid() -> FrechetDistance:
-    """FID as the paper's evaluation has it: Lanczos to 256 and centre crop, then as TensorFlow's Inception resizes."""
-    return FrechetDistance(load_inception("fid", prepare_paper))
+def frechet_distance(means: Tensor, covariances: Tensor) -> Tensor:
+    """|m - n|^2 + trace(A + B - 2 (A B)^1/2) of means (2, F) and covariances (2, F, F)."""
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # A^1/2 B A^1/2 has the eigenvalues of A B and, symmetric, none that rounding makes complex.
+    roots = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt()
+    traces = covariances.diagonal(dim1=1, dim2=2).sum()
+    return (means[0] - means[1]).square().sum() + traces - 2 * roots.sum()
 
 
-def fid_clean() -> FrechetDistance:
-    """FID with the preprocessing of clean-fid (arXiv:2104.11222): antialiased bicubic to 299, unrounded."""
-    return FrechetDistance(load_inception("fid-clean", prepare_clean))
+def read_statistics(file: str | Path, num_features: int) -> tuple[Tensor, Tensor]:
+    """Means (1, F) and covariances (1, F, F) of an .npz file as pytorch-fid saves it; ValueError for any other."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            mean, covariance = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
+    except Exception as error:  # numpy raises many kinds for what is no such file
+        raise ValueError(
+            f"reference_stats {file} is no .npz file of mu and sigma, as pytorch-fid's ({error})"
+        ) from error
+    shapes = (num_features,), (num_features, num_features)
+    if (mean.shape, covariance.shape) != shapes or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(
+            f"reference_stats {file}: mu {mean.shape} and sigma {covariance.shape} must have the shapes {shapes[0]} "
+            f"and {shapes[1]}, of this network's features, and be finite"
+        )
+    return torch.from_numpy(mean)[None], torch.from_numpy(covariance)[None]
 
 
-def prepare_paper(images: Tensor) -> Tensor:
-    """Images to 0 ... 255 (B, 3, 299, 299), by way of 8-bit pictures of 256 x 256."""
-    cut = [np.asarray(resize_and_crop(Image.fromarray(picture), 256)[0]) for picture in to_pictures(images)]
-    pixels = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).float().to(images.device)
-    return resize_like_tensorflow(pixels, INCEPTION_SIZE)
+class FID(FrechetDistance):
+    """FID as the paper's evaluation has it: pytorch-fid's, of pictures that Lanczos resized to 256."""
+
+    name: ClassVar[str] = "fid"
+    version = 2  # 1 resized as `fid-tf`
+
+    def __init__(self, reference_stats: str | None = None) -> None:
+        super().__init__(load_inception(self.name), NUM_FEATURES, reference_stats)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.network(self.prepared(images))
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """What the network is given, (B, 3, 299, 299)."""
+        squares = pillow_squares(images, 256, InterpolationMode.LANCZOS) / 255
+        return 2 * interpolate(squares, [INCEPTION_SIZE] * 2, mode="bilinear", align_corners=False) - 1
 
 
-def prepare_clean(images: Tensor) -> Tensor:
-    """Images to 0 ... 255 (B, 3, 299, 299), from their central square, where clean-fid would stretch."""
-    squares = center_crop(quantize(images), [min(images.shape[-2:])])
-    size = [INCEPTION_SIZE, INCEPTION_SIZE]
-    return torch.nn.functional.interpolate(squares, size, mode="bicubic", antialias=True).clamp(0, 255)
+class FIDTensorFlow(FID):
+    """FID of the same pictures of 256, which TensorFlow's and torch-fidelity's bilinear resizes for the network."""
+
+    name, version = "fid-tf", 1
+
+    def prepared(self, images: Tensor) -> Tensor:
+        squares = pillow_squares(images, 256, InterpolationMode.LANCZOS)
+        return (resize_like_tensorflow(squares, INCEPTION_SIZE) - 128) / 128
+
+
+class FIDClean(FID):
+    """FID with the preprocessing of clean-fid (arXiv:2104.11222): antialiased bicubic, unrounded."""
+
+    name, version = "fid-clean", 1
+
+    def prepared(self, images: Tensor) -> Tensor:
+        squares = center_crop(quantize(images), [min(images.shape[-2:])])
+        resized = interpolate(squares, [INCEPTION_SIZE] * 2, mode="bicubic", antialias=True)
+        return (resized.clamp(0, 255) - 128) / 128
+
+
+def resize_like_tensorflow(x: Tensor, size: int) -> Tensor:
+    """Bilinear (B, C, size, size) of x (B, C, H, W) as TensorFlow 1 did it: pixel i lies at i, not at i + 1/2."""
+    for dim in (2, 3):
+        length = x.shape[dim]
+        at = torch.arange(size, device=x.device) * (length / size)
+        left = at.long()
+        right = (left + 1).clamp(max=length - 1)
+        share = (at - left).view([-1 if axis == dim else 1 for axis in range(4)])
+        x = torch.lerp(x.index_select(dim, left), x.index_select(dim, right), share)
+    return x

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize, to_tensor
+from torchvision.transforms.functional import InterpolationMode, normalize
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from icd_lightning.metrics.base import pillow_squares
 from icd_lightning.metrics.pretrained import find_hub_file, frozen, load_part, load_weights
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
@@ -84,22 +82,18 @@ class ImageRewardNetwork(nn.Module):
         self.tokenizer = tokenizer
         frozen(self)
 
-    def forward(self, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> Tensor:
-        """Pictures uint8 (B, H, W, 3), B prompts."""
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], B prompts."""
         device = self.head[0].weight.device
-        seen = self.vision(pixel_values=self._pixels(pictures).to(device)).last_hidden_state
+        squares = pillow_squares(images, self.vision.config.image_size, InterpolationMode.BICUBIC)
+        pixels = normalize(squares / 255, CLIP_MEAN, CLIP_STD)
+        seen = self.vision(pixel_values=pixels.to(device)).last_hidden_state
         settings = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
         tokens = self.tokenizer(list(prompts), **settings).to(device)
         read = self.text(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
         return (self.head(read[:, 0]).squeeze(1) - MEAN) / STD
-
-    def _pixels(self, pictures: NDArray[np.uint8]) -> Tensor:
-        """(B, 3, S, S): short side resized, centre cut out."""
-        size = [self.vision.config.image_size]
-        cut = [center_crop(resize(Image.fromarray(p), size, InterpolationMode.BICUBIC), size) for p in pictures]
-        return normalize(torch.stack([to_tensor(image) for image in cut]), CLIP_MEAN, CLIP_STD)
 
 
 def load_image_reward() -> ImageRewardNetwork:

@@ -16,6 +16,7 @@ class LatentNLL(PerImage):
     """
 
     needs = ("noise",)
+    digits = 3
 
     def values(self, noise: Tensor) -> Tensor:
         return 0.5 * (noise.float().square().flatten(1).mean(1) + math.log(2 * math.pi))

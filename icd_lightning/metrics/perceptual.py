@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import center_crop, normalize, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
 from icd_lightning.data.images import quantize, to_pictures
-from icd_lightning.metrics.base import PerImage
+from icd_lightning.metrics.base import PerImage, pillow_squares
 from icd_lightning.metrics.pretrained import find_file, frozen, load_network, load_part, load_weights
 
 LPIPS_TRUNKS = {
@@ -23,40 +23,38 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class LPIPS(PerImage):
-    """Mean LPIPS distance (Zhang et al., arXiv:1801.03924) with distance = network(a, b), (B, 1, 1, 1).
+    """Mean LPIPS distance (arXiv:1801.03924) with VGG16, of pictures resized to 224: piq's, as iCD's evaluation has it.
 
-    Inputs in [-1, 1] at the pictures' own size, as the network was made for.
+    network: distances (B, 1, 1, 1) of two batches in [-1, 1], where it is not the one on this machine.
     """
 
+    name: ClassVar[str] = "lpips"
+    net: ClassVar[Literal["vgg", "squeeze"]] = "vgg"
+    version = 2  # 1 gave the network [0, 1]
     higher_is_better = False
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.network = frozen(network)
+        self.network = frozen(network or self._load())
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return self.network(*(self.prepared(x) for x in (images, reference))).flatten()
 
     def prepared(self, images: Tensor) -> Tensor:
         """What the network is given."""
-        return quantize(images) / 127.5 - 1
+        return pillow_squares(images, 224, InterpolationMode.BICUBIC) / 127.5 - 1
+
+    def _load(self) -> nn.Module:
+        return lpips_network(self.net, load_weights(find_file(LPIPS_TRUNKS[self.net], self.name)))
 
 
-class LPIPS224(LPIPS):
-    """As in iCD's evaluation: inputs in [0, 1], not the [-1, 1] of the LPIPS paper, resized to 224 pixels."""
+class SqueezeLPIPS(LPIPS):
+    """LPIPS as PIE-Bench has it: with SqueezeNet, of pictures at their own size."""
+
+    name, net, version = "lpips-squeeze", "squeeze", 1
 
     def prepared(self, images: Tensor) -> Tensor:
-        return _square(quantize(images) / 255, 224, antialias=True)
-
-
-def lpips() -> LPIPS:
-    """LPIPS as the paper's evaluation has it, with VGG16."""
-    return LPIPS224(_load_lpips("vgg", "lpips"))
-
-
-def lpips_squeeze() -> LPIPS:
-    """LPIPS as PIE-Bench has it, with SqueezeNet."""
-    return LPIPS(_load_lpips("squeeze", "lpips-squeeze"))
+        return quantize(images) / 127.5 - 1
 
 
 class DinoV2Similarity(PerImage):
@@ -102,21 +100,13 @@ class StructureDistance(PerImage):
 
     def _self_similarity(self, images: Tensor) -> Tensor:
         """Cosines (B, tokens, tokens)."""
-        found: list[Tensor] = []
+        keys: list[Tensor] = []
+        squares = center_crop(resize(quantize(images), [224], antialias=False), [224])
         last = self.network.layers[-1].attention.k_proj
-        with last.register_forward_hook(lambda module, inputs, output: found.append(output)):
-            self.network(normalize(_square(quantize(images), 224, antialias=False), *IMAGENET))
-        keys = torch.nn.functional.normalize(found[0], dim=-1)
-        return keys @ keys.transpose(1, 2)
-
-
-def _square(images: Tensor, size: int, *, antialias: bool) -> Tensor:
-    """Short side resized to `size`, centre cut out: never stretched."""
-    return center_crop(resize(images, [size], antialias=antialias), [size])
-
-
-def _load_lpips(net: Literal["vgg", "squeeze"], metric: str) -> nn.Module:
-    return lpips_network(net, load_weights(find_file(LPIPS_TRUNKS[net], metric)))
+        with last.register_forward_hook(lambda module, inputs, output: keys.append(output)):
+            self.network(normalize(squares, *IMAGENET))
+        unit = torch.nn.functional.normalize(keys[0], dim=-1)
+        return unit @ unit.mT
 
 
 def lpips_network(net: Literal["vgg", "squeeze"], trunk: dict[str, Tensor]) -> nn.Module:

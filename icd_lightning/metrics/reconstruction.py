@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from icd_lightning.data.images import quantize
-from icd_lightning.metrics.base import PerImage
+from icd_lightning.metrics.base import FACTS, PerImage
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ class PSNR(PerImage):
     """Mean over images of their `psnr`, in dB."""
 
     higher_is_better = True
+    digits, unit = 2, "dB"
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return psnr(images, reference)
@@ -66,6 +67,7 @@ class Within(PerImage):
         super().__init__()
         self.metric, self.edited = metric, edited
         self.needs = (*metric.needs, "masks")
+        vars(self).update({fact: getattr(metric, fact) for fact in FACTS})  # torchmetrics' setattr refuses some
 
     def values(self, *inputs: Any) -> Tensor:
         *inputs, masks = inputs

@@ -6,42 +6,41 @@ Nothing but names is here until a metric is asked for. See docs/metrics.md for w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from icd_lightning.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from icd_lightning.metrics.base import PictureMetric
 
-METRICS = {  # name -> what makes it, in icd_lightning.metrics
-    "psnr": "reconstruction.PSNR",
-    "ssim": "reconstruction.SSIM",
-    "mse": "reconstruction.MSE",
-    "lpips": "perceptual.lpips",
-    "lpips-squeeze": "perceptual.lpips_squeeze",
-    "dinov2": "perceptual.DinoV2Similarity",
-    "structure-distance": "perceptual.StructureDistance",
-    "clip-t": "alignment.CLIPText",
-    "clip-i": "alignment.CLIPImage",
-    "clip-score": "alignment.CLIPScore",
-    "image-reward": "alignment.ImageReward",
-    "fid": "distribution.fid",
-    "fid-clean": "distribution.fid_clean",
-    "latent-nll": "latents.LatentNLL",
-    "tiny-fd": "tiny.TinyFrechetDistance",
-    "tiny-agreement": "tiny.TinyAgreement",
-    "tiny-perceptual": "tiny.TinyPerceptualDistance",
+HERE = "icd_lightning.metrics"
+OWN = {
+    "psnr": Entry(f"{HERE}.reconstruction.PSNR", "peak signal-to-noise ratio, dB"),
+    "ssim": Entry(f"{HERE}.reconstruction.SSIM", "structural similarity"),
+    "mse": Entry(f"{HERE}.reconstruction.MSE", "mean squared difference"),
+    "lpips": Entry(f"{HERE}.perceptual.LPIPS", "LPIPS with VGG16 at 224 pixels, as the paper has it"),
+    "lpips-squeeze": Entry(f"{HERE}.perceptual.SqueezeLPIPS", "LPIPS with SqueezeNet, as PIE-Bench has it"),
+    "dinov2": Entry(f"{HERE}.perceptual.DinoV2Similarity", "cosine of DinoV2's features"),
+    "structure-distance": Entry(f"{HERE}.perceptual.StructureDistance", "distance of DINO's self-similarities"),
+    "clip-t": Entry(f"{HERE}.alignment.CLIPText", "CLIP's cosine of picture and prompt"),
+    "clip-i": Entry(f"{HERE}.alignment.CLIPImage", "CLIP's cosine of picture and reference"),
+    "clip-score": Entry(f"{HERE}.alignment.CLIPScore", "100 times CLIP's cosine of picture and prompt, at least 0"),
+    "image-reward": Entry(f"{HERE}.alignment.ImageReward", "ImageReward-v1.0 of picture and prompt"),
+    "fid": Entry(f"{HERE}.distribution.FID", "Frechet distance of pictures resized as in pytorch-fid"),
+    "fid-tf": Entry(f"{HERE}.distribution.FIDTensorFlow", "Frechet distance of pictures resized as in torch-fidelity"),
+    "fid-clean": Entry(f"{HERE}.distribution.FIDClean", "Frechet distance of pictures resized as in clean-fid"),
+    "latent-nll": Entry(f"{HERE}.latents.LatentNLL", "negative log-likelihood of inverted latents"),
 }
+METRICS = Registry("metric", "icd_lightning.metrics", OWN)
+PIEBENCH = (
+    *("structure-distance", "psnr-unedited", "lpips-squeeze-unedited", "mse-unedited", "ssim-unedited"),
+    *("clip-score", "clip-score-edited"),
+)
+ICD = ("psnr", "lpips", "dinov2", "clip-t", "clip-i", "image-reward", "fid", "latent-nll")
+PRESETS = Registry("preset", "icd_lightning.metric_presets", {"icd": ICD, "piebench": PIEBENCH})
+"""Names, each for several metrics."""
 PARTS = {"unedited": False, "edited": True}
 """Endings of a name: that metric inside or outside of an edit's mask, e.g. `psnr-unedited`."""
-
-PRESETS = {  # name -> the metrics it stands for
-    "icd": ("psnr", "lpips", "dinov2", "clip-t", "clip-i", "image-reward", "fid", "latent-nll"),
-    "piebench": (
-        *("structure-distance", "psnr-unedited", "lpips-squeeze-unedited", "mse-unedited", "ssim-unedited"),
-        *("clip-score", "clip-score-edited"),
-    ),
-    "tiny": ("psnr", "ssim", "tiny-perceptual", "tiny-agreement", "tiny-fd"),
-}
 
 
 def build_metrics(names: Sequence[str]) -> dict[str, PictureMetric]:
@@ -59,25 +58,36 @@ def build_metrics(names: Sequence[str]) -> dict[str, PictureMetric]:
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
     """The names once each, presets replaced by theirs; ValueError for an unknown one, or for none."""
-    expanded = tuple(dict.fromkeys(name for given in names for name in PRESETS.get(given, (given,))))
+    presets = PRESETS.entries
+    expanded = tuple(dict.fromkeys(name for given in names for name in presets.get(given, (given,))))
     for name in expanded:
-        if _split(name)[0] not in METRICS:
-            raise ValueError(
-                f"no metric {name!r}; there is: {', '.join(METRICS)}, each but those of distributions also with "
-                f"{' or '.join(f'-{part}' for part in PARTS)}; or one of {', '.join(PRESETS)}, which stand for several"
-            )
+        _entry(name)
     if not expanded:
         raise ValueError("metrics [] measure nothing: name some, e.g. [psnr, ssim], or leave out what measures")
     return expanded
 
 
+def metric_class(name: str) -> type[PictureMetric]:
+    """The class behind a name, which states direction, version and how a value is printed; no network is loaded."""
+    return _entry(name).load()
+
+
+def _entry(name: str) -> Entry:
+    try:
+        return METRICS.find(_split(name)[0])
+    except ValueError as error:
+        more = "" if "." in name else f"; presets: {', '.join(PRESETS.entries)}; endings: {', '.join(PARTS)}"
+        raise ValueError(f"{error}{more}") from error
+
+
 def _build(name: str) -> PictureMetric:
-    from icd_lightning.metrics.base import PerImage
+    from icd_lightning.metrics.base import PerImage, PictureMetric
     from icd_lightning.metrics.reconstruction import Within
 
     whole, part = _split(name)
-    module, maker = METRICS[whole].split(".")
-    metric = getattr(import_module(f"icd_lightning.metrics.{module}"), maker)()
+    metric = _entry(name).build()
+    if not isinstance(metric, PictureMetric):
+        raise ValueError(f"metric {name!r} is no PictureMetric: derive its class from icd_lightning.metrics.base")
     if part is None:
         return metric
     if not isinstance(metric, PerImage) or "images" not in metric.needs:

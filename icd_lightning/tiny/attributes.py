@@ -29,37 +29,38 @@ def caption_labels(caption: str) -> Tensor:
 
     ValueError for a caption that is none of the tiny world's.
     """
-    things, _, background = caption.lower().partition(" on ")
-    relation = next((name for name in RELATIONS if f" {name} " in things), None)
-    said = {"layout": "single" if relation is None else "vertical" if RELATIONS[relation][0] == 0 else "horizontal"}
-    for slot, thing in enumerate(things.split(f" {relation} "), 1):
-        said |= {f"{attribute} {slot}": word for attribute, word in _attributes(thing, caption).items()}
+    objects, _, background = caption.lower().partition(" on ")
+    relation = next((name for name in RELATIONS if f" {name} " in objects), None)
+    layout = "single" if relation is None else "vertical" if RELATIONS[relation][0] == 0 else "horizontal"
+    stated = {"layout": layout}
+    for slot, words in enumerate(objects.split(f" {relation} "), 1):
+        stated |= {f"{attribute} {slot}": word for attribute, word in _attributes(words, caption).items()}
     if background:
-        found = _attributes(background.removesuffix(" background"), caption)
-        said |= {f"background {attribute}": word for attribute, word in found.items()}
-    if unknown := said.keys() - LABELS.keys():
+        attributes = _attributes(background.removesuffix(" background"), caption)
+        stated |= {f"background {attribute}": word for attribute, word in attributes.items()}
+    if unknown := stated.keys() - LABELS.keys():
         raise ValueError(f"no {sorted(unknown)[0]} can be had in the tiny world, as {caption!r} wants it")
-    return torch.tensor([LABELS[name].index(said[name]) if name in said else ABSENT for name in LABELS])
+    return torch.tensor([LABELS[name].index(stated[name]) if name in stated else ABSENT for name in LABELS])
 
 
 def _attributes(words: str, caption: str) -> dict[str, str]:
     """The attributes that words such as "a small red ring" name."""
-    kinds = {option: attribute for attribute, options in ATTRIBUTES.items() for option in options}
-    found = {"texture": "plain"}
+    attribute_of = {option: attribute for attribute, options in ATTRIBUTES.items() for option in options}
+    attributes = {"texture": "plain"}
     for word in words.removeprefix("an ").removeprefix("a ").split():
-        if word not in kinds:
+        if word not in attribute_of:
             raise ValueError(f"{caption!r} is no caption of the tiny world: {word!r} is not one of its words")
-        found[kinds[word]] = word
-    return found
+        attributes[attribute_of[word]] = word
+    return attributes
 
 
-def attribute_accuracy(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Share of attributes that are right, by group; found, truth long (B, len(LABELS)), ABSENT in truth not counted."""
+def attribute_accuracy(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Share of right attributes, by group; predicted, truth long (B, len(LABELS)), ABSENT in truth not counted."""
     names = list(LABELS)
     result = {}
     for group, members in GROUPS.items():
         columns = [names.index(member) for member in members]
         counted = truth[:, columns] != ABSENT
-        right = (found[:, columns] == truth[:, columns]) & counted
+        right = (predicted[:, columns] == truth[:, columns]) & counted
         result[group] = right.sum() / counted.sum().clamp(min=1)
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from icd_lightning.metrics.base import PerImage
@@ -31,34 +31,28 @@ class TinyFrechetDistance(FrechetDistance):
     """`tiny-fd`: Frechet distance between the scene network's features of pictures and of references."""
 
     def __init__(self) -> None:
-        super().__init__(_Features(load_scene_network()))
+        network = load_scene_network()
+        super().__init__(network, network.config["feature_dim"])
 
-
-class _Features(nn.Module):
-    """The features as a network of their own, with their number as torchmetrics asks for it."""
-
-    def __init__(self, network: SceneNetwork) -> None:
-        super().__init__()
-        self.network, self.num_features = network, network.config["feature_dim"]
-
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         return self.network.features(images.float())
 
 
 class TinyAgreement(PerImage):
-    """`tiny-agreement`: the share of what a caption says that the scene network finds in the picture; their mean."""
+    """`tiny-agreement`: mean share of a caption's attributes that the scene network reads in its picture."""
 
     needs = ("images", "prompts")
     higher_is_better = True
+    digits, factor, unit = 1, 100, "%"
 
     def __init__(self) -> None:
         super().__init__()
         self.network = load_scene_network()
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        said = torch.stack([caption_labels(prompt) for prompt in prompts]).to(images.device)
-        counted = said != ABSENT
-        right = (self.network.read(images.float()) == said) & counted
+        stated = torch.stack([caption_labels(prompt) for prompt in prompts]).to(images.device)
+        counted = stated != ABSENT
+        right = (self.network.read(images.float()) == stated) & counted
         return right.sum(1) / counted.sum(1)
 
 
