@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 
 def shapes(
@@ -31,29 +30,12 @@ def shapes(
     """
     from rich.console import Console
 
-    from icd_lightning.data.shards import ENCODINGS, find_reusable, write_shards
+    from icd_lightning.tiny.shards import write_scenes
 
-    for name, value, least in (
-        ("count", count, 1),
-        ("shard_size", shard_size, 1),
-        ("size", size, 8),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} {value} must be at least {least}")
-    if format not in ENCODINGS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(ENCODINGS)}")
-    parameters: dict[str, Any] = {"world": "shapes", "version": _version(size), "count": count}
-    parameters |= {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
-    if reused := find_reusable(out, parameters, overwrite=overwrite):
-        Console().print(f"{out} holds these {reused.samples} pictures already; nothing to do", soft_wrap=True)
-        return
-    samples = _encoded_scenes(count, seed=seed, size=size, format=format, num_workers=num_workers)
-    manifest = write_shards(
-        samples, out, shard_size=shard_size, parameters=parameters, total=count, overwrite=overwrite
-    )
+    settings = {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
+    manifest, new = write_scenes(out, count, **settings, overwrite=overwrite, num_workers=num_workers)
     text = f"{out} holds {_counted(manifest.samples, 'picture')} in {_counted(len(manifest.shards), 'shard')}"
-    Console().print(text, soft_wrap=True)
+    Console().print(text if new else f"{text} already; nothing to do", soft_wrap=True)
 
 
 def cache_latents(
@@ -85,7 +67,7 @@ def cache_latents(
         resolution: Pixels of a side. The short side is resized to it, the centre cut out.
         buckets: Keep the form of pictures that are not square: see the option of that name in training.
         min_size: Leave out pictures with a short side under this many pixels; if not given, those to be enlarged.
-        caption_field: Take captions from this field of the json file instead of the txt file.
+        caption_field: Take captions from this field of the json file instead of the txt or caption file.
         batch_size: Pictures encoded at once.
         part: Which share of the shards to do, as in 0/8; what torchrun says if not given, or else all.
         device: Where to encode: auto, cpu, cuda, cuda:1, ... With torchrun, auto is each process's own GPU.
@@ -141,21 +123,23 @@ def describe(*urls: str, examples: int = 4) -> None:
 
     from icd_lightning.data.shards import describe_shards
 
-    found = describe_shards(list(urls), examples=examples)
+    if examples < 1:
+        raise ValueError(f"examples {examples} must be at least 1")
+    shown = describe_shards(list(urls), examples=examples)
     table = Table(show_header=False, box=None)
-    table.add_row("shards", f"{found.shards}")
-    table.add_row("samples", f"{found.samples}")
-    table.add_row("bytes", f"{found.bytes:,}")
-    table.add_row("files", ", ".join(f"{n} {extension}" for extension, n in found.files.most_common()))
-    table.add_row("sizes", ", ".join(f"{w} x {h}" for (w, h), _ in found.sizes.most_common(5)) or "no pictures")
-    for caption in found.captions[:examples]:
+    table.add_row("shards", f"{shown.shards}")
+    table.add_row("samples", f"{shown.samples}")
+    table.add_row("bytes", f"{shown.bytes:,}")
+    table.add_row("files", ", ".join(f"{n} {extension}" for extension, n in shown.files.most_common()))
+    table.add_row("sizes", ", ".join(f"{w} x {h}" for (w, h), _ in shown.sizes.most_common(5)) or "no pictures")
+    for caption in shown.captions[:examples]:
         table.add_row("caption", caption)
-    table.add_row("manifest", found.manifest)
+    table.add_row("manifest", shown.manifest)
     Console().print(table)
-    if found.problems:
-        shown = "; ".join(found.problems[:5])
-        more = f" and {len(found.problems) - 5} more" if len(found.problems) > 5 else ""
-        raise ValueError(f"{_counted(len(found.problems), 'problem')}: {shown}{more}; write or copy the shards again")
+    if shown.problems:
+        first = "; ".join(shown.problems[:5])
+        more = f" and {len(shown.problems) - 5} more" if len(shown.problems) > 5 else ""
+        raise ValueError(f"{_counted(len(shown.problems), 'problem')}: {first}{more}; write or copy the shards again")
 
 
 def _counted(count: int, name: str) -> str:
@@ -168,42 +152,3 @@ def _part(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ValueError(f"part {text!r} must be as in 0/8, 1/8, ... 7/8")
     return int(first), int(last)
-
-
-def _encoded_scenes(
-    count: int, *, seed: int, size: int, format: Literal["png", "jpg"], num_workers: int | None
-) -> Iterator[dict[str, Any]]:
-    import multiprocessing
-    import os
-    from functools import partial
-
-    draw = partial(_encoded_scene, seed=seed, size=size, format=format)
-    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 200)  # a process pays from some hundred pictures on
-    if workers == 1:
-        yield from map(draw, range(count))
-        return
-    with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap(draw, range(count), chunksize=64)
-
-
-def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
-    from icd_lightning.data.shards import encode_sample
-    from icd_lightning.tiny.rendering import render
-    from icd_lightning.tiny.scenes import scene_at
-
-    scene = scene_at(seed, index)
-    return encode_sample(f"{index:08d}", render(scene, size), scene.caption(), scene.to_dict(), format=format)
-
-
-def _version(size: int) -> str:
-    """Change with the world: shards that an older program drew are not taken for today's."""
-    import hashlib
-
-    from icd_lightning.tiny.rendering import render
-    from icd_lightning.tiny.scenes import scene_at
-
-    digest = hashlib.sha256()
-    for index in range(8):
-        scene = scene_at(0, index)
-        digest.update(scene.caption().encode() + render(scene, size).tobytes())
-    return digest.hexdigest()[:12]

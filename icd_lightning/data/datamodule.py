@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -13,20 +15,16 @@ import lightning
 from icd_lightning.data.buckets import bucket_step
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.loaders import TrainLoader, ValidationLoader, ValidationSet
-from icd_lightning.data.manifest import Verify, index_shard
-from icd_lightning.data.shards import open_shards
+from icd_lightning.data.manifest import Verify
+from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece, TrainStream
 from icd_lightning.data.tally import Limits, RejectedError, Tally
+from icd_lightning.data.tars import Raw, explain_dots, index_shard
 
 logger = logging.getLogger(__name__)
 
 PROBED_SAMPLES, PROBED_SHARDS = 64, 8
-REMEDIES = {
-    "wrong_resolution": "give the resolution and buckets that their latents were made with, or make them again",
-    "too_small": "lower resolution, or give min_size=0 to enlarge what is smaller",
-    "no_caption": "give caption_field, the field of the json files that holds the caption",
-}
 
 
 class ShardDataModule(lightning.LightningDataModule):
@@ -46,11 +44,12 @@ class ShardDataModule(lightning.LightningDataModule):
             pixels, and a batch holds one size. Validation keeps to squares.
         min_size: Samples with a short side under this many pixels are skipped; if not given, those that would have to
             be enlarged.
-        caption_field: Take captions from this field of the json file instead of the txt file.
+        caption_field: Take captions from this field of the json file instead of the txt or caption file.
         num_workers: Worker processes; 0 reads in the training process.
         seed: Decides the order of samples, together with the number of ranks and workers.
         shuffle_buffer: Samples among which each worker shuffles, after the shards have been shuffled.
-        batches_per_epoch: Batches of each rank in an epoch; as many as the shards hold if not given.
+        batches_per_epoch: Batches of each rank in an epoch; as many as the shards hold if not given. With accumulated
+            micro-batches it is brought to a multiple of them: an epoch is made of whole optimizer steps.
         verify: How closely shards are compared with the manifest.json beside them: see `open_shards`.
         max_skipped: The run ends when more than this share of the samples cannot be used (after the first 1000).
         stall_timeout: The run ends when no usable sample has come for so many seconds.
@@ -123,27 +122,38 @@ class ShardDataModule(lightning.LightningDataModule):
         tally = Tally(limits=self.limits)
         raws = chain.from_iterable(Piece(shard.url, 0, None).read(tally) for shard in shards[:PROBED_SHARDS])
         _probe(raws, self.decoder, "urls", tally)
-        batches, readers = self.batches_per_epoch, world_size * max(1, self.num_workers)
-        unknown = next((shard.url for shard in shards if shard.samples is None), None)
-        if unknown is not None:
-            if batches is None:
-                raise ValueError(f"how many samples {unknown} holds is not known in advance: give batches_per_epoch")
-            if len(shards) < readers:
-                raise ValueError(
-                    f"{len(shards)} uncounted shards are too few for {readers} readers ({world_size} ranks x "
-                    f"{max(1, self.num_workers)} workers); lower num_workers or make more and smaller shards"
-                )
-        else:
-            total = sum(shard.samples or 0 for shard in shards)
-            batches = batches or total // (self.batch_size * world_size)
-            if batches == 0 or total < readers:
-                raise ValueError(
-                    f"urls hold {total} samples, too few for one batch of {self.batch_size} on each of {world_size} "
-                    "ranks; lower batch_size or add shards"
-                )
+        batches = self._count_batches(shards, world_size)
         return TrainStream(
             shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
         )
+
+    def _count_batches(self, shards: Sequence[Shard], world_size: int) -> int:
+        """Batches of each rank in an epoch, whole optimizer steps; ValueError where data and readers do not fit."""
+        workers = max(1, self.num_workers)
+        readers = f"{world_size * workers} readers ({world_size} ranks x {workers} workers)"
+        uncounted = next((shard.url for shard in shards if shard.samples is None), None)
+        units = len(shards) if uncounted else sum(shard.samples or 0 for shard in shards)
+        what = "uncounted shards" if uncounted else "samples"
+        if units < world_size * workers:
+            fewer = "give a lower num_workers" if units >= world_size else "take fewer devices"
+            raise ValueError(f"urls hold {units} {what}, too few for {readers}; {fewer}, or add {what}")
+        batches = self.batches_per_epoch
+        if batches is None and uncounted:
+            raise ValueError(f"how many samples {uncounted} holds is not known in advance: give batches_per_epoch")
+        batches = batches or units // (self.batch_size * world_size)
+        if batches == 0:
+            raise ValueError(
+                f"urls hold {units} samples, too few for one batch of {self.batch_size} on each of {world_size} ranks; "
+                f"lower batch_size to at most {units // world_size}, or add samples"
+            )
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        if batches < accumulated:
+            logger.warning(
+                "an optimizer step takes %d batches of each rank, and an epoch has %d: it is made %.3g times as long, "
+                "and a step sees samples more than once",
+                *(accumulated, batches, accumulated / batches),
+            )
+        return max(1, batches // accumulated) * accumulated
 
     def _open_validation_set(self, rank: int, world_size: int) -> ValidationSet:
         shards = open_shards(self.val_urls, verify=self.verify)
@@ -164,7 +174,7 @@ class ShardDataModule(lightning.LightningDataModule):
         assert self.stream is not None, "setup comes first"
         if self._loader is not None:
             self._loader.close()
-        position = self._position if self.trainer else None
+        position = self._next_batch if self.trainer else None
         self._loader = TrainLoader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
         return self._loader
 
@@ -213,6 +223,10 @@ class ShardDataModule(lightning.LightningDataModule):
         before = self._resumed["position"] * was["batch_size"] * was["world_size"]
         return before // (now["batch_size"] * now["world_size"]) + self._finished() - self._resumed["finished"]
 
+    def _next_batch(self) -> int:
+        """Where an epoch begins: with `overfit_batches`, each with the same batches."""
+        return self._position() % (self.trainer.num_training_batches if self.trainer.overfit_batches else sys.maxsize)
+
     def _order(self) -> dict[str, int]:
         """All that decides which samples make which batch."""
         stream = self.stream
@@ -230,19 +244,40 @@ class ShardDataModule(lightning.LightningDataModule):
         return order | ({"buckets": 1} if stream.decoder.buckets else {})
 
 
-def _probe(raws: Iterable[dict[str, Any]], decoder: SampleDecoder, name: str, tally: Tally) -> None:
+def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:
     """Raise ValueError if not one of the first samples can be used."""
-    rejected: list[RejectedError] = []
+    rejected: list[tuple[RejectedError, Raw]] = []
     for raw in islice(raws, PROBED_SAMPLES):
         try:
             decoder.decode(raw)
             return
         except RejectedError as error:
-            rejected.append(error)
+            rejected.append((error, raw))
     if not rejected:
         raise tally.nothing(f"the shards of {name} hold no samples")
-    remedy = REMEDIES.get(rejected[0].reason, "look at them with `icd data describe`")
-    raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({rejected[0]}); {remedy}")
+    error, raw = rejected[0]
+    remedy = _remedy(error.reason, raw, decoder)
+    raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({error}); {remedy}")
+
+
+def _remedy(reason: str, raw: Raw, decoder: SampleDecoder) -> str:
+    if dots := explain_dots(raw):
+        return dots
+    if reason == "wrong_resolution":
+        return "give the resolution and buckets that their latents were made with, or make them again"
+    if reason == "too_small":
+        return f"lower {'resolution' if decoder.min_size is None else 'min_size'}, or give min_size=0 to enlarge them"
+    if reason == "no_caption":
+        fields = [name for name, value in json.loads(raw.get("json", b"{}")).items() if isinstance(value, str)]
+        if fields:
+            return f"give a caption_field that their json files have ({', '.join(fields)})"
+        if decoder.caption_field is not None:
+            return "leave out caption_field to take captions from txt or caption files"
+        return (
+            "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
+            "(`tar --sort=name`)"
+        )
+    return "look at local shards with `icd data describe`"
 
 
 def _require(*, at_least: int, **values: int) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from safetensors.numpy import load
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.buckets import nearest_bucket
 from icd_lightning.data.images import resize_and_crop, to_images, to_rgb, upright_size
-from icd_lightning.data.manifest import IMAGE_EXTENSIONS
 from icd_lightning.data.tally import NothingToReadError, RejectedError
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, text_caption
 
-MOMENTS = "moments.npy"  # the file of a sample that holds an encoder's output instead of a picture
-TEXT = "text.safetensors"  # the one beside it that may hold its caption's embeddings: EMBEDS, the second for SDXL alone
-EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
 MIXED = (
     "some shards hold pictures and some hold latents, or some hold text embeddings and some none: train on one kind at "
     "a time"
@@ -51,8 +49,9 @@ class SampleDecoder:
 
     The image may have any of IMAGE_EXTENSIONS, and there may be a json file. The picture is resized to cover a square
     of `resolution` pixels, or with `buckets` the nearest of `bucket_sizes(resolution)`, and the centre cut out. The
-    caption is the txt file or, if `caption_field` is given, that field of the json file. Rejected is a short side under
-    `min_size` pixels; if that is not given, a picture that would have to be enlarged (0 allows any enlargement).
+    caption is the txt or else the caption file or, if `caption_field` is given, that field of the json file. Rejected
+    is a short side under `min_size` pixels; if that is not given, a picture that would have to be enlarged (0 allows
+    any enlargement).
 
     Instead of the image there may be MOMENTS, which must have been made with the same resolution and buckets, and TEXT
     beside them.
@@ -63,14 +62,14 @@ class SampleDecoder:
     min_size: int | None = None
     buckets: bool = False
 
-    def admit(self, raw: dict[str, Any]) -> tuple[int, int]:
+    def admit(self, raw: Raw) -> tuple[int, int]:
         """Return the sample's (height, width) in a batch; raise `RejectedError` for what is wrong before its pixels."""
         metadata, _ = _read_metadata(raw), self._caption(raw)
         if MOMENTS in raw:
             return self._moments(raw, metadata).shape[1:]
         return self._open(raw)[1]
 
-    def decode(self, raw: dict[str, Any]) -> Decoded:
+    def decode(self, raw: Raw) -> Decoded:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""
         metadata, caption = _read_metadata(raw), self._caption(raw)
         if MOMENTS in raw:
@@ -85,12 +84,12 @@ class SampleDecoder:
         metadata |= {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
         return Decoded(np.asarray(cut), caption, raw["__key__"], metadata)
 
-    def _open(self, raw: dict[str, Any]) -> tuple[Image.Image, tuple[int, int]]:
+    def _open(self, raw: Raw) -> tuple[Image.Image, tuple[int, int]]:
         """Open an image, reading no more than its header; return it with the (height, width) to bring it to."""
         data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
         if data is None:
-            found = sorted(name for name in raw if not name.startswith("__"))
-            raise RejectedError("no_image", f"{_name(raw)} has {found}, none of {', '.join(IMAGE_EXTENSIONS)}")
+            extensions = sorted(name for name in raw if not name.startswith("__"))
+            raise RejectedError("no_image", f"{_name(raw)} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}")
         try:
             image = Image.open(BytesIO(data))
             height, width = upright_size(image)
@@ -105,23 +104,24 @@ class SampleDecoder:
             raise RejectedError("too_small", f"{_name(raw)} is {width} x {height}, less than {wanted}")
         return image, size
 
-    def _moments(self, raw: dict[str, Any], metadata: dict) -> NDArray[np.float16]:
+    def _moments(self, raw: Raw, metadata: dict) -> NDArray[np.float16]:
         """Read moments (C, h, w), and turn into tuples what json has made lists of."""
         try:
-            moments, made = np.load(BytesIO(raw[MOMENTS])), metadata["moments"]
-            resolution, buckets = made["resolution"], made.get("buckets", False)
+            moments, settings = np.load(BytesIO(raw[MOMENTS])), metadata["moments"]
+            resolution, buckets = settings["resolution"], settings.get("buckets", False)
             metadata |= {name: tuple(metadata[name]) for name in PLACES}
             _, _, _ = moments.shape
         except (ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
         if (resolution, buckets) != (self.resolution, self.buckets):
-            was, now = (
-                f"{r} pixels{' in buckets' * b}" for r, b in ((resolution, buckets), (self.resolution, self.buckets))
+            encoded, wanted = (
+                f"{side} pixels{' in buckets' * many}"
+                for side, many in ((resolution, buckets), (self.resolution, self.buckets))
             )
-            raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {was}, not {now}")
+            raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {encoded}, not {wanted}")
         return moments
 
-    def _text(self, raw: dict[str, Any], metadata: dict, caption: str) -> dict[str, NDArray[np.float16]] | None:
+    def _text(self, raw: Raw, metadata: dict, caption: str) -> dict[str, NDArray[np.float16]] | None:
         """Read the caption's embeddings, if they were kept."""
         if TEXT not in raw:
             return None
@@ -131,32 +131,28 @@ class SampleDecoder:
             raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
         if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
             raise RejectedError("corrupt_latents", f"{_name(raw)}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
-        if caption != _txt(raw):
+        if caption != text_caption(raw):
             raise NothingToReadError(
-                f"{_name(raw)} has embeddings of {_txt(raw)!r}, not of {caption!r} as caption_field "
+                f"{_name(raw)} has embeddings of {text_caption(raw)!r}, not of {caption!r} as caption_field "
                 f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
             )
         return text
 
-    def _caption(self, raw: dict[str, Any]) -> str:
+    def _caption(self, raw: Raw) -> str:
         if self.caption_field is not None:
             caption, source = _read_metadata(raw).get(self.caption_field), f"json field {self.caption_field!r}"
         else:
-            caption, source = _txt(raw), ".txt file"
+            caption, source = text_caption(raw), ".txt or .caption file"
         if not isinstance(caption, str) or not caption.strip():
             raise RejectedError("no_caption", f"{_name(raw)} has no {source} with text")
         return caption.strip()
 
 
-def _name(raw: dict[str, Any]) -> str:
+def _name(raw: Raw) -> str:
     return f"{raw['__key__']} of {raw['__url__']}"
 
 
-def _txt(raw: dict[str, Any]) -> str:
-    return raw.get("txt", b"").decode("utf-8", errors="replace").strip()
-
-
-def _read_metadata(raw: dict[str, Any]) -> dict:
+def _read_metadata(raw: Raw) -> dict:
     try:
         metadata = json.loads(raw.get("json", b"{}"))
     except ValueError as error:

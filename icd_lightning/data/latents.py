@@ -26,12 +26,20 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from icd_lightning.data.decoding import MOMENTS, TEXT, Decoded, SampleDecoder, collate
-from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, check_shard
-from icd_lightning.data.shards import Shard, open_shards, with_progress, write_shard
+from icd_lightning.data.decoding import Decoded, SampleDecoder, collate
+from icd_lightning.data.manifest import (
+    Manifest,
+    ShardRecord,
+    check_shard,
+    load_own_manifest,
+    remove_shards,
+    write_shard,
+)
+from icd_lightning.data.shards import Shard, open_shards, with_progress
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import Limits, Tally
+from icd_lightning.data.tars import MOMENTS, TEXT
 from icd_lightning.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -62,17 +70,17 @@ def cache_latents(
     `out` holds anything else than a part of this very set.
     """
     folder, shards = Path(out), _by_name(open_shards(urls))
-    made: dict[str, Any] = {"resolution": decoder.resolution, "autoencoder": autoencoder}
-    made |= {"buckets": True} if decoder.buckets else {}
-    made |= {"text_encoder": text[0]} if text else {}
-    parameters = {"latents": made, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
+    settings: dict[str, Any] = {"resolution": decoder.resolution, "autoencoder": autoencoder}
+    settings |= {"buckets": True} if decoder.buckets else {}
+    settings |= {"text_encoder": text[0]} if text else {}
+    parameters = {"latents": settings, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
     parameters["source"] = _sources(shards.values())
     if overwrite:
         _clear(folder, part)
-    _check(folder, parameters)
+    load_own_manifest(folder, parameters)
     done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
     tally = Tally(limits=Limits(max_skipped=1.0))
-    encoder = _Encoder(encode, text and text[1], decoder, made, batch_size)
+    encoder = _Encoder(encode, text and text[1], decoder, settings, batch_size)
     for name in list(shards)[part[0] :: part[1]]:
         if name not in done:
             if Manifest.load(folder) is None:
@@ -102,7 +110,7 @@ class _Encoder:
     encode: Encode
     encode_text: EncodeText | None
     decoder: SampleDecoder
-    made: dict[str, Any]
+    settings: dict[str, Any]
     batch_size: int
 
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
@@ -120,7 +128,7 @@ class _Encoder:
             for sample, moments, text in zip(batch, self._moments(batch), self._texts(batch), strict=True):
                 stream = BytesIO()
                 np.save(stream, moments)
-                about = json.dumps(sample.metadata | {"moments": self.made}, sort_keys=True, separators=(",", ":"))
+                about = json.dumps(sample.metadata | {"moments": self.settings}, sort_keys=True, separators=(",", ":"))
                 files = {MOMENTS: stream.getvalue(), **text, "json": about.encode(), "txt": sample.caption.encode()}
                 yield {"__key__": sample.key, **files}
 
@@ -129,26 +137,29 @@ class _Encoder:
         places = defaultdict(list)
         for place, sample in enumerate(samples):
             places[sample.picture.shape].append(place)
-        found: dict[int, NDArray[np.float16]] = {}
+        moments: dict[int, NDArray[np.float16]] = {}
         for group in places.values():
-            moments = self.encode(collate([samples[place] for place in group]).images)
-            found |= zip(group, _half(moments, "the autoencoder gives latents", samples[group[0]]), strict=True)
-        return [found[place] for place in range(len(samples))]
+            encoded = self.encode(collate([samples[place] for place in group]).images)
+            moments |= zip(group, _half(encoded, "the autoencoder gives latents", samples[group[0]]), strict=True)
+        return [moments[place] for place in range(len(samples))]
 
     def _texts(self, samples: list[Decoded]) -> list[dict[str, bytes]]:
         """Encode captions, where that is wanted; a file for each, by its extension."""
         if self.encode_text is None:
             return [{}] * len(samples)
         encoded = self.encode_text([sample.caption for sample in samples])
-        embeds = {name: _half(of, "the text encoder gives embeddings", samples[0]) for name, of in encoded.items()}
-        return [{TEXT: save({name: of[place] for name, of in embeds.items()})} for place in range(len(samples))]
+        embeds = {
+            name: _half(values, "the text encoder gives embeddings", samples[0]) for name, values in encoded.items()
+        }
+        return [{TEXT: save({name: values[place] for name, values in embeds.items()})} for place in range(len(samples))]
 
 
 def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float16]:
-    """As they are kept; ValueError if that is too small a type for them."""
+    """In float16, as they are kept; ValueError for what is not finite in it."""
     half = values.to("cpu", torch.float16).numpy()
     if not np.isfinite(half).all():
-        raise ValueError(f"{source} that are not finite near {near.key}: use float32, or another")
+        what = "too large for float16, in which they are kept" if values.isfinite().all() else "not finite"
+        raise ValueError(f"{source} that are {what}, near {near.key}: take another encoder, or train without caching")
     return half
 
 
@@ -156,15 +167,15 @@ def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float1
 
 
 def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
-    found: dict[str, Shard] = {}
+    named: dict[str, Shard] = {}
     for shard in shards:
         name = Path(shard.url).name
         if not name.endswith(".tar"):
             raise ValueError(f"{shard.url} must end with the name of a .tar: its latents get the same name")
-        if name in found:
+        if name in named:
             raise ValueError(f"two shards are named {name}: cache their latents to different folders")
-        found[name] = shard
-    return found
+        named[name] = shard
+    return named
 
 
 def _sources(shards: Iterable[Shard]) -> list[dict[str, Any]]:
@@ -176,21 +187,8 @@ def _sources(shards: Iterable[Shard]) -> list[dict[str, Any]]:
 def _clear(folder: Path, part: tuple[int, int]) -> None:
     if part[1] > 1:
         raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
-    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
-        stale.unlink(missing_ok=True)
+    remove_shards(folder)
     shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-
-
-def _check(folder: Path, parameters: dict[str, Any]) -> None:
-    """Raise ValueError if the folder holds another set."""
-    holds_shards = any(folder.glob("*.tar"))  # before the manifest, which another process writes before its first shard
-    there = Manifest.load(folder)
-    if there is None and holds_shards:
-        raise ValueError(f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite")
-    different = [name for name, value in parameters.items() if there and there.parameters.get(name, value) != value]
-    if different:
-        was, now = ({name: values[name] for name in different} for values in (there.parameters, parameters))
-        raise ValueError(f"{folder} holds another set ({was}, not {now}); choose another folder or pass --overwrite")
 
 
 def _records(folder: Path) -> dict[str, ShardRecord]:

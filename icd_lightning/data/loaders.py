@@ -15,9 +15,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import SampleDecoder, collate
-from icd_lightning.data.manifest import Entry
 from icd_lightning.data.stream import TrainStream
 from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.tars import Entry
 
 
 class TrainDataset(IterableDataset):
@@ -96,9 +96,10 @@ class ValidationSet(Dataset):
         self.own = range(rank, len(entries), world_size)
         self.batches = -(-len(entries) // (world_size * batch_size))
         if len(entries) // world_size < self.batches:
+            remedy = f"val_batch_size {batch_size + 1}" if len(entries) >= world_size else "fewer ranks"
             raise ValueError(
                 f"{len(entries)} validation samples give no equal number of batches of {batch_size} on {world_size} "
-                f"ranks; use more samples or val_batch_size {batch_size + 1}"
+                f"ranks; use {remedy} or more samples"
             )
 
     def __len__(self) -> int:

@@ -1,23 +1,22 @@
-"""What a shard holds: its samples one by one, and the manifest that says how many there must be.
+"""The manifest beside shards, which says what each must hold.
 
-A shard is a tar in which the files of a sample, `<key>.png`, `<key>.txt`, `<key>.json`, follow each other. Cut between
-two samples it still reads without error; `manifest.json` beside the shards, with each one's samples, bytes and sha256,
-is the guard against that.
+A tar that was cut between two samples still reads without error; `manifest.json`, with each shard's samples, bytes and
+sha256, is the guard against that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from icd_lightning.data.tars import index_shard, write_tar
 from icd_lightning.files import write_whole
 
 MANIFEST = "manifest.json"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 Verify = Literal["off", "bytes", "count", "sha256"]
 
 
@@ -60,45 +59,37 @@ class Manifest:
         write_whole(folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where in a shard the files of one sample lie: extension -> (offset, size) in bytes."""
-
-    shard: str
-    key: str
-    files: dict[str, tuple[int, int]]
-
-    def read(self) -> dict[str, Any]:
-        """Return the sample as webdataset does: {"__key__", "__url__", extension: bytes, ...}."""
-        raw: dict[str, Any] = {"__key__": self.key, "__url__": self.shard}
-        with open(self.shard, "rb") as file:
-            for extension, (offset, size) in self.files.items():
-                file.seek(offset)
-                raw[extension] = file.read(size)
-        return raw
+def load_own_manifest(folder: Path, parameters: dict[str, Any]) -> Manifest | None:
+    """The manifest of a folder that holds nothing, None, or the set made with `parameters`; ValueError for another."""
+    holds_shards = any(folder.glob("*.tar"))  # before the manifest, which is written before the first shard
+    manifest = Manifest.load(folder)
+    if manifest is None:
+        if holds_shards:
+            raise ValueError(f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite")
+        return None
+    wanted, there = json.loads(json.dumps(parameters)), manifest.parameters
+    pairs = [(name, there.get(name), wanted.get(name)) for name in sorted(there.keys() | wanted.keys())]
+    if changes := ", ".join(f"{name} {old!r}, not {new!r}" for name, old, new in pairs if old != new):
+        raise ValueError(f"{folder} holds another set ({changes}); choose another folder or pass --overwrite")
+    return manifest
 
 
-def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
-    """Find every sample of a local, uncompressed tar by its headers alone; also return what is wrong with it, if so."""
-    entries: list[Entry] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                hidden = member.name.startswith("__") and "__" in member.name[2:]  # webdataset's own notes
-                if not member.isreg() or not dot or not stem or hidden:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                if not entries or entries[-1].key != key:
-                    entries.append(Entry(str(path), key, {}))
-                entries[-1].files[extension.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        return entries, f"it is damaged after {len(entries)} samples ({error})"
-    with open(path, "rb") as file:
-        file.seek(-min(1024, file.seek(0, 2)), 2)
-        ended = not any(file.read())  # every whole tar ends with two blocks of zeros
-    return entries, None if ended else f"it was cut short after {len(entries)} samples"
+def remove_shards(folder: Path) -> None:
+    """Remove shards, their manifest and what interrupted writers left."""
+    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
+        stale.unlink(missing_ok=True)
+
+
+def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
+    """Write one shard, which gets its name only when it is whole."""
+    records: list[ShardRecord] = []
+
+    def write(temporary: Path) -> None:
+        count = write_tar(samples, temporary)
+        records.append(ShardRecord(count, temporary.stat().st_size, sha256(temporary)))
+
+    write_whole(path, write)
+    return records[0]
 
 
 def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +19,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icd_lightning.data.manifest import (
-    IMAGE_EXTENSIONS,
     MANIFEST,
     Manifest,
-    ShardRecord,
     Verify,
     check_shard,
-    index_shard,
-    sha256,
+    load_own_manifest,
+    remove_shards,
+    write_shard,
 )
 from icd_lightning.data.sources import check_driver, expand, is_local
-from icd_lightning.files import write_whole
+from icd_lightning.data.tars import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MOMENTS,
+    Entry,
+    explain_dots,
+    index_shard,
+    text_caption,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,19 +71,8 @@ def find_reusable(out: str | Path, parameters: dict[str, Any], *, overwrite: boo
     anything at all if `overwrite`. Raises ValueError if it holds something else.
     """
     folder = Path(out)
-    if overwrite:
+    if overwrite or (manifest := load_own_manifest(folder, parameters)) is None:
         return None
-    manifest = Manifest.load(folder)
-    if manifest is None:
-        if any(folder.glob("*.tar")):
-            raise ValueError(f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite")
-        return None
-    wanted = json.loads(json.dumps(parameters))
-    if manifest.parameters != wanted:
-        names = sorted(manifest.parameters.keys() | wanted.keys())
-        pairs = [(name, manifest.parameters.get(name), wanted.get(name)) for name in names]
-        different = ", ".join(f"{name} {old!r}, not {new!r}" for name, old, new in pairs if old != new)
-        raise ValueError(f"{folder} holds another set ({different}); choose another folder or pass --overwrite")
     problems = [] if manifest.complete else [f"{folder} holds an unfinished copy of this set"]
     problems += [p for name, r in manifest.shards.items() if (p := check_shard(folder / name, r, level="bytes"))]
     if problems:
@@ -107,8 +102,7 @@ def write_shards(
         return existing
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
-        stale.unlink(missing_ok=True)
+    remove_shards(folder)
     manifest = Manifest(parameters, complete=False)
     manifest.save(folder)
     remaining = with_progress(samples, f"writing {folder}", total)
@@ -124,26 +118,6 @@ def write_shards(
     manifest = replace(manifest, complete=True)
     manifest.save(folder)
     return manifest
-
-
-def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
-    """Write one shard, which gets its name only when it is whole."""
-    records: list[ShardRecord] = []
-
-    def write(temporary: Path) -> None:
-        written = 0
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                for extension, data in sample.items():
-                    if extension != "__key__":
-                        header = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # mtime 0, no owner: equal bytes
-                        header.size = len(data)
-                        tar.addfile(header, BytesIO(data))
-                written += 1
-        records.append(ShardRecord(written, temporary.stat().st_size, sha256(temporary)))
-
-    write_whole(path, write)
-    return records[0]
 
 
 def with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
@@ -176,28 +150,29 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
     """Expand folders, `{00000..00009}` and `*` to shards, in order; raise FileNotFoundError for missing ones."""
     from webdataset.shardlists import expand_urls  # a second to import
 
-    found: list[str] = []
+    shards: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         url = os.path.expanduser(url.removeprefix("file://"))
         for name in _in_folder(Path(url)) if os.path.isdir(url) else expand_urls(url):
             check_driver(name)
             if not (matches := expand(name)):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
-            found += matches
-    if not found:
+            shards += matches
+    if not shards:
         raise ValueError(f"urls {urls!r} name no shards; give a folder, a list or a pattern as in shards/{{0..9}}.tar")
-    url, times = Counter(found).most_common(1)[0]
+    url, times = Counter(shards).most_common(1)[0]
     if times > 1:
         raise ValueError(f"urls name {url} {times} times; name each shard once")
-    if missing := [url for url in found if is_local(url) and not os.path.isfile(url)]:
+    if missing := [url for url in shards if is_local(url) and not os.path.isfile(url)]:
         what = "does not exist" if len(missing) == 1 else f"and {len(missing) - 1} more shards do not exist"
         raise FileNotFoundError(f"{missing[0]} {what}; {REMEDY}")
-    return found
+    return shards
 
 
 def _in_folder(folder: Path) -> list[str]:
     manifest = Manifest.load(folder)
     names = {path.name for path in folder.glob("*.tar")} | (manifest.shards.keys() if manifest else set())
+    names = names or {path.name for path in folder.glob("*.tar.*")}  # compressed
     if not names:
         raise FileNotFoundError(f"there are no .tar shards in {folder}; {REMEDY}")
     return [str(folder / name) for name in sorted(names)]
@@ -226,13 +201,16 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
     (some 10,000 samples a second), "sha256" also its content. Counts come from the manifest or else from the tar's
     headers; with "off", and for shards that are not local, `samples` is None.
     """
-    found = find_shards(urls)
+    shards = find_shards(urls)
     if verify == "off":
-        return tuple(Shard(url, None) for url in found)
-    if problems := find_problems(found, verify=verify):
+        return tuple(Shard(url, None) for url in shards)
+    if problems := find_problems(shards, verify=verify):
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{more}; write or copy the shards again, or pass verify=off to read them as is")
-    return tuple(Shard(url, _count(Path(url)) if is_local(url) else None) for url in found)
+        raise ValueError(
+            f"{problems[0]}{more}; write or copy the shards again, or "
+            "give verify=off and batches_per_epoch to read them as they are"
+        )
+    return tuple(Shard(url, _count(Path(url)) if is_local(url) else None) for url in shards)
 
 
 def _count(path: Path) -> int:
@@ -260,24 +238,38 @@ class Description:
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> Description:
     """Count local shards and look into `examples` samples of each, spread evenly; hold them against the manifest."""
-    found = find_shards(urls)
-    if remote := [url for url in found if not is_local(url)]:
+    paths = find_shards(urls)
+    if remote := [url for url in paths if not is_local(url)]:
         raise ValueError(f"{remote[0]} is not a local file; copy it to this machine to describe it")
     total, files, sizes, captions = 0, Counter[str](), Counter[tuple[int, int]](), list[str]()
-    problems = find_problems(found, verify="sha256")
-    for path in found:
-        entries, problem = index_shard(path)
-        if problem and not any(known.startswith(f"{path} ") for known in problems):  # the manifest tells more
-            problems.append(f"{path}: {problem}")
+    problems = find_problems(paths, verify="sha256")
+    agrees = "does not agree" if problems else "agrees"
+    for path in paths:
+        entries, damage = index_shard(path)
+        if not any(known.startswith(f"{path} ") for known in problems):  # the manifest tells more
+            problems += [f"{path}: {problem}" for problem in ([damage] if damage else _gaps(entries))]
         total += len(entries)
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
             raw = entry.read()
-            captions += [raw["txt"].decode("utf-8", errors="replace").strip()] if "txt" in raw else []
+            captions += [caption] if (caption := text_caption(raw)) else []
             with contextlib.suppress(StopIteration, OSError, SyntaxError):
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
                 sizes[Image.open(BytesIO(data)).size] += 1
-    size = sum(os.path.getsize(path) for path in found)
-    bare = [path for path in found if Manifest.load(Path(path).parent) is None]
-    manifest = f"none beside {bare[0]}: samples may be missing" if bare else "does not agree" if problems else "agrees"
-    return Description(len(found), total, size, files, sizes, captions, manifest, problems)
+    size = sum(os.path.getsize(path) for path in paths)
+    bare = [path for path in paths if Manifest.load(Path(path).parent) is None]
+    manifest = f"none beside {bare[0]}: samples may be missing" if bare else agrees
+    return Description(len(paths), total, size, files, sizes, captions, manifest, problems)
+
+
+def _gaps(entries: Sequence[Entry]) -> list[str]:
+    """What samples of a shard lack, and which keys come twice."""
+    wanted = {"picture": {*IMAGE_EXTENSIONS, MOMENTS}, "caption": {*CAPTION_EXTENSIONS, "json"}}
+    gaps = []
+    for name, extensions in wanted.items():
+        if lacking := [entry for entry in entries if not entry.files.keys() & extensions]:
+            example = f"{lacking[0].key} has {', '.join(lacking[0].files)}"
+            gaps.append(f"{len(lacking)} of {len(entries)} samples have no {name} ({example})")
+    gaps += list(filter(None, (explain_dots(entry.files) for entry in entries)))[:1]
+    key, times = max(Counter(entry.key for entry in entries).items(), key=lambda item: item[1], default=("", 0))
+    return gaps + ([f"{key} comes {times} times, each time as a sample of its own"] if times > 1 else [])

@@ -12,17 +12,15 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
-from typing import Any, NamedTuple, TypeVar
-
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from typing import NamedTuple, TypeVar
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import MIXED, MOMENTS, TEXT, Decoded, SampleDecoder, collate
+from icd_lightning.data.decoding import MIXED, Decoded, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
 from icd_lightning.data.sources import open_url
 from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
+from icd_lightning.data.tars import MOMENTS, TEXT, Raw, read_samples
 
-Raw = dict[str, Any]  # a sample as webdataset has it: {"__key__": str, "__url__": str, extension: bytes}
 Size = tuple[int, int]
 T = TypeVar("T")
 
@@ -35,33 +33,21 @@ class Piece(NamedTuple):
     stop: int | None
 
     def read(self, tally: Tally, worker: int = 0) -> Iterator[Raw]:
-        """Yield raw samples; a shard that cannot be read (on) is counted once and left."""
-        errors: list[Exception] = []
-
-        def note(error: Exception) -> bool:  # webdataset's own warn_and_continue sleeps half a second an event
-            errors.append(error)
-            return True
-
+        """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left."""
         tally.opened(worker)
-        given = 0
+        problem, given = None, 0
         try:
-            stream = open_url(self.url, patience=tally.limits.stall_timeout)
-        except Exception as error:  # whatever the scheme's opener raises
-            note(error)
-        else:
-            files = tar_file_expander([{"url": self.url, "stream": stream}], handler=note)
-            try:
-                for raw in islice(group_by_keys(files, handler=note), self.start, self.stop):
+            with contextlib.closing(open_url(self.url, patience=tally.limits.stall_timeout)) as file:
+                for raw in islice(read_samples(file, self.url), self.start, self.stop):
                     tally.read(worker)
                     given += 1
                     yield raw
-            finally:
-                with contextlib.suppress(Exception):
-                    stream.close()
-        if errors:
-            missing = None if self.stop is None else self.stop - self.start - given
-            cause = errors[0].__cause__ or errors[0]  # fsspec calls whatever fails on http a FileNotFoundError
-            tally.broke(f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})", missing, worker)
+        except Exception as error:  # whatever the scheme's opener raises
+            cause = error.__cause__ or error  # fsspec calls whatever fails on http a FileNotFoundError
+            problem = f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})"
+        missing = None if self.stop is None else self.stop - self.start - given
+        if problem or missing:
+            tally.broke(problem or f"{self.url} holds {missing} samples fewer than were counted", missing, worker)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Tally:
         first = next(iter(self._details.values()), None)
         example = f"; for one, {first}" if first else ""
         return NothingToReadError(
-            f"{what} (skipped: {skipped or 'none'}{example}); look at the shards with `icd data describe`"
+            f"{what} (skipped: {skipped or 'none'}{example}); look at local shards with `icd data describe`"
         )
 
     def _skip(self, reason: str, detail: str, lost: int, worker: int) -> None:

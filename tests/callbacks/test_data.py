@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_case import scenes_data, trainer_for, write_scenes
 
 from icd_lightning.callbacks.data import DataReport
-from icd_lightning.data.manifest import index_shard
 from icd_lightning.data.shards import open_shards, write_shards
+from icd_lightning.data.tars import index_shard
 from icd_lightning.tiny.datamodule import SceneDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")

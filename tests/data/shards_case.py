@@ -1,11 +1,14 @@
 """Samples that carry their number, so that a test can tell who saw which."""
 
+import tarfile
+from io import BytesIO
+
 import numpy as np
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.data.manifest import index_shard
 from icd_lightning.data.shards import encode_sample, open_shards, write_shards
+from icd_lightning.data.tars import index_shard
 
 
 def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str = "png") -> list[dict]:
@@ -20,6 +23,22 @@ def numbered_samples(count: int, *, first: int = 0, size: int = 8, format: str =
         )
         for number in range(first, first + count)
     ]
+
+
+def write_files(path, files: list[tuple[str, bytes]]):
+    """Write a tar of these (name, content), in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    return path
+
+
+def files_of(samples: list[dict]) -> list[tuple[str, bytes]]:
+    """The (name, content) of samples' files, sample by sample."""
+    return [(f"{s['__key__']}.{name}", s[name]) for s in samples for name in s if name != "__key__"]
 
 
 def corrupt(sample: dict) -> dict:

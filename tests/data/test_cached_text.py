@@ -15,11 +15,12 @@ from shards_case import samples_of, skips_damaged
 from training_case import FEW, Losses, distillation, scenes_data, trainer_for, write_scenes
 
 from icd_lightning.commands.data import cache_latents as command
-from icd_lightning.data.decoding import TEXT, SampleDecoder
+from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.latents import cache_latents
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
+from icd_lightning.data.tars import TEXT
 from icd_lightning.models.family import Family
 from icd_lightning.models.fingerprint import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings

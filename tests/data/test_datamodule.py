@@ -1,51 +1,14 @@
 from itertools import chain
 
-import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from recorder_case import Recorder, data_for, trainer_for
 from shards_case import corrupt, cut_after, numbered_samples, numbers
 
-from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-
-
-class Recorder(lightning.LightningModule):
-    """Learns one number from the pictures and remembers which it was shown."""
-
-    def __init__(self, stop_at: int | None = None):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.stop_at = stop_at
-        self.trained: list[list[int]] = []
-        self.validated: list[int] = []
-
-    def training_step(self, batch, batch_idx):
-        if len(self.trained) == self.stop_at:
-            raise RuntimeError("killed")
-        self.trained.append(numbers(batch))
-        return (batch.images.mean() - self.weight).square()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated += numbers(batch)
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer_for(tmp_path, **options) -> lightning.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    defaults = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, "use_distributed_sampler": False}
-    defaults |= {"enable_checkpointing": "callbacks" in options, "max_epochs": 2, "num_sanity_val_steps": 0}
-    return lightning.Trainer(**(quiet | defaults | options))
-
-
-def data_for(urls, **options) -> ShardDataModule:
-    return ShardDataModule(str(urls), **({"batch_size": 5, "resolution": 8, "shuffle_buffer": 8} | options))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -71,6 +34,37 @@ def test_the_loader_gives_the_same_batches_each_time(shards, num_workers):
     epochs = first_epochs()
     assert epochs == first_epochs()
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_overfitting_shows_the_same_batches_every_epoch(shards, tmp_path, num_workers):
+    module = Recorder()
+    options = {"overfit_batches": 2, "max_epochs": 3}
+    data = data_for(shards, num_workers=num_workers, val_urls=str(shards), val_batch_size=10)
+    trainer_for(tmp_path, **options).fit(module, datamodule=data)
+    assert len(module.trained) == 6
+    assert module.trained[:2] == module.trained[2:4] == module.trained[4:]
+    assert module.trained[0] != module.trained[1]
+    assert module.validated == [*range(20)] * 3
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "steps", "batches"),
+    [(5, 2, 10), (12, 1, 12), (16, 1, 16)],  # 12 batches: two are left over, none, and four come again
+)
+def test_every_optimizer_step_sees_the_whole_global_batch(shards, tmp_path, caplog, accumulated, steps, batches):
+    module, seen = Recorder(), []
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(len(module.trained))
+
+    options = {"accumulate_grad_batches": accumulated, "callbacks": [Steps()], "max_epochs": 2}
+    trainer_for(tmp_path, **options).fit(module, datamodule=data_for(shards))
+    assert seen == [accumulated * (step + 1) for step in range(2 * steps)]
+    assert len(module.trained) == 2 * batches
+    assert len(set(chain(*module.trained[:batches]))) == min(60, 5 * batches)
+    assert ("takes 16 batches of each rank, and an epoch has 12" in caplog.text) == (accumulated == 16)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -244,12 +238,12 @@ def test_wrong_values_are_refused_at_once(options, message):
     ("options", "message"),
     [
         ({"resolution": 16}, r"none of the first 60 samples of urls .*00000.tar is 8 x 8.*lower resolution"),
-        ({"caption_field": "caption"}, r"none of the first .*no json field 'caption'.*give caption_field"),
+        ({"caption_field": "caption"}, r"none of the first .*no json field 'caption'.*give a caption_field .*title"),
         ({"batch_size": 61}, r"urls hold 60 samples, too few for one batch of 61 on each of 1 ranks"),
         ({"verify": "off"}, r"how many samples .*00000.tar holds is not known in advance: give batches_per_epoch"),
         (
             {"verify": "off", "batches_per_epoch": 2, "num_workers": 7},
-            r"6 uncounted shards are too few for 7 readers \(1 ranks x 7 workers\)",
+            r"urls hold 6 uncounted shards, too few for 7 readers \(1 ranks x 7 workers\)",
         ),
         ({"val_urls": "pipe:cat x.tar"}, r"val_urls holds pipe:cat x.tar"),
         ({"val_urls": "/nowhere"}, r"/nowhere does not exist"),

@@ -25,12 +25,13 @@ from training_case import FEW, Losses, distillation, scenes_data, trainer_for, w
 
 from icd_lightning.commands.data import cache_latents as command
 from icd_lightning.commands.data import describe
-from icd_lightning.data.decoding import MOMENTS, SampleDecoder
+from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.images import to_images
 from icd_lightning.data.latents import PROGRESS, cache_latents
 from icd_lightning.data.manifest import MANIFEST, Manifest
 from icd_lightning.data.shards import encode_sample, open_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError
+from icd_lightning.data.tars import MOMENTS
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.tasks.base import Draws
 

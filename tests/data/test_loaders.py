@@ -5,9 +5,9 @@ from shards_case import numbers, with_corrupt
 
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.loaders import ValidationSet
-from icd_lightning.data.manifest import index_shard
 from icd_lightning.data.shards import open_shards
 from icd_lightning.data.tally import Tally
+from icd_lightning.data.tars import index_shard
 
 
 def seen(batches) -> list[int]:
@@ -41,7 +41,7 @@ def test_validation_of_one_rank_goes_in_order(shards):
 def test_validation_that_cannot_be_shared_out_is_refused(shards):
     with pytest.raises(ValueError, match="60 validation samples give no equal number of batches of 1 on 7 ranks"):
         validation_sets(shards, 1, 7)
-    with pytest.raises(ValueError, match="use more samples"):
+    with pytest.raises(ValueError, match="use fewer ranks or more samples"):
         validation_sets(shards, 8, 61)
 
 

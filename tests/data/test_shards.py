@@ -1,5 +1,4 @@
 import hashlib
-import json
 import shutil
 import tarfile
 from dataclasses import replace
@@ -10,7 +9,7 @@ import webdataset
 from PIL import Image
 from shards_case import cut_after, numbered_samples
 
-from icd_lightning.data.manifest import MANIFEST, Manifest, index_shard
+from icd_lightning.data.manifest import MANIFEST, Manifest
 from icd_lightning.data.shards import (
     describe_shards,
     encode_sample,
@@ -19,6 +18,7 @@ from icd_lightning.data.shards import (
     open_shards,
     write_shards,
 )
+from icd_lightning.data.tars import index_shard
 
 PARAMETERS = {"seed": 0}
 
@@ -145,7 +145,7 @@ def test_a_shard_that_disagrees_with_the_manifest_is_refused(shards):
     with tarfile.open(shards / "00002.tar") as tar:  # as a tar it is whole
         assert len(tar.getnames()) == 21
     for verify in ("bytes", "count", "sha256"):
-        with pytest.raises(ValueError, match=r"00002.tar holds 7 samples .* says 10 .*verify=off"):
+        with pytest.raises(ValueError, match=r"00002.tar holds 7 samples .* says 10 "):
             open_shards(str(shards), verify=verify)
     assert len(open_shards(str(shards), verify="off")) == 6
 
@@ -184,19 +184,6 @@ def test_without_a_manifest_the_headers_are_counted(shards, caplog):
     assert "00005.tar: it is damaged after" in caplog.text
 
 
-def test_the_index_groups_as_webdataset_does(tmp_path):
-    (tmp_path / "x").write_text("x")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        names = ["__meta__", "d/a.b.JPG", "d/a.txt", "d/c.txt", "noextension", ".hidden", "d/a.json", "d.e/f.png"]
-        for name in names:
-            tar.add(tmp_path / "x", arcname=name)
-    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
-    entries, problem = index_shard(tmp_path / "a.tar")
-    assert problem is None
-    without_local_path = [{k: v for k, v in sample.items() if k != "__local_path__"} for sample in read]
-    assert [entry.read() for entry in entries] == without_local_path
-
-
 def test_a_file_that_ends_early_is_noticed(shards):
     path = shards / "00000.tar"
     entries, problem = index_shard(path)
@@ -219,9 +206,3 @@ def test_describe(shards):
     assert describe_shards(str(shards)).manifest.startswith("none beside")
     with pytest.raises(ValueError, match="not a local file"):
         describe_shards("pipe:cat x.tar")
-
-
-def test_the_manifest_is_plain_json(shards):
-    content = json.loads((shards / MANIFEST).read_text())
-    assert content["parameters"] == PARAMETERS
-    assert content["shards"]["00000.tar"]["samples"] == 10

@@ -1,0 +1,65 @@
+"""Shards of scenes: the tiny world as a data set on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+from icd_lightning.data.manifest import Manifest
+from icd_lightning.data.shards import ENCODINGS, encode_sample, find_reusable, write_shards
+from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.scenes import scene_at
+
+
+def write_scenes(
+    out: str,
+    count: int,
+    *,
+    shard_size: int = 1000,
+    format: Literal["png", "jpg"] = "png",
+    seed: int = 0,
+    size: int = 64,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+) -> tuple[Manifest, bool]:
+    """Write scenes 0 to `count` of the world `seed`, unless `out` holds just these; also return whether it was done."""
+    least = {"count": (count, 1), "shard_size": (shard_size, 1), "size": (size, 8), "seed": (seed, 0)}
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"{name} {value} must be at least {minimum}")
+    if format not in ENCODINGS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(ENCODINGS)}")
+    parameters: dict[str, Any] = {"world": "shapes", "version": _version(size), "count": count}
+    parameters |= {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
+    if reused := find_reusable(out, parameters, overwrite=overwrite):
+        return reused, False
+    samples = _draw(count, num_workers, partial(_encoded_scene, seed=seed, size=size, format=format))
+    options = {"shard_size": shard_size, "parameters": parameters, "total": count, "overwrite": overwrite}
+    return write_shards(samples, out, **options), True
+
+
+def _draw(count: int, num_workers: int | None, encoded: partial[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 200)  # a process pays from some hundred pictures on
+    if workers == 1:
+        yield from map(encoded, range(count))
+        return
+    with multiprocessing.Pool(workers) as pool:
+        yield from pool.imap(encoded, range(count), chunksize=64)
+
+
+def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
+    scene = scene_at(seed, index)
+    return encode_sample(f"{index:08d}", render(scene, size), scene.caption(), scene.to_dict(), format=format)
+
+
+def _version(size: int) -> str:
+    """Changes with the world: shards that an older program drew are not taken for today's."""
+    digest = hashlib.sha256()
+    for index in range(8):
+        scene = scene_at(0, index)
+        digest.update(scene.caption().encode() + render(scene, size).tobytes())
+    return digest.hexdigest()[:12]
