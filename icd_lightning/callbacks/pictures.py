@@ -8,16 +8,13 @@ import lightning
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.evaluation.drawing import Style, lines_height, wrap, write_lines
+from icd_lightning.evaluation.report import Panel
 
 CELL = 128  # pixels of a picture in a grid, at least
-LABELS = 72
-TEXT = Style(12, "black")
 
 
 def log_grid(trainer: lightning.Trainer, name: str, rows: Mapping[str, Tensor], captions: Sequence[str]) -> None:
@@ -28,22 +25,15 @@ def log_grid(trainer: lightning.Trainer, name: str, rows: Mapping[str, Tensor], 
 
 
 def grid(rows: Mapping[str, Tensor], captions: Sequence[str]) -> NDArray[np.uint8]:
-    """One picture of rows of images (B, 3, H, W) in [-1, 1], labelled at the left, with captions below the columns."""
+    """One picture of rows of images (B, 3, H, W) in [-1, 1], labelled at the left, with captions above the columns."""
+    from icd_lightning.evaluation.report.canvas import MAX_PICTURE, MIN_LABEL, PICTURE_GAP, draw_body
+
     pictures = {label: to_pictures(images.float()) for label, images in rows.items()}
-    count, height, width = next(iter(pictures.values())).shape[:3]
-    scale = max(1, -(-CELL // width))
-    height, width = height * scale, width * scale
-    texts = [wrap(caption, TEXT, width - 8) for caption in captions[:count]]
-    below = max(lines_height(text) for text in texts) + 8
-    sheet = Image.new("RGB", (LABELS + count * width, len(rows) * height + below), "white")
-    for row, (label, shown) in enumerate(pictures.items()):
-        write_lines(sheet, (4, row * height + 4), wrap(label, TEXT, LABELS - 8))
-        for column, picture in enumerate(shown):
-            enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (LABELS + column * width, row * height))
-    for column, text in enumerate(texts):
-        write_lines(sheet, (LABELS + column * width + 4, len(rows) * height + 4), text)
-    return np.asarray(sheet)
+    count, _, width = next(iter(pictures.values())).shape[:3]
+    heads = tuple(f"\n{caption}" for caption in captions[:count])  # in small letters
+    panel = Panel("", "", heads, tuple((label, tuple(shown)) for label, shown in pictures.items()))
+    canvas = draw_body(panel, width=MIN_LABEL + count * (MAX_PICTURE + PICTURE_GAP))
+    return canvas.pixels(scale=max(width, CELL) / MAX_PICTURE)
 
 
 def noise_images(noise: Tensor, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from training_case import FEW, distillation, scenes_data, trainer_for, write_sce
 from icd_lightning.callbacks.evaluation import pipeline_of
 from icd_lightning.callbacks.generation import GenerationCallback
 from icd_lightning.callbacks.hparams import FinalMetrics
-from icd_lightning.callbacks.pictures import LABELS, grid, noise_images
+from icd_lightning.callbacks.pictures import grid, noise_images
 from icd_lightning.callbacks.segments import SegmentLosses, SegmentMeans
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import seeded_noise
@@ -134,15 +134,16 @@ def test_the_run_becomes_a_row_of_settings_and_final_metrics(random_family, held
 
 def test_a_grid_holds_its_pictures_with_labels_and_captions():
     images = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 3, 64, 64)
-    sheet = grid({"first": images, "second": -images}, ["a red star", "a blue ring " * 4, ""])
-    assert sheet.shape[1] == LABELS + 3 * 128
-    assert (sheet[:128, LABELS : LABELS + 128] == 0).all()
-    assert (sheet[128:256, LABELS : LABELS + 128] == 255).all()
-    assert (sheet[:128, LABELS + 256 :] == 255).all()
-    assert (sheet[:256, :LABELS] < 255).any()  # the labels' ink
-    below = sheet[256:]
-    assert (below[:, LABELS : LABELS + 256] < 128).any()
-    assert (below[:, LABELS + 256 :] == 255).all()  # no caption
+    sheet = grid({"first": images, "second": -images}, ["a red star", "a blue ring " * 4, ""]).astype(int)
+    assert sheet.shape[1] == 8 + 150 + 3 * 135 + 8
+    black, gray = (sheet == 0).all(-1), (abs(sheet - 128) < 2).all(-1)
+    assert [black.sum(), gray.sum()] == pytest.approx([2 * 128**2, 2 * 128**2], rel=0.02)
+    (row, column), (_, other) = ([span[0] for span in np.nonzero(where)] for where in (black, gray))
+    assert other - column == pytest.approx(135, abs=8)
+    captions = sheet[: row - 2]
+    assert (captions[:, column : column + 128] < 128).any()
+    assert (captions[:, column + 2 * 135 :] == 255).all()  # no caption
+    assert (sheet[row:, : column - 8] < 128).any()  # the labels' ink
 
 
 def test_noise_is_shown_three_deviations_wide():

@@ -5,10 +5,10 @@ import pytest
 from results_case import write_ablations, write_generation, write_guidance, write_results
 from test_architecture import users_of
 
-from icd_lightning.evaluation.ablation_plots import distribution_plot, dynamics_plot, rows_plot, verdict_plot
-from icd_lightning.evaluation.guidance_plots import table_1_plot, threshold_plot, trade_off_plot
-from icd_lightning.evaluation.plots import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.published import TABLE_1, TABLE_2
+from icd_lightning.evaluation.report.ablations import distribution_plot, dynamics_plot, rows_plot, verdict_plot
+from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, points, sheet
+from icd_lightning.evaluation.report.guidance import table_1_plot, threshold_plot, trade_off_plot
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles
 from icd_lightning.evaluation.summaries import options_of, trade_off
 
@@ -24,7 +24,7 @@ def series(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def test_matplotlib_has_one_home():
-    assert users_of("matplotlib") == {"evaluation/plots.py", "evaluation/drawing.py"}
+    assert users_of("matplotlib") == {"evaluation/report/figures.py", "evaluation/report/canvas.py"}
 
 
 def test_error_bars_end_at_the_limits():

@@ -1,28 +1,15 @@
-"""Results for somebody who was not there: a page, a picture and a table in the terminal, all from one `Report`.
-
-A `Report` is plain data: big numbers first, then panels of pictures, tables and curves, at last the facts that a rerun
-needs. `write_report` makes `report.html` (one file, nothing loaded from elsewhere) and `report.png` (for a README).
-"""
+"""A report as plain data: panels of pictures, tables and curves, checked when they are made. Draws nothing."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from io import BytesIO
+from dataclasses import dataclass, field
 from numbers import Integral
-from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from icd_lightning.files import write_whole
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Picture = NDArray[np.uint8]
 Value = str | float | int | None
@@ -66,11 +53,11 @@ class Panel:
     def highlighted(self) -> tuple[int, ...]:
         return (self.highlight,) if isinstance(self.highlight, int) else self.highlight
 
-    def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
-        buffer = BytesIO()
-        _draw_body(self, buffer)
-        return buffer.getvalue()
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,32 +78,25 @@ class Table:
 
     def __post_init__(self) -> None:
         _check_columns(f"table {self.title!r}", self.header)
-        width = len(self.header)
         lines = {f"row {index}": row for index, row in enumerate(self.rows)}
         lines |= {name: values for name in ("digits", "best") if (values := getattr(self, name)) is not None}
         for name, values in lines.items():
-            if len(values) != width:
-                raise ValueError(f"table {self.title!r}: {name} has {len(values)} values for {width} columns")
+            if len(values) != len(self.header):
+                raise ValueError(
+                    f"table {self.title!r}: {name} has {len(values)} values for {len(self.header)} columns"
+                )
         _check_indices(f"table {self.title!r}: highlight_rows", self.highlight_rows, len(self.rows))
-
-    def column(self, index: int) -> list[Value]:
-        return [row[index] for row in self.rows]
-
-    def _repr_markdown_(self) -> str:
-        """What a notebook shows."""
-        return markdown_table(self)
 
     def is_numeric(self, index: int) -> bool:
         """True for a column of numbers, which is set flush right."""
-        values = [v for v in self.column(index) if v is not None]
-        return bool(values) and not any(isinstance(v, str) for v in values)
+        values = [row[index] for row in self.rows if row[index] is not None]
+        return bool(values) and not any(isinstance(value, str) for value in values)
 
     def heads(self) -> list[str]:
         """The header, with an arrow where more or less is better."""
         arrows = {"max": "\u00a0↑", "min": "\u00a0↓", None: ""}
-        return [
-            head + arrows[good] for head, good in zip(self.header, self.best or (None,) * len(self.header), strict=True)
-        ]
+        best = self.best or (None,) * len(self.header)
+        return [head + arrows[good] for head, good in zip(self.header, best, strict=True)]
 
     @property
     def legend(self) -> str:
@@ -126,26 +106,27 @@ class Table:
         return ", ".join([*parts, "best in bold"]) if parts else ""
 
     def cells(self) -> list[list[Cell]]:
-        """Every value as text, rounded as its column is, with the best of a column marked as they read."""
+        """Every value as text, rounded as its column is, with the best values of a column marked."""
         columns = [self._column_cells(index) for index in range(len(self.header))]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _column_cells(self, index: int) -> list[Cell]:
-        values, good = self.column(index), self.best[index] if self.best else None
-        numbers = [value for value in values if not isinstance(value, (str, NoneType)) and not math.isnan(value)]
+        values = [row[index] for row in self.rows]
+        means = [math.nan if value is None or isinstance(value, str) else float(value) for value in values]
+        numbers = [mean for mean in means if not math.isnan(mean)]
         digits = self.digits[index] if self.digits else None
-        if digits is None:
-            digits = _digits(numbers)
-        texts = [format_value(value, digits) for value in values]
-        # what reads the same as the best is as good as the best
-        winner = format_value({"max": max, "min": min}[good](numbers), digits) if good and numbers else None
-        return [Cell(text, best=text == winner) for text in texts]
+        digits = _digits(numbers) if digits is None else digits
+        good = self.best[index] if self.best else None
+        # a mean that reads the same as the best is as good; its interval has no part in that
+        winner = f"{(max if good == 'max' else min)(numbers):.{digits}f}" if good and numbers else None
+        return [
+            Cell(format_value(value, digits), best=f"{mean:.{digits}f}" == winner)
+            for value, mean in zip(values, means, strict=True)
+        ]
 
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return markdown_table(self)
 
 
 @dataclass(frozen=True)
@@ -188,83 +169,12 @@ class Report:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_report(
-    report: Report, folder: str | Path, *, png_sections: Sequence[Section] | None = None
-) -> tuple[Path, Path]:
-    """Write report.html and report.png to `folder`, each whole or not at all; return their paths.
-
-    `png_sections` are drawn in the picture in place of the report's own: a README wants fewer rows than a page.
-    """
-    from icd_lightning.evaluation.page import page
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    html_path = folder / "report.html"
-    write_whole(html_path, lambda temporary: temporary.write_text(page(report), encoding="utf-8"))
-    return html_path, draw_png(report, folder / "report.png", sections=png_sections)
-
-
-def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | None = None) -> Path:
-    """Draw the report, or these sections in place of its own, as one PNG 1600 pixels wide; return its path."""
-    from icd_lightning.evaluation.figure import figure
-
-    shown = report if sections is None else replace(report, sections=tuple(sections))
-    write_whole(Path(path), lambda temporary: figure(shown).save(temporary, format="PNG"))
-    return Path(path)
-
-
-def draw_section(section: Panel | Curve, path: Path) -> Path:
-    """Draw what stands below a section's heading, as a PNG of its own; return its path."""
-    write_whole(path, lambda temporary: _draw_body(section, temporary))
-    return path
-
-
-def _draw_body(section: Panel | Curve, file: Path | BytesIO) -> None:
-    from icd_lightning.evaluation.blocks import body_block
-    from icd_lightning.evaluation.figure import INNER
-
-    body_block(section, INNER).save(file, "PNG", optimize=True)
-
-
 def markdown_table(table: Table) -> str:
     """The table for a README, under its title and with its note below."""
     marks = ["--:" if table.is_numeric(index) else "---" for index in range(len(table.header))]
     lines = [table.heads(), marks, *([cell.text for cell in row] for row in table.cells())]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"**{table.title}**\n\n{rows}\n\n{table.note}\n"
-
-
-def wide_console() -> Console:
-    """A console wide enough for our tables where the output is a file, which has no width of its own."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print the table for a terminal: our rows in colour, best values bold."""
-    import rich.table
-    from rich import box
-    from rich.text import Text
-
-    note = "\n".join(text for text in (table.note, table.legend) if text)
-    out = rich.table.Table(
-        title=Text(table.title, "bold"),
-        caption=Text(note, "dim") if note else None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for index, head in enumerate(table.heads()):
-        out.add_column(Text(head), justify="right" if table.is_numeric(index) else "left", vertical="bottom")
-    for index, cells in enumerate(table.cells()):
-        style = "cyan" if index in table.highlight_rows else ""
-        out.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in cells), style=style)
-    console.print(out)
 
 
 def format_value(value: Value, digits: int) -> str:

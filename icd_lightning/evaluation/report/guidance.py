@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icd_lightning.evaluation.plots import LOOKS, PRINTED, Axes, Sheet, points, sheet
 from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
+from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Sheet, points, sheet
 from icd_lightning.evaluation.runs import Results
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
 from icd_lightning.evaluation.summaries import options_of, style_of
@@ -30,7 +30,7 @@ QUALITIES = ("image-reward", "tiny-agreement", "clip-t")
 @PRINTED
 def threshold_plot(results: Sequence[Results]) -> Sheet:
     """Fig. 4: what comes back of an unguided inversion, over the threshold below which the decoder is guided."""
-    drawn, (axes,) = sheet(height=2.8, width=4.6)
+    figure, (axes,) = sheet(height=2.8, width=4.6)
     for result, look in zip(results, LOOKS, strict=False):
         taus = {options_of(decoding)["tau"]: decoding for decoding in result.decodings}
         errors = [bootstrap(result.values("latent_mse", taus[tau])) for tau in sorted(taus)]
@@ -38,7 +38,7 @@ def threshold_plot(results: Sequence[Results]) -> Sheet:
     axes.set(xlabel="turn-on threshold, tau (guided at t ≤ tau T)", ylabel=LATENT_MSE)
     axes.set_ylim(bottom=0)
     axes.legend()
-    return drawn
+    return figure
 
 
 @PRINTED
@@ -51,7 +51,7 @@ def trade_off_plot(made: Results, back: Results) -> Sheet:
     quality = next(name for name in QUALITIES if name in made.columns)
     settings = {decoding: options_of(decoding) for decoding in made.decodings if "tau2" in decoding}
     at = {decoding: _place(made, back, quality, decoding) for decoding in made.decodings}
-    drawn, (axes,) = sheet(height=3.6, width=5.6)
+    figure, (axes,) = sheet(height=3.6, width=5.6)
     for tau2, look in zip(sorted({s["tau2"] for s in settings.values()}), LOOKS, strict=False):
         line = sorted((d for d, s in settings.items() if s["tau2"] == tau2), key=lambda d: settings[d]["tau1"])
         points(axes, *zip(*(at[d] for d in line), strict=True), look, label=f"tau2 = {tau2:g}")
@@ -64,7 +64,7 @@ def trade_off_plot(made: Results, back: Results) -> Sheet:
         points(axes, *zip(at["w 1"], strict=True), LOOKS[5]._replace(line="", marker="*"), label="unguided")
     axes.set(xlabel=LATENT_MSE, ylabel=LABELS[quality])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="numbers: tau1\nrings: tau1 = tau2", alignment="left")
-    return drawn
+    return figure
 
 
 def _place(made: Results, back: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
@@ -75,7 +75,7 @@ def _place(made: Results, back: Results, quality: str, decoding: str) -> tuple[E
 @PRINTED
 def table_1_plot(result: Results, quality: str) -> Sheet:
     """Table 1: a distance by both ends' guidance, ours and the paper's, and the likelihood of what encoders give."""
-    drawn, (ours, paper, likelihood) = sheet(3, height=2.5)
+    figure, (ours, paper, likelihood) = sheet(3, height=2.5)
     values = [[result.mean(quality, f"encoder {e}, decoder {d}") for e in GUIDANCES] for d in GUIDANCES]
     _heat(ours, np.array(values, dtype=float), LABELS.get(quality, quality))
     _heat(paper, np.array([TABLE_1[d] for d in GUIDANCES]), "FID, the paper's")
@@ -91,7 +91,7 @@ def table_1_plot(result: Results, quality: str) -> Sheet:
     for axes in (ours, paper, likelihood):
         axes.set_xticks(places, TICKS)
         axes.set_xlabel("encoder's guidance, tau")
-    return drawn
+    return figure
 
 
 def _heat(axes: Axes, values: np.ndarray, title: str) -> None:

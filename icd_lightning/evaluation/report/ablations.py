@@ -12,12 +12,13 @@ from icd_lightning.evaluation.ablations import ORDERINGS, TAU, AblationStudy
 from icd_lightning.evaluation.benchmarks import guidance_name
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.effects import UNGUIDED_ROWS, Effect
-from icd_lightning.evaluation.plots import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
 from icd_lightning.evaluation.published import TABLE_2
+from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
 from icd_lightning.evaluation.statistics import bootstrap, percentiles
 
 LOOK_OF = dict(zip("GFCBAE", LOOKS, strict=True))
 """By students: H and I are C's, J is F's, K is G's."""
+PAPER = LOOKS[5]._replace(line="")
 PSNR = "PSNR (dB)"
 CURVES = {
     "reconstruction/psnr": "to noise and back: PSNR (dB)",
@@ -30,80 +31,82 @@ CURVES = {
 """Scalars of a training and what they are."""
 
 
-def look_of(study: AblationStudy, letter: str) -> Look:
-    """A row's: the colour of its students, broken where the same students are guided throughout."""
-    row = study.ablations[letter]
-    look = LOOK_OF[row.students]
-    return look._replace(line="--", marker="x") if row.tau == 1.0 else look
-
-
 @PRINTED
 def rows_plot(study: AblationStudy, *, guided: bool) -> Sheet:
     """Table 2 to look at: PSNR of every row with its interval, a dot for each training; the paper's beside it."""
-    rows = [row for row in study.ablations.values() if row.guided == guided]
-    letters = [row.letter for row in rows]
-    drawn, (ours, paper) = sheet(2, height=0.9 + 0.3 * len(letters), sharey=True, width_ratios=(3, 2))
+    letters = [row.letter for row in study.ablations.values() if row.guided == guided]
+    figure, (ours, paper) = sheet(2, height=0.9 + 0.3 * len(letters), sharey=True, width_ratios=(3, 2))
     scales = study.guidance_scales if guided else (1.0,)
     for index, w in enumerate(scales):
-        look, shift = LOOKS[index]._replace(line=""), 0.22 * (index - (len(scales) - 1) / 2)
-        places = [place + shift for place in range(len(letters))]
-        values = [study.values(letter, w) for letter in letters]
-        points(ours, [bootstrap(v.mean(0)) for v in values], places, look, label=f"w {w:g}")
-        for place, v in zip(places, values, strict=True):
-            ours.plot(v.mean(1), [place + 0.16] * len(v), ".", color=look.color, markersize=2.5)
-        untrained = [study.untrained[len(row.boundaries)].values("psnr", row.decoding(w)) for row in rows]
-        points(ours, [v.mean() for v in untrained], places, look._replace(marker="x"), label=f"untrained, w {w:g}")
-        ddim = study.ddim.values("psnr", guidance_name(w, TAU) if guided else "w 1").mean()
-        ours.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' if guided else ''}, w {w:g}")
-    points(paper, [TABLE_2[letter][2] for letter in letters], range(len(letters)), LOOKS[5]._replace(line=""))
-    paper.axvline(TABLE_2["DDIM-50 + d.CFG" if guided else "DDIM-50"][2], color=LOOKS[5].color, linestyle=":")
+        places = np.arange(len(letters)) + 0.22 * (index - (len(scales) - 1) / 2)
+        _draw_rows(ours, study, letters, w, places, LOOKS[index]._replace(line=""))
+    ddim = "DDIM-50 + d.CFG" if guided else "DDIM-50"
+    points(paper, [TABLE_2[letter][2] for letter in letters], range(len(letters)), PAPER)
+    paper.axvline(TABLE_2[ddim][2], color=PAPER.color, linestyle=":")
     ours.set_yticks(range(len(letters)), [f"{letter}: {_mathematics(DESCRIPTIONS[letter])}" for letter in letters])
     ours.invert_yaxis()
     ours.set(title="Ours", xlabel=PSNR)
     paper.set(title=f"The paper's{', w 8' if guided else ''}", xlabel=PSNR)
-    drawn.legend(*ours.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return drawn
+    figure.legend(*ours.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def _draw_rows(
+    axes: Axes, study: AblationStudy, letters: Sequence[str], w: float, places: np.ndarray, look: Look
+) -> None:
+    """Each row's mean at its place, its trainings below, the untrained students and the teacher's own DDIM-50."""
+    guided = study.ablations[letters[0]].guided
+    values = [study.values(letter, w) for letter in letters]
+    points(axes, [bootstrap(row.mean(0)) for row in values], places, look, label=f"w {w:g}")
+    for place, row in zip(places, values, strict=True):
+        axes.plot(row.mean(1), [place + 0.16] * len(row), ".", color=look.color, markersize=2.5)
+    rows = [study.ablations[letter] for letter in letters]
+    untrained = [study.untrained[len(row.boundaries)].values("psnr", row.decoding(w)).mean() for row in rows]
+    points(axes, untrained, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
+    ddim = study.ddim.values("psnr", guidance_name(w, TAU) if guided else "w 1").mean()
+    axes.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' * guided}, w {w:g}")
 
 
 @PRINTED
 def verdict_plot(study: AblationStudy) -> Sheet:
     """Differences of neighbouring rows with their intervals, and the paper's."""
     verdicts = study.verdicts()
-    drawn, (axes,) = sheet(height=0.8 + 0.24 * len(verdicts))
+    figure, (axes,) = sheet(height=0.8 + 0.24 * len(verdicts))
     places = range(len(verdicts))
-    looks = {"found": LOOKS[0], "undecided": LOOKS[5], "reversed": LOOKS[1]}
-    for word, look in looks.items():
+    for word, look in {"found": LOOKS[0], "undecided": LOOKS[5], "reversed": LOOKS[1]}.items():
         chosen = [place for place in places if verdicts[place][1].word == word]
         if chosen:
-            x = [verdicts[place][1].difference for place in chosen]
-            points(axes, x, chosen, look._replace(line=""), label=word)
+            differences = [verdicts[place][1].difference for place in chosen]
+            points(axes, differences, chosen, look._replace(line=""), label=word)
     papers = [TABLE_2[verdict.better][2] - TABLE_2[verdict.worse][2] for _, verdict in verdicts]
-    axes.plot(papers, places, "D", color="none", markeredgecolor=LOOKS[5].color, label="the paper's")
+    axes.plot(papers, places, "D", color="none", markeredgecolor=PAPER.color, label="the paper's")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, [f"{verdict.worse} < {verdict.better}, {where}" for where, verdict in verdicts])
     axes.invert_yaxis()
     axes.set_xlabel("difference in PSNR over the same pictures (dB)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return drawn
+    return figure
 
 
 @PRINTED
 def distribution_plot(study: AblationStudy) -> Sheet:
     """Share of pictures below a PSNR, by row, with the limits that resampling pictures gives."""
     shares = np.linspace(0, 100, 41)
-    drawn, panels = sheet(2, height=2.7, sharey=True)
+    figure, panels = sheet(2, height=2.7, sharey=True)
     for axes, (guided, letters) in zip(panels, ORDERINGS.items(), strict=True):
         w = study.guidance_scales[0] if guided else 1.0
         for letter in letters if guided else UNGUIDED_ROWS:
-            look, found = look_of(study, letter), percentiles(study.values(letter, w).mean(0), shares)
-            axes.plot(list(map(float, found)), shares, color=look.color, linestyle=look.line, label=letter)
-            axes.fill_betweenx(
-                shares, [e.low for e in found], [e.high for e in found], color=look.color, alpha=0.12, linewidth=0
-            )
+            row = study.ablations[letter]
+            look = LOOK_OF[row.students]
+            line = "--" if row.tau == 1.0 else look.line  # the same students, guided throughout
+            values = percentiles(study.values(letter, w).mean(0), shares)
+            axes.plot(list(map(float, values)), shares, color=look.color, linestyle=line, label=letter)
+            limits = [value.low for value in values], [value.high for value in values]
+            axes.fill_betweenx(shares, *limits, color=look.color, alpha=0.12, linewidth=0)
         axes.set(title=f"Guided, w {w:g}" if guided else "Unguided", xlabel=PSNR, ylim=(0, 100))
         axes.legend(loc="lower right")
     panels[0].set_ylabel("pictures below (%)")
-    return drawn
+    return figure
 
 
 @PRINTED
@@ -113,13 +116,13 @@ def dynamics_plot(study: AblationStudy) -> Sheet:
     What came back of the same pictures and noise is shaded from the least to the most; losses are not: each seed draws
     its own noise for them.
     """
-    logs = {x: [read_scalars(folder) for folder in found.values()] for x, found in study.trainings.items()}
-    drawn, panels = sheet(3, 2, height=4.2, sharex=True)
+    logs = {students: [read_scalars(x) for x in folders.values()] for students, folders in study.trainings.items()}
+    figure, panels = sheet(3, 2, height=4.2, sharex=True)
     for axes, (name, title) in zip(panels, CURVES.items(), strict=True):
-        for letter, runs in logs.items():
+        for students, runs in logs.items():
             if all(name in run for run in runs):  # a loss without weight is not computed
                 shaded = name.startswith("reconstruction/")
-                _line_of_runs(axes, [run[name] for run in runs], LOOK_OF[letter], letter, shaded=shaded)
+                _line_of_runs(axes, [run[name] for run in runs], LOOK_OF[students], students, shaded=shaded)
         axes.set_title(title, fontsize=8)
         if not name.endswith("psnr"):
             axes.set_yscale("log", subs=(2, 3, 5, 7))
@@ -128,11 +131,10 @@ def dynamics_plot(study: AblationStudy) -> Sheet:
     for axes in panels[3:]:
         axes.set_xlabel("training step")
         axes.locator_params(axis="x", integer=True)
-    for axes, label in ((panels[0], PSNR), (panels[3], "loss")):
-        axes.set_ylabel(label)
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=6)
-    return drawn
+    panels[0].set_ylabel(PSNR)
+    panels[3].set_ylabel("loss")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
 
 
 def _line_of_runs(
@@ -148,40 +150,38 @@ def _line_of_runs(
 @PRINTED
 def scatter_plot(effects: Sequence[Effect]) -> Sheet:
     """Each picture without a part and with it; above the diagonal the part helped."""
-    drawn, panels = sheet(len(effects), height=0.5 + 6.2 / len(effects))
+    figure, panels = sheet(len(effects), height=0.5 + 6.2 / len(effects))
     for axes, effect in zip(panels, effects, strict=True):
         worse, better = effect.rows
         both = np.concatenate([effect.before, effect.after])
         limits = (both.min() - 0.5, both.max() + 0.5)
         axes.plot(effect.before, effect.after, ".", color=LOOKS[0].color, markersize=3.5, alpha=0.55, markeredgewidth=0)
         axes.plot(limits, limits, color="black", linewidth=0.8)
-        found = f"{bootstrap(effect.gain):.2f} dB\n{100 * (effect.gain > 0).mean():.0f} % gain"
-        axes.text(0.97, 0.03, found, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
+        gain = f"{bootstrap(effect.gain):.2f} dB\n{100 * (effect.gain > 0).mean():.0f} % gain"
+        axes.text(0.97, 0.03, gain, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
         axes.set_title(_name(effect), fontsize=8)
         axes.set(xlabel=f"{worse}: {PSNR}", ylabel=f"{better}: {PSNR}", xlim=limits, ylim=limits, aspect="equal")
         axes.locator_params(nbins=4)
-    return drawn
+    return figure
 
 
 @PRINTED
 def gain_plot(study: AblationStudy, effects: Sequence[Effect]) -> Sheet:
     """What each part adds to each picture, sorted; and by how hard a picture is for the teacher's own DDIM-50."""
-    drawn, (each, groups) = sheet(2, height=2.7)
+    figure, (each, groups) = sheet(2, height=2.7)
     hardness = study.ddim.values("psnr", "w 1")
     for effect, look in zip(effects, LOOKS, strict=False):
         gains = np.sort(effect.gain)
         each.plot(100 * (np.arange(len(gains)) + 0.5) / len(gains), gains, color=look.color, linestyle=look.line)
-        found = effect.by_hardness(hardness)
-        points(groups, [x for x, _ in found], [gain for _, gain in found], look, label=_name(effect))
+        points(groups, *zip(*effect.by_hardness(hardness), strict=True), look, label=_name(effect))
     for axes in (each, groups):
         axes.axhline(0, color="black", linewidth=0.8)
     each.set(title="Picture by picture", xlabel="pictures, by gain (%)", ylabel="gain in PSNR (dB)")
     groups.set(
         title="In quarters, by hardness", xlabel="PSNR of DDIM-50 in a quarter (dB)", ylabel="mean gain in PSNR (dB)"
     )
-    handles, labels = groups.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=4)
-    return drawn
+    figure.legend(*groups.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
 
 
 def _name(effect: Effect) -> str:

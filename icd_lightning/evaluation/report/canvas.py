@@ -1,0 +1,313 @@
+"""A report as one picture 1600 pixels wide, by matplotlib: text, pictures and tables on a canvas of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from itertools import groupby
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from numpy.typing import NDArray
+from PIL import Image
+
+from icd_lightning.evaluation.report.figures import COLORS, PIXELS, REPORTED, Font, curve_pixels, text_width
+from icd_lightning.evaluation.report.model import Curve, Panel, Picture, Report, Section, Table
+
+WIDTH, MARGIN = 1600, 64
+INNER = WIDTH - 2 * MARGIN
+BLEED = 16  # how far a tint reaches beyond the text on it
+SECTION_GAP = 60
+NOTE_WIDTH = 1180  # longer lines are hard to read
+MAX_PICTURE, MIN_LABEL, PICTURE_GAP = 256, 300, 14
+
+
+Line = tuple[str, Font]
+
+TITLE, SUBTITLE = Font(50, weight="bold"), Font(25, "muted")
+VALUE, HEAD = Font(46, weight="bold"), Font(20, weight="bold")
+HEADING, NOTE = Font(31, weight="bold"), Font(21, "muted")
+BODY, QUIET, SMALL = Font(20), Font(20, "muted"), Font(18, "muted")
+
+
+def wrap(text: str, font: Font, width: float) -> list[Line]:
+    """Break text into lines no wider than `width`: between words, or inside a word that is wider than a line."""
+    lines: list[str] = []
+    for paragraph in text.split("\n") if text else []:
+        line = ""
+        for word in filter(None, paragraph.split(" ")):  # no-break spaces hold
+            joined = f"{line} {word}" if line else word
+            if text_width(joined, font) <= width:
+                line = joined
+                continue
+            lines += [line] if line else []
+            line = ""
+            for letter in word:
+                if line and text_width(line + letter, font) > width:
+                    lines.append(line)
+                    line = ""
+                line += letter
+        lines.append(line)
+    return [(line, font) for line in lines]
+
+
+def shrunk(font: Font, texts: Iterable[str], width: float) -> Font:
+    """The font, or the largest below it in which none of the texts is wider than `width`."""
+    widest = max((text_width(text, font) for text in texts), default=0)
+    return font if widest <= width else font._replace(size=max(int(font.size * width / widest), 11))
+
+
+def lines_height(lines: Sequence[Line]) -> int:
+    return sum(round(1.4 * font.size) for _, font in lines)
+
+
+class Canvas:
+    """A figure whose coordinates are pixels, y downwards, as high as `end` says."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.height = width, 1.0
+        self.figure = Figure(dpi=PIXELS, facecolor="none")
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(1, 0), autoscale_on=False)
+        self.axes.axis("off")
+
+    def write(self, x: float, y: float, lines: Sequence[Line], *, align: str = "left") -> float:
+        """Write lines under one another, the first below y; return the y below them."""
+        for text, font in lines:
+            self.axes.text(
+                x,
+                y + font.size,
+                text,
+                fontsize=font.size,
+                color=COLORS[font.color],
+                weight=font.weight,
+                ha=align,
+                parse_math=False,
+                clip_on=False,
+            )
+            y += round(1.4 * font.size)
+        return y
+
+    def box(self, box: tuple[float, float, float, float], color: str, radius: float, *, zorder: float = -1) -> None:
+        """Fill a rounded rectangle (left, top, right, bottom)."""
+        self.axes.add_patch(
+            _rounded(box, radius, facecolor=COLORS[color], zorder=zorder, transform=self.axes.transData)
+        )
+
+    def rule(self, x: float, y: float, width: float, color: str = "rule", thickness: float = 2) -> None:
+        self.axes.hlines(y, x, x + width, color=COLORS[color], linewidth=thickness, capstyle="butt")
+
+    def picture(self, pixels: NDArray[np.uint8], x: float, y: float, size: tuple[int, int], radius: float = 0) -> None:
+        """Draw pixels (H, W, 3 or 4), scaled to a size (width, height)."""
+        box = (round(x), round(y), round(x) + size[0], round(y) + size[1])
+        image = self.axes.imshow(
+            pixels, extent=(box[0], box[2], box[3], box[1]), aspect="auto", interpolation="lanczos"
+        )
+        if radius:
+            image.set_clip_path(_rounded(box, radius, transform=self.axes.transData))
+
+    def end(self, height: float) -> Canvas:
+        self.height = round(height)
+        self.figure.set_size_inches(self.width / PIXELS, self.height / PIXELS)
+        self.axes.set_ylim(self.height, 0)
+        return self
+
+    def png(self, *, scale: float = 1) -> bytes:
+        """The picture as a file; what is not drawn upon is transparent."""
+        buffer = BytesIO()
+        with rc_context(REPORTED):
+            self.figure.savefig(buffer, format="png", dpi=scale * PIXELS, metadata={"Software": None})
+        return buffer.getvalue()
+
+    def pixels(self, *, scale: float = 1) -> Picture:
+        """The picture as uint8 (H, W, 3)."""
+        return np.asarray(Image.open(BytesIO(self.png(scale=scale))).convert("RGB"))
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.png()
+
+
+def _rounded(box: tuple[float, float, float, float], radius: float, **options) -> FancyBboxPatch:
+    left, top, right, bottom = box
+    style = f"round,pad=0,rounding_size={radius}" if radius else "square,pad=0"
+    return FancyBboxPatch((left, top), right - left, bottom - top, boxstyle=style, linewidth=0, **options)
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def draw_report(report: Report) -> Canvas:
+    """Draw the report; the corners are transparent, so that the sheet sits well on a dark page too."""
+    canvas = Canvas(WIDTH)
+    y = _header(canvas, report)
+    for are_curves, group in groupby(report.sections, key=lambda section: isinstance(section, Curve)):
+        sections, per_row = list(group), 2 if are_curves else 1
+        for start in range(0, len(sections), per_row):
+            y = _side_by_side(canvas, sections[start : start + per_row], y + SECTION_GAP)
+    if report.facts:
+        y = _facts(canvas, report.facts, y + SECTION_GAP)
+    canvas.box((0, 0, WIDTH, round(y + MARGIN)), "paper", 28, zorder=-2)
+    return canvas.end(y + MARGIN)
+
+
+def draw_body(section: Section, *, width: int = INNER) -> Canvas:
+    """Draw what stands below a section's heading and note by itself, on paper."""
+    canvas = Canvas(width + 2 * BLEED)
+    bottom = _body(canvas, section, BLEED, 0, width)
+    canvas.box((0, 0, canvas.width, round(bottom)), "paper", 0, zorder=-2)
+    return canvas.end(bottom)
+
+
+def _body(canvas: Canvas, section: Section, x: float, y: float, width: int) -> float:
+    """Each drawer returns the y below what it drew."""
+    if isinstance(section, Panel):
+        return _panel(canvas, section, x, y, width)
+    if isinstance(section, Table):
+        return _table(canvas, section, x, y, width)
+    pixels = curve_pixels(section, width)
+    canvas.picture(pixels, x, y, (pixels.shape[1], pixels.shape[0]))
+    return y + pixels.shape[0]
+
+
+def _side_by_side(canvas: Canvas, sections: Sequence[Section], y: float) -> float:
+    """Heading and note of each, and the bodies at one height."""
+    gap = 64
+    width = (INNER - gap * (len(sections) - 1)) // len(sections)
+    lefts = [MARGIN + index * (width + gap) for index in range(len(sections))]
+    tops = []
+    for x, section in zip(lefts, sections, strict=True):
+        caption = [*wrap(section.title, HEADING, width), *wrap(section.note, NOTE, min(width, NOTE_WIDTH))]
+        tops.append(canvas.write(x, y, caption) + 24)
+    return max(_body(canvas, section, x, max(tops), width) for x, section in zip(lefts, sections, strict=True))
+
+
+def _header(canvas: Canvas, report: Report) -> float:
+    lines = [*wrap(report.title, TITLE, INNER), *wrap(report.subtitle, SUBTITLE, NOTE_WIDTH)]
+    y = canvas.write(MARGIN, MARGIN, lines)
+    rows = -(-len(report.summary) // 5)
+    for row in np.array_split(np.arange(len(report.summary)), rows or 1):
+        y = _tiles(canvas, [report.summary[index] for index in row], y + 20) if len(row) else y
+    return y
+
+
+def _tiles(canvas: Canvas, summary: Sequence[tuple[str, str]], y: float) -> float:
+    gap, inset = 18, 26
+    width = (INNER - gap * (len(summary) - 1)) / len(summary)
+    labels = [wrap(label, QUIET, width - 2 * inset) for _, label in summary]
+    bottom = y + 96 + max(map(lines_height, labels)) + 24
+    for index, ((value, _), label) in enumerate(zip(summary, labels, strict=True)):
+        x = MARGIN + index * (width + gap)
+        canvas.box((x, y, x + width, bottom), "soft", 18)
+        font = shrunk(VALUE, [value], width - 2 * inset)
+        canvas.write(x + inset, y + 72 - font.size, [(value, font)])
+        canvas.write(x + inset, y + 92, label)
+    return bottom
+
+
+def _facts(canvas: Canvas, facts: dict[str, str], y: float) -> float:
+    """A paragraph that breaks between facts where it can."""
+    whole = [f"{name}: {value}".replace(" ", "\u00a0") for name, value in facts.items()]
+    canvas.rule(MARGIN, y, INNER)
+    return canvas.write(MARGIN, y + 22, wrap(" \u00a0·\u00a0\u00a0 ".join(whole), SMALL, INNER))
+
+
+# --- pictures and numbers ---------------------------------------------------------------------------------------------
+
+
+def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> float:
+    count, labelled = len(panel.columns), any(label for label, _ in panel.rows)
+    side = min(MAX_PICTURE, (width + PICTURE_GAP - MIN_LABEL * labelled) // count - PICTURE_GAP)
+    label_width = (width + PICTURE_GAP - count * (side + PICTURE_GAP)) * labelled
+    lefts = [x, *(x + label_width + index * (side + PICTURE_GAP) for index in range(count))]
+    head_font = shrunk(HEAD, (word for column in panel.columns for word in column.partition("\n")[0].split()), side)
+    colors = ["accent" if index in panel.highlighted else "ink" for index in range(count)]
+    heads = [
+        _two_sizes(column, head_font._replace(color=color), side)
+        for column, color in zip(panel.columns, colors, strict=True)
+    ]
+    bottom = _row(canvas, y + 8, lefts, [[], *heads], centred=False) + 10
+    for label, pictures in panel.rows:
+        cells = [_two_sizes(label, BODY, label_width - 28), *pictures]
+        bottom = _row(canvas, bottom, lefts, cells, side=side) + PICTURE_GAP
+    for first in panel.highlighted:  # neighbours share a band
+        last, margin = first + (first + 1 in panel.highlighted), PICTURE_GAP // 2
+        canvas.box((lefts[first + 1] - margin, y, lefts[last + 1] + side + margin, bottom - margin), "tint", 14)
+    return bottom - PICTURE_GAP // 2
+
+
+def _two_sizes(text: str, font: Font, width: float) -> list[Line]:
+    first, _, rest = text.partition("\n")
+    return [*wrap(first, font, width), *wrap(rest, SMALL._replace(size=min(SMALL.size, font.size)), width)]
+
+
+def _row(
+    canvas: Canvas,
+    y: float,
+    places: Sequence[float],
+    cells: Sequence[Sequence[Line] | Picture | None],
+    *,
+    aligns: Sequence[str] = (),
+    side: int = 0,
+    centred: bool = True,
+) -> float:
+    """Draw cells, lines or a picture with a longer side of `side`, around the middle of a row; return the y below."""
+    sizes = [_fitted(cell, side) if isinstance(cell, np.ndarray) else (0, lines_height(cell or [])) for cell in cells]
+    height = max(size[1] for size in sizes)
+    for index, (x, cell, size) in enumerate(zip(places, cells, sizes, strict=True)):
+        top = y + (height - size[1]) / 2 * centred
+        if isinstance(cell, np.ndarray):
+            canvas.picture(cell, x + (side - size[0]) // 2, top, size, radius=8)
+        else:
+            canvas.write(x, top, cell or [], align=aligns[index] if aligns else "left")
+    return y + height
+
+
+def _fitted(picture: Picture, side: int) -> tuple[int, int]:
+    """Width and height."""
+    height, width = (max(round(length * side / max(picture.shape[:2])), 1) for length in picture.shape[:2])
+    return width, height
+
+
+def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> float:
+    size, widths, gap = _columns(table, width)
+    aligns = ["right" if table.is_numeric(index) else "left" for index in range(len(widths))]
+    lefts = x + np.cumsum([0, *(column + gap for column in widths[:-1])])
+    places = lefts + np.array(widths) * [align == "right" for align in aligns]
+    heads = [wrap(head, Font(size, "muted"), column) for head, column in zip(table.heads(), widths, strict=True)]
+    tallest = max(map(len, heads))
+    heads = [[("", Font(size))] * (tallest - len(head)) + head for head in heads]
+    y = _row(canvas, y, places, heads, aligns=aligns) + 12
+    canvas.rule(x, y, width, "muted")
+    for number, cells in enumerate(table.cells()):
+        ours, pad, top = number in table.highlight_rows, round(0.4 * size), y
+        fonts = [Font(size, weight="bold" if cell.best else "normal") for cell in cells]
+        fonts[0] = Font(size, "accent", "bold") if ours else fonts[0]
+        lines = [wrap(cell.text, font, column) for cell, font, column in zip(cells, fonts, widths, strict=True)]
+        y = _row(canvas, y + pad, places, lines, aligns=aligns) + pad
+        if ours:
+            canvas.box((x - BLEED, top + 1, x + width + BLEED, y), "tint", 10)
+        canvas.rule(x, y, width, thickness=1)
+    return canvas.write(x, y + 14, wrap(table.legend, SMALL, width)) + 4
+
+
+def _columns(table: Table, width: int) -> tuple[int, list[float], float]:
+    """The largest letters with which the table fits, the columns' widths and their gap."""
+    widths, gaps = _natural_widths(table), max(len(table.header) - 1, 1)
+    share = min((width - 30 * gaps) / sum(widths), 1)
+    size = max(int(BODY.size * share), 11)  # too many columns even so: break inside words, stay on the sheet
+    widths = [column * min(share, size / BODY.size) for column in widths]
+    return size, widths, min((width - sum(widths)) / gaps, 120)
+
+
+def _natural_widths(table: Table) -> list[float]:
+    """Of columns in bold letters of BODY's size: numbers keep to one line, long text wraps, a head between words."""
+    font, widths = HEAD, []
+    for index, (head, *cells) in enumerate(zip(table.heads(), *table.cells(), strict=True)):
+        longest = max((text_width(cell.text, font) for cell in cells), default=0)
+        body = longest if table.is_numeric(index) else min(longest, 16 * font.size)
+        words = max(text_width(word, font) for word in head.split(" "))
+        widths.append(max(body, words, min(text_width(head, font), 8 * font.size)) + 2)
+    return widths
