@@ -1,10 +1,17 @@
-"""LPIPS, DinoV2 and the structure distance, in the arithmetic of the libraries they come from."""
+"""LPIPS, DinoV2 and the structure distance, beside the libraries that their published figures were measured with."""
+
+from pathlib import Path
 
 import lpips
+import numpy as np
+import piq.perceptual
 import pytest
 import torch
-from metrics_case import noisy
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
+from metrics_case import noisy, scenes
+from PIL import Image
 from torch import nn
+from torchvision.models import squeezenet1_1, vgg16
 from torchvision.transforms.functional import normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
@@ -12,12 +19,15 @@ from icd_lightning.data.images import quantize, to_pictures
 from icd_lightning.metrics.perceptual import (
     IMAGENET,
     LPIPS,
-    LPIPS224,
     DinoV2Similarity,
+    SqueezeLPIPS,
     StructureDistance,
     lpips_network,
 )
+from icd_lightning.metrics.pretrained import load_weights
 from icd_lightning.metrics.reconstruction import Within
+
+HEADS = Path(lpips.__file__).parent / "weights" / "v0.1"
 
 
 @pytest.fixture
@@ -28,43 +38,77 @@ def images() -> torch.Tensor:
 # LPIPS
 
 
-def test_lpips_takes_every_weight_of_vgg16_and_its_own_heads():
-    from torchvision.models import vgg16
-
+def random_trunk(network) -> nn.Module:
+    """torchvision's convolutions with random weights; its classifier stays without any."""
+    torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in vgg16().state_dict().items() if name.startswith("features.")}
-    weights = {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
-    network = lpips_network("vgg", weights)
-    assert len(network.net.state_dict()) == 26
-    assert all((value == 0.01).all() for value in network.net.state_dict().values())
-    assert (network.lin0.model[1].weight >= 0).all()  # the trained heads are not negative; random ones are
-    black, white = torch.full((1, 3, 32, 32), -1.0), torch.ones(1, 3, 32, 32)
-    assert network(black, black) == 0
-    assert network(black, white) > 0
+        trunk = network()
+    for layer in trunk.features.to_empty(device="cpu").modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.1)
+    return trunk
+
+
+def weights_of(trunk: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"features.{name}": value for name, value in trunk.features.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def vgg() -> nn.Module:
+    return random_trunk(vgg16)
+
+
+@pytest.fixture(scope="module")
+def squeeze() -> nn.Module:
+    return random_trunk(squeezenet1_1)
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_lpips_is_piq_s_as_icd_calls_it(vgg, monkeypatch, size):
+    """Which resizes by Pillow's default, bicubic, to 8 bits and gives [0, 1] to a network that normalises by itself."""
+    heads = [value for _, value in sorted(load_weights(HEADS / "vgg.pth").items())]
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: heads)
+    monkeypatch.setattr(piq.perceptual, "vgg16", lambda **_: vgg)
+    theirs, pair = piq.LPIPS(reduction="none"), noisy(1, size=(size, size))
+    pixels = [
+        torch.from_numpy(np.stack([np.array(Image.fromarray(p).resize((224, 224))) for p in to_pictures(images)]))
+        for images in pair
+    ]
+    expected = theirs(*(x.permute(0, 3, 1, 2) / 255.0 for x in pixels))
+    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    torch.testing.assert_close(metric.per_image(*pair), expected, rtol=1e-4, atol=1e-6)
+    assert not metric.train().network.lin0.training  # its heads hold dropout
+
+
+def test_lpips_cuts_other_shapes_than_squares(vgg):
+    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    images, reference = scenes(2)[1].split(1)
+    wide = [torch.cat([-x[..., :10], x, -x[..., -10:]], dim=3) for x in (images, reference)]
+    cut, whole = metric.per_image(images, reference), metric.per_image(*wide)
+    torch.testing.assert_close(whole, cut, rtol=0.02, atol=0)  # beyond the cut are pixels that resizing mixes in
+
+
+def test_lpips_network_takes_every_weight_of_the_trunk(vgg):
+    weights = weights_of(vgg)
+    loaded = lpips_network("vgg", weights).net.state_dict()
+    assert len(loaded) == len(weights) == 26
     with pytest.raises(KeyError):
         lpips_network("vgg", {name: value for name, value in weights.items() if "28" not in name})
 
 
-@pytest.fixture(scope="module")
-def squeeze() -> tuple[nn.Module, nn.Module]:
-    """The package's own network, and ours of the same random trunk."""
-    torch.manual_seed(0)
-    theirs = lpips.LPIPS(net="squeeze", pretrained=True, pnet_rand=True, verbose=False)
-    trunk = {f"features.{name.split('.', 1)[1]}": value for name, value in theirs.net.state_dict().items()}
-    return theirs, lpips_network("squeeze", trunk)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lpips_squeeze_is_the_package_s(squeeze):
-    theirs, ours = squeeze
-    pair = noisy(2, size=(64, 80))
-    metric = LPIPS(ours)
-    expected = theirs(*(quantize(x) / 255 for x in pair), normalize=True).flatten()
-    torch.testing.assert_close(metric.per_image(*pair), expected)
-    metric.update(*pair)
-    torch.testing.assert_close(metric.compute(), expected.mean())
-    assert (metric.per_image(pair[0], pair[0]) == 0).all()
-    assert not metric.train().network.lin0.training  # its heads hold dropout
+def test_squeeze_lpips_is_the_lpips_package_s_and_torchmetrics_s(squeeze, monkeypatch):
+    weights, pair = weights_of(squeeze), noisy(2, size=(64, 80))
+    found = SqueezeLPIPS(lpips_network("squeeze", weights)).per_image(*pair)
+    theirs = lpips.LPIPS(net="squeeze", pretrained=True, pnet_rand=True, verbose=False).eval()
+    sliced = theirs.net.state_dict()
+    theirs.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in sliced})
+    inputs = [quantize(x) / 127.5 - 1 for x in pair]
+    torch.testing.assert_close(found, theirs(*inputs).flatten())
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_, **__: squeeze.features)  # PIE-Bench's
+    theirs = torchmetrics_lpips._LPIPS(net="squeeze", pretrained=True).eval()
+    torch.testing.assert_close(found, theirs(*inputs).flatten(), rtol=1e-4, atol=1e-6)
 
 
 def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
@@ -72,29 +116,9 @@ def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., :32, :] = 1
     blackened = [torch.where(masks.bool(), -1.0, quantize(x) / 127.5 - 1) for x in (images, reference)]
-    metric = LPIPS(squeeze[1])
+    metric = SqueezeLPIPS(lpips_network("squeeze", weights_of(squeeze)))
     found = Within(metric, edited=False).per_image(images, reference, masks=masks)
     torch.testing.assert_close(found, metric.per_image(*blackened))
-
-
-class MeanDistance(nn.Module):
-    """Mean squared difference, (B, 1, 1, 1), of what it is given."""
-
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        assert a.shape[-2:] == (224, 224)
-        assert a.min() >= 0
-        return (a - b).square().mean((1, 2, 3), keepdim=True)
-
-
-def test_the_paper_s_lpips_sees_224_pixels_between_0_and_1(images):
-    metric = LPIPS224(MeanDistance())
-    metric.update(images[:1], images[:1])
-    assert metric.compute() == 0
-    metric.update(torch.ones(3, 3, 40, 56), torch.full((3, 3, 40, 56), -1.0))
-    torch.testing.assert_close(metric.compute(), torch.tensor(3 / 4))
-    cut = metric.per_image(images[:, :, :, 8:48], images[:, :, :, 8:48].flip(0))
-    whole = metric.per_image(images, images.flip(0))  # a wider picture is cut, not squeezed
-    torch.testing.assert_close(whole, cut, rtol=0, atol=2e-3)
 
 
 # DinoV2
