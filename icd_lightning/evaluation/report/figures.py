@@ -154,7 +154,7 @@ def curve_pixels(curve: Curve, width: int) -> NDArray[np.uint8]:
     columns = max(1, min(len(curve.series), int(width / cell)))
     height = 440 + 34 * math.ceil(len(curve.series) / columns)
     with rc_context(REPORTED):
-        figure = _curve_figure(curve, width, height, size)
+        figure = curve_figure(curve, width, height, size)
         handles, names = figure.axes[0].get_legend_handles_labels()
         by_row = [index for column in range(columns) for index in range(column, len(names), columns)]
         figure.legend(
@@ -178,7 +178,7 @@ def curve_svg(curve: Curve, colors: dict[str, str], *, width: int = 520, height:
     buffer = StringIO()
     with rc_context({**REPORTED, "svg.hashsalt": curve.title}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        _curve_figure(curve, width, height, 13).savefig(buffer, format="svg", metadata=metadata)
+        curve_figure(curve, width, height, 13).savefig(buffer, format="svg", metadata=metadata)
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # numbered anew in each figure
     return re.sub(
@@ -186,26 +186,29 @@ def curve_svg(curve: Curve, colors: dict[str, str], *, width: int = 520, height:
     )
 
 
-def _curve_figure(curve: Curve, width: int, height: int, size: float) -> Figure:
+def curve_figure(curve: Curve, width: int, height: int, size: float) -> Figure:
     """Horizontal rules with their values, the name of the y axis above them; sizes in pixels."""
     figure = Figure(figsize=(width / PIXELS, height / PIXELS), dpi=PIXELS)
     figure.set_layout_engine("constrained", w_pad=1 / PIXELS, h_pad=size / 3 / PIXELS)
     axes = figure.subplots()
     for index, name in enumerate(curve.series):
         _draw_line(axes, curve, index, name, size / 7)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    low, high = axes.dataLim.intervaly
+    ticks = MaxNLocator(7, steps=[1, 2, 5, 10])
     if curve.log_y:
-        low, high = axes.dataLim.intervaly
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if 0 < high < 100 * low else (1,)))
+        if not 0 < low <= high < 4 * low:  # a power of two or more lies between them
+            ticks = LogLocator(subs=(1, 2, 5) if 0 < high < 100 * low else (1,))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.ticklabel_format(style="plain", useOffset=False)
+    axes.yaxis.set_major_locator(ticks)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.autoscale()
-    if not curve.marks and np.isfinite(axes.dataLim.intervalx).all():  # a line ends with its data
-        axes.set_xlim(*axes.dataLim.intervalx)
+    first, last = axes.dataLim.intervalx
+    if not curve.marks and -math.inf < first < last < math.inf:  # a line ends with its data
+        axes.set_xlim(first, last)
     axes.grid(axis="y", color=COLORS["rule"], linewidth=size / 13)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
