@@ -125,21 +125,15 @@ def describe(*urls: str, examples: int = 4) -> None:
 
     if examples < 1:
         raise ValueError(f"examples {examples} must be at least 1")
-    shown = describe_shards(list(urls), examples=examples)
+    rows, problems = describe_shards(list(urls), examples=examples)
     table = Table(show_header=False, box=None)
-    table.add_row("shards", f"{shown.shards}")
-    table.add_row("samples", f"{shown.samples}")
-    table.add_row("bytes", f"{shown.bytes:,}")
-    table.add_row("files", ", ".join(f"{n} {extension}" for extension, n in shown.files.most_common()))
-    table.add_row("sizes", ", ".join(f"{w} x {h}" for (w, h), _ in shown.sizes.most_common(5)) or "no pictures")
-    for caption in shown.captions[:examples]:
-        table.add_row("caption", caption)
-    table.add_row("manifest", shown.manifest)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    if shown.problems:
-        first = "; ".join(shown.problems[:5])
-        more = f" and {len(shown.problems) - 5} more" if len(shown.problems) > 5 else ""
-        raise ValueError(f"{_counted(len(shown.problems), 'problem')}: {first}{more}; write or copy the shards again")
+    if problems:
+        first = "; ".join(problems[:5])
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{_counted(len(problems), 'problem')}: {first}{more}; write or copy the shards again")
 
 
 def _counted(count: int, name: str) -> str:

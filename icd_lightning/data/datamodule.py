@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -201,10 +203,9 @@ class ShardDataModule(lightning.LightningDataModule):
         if self.stream is None or not state_dict:  # the checkpoint is only evaluated
             return
         self._resumed = state_dict
-        was, now = state_dict["order"], self._order()
-        names = dict.fromkeys([*now, *was])
+        before, now = state_dict["order"], self._order()
         if different := [
-            f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)
+            f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value
         ]:
             logger.warning(
                 "data continue at the same point, but not with the same samples as without a stop: %s",
@@ -219,29 +220,35 @@ class ShardDataModule(lightning.LightningDataModule):
         """The next batch of this rank, counted from the start of training, in batches of this run's size."""
         if self._resumed is None:
             return self._finished()
-        was, now = self._resumed["order"], self._order()
-        before = self._resumed["position"] * was["batch_size"] * was["world_size"]
-        return before // (now["batch_size"] * now["world_size"]) + self._finished() - self._resumed["finished"]
+        before, now = self._resumed["order"], self._order()
+        samples = self._resumed["position"] * before["batch_size"] * before["world_size"]
+        return samples // (now["batch_size"] * now["world_size"]) + self._finished() - self._resumed["finished"]
 
     def _next_batch(self) -> int:
         """Where an epoch begins: with `overfit_batches`, each with the same batches."""
-        return self._position() % (self.trainer.num_training_batches if self.trainer.overfit_batches else sys.maxsize)
+        position = self._position()
+        return position % self.trainer.num_training_batches if self.trainer.overfit_batches else position
 
-    def _order(self) -> dict[str, int]:
+    def _order(self) -> dict[str, Any]:
         """All that decides which samples make which batch."""
         stream = self.stream
         assert stream is not None
-        order = {
-            "seed": stream.seed,
-            "batch_size": stream.batch_size,
-            "world_size": stream.world_size,
-            "num_workers": max(1, self.num_workers),
-            "shuffle_buffer": stream.shuffle_buffer,
-            "batches_per_epoch": stream.batches_per_epoch,
-            "shards": len(stream.shards),
-            "samples": sum(shard.samples or 0 for shard in stream.shards),
-        }
-        return order | ({"buckets": 1} if stream.decoder.buckets else {})
+        names = ("seed", "batch_size", "world_size", "shuffle_buffer", "batches_per_epoch")
+        order = {name: getattr(stream, name) for name in names} | {"num_workers": max(1, self.num_workers)}
+        return order | {"shards": _fingerprint(stream.shards)} | asdict(stream.decoder)
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(shards: tuple[Shard, ...]) -> str:
+    """Of the names, sizes and first bytes of shards, or the urls of remote ones; a copy elsewhere has the same."""
+    digest = hashlib.sha256()
+    for path, url in ((Path(shard.url), shard.url) for shard in shards):
+        if not path.is_file():
+            digest.update(url.encode())
+            continue
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(4096))
+    return digest.hexdigest()[:12]
 
 
 def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:

@@ -117,7 +117,7 @@ class ValidationSet(Dataset):
         samples = []
         try:
             for index in self.indices(batch):
-                self.tally.read(worker)
+                self.tally.add("read", worker=worker)
                 sample = self.tally.attempt(self.decoder.decode, self.entries[index].read(), worker)
                 samples += [] if sample is None else [sample]
         except NothingToReadError as error:

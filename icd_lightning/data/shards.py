@@ -222,54 +222,51 @@ def _count(path: Path) -> int:
     return len(entries)
 
 
-@dataclass(frozen=True)
-class Description:
-    """What `describe_shards` found; `sizes` and `captions` are taken from a few samples of every shard."""
+def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:
+    """What local shards hold, in rows (name, text), and all that is wrong with them.
 
-    shards: int
-    samples: int
-    bytes: int
-    files: Counter[str]
-    sizes: Counter[tuple[int, int]]
-    captions: list[str]
-    manifest: str
-    problems: list[str]
-
-
-def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> Description:
-    """Count local shards and look into `examples` samples of each, spread evenly; hold them against the manifest."""
+    `examples` samples of each shard, spread evenly, are looked into for sizes and captions.
+    """
     paths = find_shards(urls)
     if remote := [url for url in paths if not is_local(url)]:
         raise ValueError(f"{remote[0]} is not a local file; copy it to this machine to describe it")
-    total, files, sizes, captions = 0, Counter[str](), Counter[tuple[int, int]](), list[str]()
+    samples, files, sizes, captions = 0, Counter[str](), Counter[str](), list[str]()
     problems = find_problems(paths, verify="sha256")
-    agrees = "does not agree" if problems else "agrees"
+    bare = [path for path in paths if Manifest.load(Path(path).parent) is None]
+    manifest = "does not agree" if problems else "agrees"
     for path in paths:
         entries, damage = index_shard(path)
         if not any(known.startswith(f"{path} ") for known in problems):  # the manifest tells more
             problems += [f"{path}: {problem}" for problem in ([damage] if damage else _gaps(entries))]
-        total += len(entries)
+        samples += len(entries)
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
             raw = entry.read()
             captions += [caption] if (caption := text_caption(raw)) else []
             with contextlib.suppress(StopIteration, OSError, SyntaxError):
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
-                sizes[Image.open(BytesIO(data)).size] += 1
-    size = sum(os.path.getsize(path) for path in paths)
-    bare = [path for path in paths if Manifest.load(Path(path).parent) is None]
-    manifest = f"none beside {bare[0]}: samples may be missing" if bare else agrees
-    return Description(len(paths), total, size, files, sizes, captions, manifest, problems)
+                sizes["{} x {}".format(*Image.open(BytesIO(data)).size)] += 1
+    rows = [
+        ("shards", f"{len(paths)}"),
+        ("samples", f"{samples}"),
+        ("bytes", f"{sum(os.path.getsize(path) for path in paths):,}"),
+        ("files", ", ".join(f"{number} {extension}" for extension, number in files.most_common(20))),
+        ("sizes", ", ".join(size for size, _ in sizes.most_common(5)) or "no pictures"),
+        *(("caption", caption) for caption in captions[:examples]),
+        ("manifest", f"none beside {bare[0]}: samples may be missing" if bare else manifest),
+    ]
+    return rows, problems
 
 
 def _gaps(entries: Sequence[Entry]) -> list[str]:
     """What samples of a shard lack, and which keys come twice."""
+    if dots := next(filter(None, (explain_dots(entry.files) for entry in entries)), None):
+        return [dots]
     wanted = {"picture": {*IMAGE_EXTENSIONS, MOMENTS}, "caption": {*CAPTION_EXTENSIONS, "json"}}
     gaps = []
     for name, extensions in wanted.items():
         if lacking := [entry for entry in entries if not entry.files.keys() & extensions]:
             example = f"{lacking[0].key} has {', '.join(lacking[0].files)}"
             gaps.append(f"{len(lacking)} of {len(entries)} samples have no {name} ({example})")
-    gaps += list(filter(None, (explain_dots(entry.files) for entry in entries)))[:1]
     key, times = max(Counter(entry.key for entry in entries).items(), key=lambda item: item[1], default=("", 0))
     return gaps + ([f"{key} comes {times} times, each time as a sample of its own"] if times > 1 else [])

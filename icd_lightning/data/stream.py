@@ -34,12 +34,12 @@ class Piece(NamedTuple):
 
     def read(self, tally: Tally, worker: int = 0) -> Iterator[Raw]:
         """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left."""
-        tally.opened(worker)
+        tally.add("shards", worker=worker)
         problem, given = None, 0
         try:
             with contextlib.closing(open_url(self.url, patience=tally.limits.stall_timeout)) as file:
                 for raw in islice(read_samples(file, self.url), self.start, self.stop):
-                    tally.read(worker)
+                    tally.add("read", worker=worker)
                     given += 1
                     yield raw
         except Exception as error:  # whatever the scheme's opener raises
@@ -178,7 +178,7 @@ class _Reader:
                 self.kinds.add((MOMENTS in raw, TEXT in raw))
                 if len(self.kinds) > 1:
                     raise NothingToReadError(MIXED)
-                self.tally.admitted(self.worker)
+                self.tally.awaited(self.worker)
                 yield size, raw
 
 

@@ -85,21 +85,13 @@ class Tally:
         """For how many seconds no worker has found a sample that can be used."""
         return time.monotonic() - self._alive.max().item()
 
-    def opened(self, worker: int = 0) -> None:
-        """Count a shard."""
-        self._add("shards", 1, worker)
-
-    def read(self, worker: int = 0) -> None:
-        """Count a sample, whatever becomes of it."""
-        self._add("read", 1, worker)
-
-    def admitted(self, worker: int = 0) -> None:
-        """A sample can be used, as far as is known before its pixels."""
-        self.awaited(worker)
+    def add(self, column: str, count: int = 1, worker: int = 0) -> None:
+        """Count up one of COLUMNS: a shard opened, a sample read (whatever becomes of it) ..."""
+        self._counts.numpy()[worker, COLUMNS.index(column)] += count  # the same memory, at a tenth of the time
 
     def passed(self, count: int = 1, worker: int = 0) -> None:
         """Count samples that go into a batch."""
-        self._add("passed", count, worker)
+        self.add("passed", count, worker)
         self.awaited(worker)
 
     def skipped(self, reason: str, detail: str, worker: int = 0) -> None:
@@ -111,7 +103,7 @@ class Tally:
         if missing is None:  # as many as others have, on average
             good = self._sum("shards") - self._sum("broken_shard") - 1
             missing = self._sum("read") // good if good > 0 else 1
-        self._add("read", missing, worker)
+        self.add("read", missing, worker)
         self._skip("broken_shard", detail, missing, worker)
 
     def attempt(self, decode: Callable[[dict[str, Any]], T], raw: dict[str, Any], worker: int = 0) -> T | None:
@@ -137,21 +129,18 @@ class Tally:
             f"{what} (skipped: {skipped or 'none'}{example}); look at local shards with `icd data describe`"
         )
 
-    def _skip(self, reason: str, detail: str, lost: int, worker: int) -> None:
-        self._add(reason, 1, worker)
-        self._add("lost", lost, worker)
+    def _skip(self, reason: str, detail: str, samples: int, worker: int) -> None:
+        self.add(reason, 1, worker)
+        self.add("lost", samples, worker)
         if reason not in self._details:
             self._details[reason] = detail
             logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
-        read, all_lost = self._sum("read"), self._sum("lost")
-        if read >= MIN_READ and all_lost > self.limits.max_skipped * read:
+        read, lost = self._sum("read"), self._sum("lost")
+        if read >= MIN_READ and lost > self.limits.max_skipped * read:
             allowed = f"max_skipped {self.limits.max_skipped:g} allows"
-            raise self.nothing(f"{all_lost} of {read} samples could not be used, more than {allowed}")
+            raise self.nothing(f"{lost} of {read} samples could not be used, more than {allowed}")
         if time.monotonic() - self._alive[worker].item() > self.limits.stall_timeout:
             raise self.nothing(f"no sample that can be used was found for {self.limits.stall_timeout:g} s")
-
-    def _add(self, name: str, count: int, worker: int) -> None:
-        self._counts.numpy()[worker, COLUMNS.index(name)] += count  # the same memory, at a tenth of the time
 
     def _sum(self, name: str) -> int:
         return int(self._counts[:, COLUMNS.index(name)].sum())

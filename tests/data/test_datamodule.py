@@ -1,3 +1,4 @@
+import shutil
 from itertools import chain
 
 import pytest
@@ -160,6 +161,41 @@ def test_resuming_with_another_batch_size_goes_on_at_the_same_sample(shards, tmp
     )
     assert resumed.trained[:2] == fresh.trained[4:]
     assert "batch_size was 5, is 10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"resolution": 4}, "resolution was 8, is 4"),
+        ({"caption_field": "title"}, "caption_field was None, is title"),
+        ({"shuffle_buffer": 9}, "shuffle_buffer was 8, is 9"),
+    ],
+)
+def test_resuming_on_other_samples_says_what_changed(shards, tmp_path, caplog, options, change):
+    trainer = trainer_for(tmp_path, max_epochs=1)
+    data = data_for(shards)
+    trainer.fit(Recorder(), datamodule=data)
+    state = data.state_dict()
+    for urls, settings, expected in ((shards, options, change), (shards, {}, None)):
+        caplog.clear()
+        other = data_for(urls, **settings)
+        other.setup("fit")
+        other.load_state_dict(state)
+        assert ("not with the same samples" in caplog.text) == (expected is not None)
+        assert (expected or "") in caplog.text
+
+
+def test_resuming_on_a_copy_is_silent_and_on_other_data_of_equal_counts_is_not(shards, tmp_path, caplog):
+    data = data_for(shards)
+    trainer_for(tmp_path, max_epochs=1).fit(Recorder(), datamodule=data)
+    shutil.copytree(shards, tmp_path / "copy")
+    write_shards(numbered_samples(60, size=16), tmp_path / "other", shard_size=10, parameters={"seed": 0})
+    for folder, silent in (("copy", True), ("other", False)):
+        caplog.clear()
+        other = data_for(tmp_path / folder)
+        other.setup("fit")
+        other.load_state_dict(data.state_dict())
+        assert ("shards was" not in caplog.text) == silent
 
 
 def test_a_checkpoint_can_be_evaluated(shards, tmp_path):

@@ -195,14 +195,17 @@ def test_a_file_that_ends_early_is_noticed(shards):
 
 
 def test_describe(shards):
-    found = describe_shards(str(shards), examples=2)
-    assert (found.shards, found.samples, found.manifest, found.problems) == (6, 60, "agrees", [])
-    assert found.files == {"png": 60, "txt": 60, "json": 60}
-    assert found.sizes == {(8, 8): 12}
-    assert found.captions[:3] == ["picture 0", "picture 5", "picture 10"]
+    rows, problems = describe_shards(str(shards), examples=2)
+    assert problems == []
+    assert rows[-3:] == [("caption", "picture 0"), ("caption", "picture 5"), ("manifest", "agrees")]
+    size = sum(path.stat().st_size for path in shards.glob("*.tar"))
+    expected = {"shards": "6", "samples": "60", "bytes": f"{size:,}", "files": "60 png, 60 json, 60 txt"}
+    assert dict(rows[:5]) == expected | {"sizes": "8 x 8"}
     cut_after(shards / "00002.tar", 7)
-    assert "00002.tar holds 7 samples" in describe_shards(str(shards)).problems[0]
+    rows, problems = describe_shards(str(shards))
+    assert "00002.tar holds 7 samples" in problems[0]
+    assert rows[-1] == ("manifest", "does not agree")
     (shards / MANIFEST).unlink()
-    assert describe_shards(str(shards)).manifest.startswith("none beside")
+    assert describe_shards(str(shards))[0][-1][1].startswith("none beside")
     with pytest.raises(ValueError, match="not a local file"):
         describe_shards("pipe:cat x.tar")

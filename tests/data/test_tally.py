@@ -9,10 +9,10 @@ from icd_lightning.data.tally import Limits, NothingToReadError, RejectedError, 
 
 def read(tally: Tally, good: int, bad: int = 0, worker: int = 0, reason: str = "too_small") -> None:
     for _ in range(good):
-        tally.read(worker)
+        tally.add("read", worker=worker)
         tally.passed(1, worker)
     for _ in range(bad):
-        tally.read(worker)
+        tally.add("read", worker=worker)
         tally.skipped(reason, f"a picture of worker {worker}", worker)
 
 
@@ -53,14 +53,14 @@ def test_a_run_ends_when_more_than_a_share_is_lost_and_not_before_a_thousand(sha
 def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
     tally = Tally(limits=Limits(0.5))
     for _ in range(3):
-        tally.opened()
+        tally.add("shards")
         read(tally, 300)
-    tally.opened()
+    tally.add("shards")
     tally.broke("d.tar", missing=None)  # 300, as the others had
-    tally.opened()
+    tally.add("shards")
     tally.broke("e.tar", missing=550)
     assert tally.counts()["broken_shard"] == 2
-    tally.opened()
+    tally.add("shards")
     with pytest.raises(NothingToReadError, match=r"1050 of 1950 samples"):
         tally.broke("f.tar", missing=200)
 
@@ -71,7 +71,7 @@ def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
     tally.awaited(1)  # training or validation went on meanwhile; a batch is asked for only now
     read(tally, 0, 1, worker=1)
     time.sleep(0.15)
-    tally.admitted(1)
+    tally.awaited(1)
     time.sleep(0.15)
     read(tally, 0, 1, worker=1)
     time.sleep(0.1)
