@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import lightning
 import torch
@@ -18,6 +19,13 @@ class DataReport(lightning.Callback):
     They are `data/train/passed`, `data/train/too_small` ...; a reason appears once it has been met; validation's are
     `data/val/...`. A data module that does not count (`train_tally`, `val_tally`) is let be.
     """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say where the last optimizer step of an epoch takes fewer micro-batches than are accumulated."""
+        batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if trainer.is_global_zero and math.isfinite(batches) and (rest := batches % accumulated):
+            text = "an epoch has %d batches: its last optimizer step takes %d of the %d that are accumulated"
+            log.warning(text, batches, rest, accumulated)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Log at every `log_every_n_steps`-th batch."""
@@ -39,11 +47,11 @@ class DataReport(lightning.Callback):
 
 def _counts(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, dict[str, int]]:
     """Sum the counts of all ranks; every rank must ask."""
-    found = {}
+    summed = {}
     for split in ("train", "val"):
         tally = getattr(trainer.datamodule, f"{split}_tally", None)
         if isinstance(tally, Tally):
             own = tally.counts()
-            summed = trainer.strategy.reduce(torch.tensor([*own.values()], device=pl_module.device), reduce_op="sum")
-            found[split] = dict(zip(own, summed.tolist(), strict=True))
-    return found
+            total = trainer.strategy.reduce(torch.tensor([*own.values()], device=pl_module.device), reduce_op="sum")
+            summed[split] = dict(zip(own, total.tolist(), strict=True))
+    return summed

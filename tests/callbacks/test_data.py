@@ -114,3 +114,13 @@ def test_data_that_are_not_counted_are_let_be(tmp_path):
     options = {"callbacks": [DataReport()], "log_every_n_steps": 1, "max_steps": 2, "limit_val_batches": 0}
     trainer_for(tmp_path, logger=logger, **options).fit(Module(), datamodule=SceneDataModule(batch_size=2))
     assert scalars(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"), [(5, "an epoch has 5 batches: its last optimizer step takes 1 of the 4"), (8, None)]
+)
+def test_a_short_last_optimizer_step_is_told_of(shards, tmp_path, caplog, limit, told):
+    options = {"callbacks": [DataReport()], "accumulate_grad_batches": 4, "limit_train_batches": limit, "max_epochs": 1}
+    trainer_for(tmp_path, **options).fit(Module(), datamodule=scenes_data(shards))
+    assert ("optimizer step" in caplog.text) == (told is not None)
+    assert (told or "") in caplog.text
