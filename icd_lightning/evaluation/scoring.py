@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icd_lightning.data.images import quantize
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.metrics.base import PerImage, PictureMetric
+from icd_lightning.metrics.reconstruction import psnr_within
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.attributes import GROUPS, label_tensor
 from icd_lightning.tiny.datamodule import scene_batch
@@ -25,12 +25,6 @@ from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, LABELS, Scene
 Columns = Mapping[str, Tensor]
 Scorer = Callable[[Sequence[Example], Tensor, Tensor | None], Columns]
 SetScorer = Callable[[Iterable[tuple[Tensor, Tensor]]], float]
-
-
-def psnr_within(images: Tensor, reference: Tensor, region: Tensor) -> Tensor:
-    """PSNR in dB on 8-bit values over the pixels where region (B, 1, H, W) is 1, (B,); NaN where there are none."""
-    error = (quantize(images) - quantize(reference)).square() * region
-    return 10 * torch.log10(255.0**2 * 3 * region.sum((1, 2, 3)) / error.sum((1, 2, 3)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ def mse(images: Tensor, reference: Tensor) -> Tensor:
     return ((quantize(images) - quantize(reference)) / 255).square().mean((1, 2, 3))
 
 
+def psnr_within(images: Tensor, reference: Tensor, region: Tensor) -> Tensor:
+    """PSNR in dB over the pixels where region (B, 1, H, W) is 1, (B,), NaN where there are none: no `psnr-edited`."""
+    error = (quantize(images) - quantize(reference)).square() * region
+    return 10 * torch.log10(255.0**2 * 3 * region.sum((1, 2, 3)) / error.sum((1, 2, 3)))
+
+
 class PSNR(PerImage):
     """Mean over images of their `psnr`, in dB."""
 

@@ -14,7 +14,6 @@ from icd_lightning.evaluation.scoring import (
     SceneAttributes,
     SceneEdits,
     Scoring,
-    psnr_within,
 )
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.attributes import label_tensor
@@ -83,17 +82,6 @@ def test_harm_outside_of_the_edit_is_not_harm_inside():
     assert all(math.isinf(value) for value in scores["psnr_edited"])
     finite = [value for value, region in zip(scores["psnr_outside"], regions, strict=True) if region.mean() < 1]
     assert all(10 < value < 35 for value in finite)
-
-
-def test_psnr_within_a_region_is_over_its_pixels_alone():
-    reference, region = torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
-    region[0, :, :4] = 1
-    images = reference.clone()
-    images[:, :, :4] = 2 / 255 * 16  # 16 grey levels
-    images[:, :, 4:] = 1
-    first, second = psnr_within(images, reference, region).tolist()
-    assert first == pytest.approx(20 * math.log10(255 / 16), abs=1e-3)
-    assert math.isnan(second)
 
 
 def test_attributes_of_a_generated_scene_are_shares_of_those_that_are_there():

@@ -1,9 +1,10 @@
-"""CLIP's metrics on a CLIP of random weights, against torchmetrics and by hand."""
+"""CLIP's metrics on a CLIP of random weights, beside transformers' and torchmetrics'."""
 
 import pytest
 import torch
 from metrics_case import scenes
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from torchmetrics.multimodal import CLIPScore as TorchmetricsCLIPScore
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.alignment import CLIPImage, CLIPScore, CLIPText
@@ -39,8 +40,8 @@ def embeddings(metric, images, prompts):
 
 
 def test_clip_t_and_clip_i_are_plain_cosines(clip_home):
-    found, images = scenes(3)
-    prompts = [scene.caption() for scene in found]  # of different lengths
+    drawn, images = scenes(3)
+    prompts = [scene.caption() for scene in drawn]  # of different lengths
     expected = [torch.dot(*pair) for pair in embeddings(CLIPText(), images, prompts)]  # embeddings are of unit length
     torch.testing.assert_close(CLIPText().per_image(images, prompts=prompts), torch.stack(expected))
     pairs = zip(*(embeddings(CLIPImage(), x, prompts) for x in (images, images.flip(0))), strict=True)
@@ -49,17 +50,34 @@ def test_clip_t_and_clip_i_are_plain_cosines(clip_home):
     torch.testing.assert_close(CLIPImage().per_image(images, images), torch.ones(3))
 
 
-def test_clip_score_is_a_hundred_times_clip_t_and_never_negative(clip_home):
-    found, images = scenes(12)
-    prompts = [scene.caption() for scene in found]
-    cosines, scores = (metric().per_image(images, prompts=prompts) for metric in (CLIPText, CLIPScore))
-    torch.testing.assert_close(scores, 100 * cosines.clamp(min=0))
-    assert (scores > 0).any()
+class OlderCLIP(CLIPModel):
+    """Features as transformers 4 returned them, which torchmetrics 1.9 wants."""
+
+    def get_image_features(self, *args, **options):
+        return super().get_image_features(*args, **options).pooler_output
+
+    def get_text_features(self, *args, **options):
+        return super().get_text_features(*args, **options).pooler_output
+
+
+def test_clip_score_is_torchmetrics_as_piebench_calls_it(clip_home):
+    """A picture at a time: its cosine times 100, 0 where that is negative."""
+    drawn, images = scenes(12)
+    prompts = [scene.caption() for scene in drawn]
+    network = OlderCLIP.from_pretrained(clip_home)
+    by_pillow = AutoImageProcessor.from_pretrained(clip_home, backend="pil")  # transformers 4 knew no other
+    processor = CLIPProcessor(by_pillow, AutoTokenizer.from_pretrained(clip_home))
+    theirs = TorchmetricsCLIPScore(lambda: (network, processor))
+    pictures = torch.from_numpy(to_pictures(images)).permute(0, 3, 1, 2)
+    expected = torch.stack([theirs(*pair) for pair in zip(pictures, prompts, strict=True)])
+    torch.testing.assert_close(CLIPScore().per_image(images, prompts=prompts), expected, rtol=1e-5, atol=1e-5)
+    assert (expected == 0).any()
+    assert (expected > 0).any()
 
 
 def test_clip_score_inside_the_mask_sees_the_rest_black(clip_home):
-    found, images = scenes(2)
-    prompts = [scene.caption() for scene in found]
+    drawn, images = scenes(2)
+    prompts = [scene.caption() for scene in drawn]
     masks = torch.zeros(2, 1, 64, 64)
     masks[0, :, :, 20:] = 1
     blackened = torch.where(masks[:1].bool(), images[:1], -1.0)

@@ -9,7 +9,7 @@ from metrics_case import grey, noisy
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.reconstruction import MSE, PSNR, SSIM, Within
+from icd_lightning.metrics.reconstruction import MSE, PSNR, SSIM, Within, psnr_within
 from icd_lightning.metrics.registry import build_metrics
 
 
@@ -69,6 +69,28 @@ def test_it_is_piebench_s_arithmetic(name, theirs):
         pair = [(to_pictures(x[index : index + 1])[0] / np.float32(255)) * kept for x in (images, reference)]
         expected.append(theirs(*(torch.from_numpy(x).permute(2, 0, 1)[None] for x in pair)))
     torch.testing.assert_close(metric.compute(), torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_psnr_within_a_region_is_over_its_pixels_alone():
+    reference, region = torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    region[0, :, :4] = 1
+    images = reference.clone()
+    images[:, :, :4] = 2 / 255 * 16  # 16 grey levels
+    images[:, :, 4:] = 1
+    first, second = psnr_within(images, reference, region).tolist()
+    assert first == pytest.approx(20 * math.log10(255 / 16), abs=1e-3)
+    assert math.isnan(second)
+
+
+def test_the_two_readings_of_psnr_outside_of_an_edit_differ_by_the_share_of_the_rest():
+    """PIE-Bench averages over all pixels, `psnr_outside` over the region's own."""
+    images, reference = noisy(2, size=(16, 16))
+    masks = half(2)
+    masks[1, ..., :12] = 1
+    (metric,) = build_metrics(["psnr-unedited"]).values()
+    share = (1 - masks).mean((1, 2, 3))
+    expected = psnr_within(images, reference, 1 - masks) - 10 * torch.log10(share)
+    torch.testing.assert_close(metric.per_image(images, reference, masks=masks), expected)
 
 
 def test_masks_are_asked_for_and_looked_at():

@@ -1,9 +1,6 @@
-"""The registry, and where pretrained networks come from: the real ones or none."""
+"""Where pretrained networks come from: the real ones or none."""
 
 import hashlib
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +9,13 @@ from transformers import ViTConfig, ViTModel
 from icd_lightning.metrics import pretrained
 from icd_lightning.metrics.inception import INCEPTION_URL
 from icd_lightning.metrics.perceptual import DINO, LPIPS_TRUNKS
-from icd_lightning.metrics.registry import METRICS, PRESETS, build_metrics
+from icd_lightning.metrics.registry import OWN, build_metrics
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 TO_FETCH = {
     "lpips": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "lpips-squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
     "fid": "https://.*/pt_inception-2015-12-05-6726825d.pth",
+    "fid-tf": "https://.*/pt_inception-2015-12-05-6726825d.pth",
     "fid-clean": "https://.*/pt_inception-2015-12-05-6726825d.pth",
     "dinov2": r"facebook/dinov2-base \(hf download",
     "structure-distance": r"facebook/dino-vitb8 \(hf download",
@@ -27,19 +24,15 @@ TO_FETCH = {
     "clip-score": r"openai/clip-vit-large-patch14 \(hf download",
     "image-reward": r"THUDM/ImageReward \(hf download THUDM/ImageReward ImageReward.pt\)",
 }
+WITHOUT = {"psnr", "ssim", "mse", "latent-nll"}
 
 
-@pytest.mark.parametrize("name", TO_FETCH)
+@pytest.mark.parametrize("name", OWN.keys() - WITHOUT)
 def test_a_missing_network_ends_early_with_what_to_fetch_and_how_to_go_without(metrics_home, name):
     go_without = r"or go without, e\.g\. metrics: \[psnr"
     message = rf"metric {name} lacks its network: put {TO_FETCH[name]}.* into {metrics_home}, {go_without}"
     with pytest.raises(FileNotFoundError, match=message):
         build_metrics(["psnr", name])
-
-
-def test_all_others_come_with_the_package(metrics_home):
-    names = METRICS.keys() - TO_FETCH.keys()
-    assert build_metrics(sorted(names)).keys() == names
 
 
 def test_without_a_home_the_message_names_the_variable(metrics_home, monkeypatch):
@@ -84,36 +77,3 @@ def test_a_folder_that_lacks_weights_is_refused_and_a_whole_one_shared(metrics_h
     first = pretrained.load_network("structure-distance", DINO, ViTModel)
     assert pretrained.load_network("structure-distance", DINO, ViTModel) is first
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in first.parameters())
-
-
-# Names
-
-
-def test_unknown_names_are_refused_before_anything_is_loaded(metrics_home):
-    with pytest.raises(ValueError, match=r"no metric 'psnrr'; there is: psnr, ssim, .*one of icd, piebench, tiny"):
-        build_metrics(["lpips", "psnrr"])
-    for name in ("tiny-fd-edited", "latent-nll-unedited"):
-        with pytest.raises(ValueError, match="is not of single pictures, and so not of parts"):
-            build_metrics([name])
-
-
-def test_a_preset_stands_for_its_metrics_and_a_name_is_built_once():
-    assert tuple(build_metrics(["tiny", "psnr", "mse"])) == (*PRESETS["tiny"], "mse")
-
-
-def test_building_draws_no_random_numbers():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    build_metrics(["tiny"])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_registry_is_light_to_import():
-    heavy = "{'torch', 'torchmetrics', 'transformers'}"
-    code = f"import sys, icd_lightning.metrics.registry; print({heavy} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-def test_every_metric_and_preset_is_documented():
-    text = DOCS.read_text()
-    assert all(f"`{name}`" in text for name in (*METRICS, *PRESETS))
