@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from icd_lightning.data.images import to_images
-from icd_lightning.diffusion import Boundaries, NoiseSchedule
+from icd_lightning.diffusion import Boundaries, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
@@ -161,11 +161,11 @@ class ReferenceEdit:
         )
         found = []
         for network in (plain, merged(copy.deepcopy(unet), "cd"), merged(unet, "fcd")):
-            network.register_forward_hook(partial(self._as_eps, method.schedule), with_kwargs=True)
+            network.register_forward_hook(partial(self._as_eps, method.process), with_kwargs=True)
             found.append(SimpleNamespace(**vars(copy.deepcopy(around)), unet=network))
         return found
 
-    def _as_eps(self, schedule: NoiseSchedule, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _as_eps(self, process: Process, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Count the evaluations of a UNet, and return what its output means as eps."""
         x, t = args
         self.rows += len(x)

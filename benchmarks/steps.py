@@ -115,7 +115,7 @@ class ReferenceStyle:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, family = setting, setting.load_family()
-        self.schedule = family.load_schedule().to(setting.device)
+        self.process = family.load_process().to(setting.device)
         self.autoencoder = family.load_autoencoder().to(setting.device)
         self.conditioner = family.load_conditioner().to(setting.device)
         self.teacher = family.load_unet(guided=True).to(setting.device)
@@ -135,7 +135,7 @@ class ReferenceStyle:
         draws = Draws(0, number, device=self.setting.device)
         latents = self.autoencoder.encode(self.images, normal=draws.normal)
         conditioning = self.conditioner([CAPTION] * count)
-        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
+        data = NoisedData(latents, draws.normal(*latents.shape), self.process)
         w = draws.choice(count, GUIDANCE_SCALES)
         ends, segments = self.boundaries, self.boundaries.num_segments
         denoiser = partial(self._denoiser, conditioning)
@@ -160,7 +160,7 @@ class ReferenceStyle:
 
     def _denoiser(self, conditioning: Any, adapter: str | None, guidance: float | Tensor) -> Any:
         unet = self.teacher if adapter is None else self.students[adapter]
-        return guided_denoiser(unet, self.schedule, conditioning, guidance)
+        return guided_denoiser(unet, self.process, conditioning, guidance)
 
     def _step(self, adapter: str, loss: Any, weight: float) -> None:
         with self.setting.autocast():
@@ -200,7 +200,7 @@ class Peer(ReferenceStyle):
     def __init__(self, style: ReferenceStyle, checkout: Path) -> None:
         vars(self).update(vars(style))
         lcm, self.functions = reference_code(checkout)
-        alphas_cumprod = self.schedule.alphas_cumprod.cpu()
+        alphas_cumprod = self.process.alphas_cumprod.cpu()
         self.solver = lcm.DDIMSolver(
             alphas_cumprod.numpy(),
             timesteps=1000,
@@ -225,7 +225,7 @@ class Peer(ReferenceStyle):
         )
         config = SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
         self.noise_scheduler = SimpleNamespace(
-            config=config, alphas_cumprod=self.schedule.alphas_cumprod, add_noise=self.schedule.add_noise
+            config=config, alphas_cumprod=self.process.alphas_cumprod, add_noise=self.process.add_noise
         )
         self.no_schedule = SimpleNamespace(step=lambda: None)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -17,3 +21,48 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder whose files, if all goes well, go into `folder`, whose other files stay.
+
+    No reader ever finds half a file.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot write to {folder}: that is a file, give a folder")
+    temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")  # beside its goal, where a rename is one atomic step
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not folder.exists():
+            os.rename(temporary, folder)
+            return
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text, whole or not at all."""
+    write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; what JSON does not know becomes text."""
+    write_text(file, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or ValueError that name it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__}, not a JSON object")
+    return content

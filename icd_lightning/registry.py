@@ -1,10 +1,12 @@
-"""Parts by name: methods, metrics, benchmarks of this package, those that other packages register, any class by its path.
+"""Parts by name: methods, metrics and benchmarks, ours and those that other packages register; any class by its path.
 
-A registry maps names to entries. Another package adds its own by an entry point in the registry's group, whose value is a
-mapping of names to entries in a module that is light to import:
+A registry maps names to entries. Another package adds its own by an entry point in the registry's group. Its value is
+a mapping of names to entries, in a module that is light to import:
 
     [project.entry-points."icd_lightning.metrics"]
-    mine = "my_package.parts:METRICS"          # METRICS = {"my-metric": Entry("my_package.metrics.MyMetric", "what it is")}
+    mine = "my_package.parts:METRICS"
+
+    METRICS = {"my-metric": Entry("my_package.metrics.MyMetric", "what it is")}
 
 Without that, `my_package.metrics.MyMetric` is a name too, and so is a YAML file with `class_path` and `init_args`.
 """
@@ -43,7 +45,7 @@ class Entry:
             raise ValueError(f"there is no class {self.class_path} ({error})") from error
 
     def build(self, **parts: Any) -> Any:
-        """The part, made of its settings, typed as its constructor wants them, and of `parts`, which no setting names."""
+        """The part, made of `parts` and of its settings, checked against its constructor's types."""
         cls = self.load()
         return cls(**parts, **typed(cls, self.init_args, skip=set(parts)))
 

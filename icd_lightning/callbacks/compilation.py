@@ -6,14 +6,14 @@ import logging
 
 import lightning
 
-from icd_lightning.models.compilation import compile_unets, why_not_compiled
+from icd_lightning.models.compilation import compile_networks, why_not_compiled
 from icd_lightning.tasks.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
 
 class CompileNetworks(lightning.Callback):
-    """Run the UNets through torch.compile; where it does not work, say why and train without.
+    """Run the networks through torch.compile; where it does not work, say why and train without.
 
     The first steps take minutes. Put it before callbacks that use the networks.
 
@@ -33,4 +33,4 @@ class CompileNetworks(lightning.Callback):
         if reason := why_not_compiled(trainer.strategy.root_device, self.backend):
             log.warning("torch.compile does not work here, so networks run as they are (%s)", reason)
         else:
-            compile_unets(pl_module, self.backend)
+            compile_networks(pl_module.diffusion_models(), self.backend)

@@ -29,7 +29,7 @@ class SegmentLosses(lightning.Callback):
                 f"SegmentLosses needs the losses of two students, and {type(pl_module).__name__} has none: "
                 "take it out of trainer.callbacks"
             )
-        self._means = {name: SegmentMeans(pl_module.boundaries.num_segments) for name in pl_module.weights}
+        self._means = {name: SegmentMeans(pl_module.boundaries.num_segments) for name in pl_module.losses}
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         """Begin anew, on the task's device."""
@@ -39,7 +39,7 @@ class SegmentLosses(lightning.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch: Batch, batch_idx, dataloader_idx=0) -> None:
         """Add up what the task returned."""
         for name, means in self._means.items():
-            means.update(outputs[name], pl_module.segments[name])
+            means.update(*outputs[name])
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         """Log the means over all ranks."""

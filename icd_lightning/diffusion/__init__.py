@@ -1,26 +1,22 @@
 """The mathematics of invertible consistency distillation; torch and the standard library only."""
 
-from icd_lightning.diffusion.boundaries import Boundaries, RoundTrips, TrainingPairs
+from icd_lightning.diffusion.boundaries import Boundaries, Direction, RoundTrips, TrainingPairs
+from icd_lightning.diffusion.draws import Draws
 from icd_lightning.diffusion.guidance import (
     CADSGuidance,
     ConstantGuidance,
     GuidanceSchedule,
-    GuidedDenoiser,
     IntervalGuidance,
     StepGuidance,
     classifier_free_guidance,
     guidance_balance,
     guidance_embedding,
 )
-from icd_lightning.diffusion.losses import (
-    consistency,
-    guidance_distillation,
-    preservation,
-    pseudo_huber,
-    squared_error,
-)
-from icd_lightning.diffusion.sampling import (
+from icd_lightning.diffusion.jumps import (
+    DDIMJump,
+    Jump,
     OnStep,
+    SamplerJump,
     Step,
     ddim_generate,
     ddim_invert,
@@ -30,24 +26,47 @@ from icd_lightning.diffusion.sampling import (
     generate,
     invert,
     lcm_timesteps,
-    reconstruct,
     run_jumps,
     trailing_timesteps,
 )
-from icd_lightning.diffusion.schedule import Denoiser, NoisedData, NoiseSchedule
+from icd_lightning.diffusion.losses import (
+    Consistency,
+    Loss,
+    LossInputs,
+    LossValues,
+    Preservation,
+    consistency,
+    guidance_distillation,
+    preservation,
+    pseudo_huber,
+    squared_error,
+)
+from icd_lightning.diffusion.process import VP, Denoiser, Flow, NoisedData, Process, Split
 
 __all__ = [
+    "VP",
     "Boundaries",
     "CADSGuidance",
+    "Consistency",
     "ConstantGuidance",
+    "DDIMJump",
     "Denoiser",
+    "Direction",
+    "Draws",
+    "Flow",
     "GuidanceSchedule",
-    "GuidedDenoiser",
     "IntervalGuidance",
-    "NoiseSchedule",
+    "Jump",
+    "Loss",
+    "LossInputs",
+    "LossValues",
     "NoisedData",
     "OnStep",
+    "Preservation",
+    "Process",
     "RoundTrips",
+    "SamplerJump",
+    "Split",
     "Step",
     "StepGuidance",
     "TrainingPairs",
@@ -66,7 +85,6 @@ __all__ = [
     "lcm_timesteps",
     "preservation",
     "pseudo_huber",
-    "reconstruct",
     "run_jumps",
     "squared_error",
     "trailing_timesteps",

@@ -6,19 +6,25 @@ nothing but what they read here: one falls to the lower end of its segment, the 
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-_T = TypeVar("_T", bound="_Rows")
+from icd_lightning.diffusion.process import Process
+
+Direction = Literal["reverse", "forward"]
+"""Of a student: noise -> image, or image -> noise."""
+
+_T = TypeVar("_T", bound="_Table")
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _Table:
     """Long columns of equal length (N,), indexed together."""
 
     t: Tensor
@@ -36,23 +42,27 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingPairs(_Rows):
+class TrainingPairs(_Table):
     """For a consistency loss: t (N,), t_next (N,) one solver step further, and boundary (N,), where both must land."""
 
     t_next: Tensor
     boundary: Tensor
+    segment: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class RoundTrips(_Rows):
+class RoundTrips(_Table):
     """For a preservation loss: away from t (N,) to s (N,), the other end of a segment, and back to t."""
 
     s: Tensor
+    segment: Tensor
 
 
 @dataclass(frozen=True)
 class Boundaries:
     """The m + 1 ascending ends of m segments, from 0 to num_train_timesteps - 1, and the solver grid they lie on.
+
+    A leading 0 may be left out, as in the names of released files: (259, 519, 779, 999).
 
     Raises ValueError for ends that are not whole numbers, not ascending, out of range, or off the solver grid: a
     boundary off the grid is met by no training pair, so its boundary condition would never be learnt.
@@ -72,6 +82,7 @@ class Boundaries:
                 "give whole numbers such as [0, 259, 519, 779, 999], or use Boundaries.parse"
             )
         ends = tuple(self.boundary_timesteps)
+        ends = ends if ends[:1] == (0,) else (0, *ends)
         object.__setattr__(self, "boundary_timesteps", ends)
         self._check_solver()
         self._check_ends()
@@ -144,7 +155,7 @@ class Boundaries:
             ends = tuple(int(word) for word in text.replace("_", ",").split(","))
         except ValueError:
             raise ValueError(f"boundaries {text!r} are not whole numbers; write them like 259,519,779,999") from None
-        return cls(ends if ends[0] == 0 else (0, *ends), allow_off_grid=allow_off_grid)
+        return cls(ends, allow_off_grid=allow_off_grid)
 
     @property
     def num_segments(self) -> int:
@@ -156,51 +167,51 @@ class Boundaries:
         """The teacher's grid, ascending: 19, 39, ..., 999 for 50 steps of 1000."""
         return _solver_grid(self.num_solver_steps, self.num_train_timesteps)
 
-    @property
-    def reverse_jumps(self) -> tuple[tuple[int, int], ...]:
-        """(t, s) of generation: (999, 779), ..., (259, 0)."""
-        falling = self.boundary_timesteps[::-1]
-        return tuple(pairwise(falling))
-
-    @property
-    def forward_jumps(self) -> tuple[tuple[int, int], ...]:
-        """(t, s) of inversion: (19, 259), ..., (779, 999)."""
-        rising = (self.start_timestep, *self.boundary_timesteps[1:])
-        return tuple(pairwise(rising))
+    @cached_property
+    def jumps(self) -> dict[Direction, tuple[tuple[int, int], ...]]:
+        """(t, s) of sampling, by direction: reverse (999, 779), ..., (259, 0); forward (19, 259), ..., (779, 999)."""
+        ends = self.boundary_timesteps
+        return {"reverse": tuple(pairwise(ends[::-1])), "forward": tuple(pairwise((self.start_timestep, *ends[1:])))}
 
     @cached_property
-    def reverse_pairs(self) -> TrainingPairs:
-        """The reverse student's pairs (num_solver_steps,), from every grid point down.
+    def pairs(self) -> dict[Direction, TrainingPairs]:
+        """Pairs to train a student by consistency, by its direction: down from each grid point, up from all but one.
 
-        The boundary is the one below t_next, not below t: a student at a boundary trains for the next segment.
+        The boundary is the one beyond t_next, not beyond t: a student at a boundary trains for the next segment.
         """
         grid, ends = self.solver_timesteps, self.boundary_timesteps
-        t_next = (0, *grid[:-1])
-        boundary = [ends[bisect_right(ends, t) - 1] for t in t_next]
-        return TrainingPairs(torch.tensor(grid), torch.tensor(t_next), torch.tensor(boundary))
+        down, up = (0, *grid[:-1]), grid[1:]
+        lower, upper = [bisect_right(ends, t) - 1 for t in down], [bisect_left(ends, t) for t in up]
+        return {
+            "reverse": _rows(TrainingPairs, grid, down, [ends[k] for k in lower], lower),
+            "forward": _rows(TrainingPairs, grid[:-1], up, [ends[k] for k in upper], [k - 1 for k in upper]),
+        }
 
     @cached_property
-    def forward_pairs(self) -> TrainingPairs:
-        """The forward student's pairs (num_solver_steps - 1,), from every grid point but the last, up."""
-        grid, ends = self.solver_timesteps, self.boundary_timesteps
-        t_next = grid[1:]
-        boundary = [ends[bisect_left(ends, t)] for t in t_next]
-        return TrainingPairs(torch.tensor(grid[:-1]), torch.tensor(t_next), torch.tensor(boundary))
+    def trips(self) -> dict[Direction, RoundTrips]:
+        """Round trips to train a student by preservation, by its direction, one for each segment.
 
-    @cached_property
-    def forward_preservation(self) -> RoundTrips:
-        """Trips (num_segments,) that train the forward student: down from each segment's upper end, and back up."""
-        rising = torch.tensor(self.forward_jumps)
-        return RoundTrips(t=rising[:, 1], s=rising[:, 0])
-
-    @cached_property
-    def reverse_preservation(self) -> RoundTrips:
-        """Trips (num_segments,) that train the reverse student: up from each segment's lower end, and back down.
-
-        Both kinds turn at start_timestep instead of 0, where the forward student begins.
+        The forward student returns to each segment's upper end, the reverse student to the lower one. Both kinds turn
+        at start_timestep instead of 0, where the forward student begins.
         """
-        rising = torch.tensor(self.forward_jumps)
-        return RoundTrips(t=rising[:, 0], s=rising[:, 1])
+        lower, upper = zip(*self.jumps["forward"], strict=True)
+        segments = range(self.num_segments)
+        return {
+            "forward": _rows(RoundTrips, upper, lower, segments),
+            "reverse": _rows(RoundTrips, lower, upper, segments),
+        }
+
+    def check_process(self, process: Process) -> None:
+        """Raise ValueError if the process has another time axis than these."""
+        if process.num_train_timesteps != self.num_train_timesteps:
+            raise ValueError(
+                f"boundaries on {self.num_train_timesteps} timesteps do not fit a process of "
+                f"{process.num_train_timesteps}: give boundaries of num_train_timesteps {process.num_train_timesteps}"
+            )
+
+
+def _rows(kind: type[_T], *columns: Iterable[int]) -> _T:
+    return kind(*(torch.tensor(list(column)) for column in columns))
 
 
 def _solver_grid(num_solver_steps: int, num_train_timesteps: int) -> tuple[int, ...]:

@@ -7,12 +7,9 @@ of w that a guidance-distilled network was taught to obey. A `GuidanceSchedule` 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-from icd_lightning.diffusion.schedule import Denoiser
 
 
 def classifier_free_guidance(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: Tensor | float) -> Tensor:
@@ -60,6 +57,10 @@ class GuidanceSchedule(ABC):
     _: KW_ONLY
     num_train_timesteps: int = 1000
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 (unconditional; 1 is unguided) or more")
+
     def __call__(self, t: Tensor) -> Tensor:
         """The guidance scale (B,) float32 at timesteps t (B,)."""
         strength = self.strength(t.float())
@@ -95,6 +96,7 @@ class StepGuidance(GuidanceSchedule):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_limits(tau=self.tau)
 
     def strength(self, t: Tensor) -> Tensor:
@@ -109,6 +111,7 @@ class CADSGuidance(GuidanceSchedule):
     tau2: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_limits(tau1=self.tau1, tau2=self.tau2)
 
     def strength(self, t: Tensor) -> Tensor:
@@ -125,21 +128,9 @@ class IntervalGuidance(GuidanceSchedule):
     hi: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_limits(lo=self.lo, hi=self.hi)
 
     def strength(self, t: Tensor) -> Tensor:
         total = self.num_train_timesteps
         return ((t >= self.lo * total) & (t <= self.hi * total)).float()
-
-
-@dataclass(frozen=True)
-class GuidedDenoiser:
-    """A denoiser guided by w(t): eps (B, C, H, W) of x (B, C, H, W) and t (B,), at two evaluations a call."""
-
-    conditional: Denoiser
-    unconditional: Denoiser
-    guidance: GuidanceSchedule
-    nfe: ClassVar[int] = 2
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return classifier_free_guidance(self.unconditional(x, t), self.conditional(x, t), self.guidance(t))

@@ -1,24 +1,29 @@
-"""The losses: pure functions of denoisers, one value per sample (B,); averaging and weighting are the task's.
+"""The losses: pure functions of jumps, one value per sample (B,), and the objects that a configuration names.
 
 An iteration of invertible consistency distillation (Eq. 5, arXiv:2406.14539) sums four, named after the student they
-train. Each of them can be evaluated alone, or its plan `together` with the others' (see `calls`):
+train: reverse_cd and forward_cd are `Consistency`, reverse_preservation and forward_preservation `Preservation`.
 
-    data = NoisedData(x0, noise, schedule)
-    reverse_cd           = consistency(reverse_model, teacher, data, boundaries.reverse_pairs[i], ...)
-    forward_cd           = consistency(forward_model, teacher, data, boundaries.forward_pairs[j], ...)
-    reverse_preservation = preservation(forward_model, reverse_model, data, boundaries.reverse_preservation[k], ...)
-    forward_preservation = preservation(reverse_model, forward_model, data, boundaries.forward_preservation[k], ...)
-
-Teacher and reverse_model share one w per sample in the first; every network is unguided (w = 1) in the other three.
-What needs no gradient is evaluated before the one call that does, so a loss never holds more than one graph.
+A `Loss` says what it draws, which student it trains and what it computes; the task sums what the configuration names.
+The equations are plans (see `calls`), so that their network evaluations can be made together. What needs no gradient is
+evaluated before the one call that does, so a loss never holds more than one graph.
 """
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion.boundaries import RoundTrips, TrainingPairs
+from icd_lightning.diffusion.boundaries import Boundaries, Direction, RoundTrips, TrainingPairs
 from icd_lightning.diffusion.calls import Call, Plan, alone
-from icd_lightning.diffusion.schedule import Denoiser, NoisedData
+from icd_lightning.diffusion.draws import Draws
+from icd_lightning.diffusion.jumps import Jump
+from icd_lightning.diffusion.process import Denoiser, NoisedData
+
+OTHER: dict[Direction, Direction] = {"reverse": "forward", "forward": "reverse"}
 
 
 def pseudo_huber(pred: Tensor, target: Tensor, c: float) -> Tensor:
@@ -41,57 +46,120 @@ def _difference(pred: Tensor, target: Tensor) -> Tensor:
     return pred.to(precision) - target.to(precision)
 
 
-def consistency(
-    student: Denoiser, teacher: Denoiser, data: NoisedData, pairs: TrainingPairs, *, huber_c: float
-) -> Tensor:
-    """`consistency_plan` evaluated alone, (B,)."""
-    return alone(consistency_plan(student, teacher, data, pairs, huber_c=huber_c))
-
-
-def preservation(away: Denoiser, back: Denoiser, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Tensor:
-    """`preservation_plan` evaluated alone, (B,)."""
-    return alone(preservation_plan(away, back, data, trips, huber_c=huber_c))
-
-
 def consistency_plan(
-    student: Denoiser, teacher: Denoiser, data: NoisedData, pairs: TrainingPairs, *, huber_c: float
-) -> Plan:
-    """L_CD (B,): from t and from the teacher's next point t_next, the student must land on the same x at the boundary.
+    student: Jump, solver: Jump, data: NoisedData, pairs: TrainingPairs, *, huber_c: float
+) -> Plan[Tensor]:
+    """L_CD (B,): from t and from the solver's next point t_next, the student must land on the same x at the boundary.
 
     pairs holds t, t_next, boundary (B,) of either direction. At t_next = boundary the student stays where it is, so
     the target is the teacher's step itself: the boundary condition that anchors the model. Gradient comes from t only.
     """
-    schedule = data.schedule
     x = data.at(pairs.t)
-    eps = yield Call(teacher, x, pairs.t, turn=0)
-    x_next = schedule.ddim_step(x, eps, pairs.t, pairs.t_next, set_alpha_to_one=False)
-    eps = yield Call(student, x_next, pairs.t_next, turn=1)
-    target = schedule.ddim_step(x_next, eps, pairs.t_next, pairs.boundary)
-    eps = yield Call(student, x, pairs.t, turn=2)
-    return pseudo_huber(schedule.ddim_step(x, eps, pairs.t, pairs.boundary), target, huber_c)
+    x_next = yield Call(solver, x, pairs.t, pairs.t_next, turn=0)
+    target = yield Call(student, x_next, pairs.t_next, pairs.boundary, turn=1)
+    landed = yield Call(student, x, pairs.t, pairs.boundary, turn=2)
+    return pseudo_huber(landed, target, huber_c)
 
 
-def preservation_plan(away: Denoiser, back: Denoiser, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Plan:
+def preservation_plan(away: Jump, back: Jump, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Plan[Tensor]:
     """L_f or L_r (B,): jump from t to the segment's other end s with `away`, return with `back`, and find x_t again.
 
     Eq. 4, arXiv:2406.14539. trips holds t, s (B,). Only `back` gets gradient: L_f goes down with the reverse student
     and trains the forward one on the way up, L_r is its mirror image.
     """
     x = data.at(trips.t)
-    eps = yield Call(away, x, trips.t, turn=1)
-    x_away = data.schedule.ddim_step(x, eps, trips.t, trips.s)
-    eps = yield Call(back, x_away, trips.s, turn=2)
-    return pseudo_huber(data.schedule.ddim_step(x_away, eps, trips.s, trips.t), x, huber_c)
+    x_away = yield Call(away, x, trips.t, trips.s, turn=1)
+    returned = yield Call(back, x_away, trips.s, trips.t, turn=2)
+    return pseudo_huber(returned, x, huber_c)
+
+
+def consistency(student: Jump, solver: Jump, data: NoisedData, pairs: TrainingPairs, *, huber_c: float) -> Tensor:
+    """`consistency_plan` evaluated alone, (B,)."""
+    return alone(consistency_plan(student, solver, data, pairs, huber_c=huber_c))
+
+
+def preservation(away: Jump, back: Jump, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Tensor:
+    """`preservation_plan` evaluated alone, (B,)."""
+    return alone(preservation_plan(away, back, data, trips, huber_c=huber_c))
 
 
 def guidance_distillation(student: Denoiser, teacher: Denoiser, data: NoisedData, t: Tensor) -> Tensor:
     """Stage 1 (B,): a student with embedded w against the teacher guided by the same w, at t (B,).
 
     Squared error of what the network outputs: of eps as in the paper; of v, which at large t is the error of x0, where
-    eps hardly rewards it. With `lambda x, t: data.noise` for a teacher this is the plain denoising loss.
+    eps hardly rewards it.
     """
-    schedule = data.schedule
     x = data.at(t)
     with torch.no_grad():
-        target = schedule.output_from_eps(teacher(x, t), x, t)
-    return squared_error(schedule.output_from_eps(student(x, t), x, t), target)
+        target = data.process.target(*teacher(x, t), t)
+    return squared_error(data.process.target(*student(x, t), t), target)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What one iteration gives to its losses.
+
+    solver(w) is the teacher's step, students[direction](w) a student's jump, at guidance scales w, a number or (B,).
+    """
+
+    data: NoisedData
+    boundaries: Boundaries
+    guidance_scales: Sequence[float]
+    solver: Callable[[Tensor | float], Jump]
+    students: Mapping[Direction, Callable[[Tensor | float], Jump]]
+
+
+class LossValues(NamedTuple):
+    """A loss of each sample (B,), and the segment (B,) long of the time axis in which it was taken."""
+
+    values: Tensor
+    segments: Tensor
+
+
+class Loss(ABC):
+    """A loss of one student, by name in the configuration: `class_path`, and the arguments of its class.
+
+    Args:
+        trains: which student gets its gradient: reverse (noise -> image) or forward (image -> noise).
+        weight: what its mean counts in the sum.
+        huber_c: c of the pseudo-Huber distance.
+
+    Raises ValueError for a weight or a c that is not positive and finite.
+    """
+
+    def __init__(self, trains: Direction, *, weight: float = 1.0, huber_c: float = 0.001) -> None:
+        if trains not in OTHER:
+            raise ValueError(f"trains {trains!r} is none of reverse, forward")
+        for name, value in (("weight", weight), ("huber_c", huber_c)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} of a loss must be positive and finite; null leaves the loss out")
+        self.trains, self.weight, self.huber_c = trains, weight, huber_c
+
+    @abstractmethod
+    def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
+        """Draw, and yield the jumps to make; only those of turn 2 are differentiated."""
+
+
+class Consistency(Loss):
+    """L_CD of a student. The reverse one draws w from the guidance scales; the forward one is trained unguided."""
+
+    def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
+        """One pair of the solver's grid for each sample."""
+        pairs, count = inputs.boundaries.pairs[self.trains], len(inputs.data)
+        pairs = pairs[draws.integers(count, len(pairs))]
+        w = draws.choice(count, inputs.guidance_scales) if self.trains == "reverse" else 1.0
+        student, solver = inputs.students[self.trains](w), inputs.solver(w)
+        values = yield from consistency_plan(student, solver, inputs.data, pairs, huber_c=self.huber_c)
+        return LossValues(values, pairs.segment)
+
+
+class Preservation(Loss):
+    """L_f of the forward student, L_r of the reverse one: there with the other student, and back. Both unguided."""
+
+    def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
+        """One segment for each sample."""
+        trips, count = inputs.boundaries.trips[self.trains], len(inputs.data)
+        trips = trips[draws.integers(count, len(trips))]
+        away, back = inputs.students[OTHER[self.trains]](1.0), inputs.students[self.trains](1.0)
+        values = yield from preservation_plan(away, back, inputs.data, trips, huber_c=self.huber_c)
+        return LossValues(values, trips.segment)

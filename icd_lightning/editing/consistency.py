@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import Boundaries, Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, generate, invert
+from icd_lightning.diffusion import (
+    Boundaries,
+    DDIMJump,
+    Denoiser,
+    Direction,
+    GuidanceSchedule,
+    OnStep,
+    Process,
+    generate,
+    invert,
+)
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.backbone import UNetDenoiser
-from icd_lightning.models.checkpoints import load_student, lora_settings
+from icd_lightning.models.diffusion_model import GuidedDenoiser
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, Students
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+from icd_lightning.models.student_file import StudentFile
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents, Students
+from icd_lightning.models.text import Conditioner
 
 log = logging.getLogger(__name__)
 
@@ -28,44 +36,52 @@ log = logging.getLogger(__name__)
 class InvertibleConsistency(EditingMethod):
     """A family's frozen parts and its two students; num_segments evaluations to noise, as many back.
 
-    With `merge` a loop runs on the weights of its student merged into the UNet's (see `MergedStudent`), which is
-    faster and takes the memory of a second UNet.
+    With `merge` a loop runs on the weights of its student merged into the network's (see `MergedStudent`), which is
+    faster and takes the memory of a second network.
     """
 
     def __init__(
         self,
         students: Students,
         autoencoder: LatentAutoencoder,
-        conditioner: CLIPConditioner | DualCLIPConditioner,
+        conditioner: Conditioner,
         boundaries: Boundaries,
         *,
         merge: bool = False,
     ) -> None:
         self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
         self.boundaries, self.merge = boundaries, merge
-        self._merged: WeakValueDictionary[str, MergedStudent] = WeakValueDictionary()
+        self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
 
     @classmethod
     def from_pretrained(
-        cls, family: Family, *, forward: str | None = None, reverse: str | None = None, boundaries: str | None = None
+        cls,
+        family: Family,
+        *,
+        forward: str | None = None,
+        reverse: str | None = None,
+        boundaries: str | None = None,
+        lora_alpha: float | None = None,
     ) -> InvertibleConsistency:
         """Load a family and its students, by default those in the family's own folder.
 
         forward, reverse: folders or files of the two students. boundaries: e.g. "259,519,779,999", by default what the
-        students' files, or the names of released ones, say. Raises ValueError where nothing says it, or where the two
-        students disagree.
+        students' files, or the names of released ones, say. lora_alpha: of files that do not say it. Raises ValueError
+        where nothing says it, or where the two students disagree.
         """
-        given = None if boundaries is None else Boundaries.parse(boundaries, allow_off_grid=True)
-        paths = {"forward": forward, "reverse": reverse}
-        paths = {name: path or str(family.root / "students" / name) for name, path in paths.items()}
-        students = Students(family.load_unet(guided=True), family.load_schedule(), lora=lora_settings(paths["reverse"]))
-        found = {}
-        for adapter, direction in ADAPTERS.items():
-            about = load_student(students, adapter, paths[direction])
-            found[direction] = about.get("boundaries") or boundaries_in_name(Path(paths[direction]).stem)
-        ends = given or Boundaries(_common(found, paths), allow_off_grid=True)
-        if others := {name: own for name, own in found.items() if own and tuple(own) != ends.boundary_timesteps}:
+        paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
+        files = {
+            direction: StudentFile.read(path or family.root / "students" / direction, alpha=lora_alpha)
+            for direction, path in paths.items()
+        }
+        ends = Boundaries.parse(boundaries, allow_off_grid=True) if boundaries else _common(files)
+        if others := {d: file.boundaries for d, file in files.items() if not _fits(file, ends)}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
+        reverse_file = files["reverse"]
+        lora = LoraSettings(reverse_file.rank, reverse_file.alpha, reverse_file.target_modules)
+        students = LoraStudents(family.load_model(guided=True), lora=lora)
+        for direction in DIRECTIONS:
+            students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
     def to(self, device: torch.device | str) -> InvertibleConsistency:
@@ -80,17 +96,17 @@ class InvertibleConsistency(EditingMethod):
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side of the pictures that the UNet was trained on."""
-        return int(self.students.unet.config.sample_size) * self.autoencoder.downsampling
+        """Pixels of a side of the pictures that the network was trained on."""
+        return self.students.backbone.sample_size(self.students.network) * self.autoencoder.downsampling
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule of teacher and students."""
-        return self.students.schedule
+    def process(self) -> Process:
+        """The noise process of teacher and students."""
+        return self.students.process
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         """The reverse model."""
-        return self._sampling("cd", self.students.reverse_model(self.conditioner(prompts), guidance))
+        return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
 
     def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `seed`."""
@@ -98,40 +114,34 @@ class InvertibleConsistency(EditingMethod):
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
-        forward_model = self._sampling("fcd", self.students.forward_model(self.conditioner(prompts)))
-        return invert(forward_model, latents, noise, self.boundaries, self.schedule, on_step=on_step)
+        forward_model = self._sampling("forward", self.students.forward_model(self.conditioner(prompts)))
+        jump = DDIMJump(forward_model, self.process)
+        return invert(jump, latents, noise, self.boundaries, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump down."""
-        return generate(denoise, noise, self.boundaries, self.schedule, on_step=on_step)
+        return generate(DDIMJump(denoise, self.process), noise, self.boundaries, on_step=on_step)
 
-    def _sampling(self, adapter: str, denoise: UNetDenoiser) -> Denoiser:
+    def _sampling(self, direction: Direction, denoise: GuidedDenoiser) -> Denoiser:
         """A student's denoiser as it samples: merged weights are shared by all denoisers that live at a time."""
-        if not self.merge:
+        if not self.merge or not isinstance(self.students, LoraStudents):
             return denoise
-        network = self._merged.get(adapter) or MergedStudent(self.students, adapter)
-        self._merged[adapter] = network
+        network = self._merged.get(direction) or MergedStudent(self.students, direction)
+        self._merged[direction] = network
         return replace(denoise, network=network)
 
 
-def boundaries_in_name(name: str) -> list[int] | None:
-    """What the name of a released student says: iCD-SD15-reverse_259_519_779_999, iCD-SD15-forward_19_259_519_779."""
-    numbers = re.search(r"(?:_\d+)+$", name)
-    if numbers is None:
-        return None
-    timesteps = [int(number) for number in numbers.group()[1:].split("_")]
-    if "forward" in name.lower():  # the forward model's are where its jumps begin, the first of them near the data
-        timesteps = [*timesteps[1:], Boundaries.num_train_timesteps - 1]
-    return [0, *timesteps]
+def _fits(file: StudentFile, ends: Boundaries) -> bool:
+    return file.boundaries is None or tuple(file.boundaries) == ends.boundary_timesteps
 
 
-def _common(found: dict[str, list[int] | None], paths: dict[str, str]) -> tuple[int, ...]:
+def _common(files: dict[Direction, StudentFile]) -> Boundaries:
     """The boundaries that the students' files agree on."""
-    said = {name: ends for name, ends in found.items() if ends is not None}
-    if not said:
+    stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
+    if not stated:
         raise ValueError(
-            f"{paths['reverse']} does not say its boundaries; name them, e.g. --boundaries 259,519,779,999"
+            f"{files['reverse'].path} does not say its boundaries; name them, e.g. --boundaries 259,519,779,999"
         )
-    if len({tuple(ends) for ends in said.values()}) > 1:
-        raise ValueError(f"the students have different boundaries, {said}: they do not belong together")
-    return tuple(next(iter(said.values())))
+    if len({tuple(ends) for ends in stated.values()}) > 1:
+        raise ValueError(f"the students have different boundaries, {stated}: they do not belong together")
+    return Boundaries(tuple(next(iter(stated.values()))), allow_off_grid=True)

@@ -11,23 +11,26 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from icd_lightning.diffusion import Boundaries, NoiseSchedule
+from icd_lightning.diffusion import Boundaries, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, suitable_tau
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.checkpoints import save_student
+from icd_lightning.models.backbones import UNet
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
-from icd_lightning.models.students import ADAPTERS, Students
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner, unknown_words
+from icd_lightning.models.student_file import write_diffusers
+from icd_lightning.models.students import DIRECTIONS, LoraStudents
+from icd_lightning.models.text import CLIPConditioner, Conditioner, DualCLIPConditioner, unknown_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PLANTED: WeakValueDictionary[int, Students] = WeakValueDictionary()
+_PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
 """The students in a UNet, by its id: pipelines that share components share them too."""
 
 
@@ -55,7 +58,7 @@ class StudentPipeline(DiffusionPipeline):
         vae: AutoencoderKL | AutoencoderDC,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         scheduler: DDIMScheduler,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
@@ -87,13 +90,14 @@ class StudentPipeline(DiffusionPipeline):
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
         )
-        self.students = _PLANTED.get(id(unet)) or Students(unet, NoiseSchedule.from_config(scheduler.config))
+        model = DiffusionModel(unet, Process.from_config(scheduler.config), UNet())
+        self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
         _PLANTED[id(unet)] = self.students
         autoencoder = LatentAutoencoder(vae)
         self.method = InvertibleConsistency(self.students, autoencoder, self._conditioner(autoencoder), ends)
         self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
 
-    def _conditioner(self, autoencoder: LatentAutoencoder) -> CLIPConditioner | DualCLIPConditioner:
+    def _conditioner(self, autoencoder: LatentAutoencoder) -> Conditioner:
         first = CLIPConditioner(self.tokenizer, self.text_encoder)
         if self.text_encoder_2 is None:
             return first
@@ -108,6 +112,7 @@ class StudentPipeline(DiffusionPipeline):
         forward: str | None = None,
         reverse: str | None = None,
         boundaries: str | None = None,
+        lora_alpha: float | None = None,
         torch_dtype: torch.dtype = torch.float32,
         **family: Any,
     ) -> Self:
@@ -117,6 +122,7 @@ class StudentPipeline(DiffusionPipeline):
             model: "tiny" (shipped), a folder that `save_pretrained` wrote, or any other model that a `Family` names.
             forward, reverse: folders or files of the students, ours or released ones; by default the model's own.
             boundaries: e.g. "259,519,779,999"; by default what the students' files say.
+            lora_alpha: of students' files that do not say theirs.
             torch_dtype: type of the weights.
             family: what else a `Family` takes, such as guided_unet and vae.
         """
@@ -125,8 +131,10 @@ class StudentPipeline(DiffusionPipeline):
             if precision is None:
                 raise ValueError(f"torch_dtype {torch_dtype} is none of {', '.join(PRECISIONS)}")
             model = Family(str(model), precision=precision, **family)
-        method = InvertibleConsistency.from_pretrained(model, forward=forward, reverse=reverse, boundaries=boundaries)
-        conditioner, unet = method.conditioner, method.students.unet
+        method = InvertibleConsistency.from_pretrained(
+            model, forward=forward, reverse=reverse, boundaries=boundaries, lora_alpha=lora_alpha
+        )
+        conditioner, unet = method.conditioner, method.students.network
         sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
         second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}
         _PLANTED[id(unet)] = method.students
@@ -135,9 +143,7 @@ class StudentPipeline(DiffusionPipeline):
             sides[0].text_encoder,
             sides[0].tokenizer,
             unet,
-            DDIMScheduler.from_config(
-                model.source.config("scheduler"), prediction_type=method.schedule.prediction_type
-            ),
+            DDIMScheduler.from_config(model.source.config("scheduler"), prediction_type=method.process.prediction_type),
             **second,
             boundaries=list(method.boundaries.boundary_timesteps),
             **defaults_of(model, method.boundaries, two_encoders=bool(second)),
@@ -155,12 +161,12 @@ class StudentPipeline(DiffusionPipeline):
             for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
                 if getattr(self, name) is not None:
                     getattr(self, name).save_pretrained(temporary / name)
-            bare = _bare(self.unet)
+            bare = self.students.backbone.bare(self.unet)
             bare.save_pretrained(temporary / "unet_guided")
             bare.save_config(temporary / "unet")  # sizes of the family; the plain teacher is not known here
-            for adapter, direction in ADAPTERS.items():
-                about = {"boundaries": self.config.boundaries}
-                save_student(self.students, adapter, temporary / "students" / direction, metadata=about)
+            for direction in DIRECTIONS:
+                file = self.students.file(direction, {"boundaries": self.config.boundaries})
+                write_diffusers(file, temporary / "students" / direction)
             defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
             (temporary / "icd.json").write_text(json.dumps(asdict(defaults)) + "\n")
             self.save_config(temporary)
@@ -175,7 +181,7 @@ class StudentPipeline(DiffusionPipeline):
     def _execution_device(self) -> torch.device:
         """As diffusers has it, which asks every module there is; where nothing is offloaded one weight knows."""
         offloaded = hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook")
-        return super()._execution_device if offloaded else self.unet.conv_in.weight.device
+        return super()._execution_device if offloaded else self.students.backbone.weight(self.unet).device
 
     @property
     def boundaries(self) -> Boundaries:
@@ -190,14 +196,3 @@ class StudentPipeline(DiffusionPipeline):
     def unknown_words(self, *prompts: str) -> list[str]:
         """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
         return unknown_words(self.tokenizer, *prompts) if self.config.closed_vocabulary else []
-
-
-def _bare(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The UNet without its students; it shares the weights."""
-    weights = {
-        name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items() if ".lora_" not in name
-    }
-    with torch.device("meta"):  # every weight is replaced below, so none is drawn
-        bare = UNet2DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "_use_default_values"})
-    bare.load_state_dict(weights, assign=True)
-    return bare

@@ -1,4 +1,4 @@
-"""A student merged into the UNet's weights while a loop runs: a LoRA layer takes three calls, a merged one one."""
+"""A student merged into its network's weights while a loop runs: a LoRA layer takes three calls, a merged one one."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from icd_lightning.diffusion import Direction
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.students import Students
+from icd_lightning.models.students import LoraStudents
 
 
 class MergedStudent:
     """network(x, t, conditioning, w) of one student on weights W + s B A, made at the first call and kept.
 
-    Make one for each loop: it does not follow its student's training. The UNet holds the merged layers during a call,
+    Make one for each loop: it does not follow its student's training. The network holds merged layers during a call,
     and its own at all other times. The student runs as ever where gradients are wanted, in half precision, where small
-    updates would be rounded away, and in a UNet that is compiled or offloaded by parts.
+    updates would be rounded away, and in a network that is compiled or offloaded by parts.
     """
 
-    def __init__(self, students: Students, adapter: str) -> None:
-        self.students, self.adapter = students, adapter
+    def __init__(self, students: LoraStudents, direction: Direction) -> None:
+        self.students, self.direction = students, direction
         self._merged: list[tuple[nn.Module, str, nn.Module, nn.Module]] | None = None
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self._mergeable:
-            return self.students.predict(self.adapter, x, t, conditioning, w)
+            return self.students.predict(self.direction, x, t, conditioning, w)
         with self._in_place():
-            return self.students.predict(None, x, t, conditioning, w)
+            return self.students.predict("teacher", x, t, conditioning, w)
 
     @property
     def _mergeable(self) -> bool:
-        unet, weight = self.students.unet, self.students.unet.conv_in.weight
-        scattered = weight.is_meta or hasattr(unet, "_diffusers_hook")  # sequential offloading, group offloading
-        return not scattered and unet._compiled_call_impl is None and weight.dtype == torch.float32
+        network = self.students.network
+        weight = self.students.backbone.weight(network)
+        scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
+        return not scattered and network._compiled_call_impl is None and weight.dtype == torch.float32
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -51,14 +53,14 @@ class MergedStudent:
 
     def _merge(self) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """For each layer with LoRA: whose child it is, under which name, the merged layer, and itself."""
-        parameters, lora = self.students.named_parameters_of(self.adapter), self.students.lora
+        parameters, lora = self.students.named_parameters_of(self.direction), self.students.lora
         for key, down in parameters.items():
             if not key.endswith(".lora_A.weight"):
                 continue
             path = key.removesuffix(".lora_A.weight")
             up = parameters[f"{path}.lora_B.weight"]
             parent, _, name = path.rpartition(".")
-            holder = self.students.unet.get_submodule(parent)
+            holder = self.students.network.get_submodule(parent)
             layer = holder._modules[name]
             weight = layer.base_layer.weight
             # a convolution's A is as its weight, and its B of 1 x 1: flat, both are matrices as a linear layer's are

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
+from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, Split, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.conditioning import Conditioning, Framing
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
 UNGUIDED = StepGuidance(1.0)
 Method = TypeVar("Method", bound="PictureMethod")
@@ -53,7 +53,7 @@ def usual_swap_tau(guidance: GuidanceSchedule) -> float:
 class Framed:
     """A conditioner for whole pictures of one size."""
 
-    conditioner: CLIPConditioner | DualCLIPConditioner
+    conditioner: Conditioner
     height: int
     width: int
 
@@ -73,7 +73,7 @@ class Framed:
 
 @dataclass(eq=False)
 class PromptSwap:
-    """eps = denoise(x, t) with the source's denoiser for t > tau T and the target's below: early steps keep the layout.
+    """(x0, eps) = denoise(x, t) by the source's denoiser for t > tau T, else the target's: early steps keep the layout.
 
     `nfe` counts the latest call.
     """
@@ -87,12 +87,12 @@ class PromptSwap:
     def __post_init__(self) -> None:
         check_fraction(self.tau, "swap_tau")
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor) -> Split:
         above = bool((t > self.tau * self.num_train_timesteps).all())  # one t for the whole batch, when sampling
         denoise = self.source if above else self.target
-        eps = denoise(x, t)
+        split = denoise(x, t)
         self.nfe = int(getattr(denoise, "nfe", 1))
-        return eps
+        return split
 
 
 class PictureMethod(ABC):
@@ -102,12 +102,12 @@ class PictureMethod(ABC):
     """
 
     autoencoder: LatentAutoencoder
-    conditioner: CLIPConditioner | DualCLIPConditioner | Framed
+    conditioner: Conditioner | Framed
 
     @property
     @abstractmethod
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the networks."""
+    def process(self) -> Process:
+        """The noise process of the networks."""
 
     @abstractmethod
     def invert(self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None) -> Any:
@@ -192,7 +192,7 @@ class EditingMethod(PictureMethod):
     ) -> PromptSwap:
         """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided."""
         source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
-        return PromptSwap(source, target, swap_tau, self.schedule.num_train_timesteps)
+        return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 
     @torch.no_grad()
     def swap(

@@ -209,7 +209,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
                 f"latents are of shape {tuple(latents.shape)}; this model's are "
                 f"(B, {self.method.autoencoder.latent_channels}, h, w)"
             )
-        self.students.schedule.to(self._execution_device)
+        self.students.process.to(self._execution_device)
         height, width = (side * self.method.autoencoder.downsampling for side in latents.shape[-2:])
         framed = Framed(self.method.conditioner, height, width)
         method = InvertibleConsistency(self.students, self.method.autoencoder, framed, self.boundaries, merge=True)
@@ -249,7 +249,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         return StepGuidance(
             check_guidance_scale(usual if scale is None else scale),
             check_fraction(self.config.tau if tau is None else tau, "tau"),
-            num_train_timesteps=self.students.schedule.num_train_timesteps,
+            num_train_timesteps=self.students.process.num_train_timesteps,
         )
 
     def _control(self, control: Control, swap_tau: float | None) -> PromptToPrompt | Sequence[PromptToPrompt] | None:

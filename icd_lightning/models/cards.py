@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icd_lightning.diffusion import Boundaries
-from icd_lightning.files import write_whole
+from icd_lightning.diffusion import Boundaries, Direction
+from icd_lightning.files import write_text
 from icd_lightning.models.sources import HUB_ID
-from icd_lightning.models.students import LoraSettings
 
 PAPER = "[Invertible Consistency Distillation](https://arxiv.org/abs/2406.14539)"
 
@@ -33,9 +32,15 @@ The {direction} model of {paper}: it takes {journey} in {count} evaluations, by 
 |---|---|
 | boundaries | {ends} |
 | jumps | {jumps} |
-| LoRA | rank {rank}, alpha {alpha:g} (scale {scale:g}) |
-| base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
+{lora}| base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
 
+{use}The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students
+by `--forward` and `--reverse`.
+"""
+
+LORA = "| LoRA | rank {rank}, alpha {alpha:g} (scale {scale:g}) |\n"
+
+USE_LORA = """\
 `pytorch_lora_weights.safetensors` is for diffusers, and holds its alpha in its header, which diffusers older than 0.35
 ignores. The training wrote the same weights for other programs, and for those, as `kohya/{direction}.safetensors`.
 
@@ -44,8 +49,6 @@ pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UN
 pipe.load_lora_weights("/path/to/{direction}")
 ```
 
-The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students by
-`--forward` and `--reverse`.
 """
 
 GUIDED = """\
@@ -62,21 +65,18 @@ JOURNEYS = {"forward": "an image's latents to noise", "reverse": "noise to an im
 GUIDANCES = {"forward": "unguided, w = 1", "reverse": "any guidance scale w, also one that changes with t"}
 
 
-def write_student_card(
-    folder: Path, direction: str, boundaries: Boundaries, lora: LoraSettings, settings: Mapping[str, Any]
-) -> None:
-    """Write a student's README.md; `settings` is what its training was told, `family` among it."""
-    jumps = boundaries.forward_jumps if direction == "forward" else boundaries.reverse_jumps
+def write_student_card(folder: Path, direction: Direction, boundaries: Boundaries, settings: Mapping[str, Any]) -> None:
+    """Write a student's README.md; `settings` is what its training was told, `family` and `students` among it."""
+    adapted = settings["students"] == "lora"
     text = STUDENT.format(
         direction=direction,
         paper=PAPER,
         journey=JOURNEYS[direction],
         count=boundaries.num_segments,
         ends=", ".join(map(str, boundaries.boundary_timesteps)),
-        jumps=", ".join(f"{t} to {s}" for t, s in jumps),
-        rank=lora.rank,
-        alpha=lora.alpha,
-        scale=lora.alpha / lora.rank,
+        jumps=", ".join(f"{t} to {s}" for t, s in boundaries.jumps[direction]),
+        lora=LORA.format(**settings, scale=settings["alpha"] / settings["rank"]) if adapted else "",
+        use=USE_LORA.format(direction=direction) if adapted else "",
         family=settings["family"],
         guidance=GUIDANCES[direction],
     )
@@ -94,6 +94,4 @@ def _write(folder: Path, title: str, text: str, settings: Mapping[str, Any]) -> 
     family = settings["family"]
     base = f"base_model: {family}\n" if HUB_ID.fullmatch(family) and not Path(family).exists() else ""
     trained = f"\n## Training\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
-    write_whole(
-        folder / "README.md", lambda file: file.write_text(HEAD.format(base=base, title=title) + text + trained)
-    )
+    write_text(folder / "README.md", HEAD.format(base=base, title=title) + text + trained)

@@ -1,13 +1,15 @@
-"""torch.compile for UNets that carry adapters."""
+"""torch.compile for networks that carry adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from diffusers import UNet2DConditionModel
-from torch import nn
+
+from icd_lightning.models.diffusion_model import DiffusionModel
 
 VARIANTS = 64
-"""Compiled versions of a UNet that may exist: teacher and both students, with and without gradient, at some sizes."""
+"""Compiled versions of a network that may exist: teacher and students, with and without gradient, at some sizes."""
 
 
 def why_not_compiled(device: torch.device, backend: str) -> str | None:
@@ -20,13 +22,13 @@ def why_not_compiled(device: torch.device, backend: str) -> str | None:
     return None
 
 
-def compile_unets(module: nn.Module, backend: str) -> None:
-    """Compile every UNet inside the module as a whole and in place, so that names of weights stay as they are.
+def compile_networks(models: Iterable[DiffusionModel], backend: str) -> None:
+    """Compile every network as a whole and in place, so that names of weights stay as they are.
 
     Which adapter is on is a list that each LoRA layer reads, on which the compiled code is conditioned: a switch to
     another adapter compiles another version the first time, and from then on selects it.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is, with a warning
-    for unet in [part for part in module.modules() if isinstance(part, UNet2DConditionModel)]:
-        unet.compile(backend=backend)
+    for model in models:
+        model.network.compile(backend=backend)

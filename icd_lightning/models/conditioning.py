@@ -1,4 +1,4 @@
-"""What a network is told besides x and t, in the words of diffusers. SD1.5 and SDXL differ in which fields are set."""
+"""What a network is told besides x and t: a named bag of tensors, in the words of diffusers."""
 
 from __future__ import annotations
 
@@ -10,54 +10,42 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Prompt embeddings (B, L, D); for SDXL also pooled ones (B, P) and `time_ids` (B, 6), see `Framing`."""
+    """Tensors by name, each with a batch axis of B: which they are is a matter of conditioner and backbone.
 
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor | None = None
-    time_ids: Tensor | None = None
+    SD1.5 has `prompt_embeds` (B, L, D); SDXL also `pooled_prompt_embeds` (B, P) and `time_ids` (B, 6), see `Framing`.
+    """
 
-    def __post_init__(self) -> None:
-        if (self.pooled_prompt_embeds is None) != (self.time_ids is None):
-            raise ValueError("pooled_prompt_embeds and time_ids go together (SDXL): give both or neither")
-        for name in ("pooled_prompt_embeds", "time_ids"):
-            field = getattr(self, name)
-            if field is not None and len(field) != len(self.prompt_embeds):
-                raise ValueError(f"{name} holds {len(field)} samples, prompt_embeds {len(self.prompt_embeds)}")
-
-    @classmethod
-    def framed(cls, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor | None, framing: Framing) -> Conditioning:
-        """Of embeddings made before; where there are pooled ones, the framing is told too."""
-        ids = None if pooled_prompt_embeds is None else framing.time_ids().to(prompt_embeds.device)
-        return cls(prompt_embeds, pooled_prompt_embeds, ids)
+    def __init__(self, **tensors: Tensor) -> None:
+        if len({len(tensor) for tensor in tensors.values()}) != 1:
+            counts = ", ".join(f"{len(tensor)} of {name}" for name, tensor in tensors.items())
+            raise ValueError(f"conditioning of {counts or 'nothing'}: give one of each for every sample")
+        self.tensors = tensors
 
     def __len__(self) -> int:
-        return len(self.prompt_embeds)
+        return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
         """The chosen samples, always as a batch: an int gives a batch of one."""
         if isinstance(index, int):
             index = range(len(self))[index]  # negative counts from the end, and out of range is an IndexError
             index = slice(index, index + 1)
-        return self._map(lambda field: field[index])
+        return self._map(lambda tensor: tensor[index])
+
+    def replace(self, **tensors: Tensor) -> Conditioning:
+        """The same with other tensors of these names."""
+        return Conditioning(**{**self.tensors, **tensors})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join batches, (B1, L, D) and (B2, L, D) to (B1 + B2, L, D)."""
-
-        def join(name: str) -> Tensor | None:
-            fields = [getattr(part, name) for part in parts]
-            if all(field is None for field in fields):
-                return None
-            if any(field is None for field in fields):
-                raise ValueError(f"{name} is set in some of the conditionings to join and not in others")
-            return torch.cat(fields)
-
-        return Conditioning(join("prompt_embeds"), join("pooled_prompt_embeds"), join("time_ids"))
+        """Join batches of B1, B2, ... to one of B1 + B2 + ..."""
+        names = parts[0].tensors.keys()
+        if other := next((part.tensors.keys() ^ names for part in parts if part.tensors.keys() != names), None):
+            raise ValueError(f"{min(other)} is set in some of the conditionings to join and not in others")
+        return Conditioning(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
     def repeat(self, count: int) -> Conditioning:
-        """The whole batch `count` times over, a b a b: (B, L, D) to (count B, L, D)."""
+        """The whole batch `count` times over, a b a b: of B samples to one of count B."""
         return Conditioning.cat([self] * count)
 
     def where(self, chosen: Tensor, other: Conditioning) -> Conditioning:
@@ -65,29 +53,16 @@ class Conditioning:
         count = len(self)
         return Conditioning.cat([self, other])[torch.arange(count, device=chosen.device) + count * ~chosen]
 
-    def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move, and cast the embeddings; time_ids keep their type, since 1023 is no bfloat16 number."""
-        moved = self._map(lambda field: field.to(device=device))
-        pooled = moved.pooled_prompt_embeds
-        return Conditioning(
-            moved.prompt_embeds.to(dtype=dtype), None if pooled is None else pooled.to(dtype=dtype), moved.time_ids
-        )
+    def to(self, device: torch.device | str) -> Conditioning:
+        """On another device; each backbone casts what it feeds to its network."""
+        return self._map(lambda tensor: tensor.to(device))
 
     def embeds(self) -> dict[str, Tensor]:
-        """What text encoders made, by name."""
-        named = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
-        return {name: embeds for name, embeds in named.items() if embeds is not None}
-
-    def unet_kwargs(self) -> dict:
-        """As keyword arguments of `UNet2DConditionModel`."""
-        kwargs: dict = {"encoder_hidden_states": self.prompt_embeds}
-        if self.pooled_prompt_embeds is not None:
-            kwargs["added_cond_kwargs"] = {"text_embeds": self.pooled_prompt_embeds, "time_ids": self.time_ids}
-        return kwargs
+        """What text encoders made, by name: all but the framing."""
+        return {name: tensor for name, tensor in self.tensors.items() if name != "time_ids"}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        fields = (self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
-        return Conditioning(*(None if field is None else change(field) for field in fields))
+        return Conditioning(**{name: change(tensor) for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)

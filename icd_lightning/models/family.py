@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,26 +10,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from icd_lightning.diffusion import NoiseSchedule
-from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
-from icd_lightning.models.backbone import guided_unet_from_file
+from icd_lightning.diffusion import Process
+from icd_lightning.files import read_object
+from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.backbones import Backbone, UNet
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.sources import (
-    GUIDED,
+    GUIDANCE_WIDTH,
     HUB_ID,
     Folder,
+    Random,
     Source,
     config_on_hub,
     network_in,
     network_on_hub,
     open_source,
-    read_config,
+    read_weights,
     shipped,
 )
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner
+from icd_lightning.models.text import Conditioner
 
 __all__ = ["EditingDefaults", "Family", "load_autoencoder", "shipped"]
 
@@ -52,7 +53,7 @@ class EditingDefaults:
     def read(cls, file: Path) -> EditingDefaults:
         """From a JSON object of these fields; ValueError for any other content."""
         try:
-            return cls(**json.loads(file.read_text()))
+            return cls(**read_object(file))
         except (ValueError, TypeError) as error:
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"{file} must be a JSON object with {known} ({error})") from error
@@ -73,15 +74,17 @@ class Family:
         variant: of the model's files, e.g. fp16 for `diffusion_pytorch_model.fp16.safetensors`.
         prediction_type: what the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: a folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
+        backbone: the architecture of its network.
     """
 
     model: str = "tiny"
-    guided_unet: str = GUIDED
+    guided_unet: str | None = None
     vae: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     variant: str | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
+    backbone: Backbone = UNet()  # noqa: RUF009  (frozen)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,15 +106,15 @@ class Family:
 
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""
-        self._guided_unet()
+        self._guided_network()
 
     def load_defaults(self) -> EditingDefaults:
         file = Path(self.source.location) / "icd.json" if isinstance(self.source, Folder) else None
         return EditingDefaults.read(file) if file is not None and file.is_file() else EditingDefaults()
 
-    def load_schedule(self) -> NoiseSchedule:
+    def load_process(self) -> Process:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
-        return NoiseSchedule.from_config({**self.source.config("scheduler"), **changes})
+        return Process.from_config({**self.source.config("scheduler"), **changes})
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
@@ -119,42 +122,53 @@ class Family:
         load = partial(self.source.network, "vae")
         return _autoencoder(self.source.config("vae"), load, self.dtype, f"the autoencoder of {self.model}")
 
-    def load_conditioner(self) -> CLIPConditioner | DualCLIPConditioner:
-        """The frozen text side: one encoder, or two, as the model has."""
-        first = CLIPConditioner(self.source.tokenizer("tokenizer"), self._text_encoder("text_encoder", CLIPTextModel))
-        if not self.source.has("text_encoder_2"):
-            return first
-        encoder = self._text_encoder("text_encoder_2", CLIPTextModelWithProjection)
-        second = CLIPConditioner(self.source.tokenizer("tokenizer_2"), encoder)
-        resolution = self.source.config("unet")["sample_size"] * downsampling_of(self.source.config("vae"))
-        return DualCLIPConditioner(first, second, resolution)
+    def load_conditioner(self) -> Conditioner:
+        """The frozen text side."""
+        return self.backbone.conditioner(self.source, self.dtype)
 
-    def load_unet(self, *, guided: bool) -> UNet2DConditionModel:
+    def load_model(self, *, guided: bool) -> DiffusionModel:
         """The plain teacher, or the guidance-distilled one of stage 1; frozen."""
-        load = self._guided_unet() if guided else partial(self.source.network, "unet", UNet2DConditionModel, self.dtype)
-        return _frozen(load())
+        part, cls = self.backbone.part, self.backbone.network_class
+        load = self._guided_network() if guided else partial(self.source.network, part, cls, self.dtype)
+        network = load().requires_grad_(False).eval()
+        self._check_channels(network)
+        return DiffusionModel(network, self.load_process(), self.backbone)
 
-    def _text_encoder(self, part: str, cls: type[nn.Module]) -> nn.Module:
-        return _frozen(self.source.network(part, cls, self.dtype))
+    def _check_channels(self, network: nn.Module) -> None:
+        """Refuse networks that are fed more than latents, such as those for inpainting."""
+        taken, latent = self.backbone.latent_channels(network), self.source.config("vae").get("latent_channels")
+        if latent is not None and taken != latent:
+            raise ValueError(
+                f"the {self.backbone.part} of {self.model} takes {taken} channels, and its latents have {latent}: it "
+                "is made for more than pictures from prompts (inpainting, depth, ...); take the plain model instead"
+            )
 
-    def _guided_unet(self) -> Callable[[], UNet2DConditionModel]:
-        """How to load the guidance-distilled UNet; FileNotFoundError, with what to do, if there is none."""
-        path, source = Path(self.guided_unet), self.source
+    def _guided_network(self) -> Callable[[], nn.Module]:
+        """How to load the guidance-distilled network; FileNotFoundError, with what to do, if there is none."""
+        backbone, source, usual = self.backbone, self.source, f"{self.backbone.part}_guided"
+        path = Path(self.guided_unet or usual)
         if path.is_file():
-            return partial(guided_unet_from_file, path, source.config("unet"), self.dtype)
-        folders = [path, path / GUIDED]
+            config = source.config(backbone.part)
+            return lambda: backbone.guided_from_file(path, config, read_weights(path, self.dtype))
+        folders = [path, path / usual]
         if isinstance(source, Folder):
-            folders.append(self.root / self.guided_unet)
+            folders.append(self.root / path)
         for folder in folders:
             if (folder / "config.json").is_file():
-                return partial(network_in, folder, UNet2DConditionModel, self.dtype)
-        if self.guided_unet == GUIDED and source.has(GUIDED):
-            return partial(source.network, GUIDED, UNet2DConditionModel, self.dtype)
+                variant = self.variant if list(folder.glob(f"*.{self.variant}.*")) else None
+                return partial(network_in, folder, backbone.network_class, self.dtype, variant=variant)
+        if self.guided_unet in (None, usual):
+            if isinstance(source, Random):
+                config = backbone.config_with_guidance(source.config(backbone.part), GUIDANCE_WIDTH)
+                return partial(source.network, usual, backbone.network_class, self.dtype, config=config)
+            if source.has(usual):
+                return partial(source.network, usual, backbone.network_class, self.dtype)
         raise FileNotFoundError(
-            f"no guidance-distilled UNet (stage 1) for {self.model}: looked for a file {path} and for config.json in "
-            f"{', '.join(dict.fromkeys(map(str, folders)))}. Make one with conf/task/guidance_distillation.yaml, or "
-            "take a released one such as sd15_cfg_distill.pt; name it by GUIDED=... of make, or "
-            "--model.init_args.family.guided_unet of icd fit, --guided_unet of other commands. `make demo` needs none"
+            f"no guidance-distilled {backbone.part} (stage 1) for {self.model}: looked for a file {path} and for "
+            f"config.json in {', '.join(dict.fromkeys(map(str, folders)))}. Make one with "
+            "conf/task/guidance_distillation.yaml, or take a released one such as sd15_cfg_distill.pt; name it by "
+            "GUIDED=... of make, or --model.init_args.family.guided_unet of icd fit, --guided_unet of other commands. "
+            "`make demo` needs none"
         )
 
 
@@ -162,10 +176,10 @@ def load_autoencoder(location: str | Path, dtype: torch.dtype = torch.float32) -
     """Load the autoencoder in a folder or on the hub, of whichever class its config names."""
     name, folder = str(location), Path(location)
     if not folder.exists() and HUB_ID.fullmatch(name):
-        return _autoencoder(read_config(config_on_hub(name)), partial(network_on_hub, name), dtype, name)
+        return _autoencoder(read_object(config_on_hub(name)), partial(network_on_hub, name), dtype, name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no autoencoder at {folder}: there is no {folder / 'config.json'}")
-    return _autoencoder(read_config(folder / "config.json"), partial(network_in, folder), dtype, name)
+    return _autoencoder(read_object(folder / "config.json"), partial(network_in, folder), dtype, name)
 
 
 def _autoencoder(
@@ -185,7 +199,3 @@ def _autoencoder(
         )
         dtype = torch.float32
     return LatentAutoencoder(load(cls, dtype))
-
-
-def _frozen(network: nn.Module) -> nn.Module:
-    return network.requires_grad_(False).eval()

@@ -6,35 +6,31 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
-"""What is gathered at once, with its adapters; the rest of a UNet is one more such unit."""
+from icd_lightning.models.diffusion_model import DiffusionModel
 
 
-def shard_unets(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread every UNet inside the module over the processes of a mesh; those that are spread already stay so.
+def shard(model: DiffusionModel, mesh: DeviceMesh) -> None:
+    """Spread a network over the processes of a mesh, block by block; one that is spread already stays so.
 
     Adapters need no care: a gathered block is the ordinary one, whichever adapter is on and in whatever order passes
     run. Trained and frozen weights of different types share a unit, for each is gathered in its own type.
     """
-    for unet in [part for part in module.modules() if isinstance(part, UNet2DConditionModel)]:
-        if isinstance(unet, FSDPModule):
-            continue
-        for block in [part for part in unet.modules() if isinstance(part, BLOCKS)]:
-            fully_shard(block, mesh=mesh)
-        # without it the outermost unit would stay whole after a pass without backward, and miss what is assigned then
-        fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+    network = model.network
+    if isinstance(network, FSDPModule):
+        return
+    for block in [part for part in network.modules() if isinstance(part, model.backbone.blocks)]:
+        fully_shard(block, mesh=mesh)
+    # without it the outermost unit would stay whole after a pass without backward, and miss what is assigned then
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def gather_weights(module: nn.Module) -> None:
-    """Undo `shard_unets` for good: plain networks with whole weights on every process, all of which must call it."""
+    """Undo `shard` for good: plain networks with whole weights on every process, all of which must call it."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):

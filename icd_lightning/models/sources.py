@@ -6,9 +6,9 @@ tokenizer_2 besides.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +22,11 @@ import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
+from icd_lightning.files import read_object
 from icd_lightning.models.tokenizer import build_tokenizer
 
 RANDOM = "random:"
@@ -35,7 +37,6 @@ SINGLE_FILES = {  # a key by which a single file is known to be of one of our ar
     "sdxl": "conditioner.embedders.1.model.positional_embedding",
     "sd15": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
 }
-GUIDED = "unet_guided"  # the part that stage 1 adds to a model
 GUIDANCE_WIDTH = 512  # of its guidance embedding, where its weights are random; that of the released ones
 
 Result = TypeVar("Result")
@@ -105,7 +106,7 @@ class Folder:
         return (Path(self.location) / part).is_dir()
 
     def config(self, part: str) -> dict[str, Any]:
-        return read_config(Path(self.location) / part / _config_name(part))
+        return read_object(Path(self.location) / part / _config_name(part))
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
         return network_in(Path(self.location) / part, cls, dtype, variant=self.variant)
@@ -142,7 +143,7 @@ class Hub:
         )
 
     def _read(self, name: str) -> dict[str, Any]:
-        return read_config(config_on_hub(self.location, name))
+        return read_object(config_on_hub(self.location, name))
 
 
 @dataclass(frozen=True)
@@ -225,15 +226,16 @@ class Random:
         return cls(Folder(str(folder)))
 
     def has(self, part: str) -> bool:
-        return part == GUIDED or self.configs.has(part)
+        return self.configs.has(part)
 
     def config(self, part: str) -> dict[str, Any]:
-        if part == GUIDED:
-            return {**self.configs.config("unet"), "time_cond_proj_dim": GUIDANCE_WIDTH}
         return self.configs.config(part)
 
-    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        config = self.config(part)
+    def network(
+        self, part: str, cls: type[nn.Module], dtype: torch.dtype, *, config: dict[str, Any] | None = None
+    ) -> nn.Module:
+        """A part with random weights; `config` in the place of its own, for parts that the configs lack."""
+        config = self.config(part) if config is None else config
         with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
             torch.manual_seed(self.seed + zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
@@ -323,14 +325,18 @@ def refuse_missing(names: list[str], where: str) -> None:
         raise ValueError(f"{where} lacks {len(names)} of the network's weights, for example {names[0]}")
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The content of a config file; FileNotFoundError or ValueError that name it."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}")
+def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict in this type, safetensors or pickled; nothing in a pickle is run."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON file ({error})") from error
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def first_line(error: Exception) -> str:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from icd_lightning.models.autoencoder import downsampling_of
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.models.sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class CLIPConditioner(nn.Module):
 
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D); the framing is not for such a network."""
-        return Conditioning(self.encode(prompts)[0])
+        return Conditioning(prompt_embeds=self.encode(prompts)[0])
 
     @torch.no_grad()
     def unconditional(self, batch_size: int, framing: Framing | None = None) -> Conditioning:
@@ -109,7 +112,11 @@ class DualCLIPConditioner(nn.Module):
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
         ids = self._time_ids(len(prompts), framing)
-        return Conditioning(embeds * said[:, None, None], second.text_embeds * said[:, None], ids)
+        return Conditioning(
+            prompt_embeds=embeds * said[:, None, None],
+            pooled_prompt_embeds=second.text_embeds * said[:, None],
+            time_ids=ids,
+        )
 
     def unconditional(self, batch_size: int, framing: Framing | None = None) -> Conditioning:
         """What an empty prompt becomes, without the work, beside pictures of the same framing."""
@@ -117,8 +124,27 @@ class DualCLIPConditioner(nn.Module):
         like = next(self.second.parameters())
         embeds = like.new_zeros(batch_size, self.first.max_length, first.hidden_size + second.hidden_size)
         pooled = like.new_zeros(batch_size, second.projection_dim)
-        return Conditioning(embeds, pooled, self._time_ids(batch_size, framing))
+        ids = self._time_ids(batch_size, framing)
+        return Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled, time_ids=ids)
 
     def _time_ids(self, batch_size: int, framing: Framing | None) -> Tensor:
         framing = framing or Framing.whole(batch_size, (self.resolution, self.resolution))
         return framing.time_ids().to(next(self.second.parameters()).device)
+
+
+Conditioner = CLIPConditioner | DualCLIPConditioner
+"""Prompts to `Conditioning`; the text side of a family."""
+
+
+def clip_conditioner(source: Source, dtype: torch.dtype) -> Conditioner:
+    """The frozen text side of a model with one CLIP text encoder, or two, as its source has."""
+
+    def side(number: str, cls: type[nn.Module]) -> CLIPConditioner:
+        encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
+        return CLIPConditioner(source.tokenizer(f"tokenizer{number}"), encoder)
+
+    first = side("", CLIPTextModel)
+    if not source.has("text_encoder_2"):
+        return first
+    resolution = source.config("unet")["sample_size"] * downsampling_of(source.config("vae"))
+    return DualCLIPConditioner(first, side("_2", CLIPTextModelWithProjection), resolution)

@@ -1,22 +1,26 @@
-"""What all training tasks share: optimizer, clipping, reproducible draws, and checkpoints without frozen weights."""
+"""What all training tasks share: optimizer, clipping, guards, and checkpoints without frozen weights."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.diffusion import Draws
 from icd_lightning.models.conditioning import Conditioning, Framing
-from icd_lightning.models.sharding import shard_unets
+from icd_lightning.models.diffusion_model import DiffusionModel
+from icd_lightning.models.sharding import shard
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class OptimizerSettings:
     """AdamW; each parameter group is clipped to the norm `clip` by itself (None: not at all).
 
     `kind: adamw8bit` keeps its two averages in a byte for each weight instead of four: on a GPU, with bitsandbytes.
+    A step whose gradients are not finite is skipped; after `max_skipped_steps` of them the training ends.
     """
 
     lr: float = 1e-4
@@ -33,14 +38,21 @@ class OptimizerSettings:
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
     kind: Literal["adamw", "adamw8bit"] = "adamw"
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr {self.lr} must be positive")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip {self.clip} must be positive; null turns clipping off")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be 0 or more")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr {self.lr} must be positive and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more, and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must be 0 or more and less than 1")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip {self.clip} must be positive and finite; null turns clipping off")
+        if min(self.warmup_steps, self.max_skipped_steps) < 0:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and max_skipped_steps {self.max_skipped_steps} must be 0 or more"
+            )
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay {self.decay!r} is not one of constant, cosine")
         if self.kind not in ("adamw", "adamw8bit"):
@@ -74,39 +86,6 @@ class OptimizerSettings:
         return AdamW8bit(groups, **shared)
 
 
-class Draws:
-    """Random numbers of one training step, a pure function of (seed, step) for the joined batch of all ranks.
-
-    Each rank draws the whole and keeps its share, so that N processes see what one process with the joined batch
-    would see, and a resumed run sees what an unbroken one would have seen.
-    """
-
-    def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"):
-        state = np.random.SeedSequence((seed, step % 2**64)).generate_state(1, np.uint64)[0]
-        self.generator = torch.Generator().manual_seed(int(state))  # on the CPU: the same numbers on any device
-        self.rank, self.world_size, self.device = rank, world_size, device
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal, float32; the first dimension is this rank's batch size."""
-        return self._share(torch.randn(shape[0] * self.world_size, *shape[1:], generator=self.generator))
-
-    def integers(self, count: int, high: int) -> Tensor:
-        """Uniform over 0 ... high - 1, long (count,)."""
-        return self._share(torch.randint(high, (count * self.world_size,), generator=self.generator))
-
-    def uniform(self, count: int) -> Tensor:
-        """Uniform over [0, 1), float32 (count,)."""
-        return self._share(torch.rand(count * self.world_size, generator=self.generator))
-
-    def choice(self, count: int, values: Iterable[float]) -> Tensor:
-        """One of `values` for each sample, float32 (count,)."""
-        options = torch.tensor(list(values), dtype=torch.float32)
-        return options.to(self.device)[self.integers(count, len(options))]
-
-    def _share(self, joined: Tensor) -> Tensor:
-        return joined.chunk(self.world_size)[self.rank].to(self.device, non_blocking=True)
-
-
 def drop_captions(captions: Sequence[str], share: float, draws: Draws) -> list[str]:
     """The captions, this share of them empty; without a share nothing is drawn."""
     if share == 0:
@@ -117,17 +96,24 @@ def drop_captions(captions: Sequence[str], share: float, draws: Draws) -> list[s
 
 def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """The w to draw from, or ValueError."""
-    if not scales or min(scales) < 0:
+    if not scales or not all(0 <= scale < math.inf for scale in scales):
         raise ValueError(
             f"guidance_scales {list(scales)} must be 0 (unconditional; 1 is unguided) or more, and at least one"
         )
     return tuple(scales)
 
 
-def check_weight(name: str, value: float) -> float:
-    """What a loss is weighed by, or ValueError."""
-    if value < 0:
-        raise ValueError(f"{name} {value} must be 0 or more")
+def check_not_negative(name: str, value: float) -> float:
+    """A finite number of 0 or more, or ValueError."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} {value} must be 0 or more, and finite")
+    return value
+
+
+def check_share(name: str, value: float) -> float:
+    """A share of samples, of which some remain, or ValueError."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} {value} must be 0 or more and less than 1")
     return value
 
 
@@ -142,26 +128,33 @@ def _check_made_by(batch: Batch, part: str, ours: str) -> None:
 
 
 class Task(lightning.LightningModule):
-    """A LightningModule with one AdamW. Subclasses name their parameter groups and their loss."""
+    """A LightningModule with one AdamW. Subclasses name their networks, parameter groups and loss."""
 
     def __init__(self, optimizer: OptimizerSettings = OptimizerSettings(), seed: int = 0) -> None:
         super().__init__()
         self.optimizer_settings = optimizer
         self.seed = seed
+        self.skipped_steps = 0
+        self._batch_keys: list[str] = []
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by name; each group is clipped by itself."""
         return {"network": [p for p in self.parameters() if p.requires_grad]}
 
+    def diffusion_models(self) -> list[DiffusionModel]:
+        """The networks that can be spread over devices and compiled."""
+        return []
+
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
         if self.device_mesh is None:
             return
-        shard_unets(self, self.device_mesh["data_parallel"])
+        for model in self.diffusion_models():
+            shard(model, self.device_mesh["data_parallel"])
         if whole := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
             raise ValueError(
-                f"{type(self).__name__} trains more than UNets ({whole[0]}, ...), which this strategy cannot spread: "
-                "take strategy ddp"
+                f"{type(self).__name__} trains more than its networks ({whole[0]}, ...), which this strategy cannot "
+                "spread: take strategy ddp"
             )
 
     def configure_optimizers(self) -> dict:
@@ -178,12 +171,45 @@ class Task(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Let the configuration's optimizer settings apply to a run that goes on, whose checkpoint holds the old."""
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [self.optimizer_settings.lr] * len(config.scheduler.base_lrs)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["betas"], group["weight_decay"] = (
+                    self.optimizer_settings.betas,
+                    self.optimizer_settings.weight_decay,
+                )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Remember whose gradients these are."""
+        self._batch_keys = list(batch.keys)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each group by itself: here gradients are whole (accumulated, unscaled, summed over ranks)."""
         for group in optimizer.param_groups:
             limit = self.optimizer_settings.clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
-            self.log(f"grad_norm/{group['name']}", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.log(f"grad_norm/{group['name']}", norm)
+            # a gradient scaler (16-mixed) expects infinite gradients, and skips the step by itself
+            if self.trainer.precision != "16-mixed" and not norm.isfinite():
+                self._skip_step(optimizer)
+                return
+
+    def _skip_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take all gradients away, which leaves weights and averages as they are; all ranks come here together."""
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped_steps += 1
+        keys = ", ".join(self._batch_keys)
+        log.warning("step %d skipped: a gradient is not finite; samples %s", self.trainer.global_step, keys)
+        self.log("train/skipped_steps", float(self.skipped_steps))
+        if self.skipped_steps > self.optimizer_settings.max_skipped_steps:
+            raise ValueError(
+                f"{self.skipped_steps} steps had gradients that are not finite, the last one with samples {keys}: look "
+                "at these, take a smaller lr or precision bf16-mixed; optimizer.max_skipped_steps says how many may be"
+            )
 
     def test_step(self, batch, batch_idx: int) -> None:
         """As validation, on the data module's test set."""
@@ -192,10 +218,7 @@ class Task(lightning.LightningModule):
     def draws(self) -> Draws:
         """The random numbers of this micro-batch."""
         # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return Draws(
-            self.seed, step, rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.device
-        )
+        return self._draws(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Latents (B, C, h, w) to train on: encoded from the batch's images, or drawn from moments encoded before."""
@@ -209,21 +232,23 @@ class Task(lightning.LightningModule):
         if batch.prompt_embeds is None:
             return self.conditioner(batch.captions, framing)
         _check_made_by(batch, "text_encoder", self.conditioner.fingerprint)
-        kept = Conditioning.framed(batch.prompt_embeds, batch.pooled_prompt_embeds, framing)
+        tensors = {"prompt_embeds": batch.prompt_embeds}
+        if batch.pooled_prompt_embeds is not None:
+            ids = framing.time_ids().to(batch.prompt_embeds.device)
+            tensors |= {"pooled_prompt_embeds": batch.pooled_prompt_embeds, "time_ids": ids}
+        encoded = Conditioning(**tensors)
         if all(batch.captions):
-            return kept
-        said = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
-        return kept.where(said, self.conditioner.unconditional(len(said), framing))
+            return encoded
+        captioned = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
+        return encoded.where(captioned, self.conditioner.unconditional(len(captioned), framing))
 
     def validation_draws(self, batch_idx: int) -> Draws:
         """The same random numbers for this batch in every validation."""
-        return Draws(
-            self.seed,
-            -1 - batch_idx,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            device=self.device,
-        )
+        return self._draws(-1 - batch_idx)
+
+    def _draws(self, step: int) -> Draws:
+        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return Draws(self.seed, step, **place, device=self.device)
 
     def log_losses(self, total: Tensor, losses: dict[str, Tensor]) -> None:
         """Log `train/loss` to the progress bar and each part as `train/<name>`."""
@@ -235,7 +260,7 @@ class Task(lightning.LightningModule):
         return {}
 
     def check_recipe(self, checkpoint: dict) -> None:
-        """ValueError if the checkpoint was trained for something else."""
+        """ValueError if the checkpoint was trained for something else; a changed optimizer is told of."""
         ours = self.recipe()
         saved = checkpoint.get("recipe", ours)
         if other := [f"{name} {saved.get(name)} (here {ours[name]})" for name in ours if saved.get(name) != ours[name]]:
@@ -243,12 +268,18 @@ class Task(lightning.LightningModule):
                 f"the checkpoint of this run was trained with {', '.join(other)}: give this training another "
                 "trainer.default_root_dir, or ckpt_path null"
             )
+        now = self._plain_settings()
+        before = checkpoint.get("optimizer_settings", now)
+        for name in now:
+            if now[name] != before.get(name):
+                log.warning("optimizer.%s was %s, and goes on as %s", name, before.get(name), now[name])
 
     # Frozen weights come from their own files, so checkpoints leave them out.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what was trained, and what for."""
         checkpoint["recipe"] = self.recipe()
+        checkpoint["optimizer_settings"] = self._plain_settings()
         trained = self._trained_keys()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
@@ -274,3 +305,7 @@ class Task(lightning.LightningModule):
 
     def _trained_keys(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """The optimizer's settings as a checkpoint and a card hold them."""
+        return {**asdict(self.optimizer_settings), "betas": list(self.optimizer_settings.betas)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import NoisedData, guidance_balance, guidance_distillation
-from icd_lightning.models.backbone import add_guidance_embedding, cfg_denoiser, guided_denoiser
+from icd_lightning.files import replaced_folder
 from icd_lightning.models.cards import write_guided_card
-from icd_lightning.models.checkpoints import replaced_folder
 from icd_lightning.models.conditioning import Framing
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.models.sources import GUIDED
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_weight
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_not_negative
 
 
 class GuidanceDistillation(Task):
@@ -45,15 +44,21 @@ class GuidanceDistillation(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.guidance_scales = check_guidance_scales(guidance_scales)
-        self.balance = check_weight("balance", balance)
+        self.balance = check_not_negative("balance", balance)
         self.family = family
-        self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
-        self.teacher = family.load_unet(guided=False)
-        self.student = add_guidance_embedding(self.teacher).float().requires_grad_(True)  # small steps need float32
+        # small steps need float32, and the student begins as the teacher was saved, not as it is rounded to run
+        teacher = replace(family, precision="float32").load_model(guided=False)
+        self.process, self.backbone = teacher.process, teacher.backbone
+        self.student = teacher.with_guidance_embedding().network.requires_grad_(True)
+        self.teacher = teacher.network.to(family.dtype)
         if gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
+
+    def diffusion_models(self) -> list[DiffusionModel]:
+        """Teacher and student."""
+        return [DiffusionModel(network, self.process, self.backbone) for network in (self.teacher, self.student)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One w for each sample."""
@@ -76,10 +81,9 @@ class GuidanceDistillation(Task):
         framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
         conditioning = self.conditioning(batch, framing)
         unconditional = self.conditioner.unconditional(len(latents), framing)
-        t = draws.integers(len(latents), self.schedule.num_train_timesteps)
-        data = NoisedData(latents, draws.normal(*latents.shape), self.schedule)
-        teacher = cfg_denoiser(self.teacher, self.schedule, conditioning, unconditional, w)
-        student = guided_denoiser(self.student, self.schedule, conditioning, w)
+        t = draws.integers(len(latents), self.process.num_train_timesteps)
+        data = NoisedData(latents, draws.normal(*latents.shape), self.process)
+        teacher, student = (model.denoiser(conditioning, w, unconditional) for model in self.diffusion_models())
         return guidance_distillation(student, teacher, data, t)
 
     def recipe(self) -> dict[str, Any]:
@@ -88,13 +92,14 @@ class GuidanceDistillation(Task):
 
     def export(self, folder: Path) -> None:
         """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it, with a card."""
-        with replaced_folder(folder / GUIDED) as temporary:
+        guided = folder / f"{self.backbone.part}_guided"
+        with replaced_folder(guided) as temporary:
             self.student.save_pretrained(temporary)
         settings = {
             "family": self.family.model,
             **self.recipe(),
             "steps": self.global_step,
-            "optimizer": asdict(self.optimizer_settings),
+            "optimizer": self._plain_settings(),
             "seed": self.seed,
         }
-        write_guided_card(folder / GUIDED, settings)
+        write_guided_card(guided, settings)

@@ -12,11 +12,12 @@ from torch import Tensor
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import classifier_free_guidance, guidance_balance
 from icd_lightning.diffusion.losses import squared_error
-from icd_lightning.models.backbone import add_guidance_embedding, fold_guidance_embedding, predict
-from icd_lightning.models.checkpoints import replaced_folder
+from icd_lightning.files import replaced_folder
+from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning, Framing
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_weight
+from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_not_negative
 
 
 class GuidanceAwareTraining(Task):
@@ -54,13 +55,17 @@ class GuidanceAwareTraining(Task):
             raise ValueError(
                 f"guidance_scales {list(guidance_scales)} hold no guidance to make ready for: add the w of stage 1"
             )
-        self.guided_weight = check_weight("guided_weight", guided_weight)
-        self.balance = check_weight("balance", balance)
+        self.guided_weight = check_not_negative("guided_weight", guided_weight)
+        self.balance = check_not_negative("balance", balance)
         self.family = family
-        self.schedule = family.load_schedule()
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
-        self.network = add_guidance_embedding(family.load_unet(guided=False)).float().requires_grad_(True)
+        self.model = family.load_model(guided=False).with_guidance_embedding()
+        self.process, self.network = self.model.process, self.model.network.float().requires_grad_(True)
+
+    def diffusion_models(self) -> list[DiffusionModel]:
+        """The teacher."""
+        return [self.model]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, self.draws())
@@ -77,18 +82,18 @@ class GuidanceAwareTraining(Task):
         latents = self.latents(batch, draws)
         framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
         captions = self.conditioning(batch, framing)
-        t = draws.integers(len(latents), self.schedule.num_train_timesteps)
+        t = draws.integers(len(latents), self.process.num_train_timesteps)
         noise = draws.normal(*latents.shape)
         w = draws.choice(len(latents), self.guidance_scales)
 
         rows = Conditioning.cat([captions, self.conditioner.unconditional(len(latents), framing), captions])
-        x = self.schedule.add_noise(latents, noise, t).repeat(3, 1, 1, 1)
+        x = self.process.add_noise(latents, noise, t).repeat(3, 1, 1, 1)
         unguided = torch.ones_like(w)
-        output = predict(self.network, x, t.repeat(3), rows, torch.cat([unguided, unguided, w]))
+        output = self.model.predict(x, t.repeat(3), rows, torch.cat([unguided, unguided, w]))
         conditional, unconditional, guided = output.chunk(3)
         target = classifier_free_guidance(unconditional, conditional, w)
         return {
-            "denoising": squared_error(conditional, self.schedule.target(latents, noise, t)).mean(),
+            "denoising": squared_error(conditional, self.process.target(latents, noise, t)).mean(),
             "unconditional": squared_error(unconditional, conditional.detach()).mean(),
             "guided": (squared_error(guided, target) * guidance_balance(w, self.balance)).mean(),
         }
@@ -104,4 +109,4 @@ class GuidanceAwareTraining(Task):
     def export(self, folder: Path) -> None:
         """Write the teacher's UNet, in diffusers' layout, in the place of the one before."""
         with replaced_folder(folder / "unet") as temporary:
-            fold_guidance_embedding(self.network, 1.0).save_pretrained(temporary)
+            UNet().fold_guidance_embedding(self.network, 1.0).save_pretrained(temporary)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import NoiseSchedule
+from icd_lightning.diffusion import Process
 from icd_lightning.diffusion.losses import squared_error
-from icd_lightning.models.backbone import predict
+from icd_lightning.models.backbones import UNet
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import load_autoencoder
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, drop_captions
 from icd_lightning.tiny.networks import build_conditioner, build_unet, save_teacher
@@ -41,12 +42,16 @@ class TeacherTraining(Task):
     ) -> None:
         super().__init__(optimizer, seed)
         self.autoencoder = load_autoencoder(Path(vae))
-        self.schedule = NoiseSchedule.from_config(scheduler)
+        self.process = Process.from_config(scheduler)
         self.scheduler_config = scheduler
         self.caption_dropout = caption_dropout
         torch.manual_seed(seed)
         self.conditioner = build_conditioner(vocabulary(), text_encoder)
         self.unet = build_unet(unet)
+
+    def diffusion_models(self) -> list[DiffusionModel]:
+        """The teacher."""
+        return [DiffusionModel(self.unet, self.process, UNet())]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws = self.draws()
@@ -64,14 +69,15 @@ class TeacherTraining(Task):
         latents = self.latents(batch, draws)
         noise = draws.normal(*latents.shape)
         t = self._timesteps(len(latents), draws)
-        output = predict(self.unet, self.schedule.add_noise(latents, noise, t), t, self.conditioner(captions), None)
-        return squared_error(output, self.schedule.target(latents, noise, t))
+        (model,) = self.diffusion_models()
+        output = model.predict(self.process.add_noise(latents, noise, t), t, self.conditioner(captions), None)
+        return squared_error(output, self.process.target(latents, noise, t))
 
     def _timesteps(self, count: int, draws: Draws) -> Tensor:
         """A third uniform; the rest from where the caption's words show, a logit-normal (arXiv:2403.03206, 3.1)."""
         middle = torch.sigmoid(0.6 + 1.1 * draws.normal(count))
         share = torch.where(draws.uniform(count) < 0.35, draws.uniform(count), middle)
-        total = self.schedule.num_train_timesteps
+        total = self.process.num_train_timesteps
         return (share * total).long().clamp(max=total - 1)
 
     def export(self, folder: Path) -> None:

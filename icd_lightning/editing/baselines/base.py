@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import Denoiser, GuidanceSchedule, NoiseSchedule, OnStep, StepGuidance
+from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, StepGuidance
 from icd_lightning.editing.baselines.branches import Branch, descend
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
@@ -86,14 +86,14 @@ class Baseline(PictureMethod):
 
     def to(self, device: torch.device | str) -> Baseline:
         """Move all networks; returns itself."""
-        for part in (self.parts.unet, self.schedule, self.autoencoder, self.conditioner):
+        for part in (self.parts.model.network, self.process, self.autoencoder, self.conditioner):
             part.to(device)
         return self
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def process(self) -> Process:
         """The noise schedule of the network."""
-        return self.parts.schedule
+        return self.parts.process
 
     @property
     def control_steps(self) -> int:
@@ -237,7 +237,7 @@ class Baseline(PictureMethod):
         with ExitStack() as attached:
             if control is not None:
                 state = self.attention_control(control, inversion, prompts)
-                attached.enter_context(state.attached(self.parts.unet))
+                attached.enter_context(state.attached(self.parts.model.network))
             x = descend(self.parts.network, x, self.steps, branches, move, control=state, on_step=on_step)
         return x[-len(prompts) :]
 
@@ -246,7 +246,7 @@ class Baseline(PictureMethod):
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """The unguided network, bound to prompts."""
-        return lambda x, t: self.parts.network(x, t, conditioning)
+        return lambda x, t: self.process.split_by_eps(x, self.parts.network(x, t, conditioning), t)
 
 
 def _for_each(control: PromptToPrompt | Sequence[PromptToPrompt], count: int) -> Sequence[PromptToPrompt]:

@@ -14,15 +14,14 @@ from torch import Tensor
 from icd_lightning.diffusion import (
     Denoiser,
     GuidanceSchedule,
-    NoiseSchedule,
     OnStep,
+    Process,
     StepGuidance,
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
 )
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, usual_swap_tau
-from icd_lightning.models.backbone import cfg_denoiser
 from icd_lightning.models.family import Family
 
 
@@ -32,10 +31,9 @@ class DDIMInversion(EditingMethod):
     def __init__(
         self, family: Family, *, num_inference_steps: int = 50, guidance_scale: float = 8.0, tau: float = 1.0
     ) -> None:
-        self.unet = family.load_unet(guided=False)
+        self.model = family.load_model(guided=False)
         self.autoencoder, self.conditioner = family.load_autoencoder(), family.load_conditioner()
-        self._schedule = family.load_schedule()
-        self.timesteps = ddim_timesteps(num_inference_steps, self._schedule.num_train_timesteps)
+        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.guidance = StepGuidance(guidance_scale, tau)
 
     @classmethod
@@ -47,7 +45,7 @@ class DDIMInversion(EditingMethod):
 
     def to(self, device: torch.device | str) -> DDIMInversion:
         """Move all networks; returns itself."""
-        for part in (self.unet, self._schedule, self.autoencoder, self.conditioner):
+        for part in (self.model.network, self.process, self.autoencoder, self.conditioner):
             part.to(device)
         return self
 
@@ -55,7 +53,7 @@ class DDIMInversion(EditingMethod):
         """Evaluations that an edit of one picture takes, there and back: two where it is guided, one elsewhere."""
         guidance = guidance or self.guidance
         swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
-        swap = swap_tau * self.schedule.num_train_timesteps
+        swap = swap_tau * self.process.num_train_timesteps
         guided = [t for t in self.timesteps if t <= swap and guidance.at(t) != 1]
         return 2 * len(self.timesteps) + len(guided)
 
@@ -72,21 +70,21 @@ class DDIMInversion(EditingMethod):
         return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def process(self) -> Process:
         """The noise schedule of the teacher."""
-        return self._schedule
+        return self.model.process
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         """The teacher, guided by two evaluations where it is guided."""
         unconditional = self.conditioner.unconditional(len(prompts))
-        return cfg_denoiser(self.unet, self._schedule, self.conditioner(prompts), unconditional, guidance)
+        return self.model.denoiser(self.conditioner(prompts), guidance, unconditional)
 
     def to_noise(
         self, latents: Tensor, prompts: Sequence[str], *, seed: int = 0, on_step: OnStep | None = None
     ) -> Tensor:
         """Climb the solver's grid, unguided; nothing is drawn, so `seed` has no effect."""
-        return ddim_invert(self.denoiser(prompts, UNGUIDED), latents, self.timesteps, self._schedule, on_step=on_step)
+        return ddim_invert(self.denoiser(prompts, UNGUIDED), latents, self.timesteps, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Descend it."""
-        return ddim_generate(denoise, noise, self.timesteps, self._schedule, on_step=on_step)
+        return ddim_generate(denoise, noise, self.timesteps, self.process, on_step=on_step)

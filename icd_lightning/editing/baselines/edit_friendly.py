@@ -39,7 +39,7 @@ class EditFriendlyInversion(Baseline):
         if not 0 <= skip < num_inference_steps:
             raise ValueError(f"skip {skip} must be 0 or more and less than num_inference_steps {num_inference_steps}")
         # One later than DDIM's grid, as Stable Diffusion's own scheduler has it: a step from 0 to 0 would draw nothing.
-        grid = [t + 1 for t in ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)]
+        grid = [t + 1 for t in ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)]
         self.steps = falling(grid[: num_inference_steps - skip])
         self.inversion_nfe, self.num_inference_steps = len(self.steps), num_inference_steps
 
@@ -57,7 +57,7 @@ class EditFriendlyInversion(Baseline):
         """
         batch, *size = x0.shape
         drawn = seeded_noise((batch, len(self.steps), *size), seed, x0.device).unbind(1)
-        points = [self.schedule.add_noise(x0, noise, t) for noise, (t, _) in zip(drawn, self.steps, strict=True)]
+        points = [self.process.add_noise(x0, noise, t) for noise, (t, _) in zip(drawn, self.steps, strict=True)]
         source = self.conditioner(prompts)
         found: list[Tensor] = []
 
@@ -80,5 +80,5 @@ class EditFriendlyInversion(Baseline):
 
     def _mean(self, x: Tensor, eps: Tensor, index: int) -> tuple[Tensor, Tensor]:
         t, s = self.steps[index]
-        std = self.schedule.posterior_std(t, s, set_alpha_to_one=False)
-        return self.schedule.ddim_step(x, eps, t, s, noise_std=std, set_alpha_to_one=False), std
+        std = self.process.posterior_std(t, s, set_alpha_to_one=False)
+        return self.process.ddim_step(x, eps, t, s, noise_std=std, set_alpha_to_one=False), std

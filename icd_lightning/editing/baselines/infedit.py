@@ -66,14 +66,14 @@ class InfEdit(Baseline):
         """Correct all but the source by the source's known error, and noise all alike for the next step."""
         (t, s), x0 = self.steps[index], inversion.x0
         count = len(x0)
-        std = self.schedule.sigma(s)
+        std = self.process.sigma(s)
         noise = std * inversion.per_step[index] if s else torch.zeros_like(x0)
-        known = self.schedule.eps_from_x0(x[:count], x0, t) - eps[:count]
+        known = self.process.eps_from_x0(x[:count], x0, t) - eps[:count]
         others = [
-            self.schedule.ddim_step(x_b, e_b + known, t, s, noise_std=std) + noise
+            self.process.ddim_step(x_b, e_b + known, t, s, noise_std=std) + noise
             for x_b, e_b in zip(x[count:].split(count), eps[count:].split(count), strict=True)
         ]
-        return torch.cat([self.schedule.alpha(s) * x0 + noise, *others])
+        return torch.cat([self.process.alpha(s) * x0 + noise, *others])
 
     def followed(
         self, index: int, guidance: GuidanceSchedule, control: Borrowed
@@ -87,6 +87,6 @@ class InfEdit(Baseline):
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
     ) -> UnifiedAttentionControl:
         """Between all three branches."""
-        alphas = [float(self.schedule.alpha(t)) for t, _ in self.steps]
+        alphas = [float(self.process.alpha(t)) for t, _ in self.steps]
         told = (inversion.prompts, prompts, inversion.noise)
         return UnifiedAttentionControl(control, *told, tokenizer=self.conditioner.tokenizer, alphas=alphas)

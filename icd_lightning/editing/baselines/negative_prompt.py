@@ -35,9 +35,9 @@ class NegativePromptInversion(Baseline):
         if parts.network.takes_guidance:
             raise ValueError(
                 "negative-prompt inversion puts a prompt where classifier-free guidance has the empty one: it needs a "
-                "UNet without guidance embedding, no LCM or guidance-distilled one"
+                "network without guidance embedding, no LCM or guidance-distilled one"
             )
-        self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
+        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.steps, self.inversion_nfe = falling(self.timesteps), num_inference_steps
 
     def invert_latents(
@@ -45,7 +45,7 @@ class NegativePromptInversion(Baseline):
     ) -> Inversion:
         """Climb the solver's grid, unguided; nothing is drawn, so `seed` has no effect."""
         denoise = self.denoiser(self.conditioner(prompts))
-        return Inversion(prompts, x0, ddim_invert(denoise, x0, self.timesteps, self.schedule, on_step=on_step))
+        return Inversion(prompts, x0, ddim_invert(denoise, x0, self.timesteps, self.process, on_step=on_step))
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The source prompt, always."""
@@ -53,4 +53,4 @@ class NegativePromptInversion(Baseline):
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step."""
-        return self.schedule.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)
+        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

@@ -7,7 +7,7 @@ the guided step meets that path again; edits reuse the embeddings with another p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class NullTextInversion(Baseline):
         super().__init__(parts, guidance_scale, control)
         if parts.network.takes_guidance:
             raise ValueError("null-text inversion fits classifier-free guidance: it needs a UNet without its embedding")
-        self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
+        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.steps, self.optimization = falling(self.timesteps), optimization
         self.inversion_nfe = num_inference_steps * (3 + optimization.inner_steps)
 
@@ -80,7 +80,7 @@ class NullTextInversion(Baseline):
     ) -> Inversion:
         """Climb the solver's grid, then fit; per_step holds null embeddings (B, L, D). `seed` has no effect."""
         source = self.conditioner(prompts)
-        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=on_step)
+        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.process, on_step=on_step)
         null_embeds = self.fit(path[::-1], source, self.conditioner.unconditional(len(prompts)), on_step=on_step)
         return Inversion(prompts, x0, path[-1], null_embeds)
 
@@ -92,7 +92,7 @@ class NullTextInversion(Baseline):
         x, found = path[0], []
         for index, (t, s) in enumerate(self.steps):
             x, empty, rounds = self.fit_step(x, path[index + 1], index, source, empty)
-            found.append(empty.prompt_embeds)
+            found.append(empty.tensors["prompt_embeds"])
             if on_step is not None:
                 on_step(Step(t, s, x, rounds + 2))
         return found
@@ -110,23 +110,23 @@ class NullTextInversion(Baseline):
 
         def guided(null: Conditioning) -> Tensor:
             eps = classifier_free_guidance(self.parts.network(x, time, null), eps_cond, w)
-            return self.schedule.ddim_step(x, eps, t, s, set_alpha_to_one=False)
+            return self.process.ddim_step(x, eps, t, s, set_alpha_to_one=False)
 
-        embeds = null.prompt_embeds.float().clone().requires_grad_()
+        embeds = null.tensors["prompt_embeds"].float().clone().requires_grad_()
         optimizer = torch.optim.Adam([embeds], lr=settings.lr * (1 - index / 100))
         running = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rounds = 0
         while running.any() and rounds < settings.inner_steps:
             rounds += 1
             with torch.enable_grad():
-                error = (guided(replace(null, prompt_embeds=embeds)) - wanted).square().mean((1, 2, 3))
+                error = (guided(null.replace(prompt_embeds=embeds)) - wanted).square().mean((1, 2, 3))
                 (embeds.grad,) = torch.autograd.grad(error.sum(), embeds)
             before = embeds.detach().clone()
             optimizer.step()
             # a sample that is done stays as it is, so that it comes out as it would alone
             embeds.data = torch.where(running[:, None, None], embeds, before)
             running &= error.detach() >= settings.tolerance + index * settings.tolerance_growth
-        null = replace(null, prompt_embeds=embeds.detach())
+        null = null.replace(prompt_embeds=embeds.detach())
         return guided(null), null, rounds
 
     def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
@@ -135,8 +135,8 @@ class NullTextInversion(Baseline):
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The null embedding fitted for this step."""
-        return replace(empty, prompt_embeds=inversion.per_step[index])
+        return empty.replace(prompt_embeds=inversion.per_step[index])
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step."""
-        return self.schedule.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)
+        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

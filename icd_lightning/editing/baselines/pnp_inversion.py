@@ -36,7 +36,7 @@ class PnPInversion(Baseline):
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
         super().__init__(parts, guidance_scale, control)
-        self.timesteps = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
+        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.steps = falling(self.timesteps)
 
     @property
@@ -49,7 +49,7 @@ class PnPInversion(Baseline):
     ) -> Inversion:
         """Climb the solver's grid; per_step holds what guided steps miss of it (B, C, h, w). `seed` has no effect."""
         source = self.conditioner(prompts)
-        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.schedule, on_step=on_step)
+        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.process, on_step=on_step)
         branch = Branch(source, self.conditioner.unconditional(len(prompts)), self.guidance)
         missed: list[Tensor] = []
 
@@ -70,4 +70,4 @@ class PnPInversion(Baseline):
         return torch.cat([source + inversion.per_step[index], target])
 
     def _ddim(self, x: Tensor, eps: Tensor, index: int) -> Tensor:
-        return self.schedule.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)
+        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

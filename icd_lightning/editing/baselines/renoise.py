@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from icd_lightning.diffusion import (
-    NoiseSchedule,
     OnStep,
+    Process,
     Step,
     ddim_timesteps,
     falling,
@@ -27,7 +27,7 @@ from icd_lightning.diffusion import (
     trailing_timesteps,
 )
 from icd_lightning.editing.baselines.base import Baseline, Inversion
-from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts, has_guided_unet
+from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts, has_guided_network
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import Seed, seeded_noise, seeds_of
 from icd_lightning.models.conditioning import Conditioning
@@ -64,22 +64,24 @@ class Sampler:
             return falling(lcm_timesteps(self.num_inference_steps, LCM_SOLVER_TIMESTEPS))
         return falling((ddim_timesteps if self.kind == "ddim" else trailing_timesteps)(self.num_inference_steps))
 
-    def noise_std(self, schedule: NoiseSchedule, t: int, s: int) -> Tensor:
+    def noise_std(self, process: Process, t: int, s: int) -> Tensor:
         """Deviation (1, 1, 1, 1) of the noise that a step from t to s draws."""
         if not self.draws:
-            return torch.zeros_like(schedule.sigma(s))
-        return schedule.sigma(s) if self.kind == "lcm" else schedule.posterior_std(t, s)
+            return torch.zeros_like(process.sigma(s))
+        return process.sigma(s) if self.kind == "lcm" else process.posterior_std(t, s)
 
-    def down(self, schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+    def down(self, process: Process, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
         """x_s (B, C, h, w) from x_t, without the noise that is drawn."""
-        return schedule.ddim_step(x, eps, t, s, **self._how(schedule, t, s))
+        return process.ddim_step(x, eps, t, s, **self._how(process, t, s))
 
-    def up(self, schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+    def up(self, process: Process, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
         """x_t (B, C, h, w) from x_s that has no drawn noise in it: the inverse of `down` at the same eps."""
-        return schedule.undo_step(x, eps, t, s, **self._how(schedule, t, s))
+        how = self._how(process, t, s)
+        x0 = process.x0_from_eps(x, eps, s, **how)
+        return process.mix(x0, eps, t, set_alpha_to_one=how["set_alpha_to_one"])
 
-    def _how(self, schedule: NoiseSchedule, t: int, s: int) -> dict:
-        return {"noise_std": self.noise_std(schedule, t, s), "set_alpha_to_one": self.kind != "ddim"}
+    def _how(self, process: Process, t: int, s: int) -> dict:
+        return {"noise_std": self.noise_std(process, t, s), "set_alpha_to_one": self.kind != "ddim"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class ReNoise(Baseline):
         **settings: Any,
     ) -> ReNoise:
         """Load what the sampler is for: the teacher (ddim), or the family's few-step network."""
-        if not sampler.draws or not has_guided_unet(family):
+        if not sampler.draws or not has_guided_network(family):
             return cls(Parts.load(family, few_step=sampler.draws), sampler=sampler, **settings)
         log.info("%s is no Turbo or LCM; iCD's reverse student stands in for one", family.model)
         icd = InvertibleConsistency.from_pretrained(family, **(students or {}))
@@ -202,7 +204,7 @@ class ReNoise(Baseline):
         source, x = self.conditioner(prompts), x0
         for index in reversed(range(len(self.steps))):
             t, s = self.steps[index]
-            noised = self.schedule.add_noise(x0, reference, t)
+            noised = self.process.add_noise(x0, reference, t)
             x, drawn[index] = self._climb(x, drawn[index], index, source, noised, rolls)
             if on_step is not None:
                 on_step(Step(s, t, x, self._cost(t)))
@@ -211,12 +213,12 @@ class ReNoise(Baseline):
     def _climb(self, x, noise, index, source, noised, rolls) -> tuple[Tensor, Tensor]:
         """From x_s (B, C, h, w) to x_t, and the step's noise corrected."""
         t, s = self.steps[index]
-        std = self.sampler.noise_std(self.schedule, t, s)
+        std = self.sampler.noise_std(self.process, t, s)
         count, (first, last) = self.renoising.at(t)
         bare, guess, predictions, reference = x - std * noise, x, [], None
 
         def up(eps: Tensor) -> Tensor:
-            return self.sampler.up(self.schedule, bare, eps, t, s)
+            return self.sampler.up(self.process, bare, eps, t, s)
 
         def regular(eps: Tensor) -> Tensor:
             return eps if reference is None else self.regularization(eps, reference, rolls)
@@ -240,13 +242,13 @@ class ReNoise(Baseline):
         eps = self._eps(x, t, source)
         if s == 0:  # no noise is drawn here; the evaluation is in the published count
             return noise
-        mean, std = self.sampler.down(self.schedule, x, eps, t, s), self.sampler.noise_std(self.schedule, t, s)
+        mean, std = self.sampler.down(self.process, x, eps, t, s), self.sampler.noise_std(self.process, t, s)
         gap = (below - mean) / std - noise
         length = torch.linalg.vector_norm(gap, dim=(1, 2, 3), keepdim=True)
         return noise + gap * (self.correction / length).clamp(max=1)
 
     def _eps(self, x: Tensor, t: int, source: Conditioning) -> Tensor:
-        return self.denoiser(source)(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
+        return self.parts.network(x, torch.full((len(x),), t, dtype=torch.long, device=x.device), source)
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The source prompt, which matters where the edit is guided by a network that does not take w as an input."""
@@ -255,8 +257,8 @@ class ReNoise(Baseline):
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One step of the sampler with the noise of the inversion."""
         t, s = self.steps[index]
-        noise = self.sampler.noise_std(self.schedule, t, s) * inversion.per_step[index]
-        return self.sampler.down(self.schedule, x, eps, t, s) + noise.repeat(len(x) // len(noise), 1, 1, 1)
+        noise = self.sampler.noise_std(self.process, t, s) * inversion.per_step[index]
+        return self.sampler.down(self.process, x, eps, t, s) + noise.repeat(len(x) // len(noise), 1, 1, 1)
 
 
 def patch_divergence(x: Tensor, reference: Tensor, size: int = 4) -> Tensor:

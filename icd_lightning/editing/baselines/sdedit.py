@@ -24,7 +24,7 @@ class SDEdit(Baseline):
         super().__init__(parts, guidance_scale)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} must lie between 0 (keep the picture) and 1 (ignore it)")
-        grid = ddim_timesteps(num_inference_steps, self.schedule.num_train_timesteps)
+        grid = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.steps, self.inversion_nfe = falling(grid[: round(strength * num_inference_steps)]), 0
         self.ignores_picture = len(self.steps) == num_inference_steps
 
@@ -36,9 +36,9 @@ class SDEdit(Baseline):
             return Inversion(prompts, x0, x0)
         noise = seeded_noise(x0.shape, seed, x0.device)
         # even at the last timestep x_t holds a trace of x0, and a full strength must not
-        noised = noise if self.ignores_picture else self.schedule.add_noise(x0, noise, self.steps[0][0])
+        noised = noise if self.ignores_picture else self.process.add_noise(x0, noise, self.steps[0][0])
         return Inversion(prompts, x0, noised)
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step."""
-        return self.schedule.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)
+        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

@@ -7,13 +7,13 @@ own uses the control directly (InfEdit's, with a third branch between the two, i
 
     control = PromptToPromptControl(PromptToPrompt(), sources, targets, noise, tokenizer=tokenizer, num_steps=4)
     x = torch.cat([noise, noise])
-    with control.attached(unet):
+    with control.attached(network):
         for t, s in jumps:
-            x = control.step(schedule.jump(denoise, x, t, s))  # denoise is bound to the prompts [*sources, *targets]
+            x = control.step(jump(x, t, s))  # bound to the prompts [*sources, *targets]
 
-The last 2 P rows of each batch that the UNet gets meanwhile are [sources, targets]; rows before them, the unconditional
-ones of classifier-free guidance, are left alone. So a guidance embedding takes 2 P rows, classifier-free guidance 4 P,
-or 3 P where the sources are unguided, and the control need not be told which. One evaluation is one step.
+The last 2 P rows of each batch that the network gets meanwhile are [sources, targets]; rows before them, the
+unconditional ones of classifier-free guidance, are left alone. So a guidance embedding takes 2 P rows, classifier-free
+guidance 4 P, or 3 P where the sources are unguided, and the control need not be told which. One evaluation is one step.
 """
 
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -104,9 +103,9 @@ class SelfAttention(_RowProcessor):
 
 
 @contextmanager
-def processors_in_place(unet: UNet2DConditionModel, processors: Mapping[str, _RowProcessor]) -> Iterator[None]:
+def processors_in_place(network: nn.Module, processors: Mapping[str, _RowProcessor]) -> Iterator[None]:
     """Put processors in place by name; afterwards, also after an error, every layer has the one that it had."""
-    layers = {name: layer_of(unet, name) for name in processors}
+    layers = {name: layer_of(network, name) for name in processors}
     before = {name: layer.processor for name, layer in layers.items()}
     for name, processor in before.items():
         if isinstance(processor, (nn.Module, _RowProcessor)):
@@ -123,9 +122,9 @@ def processors_in_place(unet: UNet2DConditionModel, processors: Mapping[str, _Ro
             layers[name].set_processor(processor)
 
 
-def layer_of(unet: UNet2DConditionModel, name: str) -> Attention:
+def layer_of(network: nn.Module, name: str) -> Attention:
     """The layer of a processor, by the processor's name."""
-    return unet.get_submodule(name.removesuffix(".processor"))
+    return network.get_submodule(name.removesuffix(".processor"))
 
 
 def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, ...]:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import Step
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
@@ -105,17 +104,17 @@ class AttentionControl(ABC):
         step.x.copy_(self.step(step.x))
 
     @contextmanager
-    def attached(self, unet: UNet2DConditionModel) -> Iterator[None]:
+    def attached(self, network: nn.Module) -> Iterator[None]:
         """Control the UNet's attention, from the first step on; afterwards every layer is as it was."""
         self._step = 0
         self._evaluated.clear()
         self.blend.reset()
-        with processors_in_place(unet, self._processors(unet)):
+        with processors_in_place(network, self._processors(network)):
             yield
 
-    def _processors(self, unet: UNet2DConditionModel) -> dict[str, CrossAttention | SelfAttention]:
+    def _processors(self, network: nn.Module) -> dict[str, CrossAttention | SelfAttention]:
         """Processors, by name, for the layers that are ever read."""
-        layers, rows = choose_layers(unet, self.size), 2 * len(self.pairs)
+        layers, rows = choose_layers(network, self.size), 2 * len(self.pairs)
         if self.blend.any and not layers.blend:
             raise ValueError(
                 f"at latents of {self.size[0]} x {self.size[1]} this UNet has no cross-attention coarse enough for the "
@@ -124,12 +123,12 @@ class AttentionControl(ABC):
         looked_at = layers.blend if self.blend.any else {}
         found: dict[str, CrossAttention | SelfAttention] = {
             name: CrossAttention(
-                layer_of(unet, name).processor, rows, partial(self._rewrite, name, looked_at.get(name))
+                layer_of(network, name).processor, rows, partial(self._rewrite, name, looked_at.get(name))
             )
             for name in (layers.cross if self.cross.num_steps else looked_at)
         }
         for name in self.own_layers(layers):
-            found[name] = SelfAttention(layer_of(unet, name).processor, partial(self._borrow, name))
+            found[name] = SelfAttention(layer_of(network, name).processor, partial(self._borrow, name))
         return found
 
     def _rewrite(self, name: str, looked_at: Grid | None) -> Rewrite | None:

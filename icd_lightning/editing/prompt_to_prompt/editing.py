@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step
 from icd_lightning.editing.method import UNGUIDED, EditingMethod
@@ -31,10 +30,10 @@ class PairedGuidance:
 
 @dataclass(frozen=True, eq=False)
 class PromptToPromptEditing:
-    """Decode the noise of pictures with new prompts: `method` says how, `unet` is its network, num_steps its steps."""
+    """Decode the noise of pictures with new prompts by `method`, whose network and number of steps these are."""
 
     method: EditingMethod
-    unet: UNet2DConditionModel
+    network: nn.Module
     num_steps: int
     settings: PromptToPrompt | Sequence[PromptToPrompt] = DEFAULTS
     source_guidance: GuidanceSchedule = UNGUIDED
@@ -62,7 +61,7 @@ class PromptToPromptEditing:
                 on_step(step)
 
         denoise = self.method.framed_for(noise).denoiser(prompts, PairedGuidance(self.source_guidance, guidance))
-        with control.attached(self.unet):
+        with control.attached(self.network):
             return self.method.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
 
     def __call__(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -29,9 +28,9 @@ class Layers:
     blend: dict[str, Grid]
 
 
-def choose_layers(unet: UNet2DConditionModel, size: Grid) -> Layers:
+def choose_layers(network: nn.Module, size: Grid) -> Layers:
     """The layers of a UNet at latents of size (h, w)."""
-    grids = {name: _grid(size, _halvings(name, unet)) for name in processor_names(unet)}
+    grids = {name: _grid(size, _halvings(name, network)) for name in processor_names(network)}
     cross = {name: grid for name, grid in grids.items() if name.endswith(".attn2.processor")}
     own = {name: grid for name, grid in grids.items() if name.endswith(".attn1.processor")}
     replaced = _up_to(max(32 * 32, _area(_grid(size, 1))), own)
@@ -51,9 +50,9 @@ def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:
             yield from processor_names(child, f"{name}{child_name}.")
 
 
-def _halvings(name: str, unet: UNet2DConditionModel) -> int:
+def _halvings(name: str, network: nn.Module) -> int:
     """How often the latents were halved where a layer is."""
-    last = len(unet.config.block_out_channels) - 1
+    last = len(network.config.block_out_channels) - 1
     block, index = name.split(".")[:2]
     if block == "mid_block":
         return last

@@ -1,0 +1,288 @@
+"""A process mixes data and noise; a network's output splits the mixture again. One move serves every process:
+
+    x_t = alpha(t) x0 + sigma(t) eps,    (x0, eps) = split(output, x_t, t),    x_s = alpha(s) x0 + sigma(s) eps
+
+`VP` is Stable Diffusion's, variance-preserving; `Flow` the straight path of flow matching. Shapes: B batch, C channels,
+H W latent size. Timesteps are long tensors (B,) or plain ints in [0, num_train_timesteps). Arithmetic is float32
+whatever the networks compute in: a solver step changes x by little more than bfloat16 resolves. So what is computed
+here is float32 (float64 stays float64), also of bfloat16 x, and a denoiser casts its own input.
+
+Timestep 0 has two meanings. For a network it is the first level of the table, slightly noised; at the end of a jump it
+is the data itself, alpha 1 and sigma 0. Diffusers calls the choice `set_alpha_to_one`, and so do we.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Split(NamedTuple):
+    """What a network sees in x_t: the data x0 and the noise eps, (B, C, H, W) both."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+Denoiser = Callable[[Tensor, Tensor], Split]
+"""(x0, eps) = denoise(x, t) of x (B, C, H, W) at t (B,) long; prompt, guidance, adapter are bound."""
+
+
+class Process(nn.Module, ABC):
+    """The levels alphas, sigmas (T,) float32 of T timesteps, and everything computed from them.
+
+    A subclass says what its networks output (`target`), how that splits x_t (`split`), and which config of diffusers
+    makes it (`read`).
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+
+    def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
+        super().__init__()
+        self.num_train_timesteps = len(alphas)
+        self.register_buffer("alphas", alphas, persistent=False)
+        self.register_buffer("sigmas", sigmas, persistent=False)
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> "Process":
+        """The process of a diffusers `scheduler_config.json`, whichever sampler wrote it.
+
+        Raises ValueError for a scheduler of an unknown kind, and for options that change the levels in a way not known.
+        """
+        name = config.get("_class_name", "DDIMScheduler")
+        kind = next((process for process in (VP, Flow) if name in process.schedulers), None)
+        if kind is None:
+            known = ", ".join((*VP.schedulers, *Flow.schedulers))
+            raise ValueError(f"scheduler {name!r} is of no known process; known schedulers: {known}")
+        return kind.read(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Process":
+        # The tables follow the module's device but never its precision: model.bfloat16() would leave 8 bits of them.
+        super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @abstractmethod
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """What a network is trained to output (B, C, H, W) where x_t is mixed of x0 and noise: the inverse of split."""
+
+    @abstractmethod
+    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+        """What a network's output (B, C, H, W) for x (B, C, H, W) at t means."""
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """How networks are told the timesteps t (B,)."""
+        return t
+
+    def alpha(self, t: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+        """alpha(t) (B, 1, 1, 1) of t (B,), or (1, 1, 1, 1) of an int; 1 at t = 0 if `set_alpha_to_one`."""
+        return self._level(t, set_alpha_to_one)[0]
+
+    def sigma(self, t: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+        """sigma(t) (B, 1, 1, 1) of t (B,), or (1, 1, 1, 1) of an int; 0 at t = 0 if `set_alpha_to_one`."""
+        return self._level(t, set_alpha_to_one)[1]
+
+    def _level(self, t: Tensor | int, set_alpha_to_one: bool = False) -> tuple[Tensor, Tensor]:
+        """alpha(t), sigma(t); by default as networks know them, so that eps and x0 differ at t = 0 too."""
+        t = torch.as_tensor(t, device=self.alphas.device).view(-1, 1, 1, 1)
+        alpha, sigma = self.alphas[t], self.sigmas[t]
+        if set_alpha_to_one:
+            alpha, sigma = torch.where(t == 0, 1.0, alpha), torch.where(t == 0, 0.0, sigma)
+        return alpha, sigma
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """x_t (B, C, H, W) from x0 and noise (B, C, H, W), as networks are trained on it."""
+        alpha, sigma = self._level(t)
+        return alpha * x0 + sigma * noise
+
+    def mix(
+        self,
+        x0: Tensor,
+        eps: Tensor,
+        s: Tensor | int,
+        *,
+        noise_std: Tensor | None = None,
+        set_alpha_to_one: bool = True,
+    ) -> Tensor:
+        """x_s (B, C, H, W) = alpha(s) x0 + sigma(s) eps: where every move of every sampler ends.
+
+        noise_std (B, 1, 1, 1) leaves room for fresh noise, which the caller adds: noise_std * noise. Eq. 12,
+        arXiv:2010.02502. `posterior_std` makes it a DDPM or Euler ancestral step, `sigma(s)` one of an LCM.
+        """
+        alpha, sigma = self._level(s, set_alpha_to_one)
+        return alpha * x0 + _kept(sigma, noise_std) * eps
+
+    def x0_from_eps(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor | int,
+        *,
+        noise_std: Tensor | None = None,
+        set_alpha_to_one: bool = False,
+    ) -> Tensor:
+        """The data (B, C, H, W) left when eps (B, C, H, W) is taken out of x (B, C, H, W) at t: undoes `mix`."""
+        alpha, sigma = self._level(t, set_alpha_to_one)
+        return (x - _kept(sigma, noise_std) * eps) / alpha
+
+    def eps_from_x0(self, x: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+        """The noise (B, C, H, W) left when x0 (B, C, H, W) is taken out of x (B, C, H, W) at t."""
+        alpha, sigma = self._level(t)
+        return (x - alpha * x0) / sigma
+
+    def split_by_eps(self, x: Tensor, eps: Tensor, t: Tensor | int) -> Split:
+        """The split of x (B, C, H, W) at t whose noise is eps (B, C, H, W)."""
+        return Split(self.x0_from_eps(x, eps, t), eps)
+
+    def ddim_step(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor | int,
+        s: Tensor | int,
+        *,
+        noise_std: Tensor | None = None,
+        set_alpha_to_one: bool = True,
+    ) -> Tensor:
+        """Move x (B, C, H, W) from t to s along a given eps (B, C, H, W), up or down. Eq. 1, arXiv:2406.14539.
+
+        For methods that change eps; whoever has a network's split mixes that. `set_alpha_to_one=False` is the teacher's
+        solver, whose last stop is the slightly noised first level that it was trained on, not the data.
+        """
+        x0 = self.x0_from_eps(x, eps, t, set_alpha_to_one=set_alpha_to_one)
+        return self.mix(x0, eps, s, noise_std=noise_std, set_alpha_to_one=set_alpha_to_one)
+
+    def posterior_std(self, t: Tensor | int, s: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+        """Deviation (B, 1, 1, 1) of x_s given x_t and the data, s <= t. Eq. 16 at eta = 1, arXiv:2010.02502."""
+        alpha_t, sigma_t = self._level(t, set_alpha_to_one)
+        alpha_s, sigma_s = self._level(s, set_alpha_to_one)
+        return sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).clamp(min=0).sqrt()
+
+
+class VP(Process):
+    """Variance-preserving: alpha(t) = sqrt(alphas_cumprod[t]), sigma(t) = sqrt(1 - alphas_cumprod[t]).
+
+    Networks output eps, or v = alpha(t) eps - sigma(t) x0 (Salimans and Ho, arXiv:2202.00512). Diffusers' names and
+    Stable Diffusion's values. Raises ValueError for an unknown `beta_schedule` or `prediction_type` and for betas
+    outside (0, 1).
+    """
+
+    schedulers = (
+        *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler"),
+        *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+        *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
+        *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDIMInverseScheduler"),
+    )
+    options = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    refused = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
+    beta_schedules = ("scaled_linear", "linear")
+    prediction_types = ("epsilon", "v_prediction")
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        prediction_type: str = "epsilon",
+    ) -> None:
+        if beta_schedule not in self.beta_schedules:
+            raise ValueError(f"beta_schedule {beta_schedule!r} is not supported; choose one of {self.beta_schedules}")
+        if prediction_type not in self.prediction_types:
+            raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(self.prediction_types)}")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        power = 2.0 if beta_schedule == "scaled_linear" else 1.0
+        roots = beta_start ** (1 / power), beta_end ** (1 / power)
+        betas = torch.linspace(*roots, num_train_timesteps, dtype=torch.float32) ** power
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        super().__init__(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+        self.prediction_type = prediction_type
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "VP":
+        """From a diffusers config; ValueError for options that change the levels."""
+        if changed := [key for key in cls.refused if config.get(key)]:
+            raise ValueError(
+                f"{changed[0]}={config[changed[0]]!r} is not supported: unset it, or take a teacher with plain betas"
+            )
+        return cls(**{key: config[key] for key in cls.options if config.get(key) is not None})
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """The noise, or v."""
+        if self.prediction_type == "epsilon":
+            return noise
+        alpha, sigma = self._level(t)
+        return alpha * noise - sigma * x0
+
+    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+        """By eps, what is left of x is x0; by v, both are a rotation of x and v."""
+        if self.prediction_type == "epsilon":
+            return self.split_by_eps(x, output, t)
+        alpha, sigma = self._level(t)
+        return Split(alpha * x - sigma * output, alpha * output + sigma * x)
+
+
+class Flow(Process):
+    """Flow matching (arXiv:2210.02747): x_t = (1 - sigma) x0 + sigma eps, and networks output the velocity eps - x0.
+
+    sigma(t) = shift u / (1 + (shift - 1) u) of u = (t + 1) / T, as diffusers' `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    schedulers = ("FlowMatchEulerDiscreteScheduler",)
+
+    def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift {shift} must be positive and finite; 1 shifts nothing")
+        u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        super().__init__(1 - sigmas, sigmas)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Flow":
+        """From a diffusers config; ValueError for options that change the levels."""
+        if changed := [key for key in ("use_dynamic_shifting", "invert_sigmas") if config.get(key)]:
+            raise ValueError(f"{changed[0]}=True is not supported: set it to false, and shift to the number to use")
+        return cls(num_train_timesteps=config.get("num_train_timesteps", 1000), shift=config.get("shift", 1.0))
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """The velocity, the same all along the path."""
+        return noise - x0
+
+    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+        """Along the velocity, down to the data and up to the noise; no division at either end."""
+        alpha, sigma = self._level(t)
+        return Split(x - sigma * output, x + alpha * output)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """T sigma(t) (B,) float32, as diffusers' scheduler counts."""
+        return self.num_train_timesteps * self.sigmas[t]
+
+
+def _kept(sigma: Tensor, noise_std: Tensor | None) -> Tensor:
+    """What remains of the old noise (B, 1, 1, 1) beside fresh noise of noise_std (B, 1, 1, 1), together of sigma."""
+    return sigma if noise_std is None else (sigma**2 - noise_std**2).clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class NoisedData:
+    """One batch and its one noise: x0, noise (B, C, H, W) and the process that mixes them at whatever timestep."""
+
+    x0: Tensor
+    noise: Tensor
+    process: Process
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def at(self, t: Tensor | int) -> Tensor:
+        """x_t (B, C, H, W) at t (B,): every loss of an iteration sees a point of the same straight mixture."""
+        return self.process.add_noise(self.x0, self.noise, t)

@@ -1,0 +1,113 @@
+"""What distillation must know of an architecture; `unet.py` is the first, and every other is a file like it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from icd_lightning.models.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from icd_lightning.models.sources import Source
+    from icd_lightning.models.text import Conditioner
+
+
+class Backbone(ABC):
+    """One architecture of networks. Has no state: `DiffusionModel` holds a network beside its backbone.
+
+    A subclass sets:
+        network_class: the class in diffusers, with `from_config`, `from_pretrained`, `save_pretrained` and `config`.
+        part: the folder that holds the network in diffusers' layout, which is also the prefix of LoRA files.
+        blocks: the classes of layers that are gathered one at a time where weights are spread over devices.
+        lora_targets: endings of the names of the layers that students adapt, as peft takes them.
+        guidance_weight: the name of a weight that networks with a guidance embedding have, and no others.
+    """
+
+    network_class: ClassVar[type[nn.Module]]
+    part: ClassVar[str]
+    blocks: ClassVar[tuple[type[nn.Module], ...]]
+    lora_targets: ClassVar[tuple[str, ...]]
+    guidance_weight: ClassVar[str]
+
+    @abstractmethod
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+        """The network's output (B, C, H, W) for x (B, C, H, W) at t (B,) as `Process.network_time` tells it.
+
+        w (B,) is for the guidance embedding, and None for a network without one.
+        """
+
+    @abstractmethod
+    def guidance_width(self, network: nn.Module) -> int | None:
+        """Width of the network's guidance embedding, or None."""
+
+    @abstractmethod
+    def add_guidance_embedding(self, network: nn.Module, width: int = 512) -> nn.Module:
+        """A copy with a guidance embedding that starts at zero: the same output at every w."""
+
+    @abstractmethod
+    def config_with_guidance(self, config: dict[str, Any], width: int) -> dict[str, Any]:
+        """The config of a network like that of `config`, with a guidance embedding of this width."""
+
+    @abstractmethod
+    def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
+        """The frozen text side that networks of this architecture are conditioned by."""
+
+    @abstractmethod
+    def weight(self, network: nn.Module) -> Tensor:
+        """A weight of the network's own, never an adapter's: its type and device are the network's."""
+
+    def require_guidance(self, network: nn.Module) -> None:  # noqa: B027  (most libraries complain themselves)
+        """Make it an error that the network is called without its guidance embedding, where a library runs on."""
+
+    def latent_channels(self, network: nn.Module) -> int:
+        """C of the latents that the network takes."""
+        return int(network.config["in_channels"])
+
+    def sample_size(self, network: nn.Module) -> int:
+        """Latents of a side of the pictures that the network was trained on."""
+        return int(network.config["sample_size"])
+
+    def bare(self, network: nn.Module) -> nn.Module:
+        """The network without adapters; it shares the weights."""
+        named = network.state_dict().items()
+        return self.with_weights(network, {n.replace(".base_layer.", "."): w for n, w in named if ".lora_" not in n})
+
+    def with_weights(self, network: nn.Module, weights: dict[str, Tensor], **changes: Any) -> nn.Module:
+        """A network like this one, but for its weights and these values of its config."""
+        # diffusers would drop a value again that it noted as "default, since the file did not say"
+        config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+        other = self.from_weights({**config, **changes}, weights)
+        return other.train(network.training)
+
+    def from_weights(self, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+        """The network of this config with these weights, every one of them."""
+        with torch.device("meta"):  # every weight is replaced below, so none is drawn
+            network = self.network_class.from_config(config)
+        network.load_state_dict(weights, assign=True)
+        return network
+
+    def guided_from_file(self, file: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+        """The guidance-distilled network of this plain network's config, from the state dict that a file holds.
+
+        Raises ValueError, with the file's name, for another network's weights, or those of one without embedding.
+        """
+        if self.guidance_weight not in weights:
+            raise ValueError(
+                f"{file} holds {len(weights)} weights and no {self.guidance_weight}, so it is not the state dict of a "
+                f"guidance-distilled {self.part}"
+            )
+        config = self.config_with_guidance(config, weights[self.guidance_weight].shape[1])
+        with torch.device("meta"):
+            expected = self.network_class.from_config(config).state_dict()
+        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        other = [name for name in expected.keys() & weights.keys() if weights[name].shape != expected[name].shape]
+        if wrong := [*missing, *unknown, *sorted(other)]:
+            raise ValueError(
+                f"{file} is not of this model's {self.part}: {len(missing)} weights missing, {len(unknown)} unknown, "
+                f"{len(other)} of another shape, for example {wrong[0]}"
+            )
+        return self.from_weights(config, weights)

@@ -1,0 +1,287 @@
+"""Students in files: one adapter, one file, in the format that plain diffusers loads, marked with its direction.
+
+`write_diffusers` writes `pytorch_lora_weights.safetensors`. Its header holds the alpha for diffusers and, for us, what
+iCD must know (direction, boundaries, ...); the latter is repeated as `icd.json` for people. `write_kohya` and
+`write_released` write the same weights for programs that read other names. `StudentFile.read` reads all of these and
+peft's folders.
+
+    diffusers  unet.<module>.lora_A.weight                    alpha in the header
+    kohya      lora_unet_<module, _ for .>.lora_down.weight   alpha beside each pair of weights
+    peft       base_model.model.<module>.lora_A.weight        alpha in adapter_config.json
+    released   unet.base_model.model.<module>.lora_A.weight   alpha is 8, and not in the file
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from icd_lightning.diffusion import Direction
+from icd_lightning.files import read_object, replaced_folder, write_whole
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name `load_lora_weights` looks for in a folder
+PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+RELEASED = "unet.base_model.model."  # the prefix that the released files have, and no others
+RELEASED_ALPHA = 8.0  # the released files do not say; read without it they act 8 times too strong
+PEFT = "base_model.model."
+KOHYA_PARTS = {"lora_down": "lora_A", "lora_up": "lora_B"}
+PARTS = ("unet", "transformer")
+NOT_HAD = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
+"""Options of peft that change what weights mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudentFile:
+    """A student's LoRA weights by `<module>.lora_A.weight`, and what its file says of it.
+
+    `about` holds JSON values: direction, boundaries, family, ...; `part` is the network's folder in diffusers' layout.
+    """
+
+    weights: Mapping[str, Tensor]
+    rank: int
+    alpha: float
+    about: Mapping[str, Any]
+    target_modules: tuple[str, ...] | None = None
+    part: str = "unet"
+    path: Path = Path()
+
+    @classmethod
+    def read(cls, path: str | Path, *, alpha: float | None = None) -> StudentFile:
+        """From a folder or a file of any of the formats above.
+
+        alpha: of a file that does not say its own; without it such a file is an error, for a wrong alpha makes a
+        student too weak or too strong.
+        """
+        file = weights_file(path)
+        tensors, header = _read(file)
+        part = next((part for part in PARTS if any(f"{part}." in name[:20] for name in tensors)), "unet")
+        if kohya := any(name.startswith(f"lora_{part}_") for name in tensors):
+            weights, said = _from_kohya(tensors, f"lora_{part}_", file)
+        else:
+            weights = {_without_prefix(name): tensor for name, tensor in tensors.items()}
+            said = _read_json(header.get("lora_adapter_metadata", "{}"), file)
+            said = {key.removeprefix(f"{part}."): value for key, value in said.items()}
+        beside = {**_beside(file, PEFT_CONFIG), **said}
+        about = _read_json(header["icd"], file) if "icd" in header else _beside(file, "icd.json")
+        if refused := [key for key in NOT_HAD if beside.get(key)]:
+            raise ValueError(f"{file} uses {refused[0]}, which students do not have")
+        modules = beside.get("target_modules")
+        released = not kohya and all(name.startswith(RELEASED) for name in tensors)
+        told = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None, alpha)
+        return cls(
+            weights,
+            _rank(weights, file),
+            _alpha(told, file),
+            about,
+            tuple(modules) if isinstance(modules, list) else None,
+            part,
+            file,
+        )
+
+    @property
+    def direction(self) -> Direction | None:
+        """As the file says, or the name of a released one: `iCD-SD15-reverse_259_519_779_999.safetensors`."""
+        words = set(re.findall("[a-z]+", self.path.stem.lower())) & {"forward", "reverse"}
+        named = words.pop() if len(words) == 1 else None
+        direction = self.about.get("direction", named)
+        if direction not in (None, "forward", "reverse"):
+            raise ValueError(f"{self.path} says direction {direction!r}, which is none of forward, reverse")
+        return direction
+
+    @property
+    def boundaries(self) -> list[int] | None:
+        """As the file says, or the name of a released one: of a forward model that is where its jumps begin."""
+        if (ends := self.about.get("boundaries")) is not None:
+            if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
+                raise ValueError(f"{self.path} says boundaries {ends!r}: they are a list of timesteps")
+            return ends
+        if (numbers := re.search(r"(?:_\d+)+$", self.path.stem)) is None:
+            return None
+        timesteps = [int(number) for number in numbers.group()[1:].split("_")]
+        return [0, *timesteps[1:], 999] if self.direction == "forward" else [0, *timesteps]
+
+    def fitted(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights by the names expected; ValueError if any is missing, too many, or of another shape."""
+        dotted = {_kohya_name(name): name for name in expected}
+        weights = {dotted.get(name, name): weight for name, weight in self.weights.items()}
+        if missing := expected.keys() - weights.keys():
+            raise ValueError(f"{self.path} lacks {len(missing)} of {len(expected)} weights, for example {min(missing)}")
+        if unexpected := weights.keys() - expected.keys():
+            raise ValueError(
+                f"{self.path} has {len(unexpected)} weights that these students have no place for, for example "
+                f"{min(unexpected)}: another network or other target_modules?"
+            )
+        for name, weight in weights.items():
+            if weight.shape != expected[name].shape:
+                shapes = f"{tuple(weight.shape)}, these students need {tuple(expected[name].shape)}"
+                raise ValueError(f"{self.path}: {name} is {shapes}: another network?")
+        return weights
+
+
+def write_diffusers(file: StudentFile, folder: str | Path) -> Path:
+    """Write one student for plain diffusers, over an earlier one in the folder if any; return the file's path."""
+    weights = {f"{file.part}.{name}": weight for name, weight in file.weights.items()}
+    # diffusers makes a LoraConfig of this; no more keys than it needs, since versions of peft differ in theirs
+    options = {"r": file.rank, "lora_alpha": file.alpha, "target_modules": list(file.target_modules or ())}
+    about = _described(file)
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{file.part}.{key}": value for key, value in options.items()}),
+        "icd": about,
+    }
+    with replaced_folder(folder) as temporary:
+        data = sorted_metadata(save(weights, metadata=header))
+        (temporary / WEIGHTS_NAME).write_bytes(data)  # save_file lets nobody else read
+        (temporary / "icd.json").write_text(about + "\n")
+    return Path(folder).absolute() / WEIGHTS_NAME
+
+
+def write_kohya(file: StudentFile, path: str | Path) -> Path:
+    """Write one student as kohya's scripts do, for the many programs that read this; return the file's path.
+
+    Every pair of weights has its alpha beside it, which no version of diffusers ignores.
+    """
+    weights = {}
+    for name, weight in file.weights.items():
+        module, part, _ = _kohya_name(name).split(".")
+        theirs = next(theirs for theirs, ours in KOHYA_PARTS.items() if ours == part)
+        weights[f"lora_{file.part}_{module}.{theirs}.weight"] = weight
+        weights[f"lora_{file.part}_{module}.alpha"] = torch.tensor(float(file.alpha))
+    sizes = {"ss_network_dim": str(file.rank), "ss_network_alpha": str(file.alpha)}
+    header = {"format": "pt", "ss_network_module": "networks.lora", **sizes, "icd": _described(file)}
+    data = sorted_metadata(save(weights, metadata=header))
+    write_whole(Path(path), lambda temporary: temporary.write_bytes(data))
+    return Path(path)
+
+
+def write_released(file: StudentFile, path: str | Path) -> Path:
+    """Write one student as those of the paper were released, for its code; return the file's path.
+
+    That code knows students of alpha 8 only, and tells their direction and boundaries by the name of the file.
+    """
+    if file.alpha != RELEASED_ALPHA:
+        raise ValueError(f"files in the released format mean alpha {RELEASED_ALPHA:g}, this is {file.alpha:g}")
+    data = save({f"{RELEASED}{name}": weight for name, weight in file.weights.items()})
+    write_whole(Path(path), lambda temporary: temporary.write_bytes(data))
+    return Path(path)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that a student's folder, or its own name, stands for."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / name for name in (WEIGHTS_NAME, PEFT_NAME) if (file / name).is_file()), file / WEIGHTS_NAME)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no student at {path}: give a .safetensors file or a folder that holds {WEIGHTS_NAME} or {PEFT_NAME}"
+        )
+    return file
+
+
+def sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: written in any, equal students would be unequal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+    assert len(text) == size, "as long as before, but for the order"
+    return data[:8] + text + data[8 + size :]
+
+
+def _described(file: StudentFile) -> str:
+    """What a student's file says of it, as JSON."""
+    if clash := {"rank", "alpha"} & file.about.keys():
+        raise ValueError(f"what is said of a student may not set {sorted(clash)}: the student itself says so")
+    return json.dumps({"rank": file.rank, "alpha": file.alpha, **file.about}, indent=2, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: dataclasses such as Boundaries, and paths."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"metadata must be JSON values or dataclasses, not {type(value).__name__}: {value!r}")
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as they are named in the file, and its header."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            header = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no readable safetensors file ({error})") from error
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise ValueError(f"{file}: {wrong} is not finite, so this is no trained student")
+    return weights, header
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object that lies beside the file, where a header may be lost."""
+    return read_object(file.with_name(name)) if file.with_name(name).is_file() else {}
+
+
+def _read_json(text: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: its header is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: its header holds {content!r}, not a JSON object")
+    return content
+
+
+def _from_kohya(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, the dots of modules still missing, and their alpha."""
+    alphas = {float(value) for name, value in tensors.items() if name.endswith(".alpha")}
+    if len(alphas) != 1:
+        raise ValueError(f"{file} has the alphas {sorted(alphas)}: a student has one")
+    weights = {}
+    for name, weight in tensors.items():
+        module, _, part = name.removeprefix(prefix).partition(".")
+        if part != "alpha":
+            weights[f"{module}.{KOHYA_PARTS.get(part.removesuffix('.weight'), part)}.weight"] = weight
+    return weights, {"lora_alpha": alphas.pop()}
+
+
+def _without_prefix(name: str) -> str:
+    prefixes = (RELEASED, PEFT, *(f"{part}." for part in PARTS))
+    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+
+
+def _kohya_name(name: str) -> str:
+    """A weight's name with the dots of its module lost, as in kohya's files."""
+    module, _, part = name.partition(".lora_")
+    return f"{module.replace('.', '_')}.lora_{part}"
+
+
+def _rank(weights: Mapping[str, Tensor], file: Path) -> int:
+    ranks = {weight.shape[1] for name, weight in weights.items() if name.endswith("lora_B.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"{file} is no student: it should hold LoRA weights of one rank, it has ranks {sorted(ranks)}")
+    return ranks.pop()
+
+
+def _alpha(told: tuple[Any, ...], file: Path) -> float:
+    """The first alpha that is told: by the weights' own header, by a file beside them, by the caller."""
+    alpha = next((value for value in told if value is not None), None)
+    if alpha is None:
+        raise ValueError(
+            f"{file} does not say its alpha: its header is lost, and neither icd.json nor {PEFT_CONFIG} lies beside "
+            "it; name the alpha that it was trained with by --lora_alpha (released students have 8)"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        raise ValueError(f"{file}: alpha {alpha!r} is no positive number")
+    return float(alpha)
