@@ -17,12 +17,12 @@ from torch import Tensor
 from families_case import NAMES, write_layout
 from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
-from icd_lightning.diffusion import Denoiser, NoiseSchedule, guidance_embedding
+from icd_lightning.diffusion import VP, Denoiser, Process, Split, guidance_embedding
 
 
 @pytest.fixture
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule()
+def process() -> Process:
+    return VP()
 
 
 def build_golden_unet(lora: str | None = None) -> UNet2DConditionModel:
@@ -42,9 +42,10 @@ def bind_unet(unet: UNet2DConditionModel):
     width = unet.config.time_cond_proj_dim
 
     def bind(prompt_embeds: Tensor, guidance: Guidance) -> Denoiser:
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
+        def denoise(x: Tensor, t: Tensor) -> Split:
             embedding = guidance_embedding(guidance(t), width)
-            return unet(x, t, encoder_hidden_states=prompt_embeds, timestep_cond=embedding).sample
+            eps = unet(x, t, encoder_hidden_states=prompt_embeds, timestep_cond=embedding).sample
+            return VP().split(eps, x, t)
 
         return denoise
 

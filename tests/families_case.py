@@ -64,7 +64,7 @@ def write_layout(name: str, folder: Path) -> Path:
                 source.tokenizer(part.replace("text_encoder", "tokenizer")).save_pretrained(
                     folder / part.replace("text_encoder", "tokenizer")
                 )
-    source.network("unet_guided", UNet2DConditionModel, torch.float32).save_pretrained(folder / "unet_guided")
+    Family(f"random:{folder}").load_model(guided=True).network.save_pretrained(folder / "unet_guided")
     (folder / "model_index.json").write_text(json.dumps({path.name: [] for path in folder.iterdir() if path.is_dir()}))
     return folder
 

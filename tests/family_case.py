@@ -10,10 +10,9 @@ import torch
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.models.backbone import add_guidance_embedding
-from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
+from icd_lightning.models.student_file import write_diffusers
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.models.tokenizer import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
@@ -73,7 +72,7 @@ def write_family(folder: Path, *, seed: int = 0) -> Path:
     DDIMScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
     UNet2DConditionModel.from_config(UNET).save_pretrained(folder / "unet")
     family = Family(str(folder))
-    guided = add_guidance_embedding(family.load_unet(guided=False))
+    guided = family.load_model(guided=False).with_guidance_embedding().network
     torch.nn.init.normal_(guided.time_embedding.cond_proj.weight, std=0.05)
     guided.save_pretrained(folder / "unet_guided")
     (folder / "icd.json").write_text(json.dumps({"guidance_scale": 3.0, "tau": 0.8}))
@@ -83,10 +82,10 @@ def write_family(folder: Path, *, seed: int = 0) -> Path:
 
 def write_students(folder: Path, family: Family, *, seed: int = 0, boundaries: list[int] | None = BOUNDARIES) -> None:
     """Write `forward/` and `reverse/`, of rank 4, away from the teacher and from each other; None: of no boundaries."""
-    students = Students(family.load_unet(guided=True), family.load_schedule(), lora=LoraSettings(rank=4))
+    students = LoraStudents(family.load_model(guided=True), lora=LoraSettings(rank=4))
     generator = torch.Generator().manual_seed(seed)
     about = {"family": "random"} | ({} if boundaries is None else {"boundaries": boundaries})
-    for adapter, direction in ADAPTERS.items():
-        for parameter in students.parameters_of(adapter):
+    for direction in DIRECTIONS:
+        for parameter in students.parameters_of(direction):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        save_student(students, adapter, folder / direction, metadata=about)
+        write_diffusers(students.file(direction, about), folder / direction)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from icd_lightning.diffusion import (
     Boundaries,
     ConstantGuidance,
+    DDIMJump,
     Denoiser,
     NoisedData,
-    NoiseSchedule,
+    Process,
     Step,
     StepGuidance,
     consistency,
@@ -68,17 +69,17 @@ class GoldenCase:
 
     name: str
     boundaries: Boundaries
-    schedule: NoiseSchedule
+    process: Process
     huber_c: float
     tensors: Mapping[str, Tensor]
 
     @property
     def data(self) -> NoisedData:
-        return NoisedData(self.tensors["in.latents"], self.tensors["in.noise"], self.schedule)
+        return NoisedData(self.tensors["in.latents"], self.tensors["in.noise"], self.process)
 
     def check_pairs(self) -> None:
         """The boundary that training uses from every grid point, in both directions."""
-        reverse, forward = self.boundaries.reverse_pairs, self.boundaries.forward_pairs
+        reverse, forward = self.boundaries.pairs["reverse"], self.boundaries.pairs["forward"]
         grid = self.tensors["grid.t"]
         assert torch.equal(reverse.t, grid)
         assert torch.equal(forward.t, grid[:-1])
@@ -90,21 +91,21 @@ class GoldenCase:
         prompt, w = self.tensors["in.prompt_embeds"], self.tensors["in.w_minus_1"] + 1
         data, ends, options = self.data, self.boundaries, {"huber_c": self.huber_c}
         segment = self.tensors["in.segment_index"]
-        reverse_pairs = ends.reverse_pairs[self.tensors["in.reverse_index"]]
-        forward_pairs = ends.forward_pairs[self.tensors["in.forward_index"]]
-        teacher = networks.teacher(prompt, UNGUIDED)
-        forward, reverse = networks.forward_model(prompt, UNGUIDED), networks.reverse_model(prompt, UNGUIDED)
-        guided_teacher, guided_reverse = (
-            bind(prompt, lambda t: w) for bind in (networks.teacher, networks.reverse_model)
-        )
+        reverse_pairs = ends.pairs["reverse"][self.tensors["in.reverse_index"]]
+        forward_pairs = ends.pairs["forward"][self.tensors["in.forward_index"]]
+        solver = DDIMJump(networks.teacher(prompt, UNGUIDED), self.process, set_alpha_to_one=False)
+        guided_solver = replace(solver, denoise=networks.teacher(prompt, lambda t: w))
+        forward = DDIMJump(networks.forward_model(prompt, UNGUIDED), self.process)
+        reverse = DDIMJump(networks.reverse_model(prompt, UNGUIDED), self.process)
+        guided_reverse = replace(reverse, denoise=networks.reverse_model(prompt, lambda t: w))
         return {
-            "reverse_consistency": lambda: consistency(guided_reverse, guided_teacher, data, reverse_pairs, **options),
-            "forward_consistency": lambda: consistency(forward, teacher, data, forward_pairs, **options),
+            "reverse_consistency": lambda: consistency(guided_reverse, guided_solver, data, reverse_pairs, **options),
+            "forward_consistency": lambda: consistency(forward, solver, data, forward_pairs, **options),
             "reverse_preservation": lambda: preservation(
-                forward, reverse, data, ends.reverse_preservation[segment], **options
+                forward, reverse, data, ends.trips["reverse"][segment], **options
             ),
             "forward_preservation": lambda: preservation(
-                reverse, forward, data, ends.forward_preservation[segment], **options
+                reverse, forward, data, ends.trips["forward"][segment], **options
             ),
         }
 
@@ -131,15 +132,15 @@ class GoldenCase:
         """Every latent of the encoding and of each decoding, and one evaluation for each."""
         prompt = self.tensors["in.prompt_embeds"]
         steps: list[Step] = []
-        forward = networks.forward_model(prompt, UNGUIDED)
+        forward = DDIMJump(networks.forward_model(prompt, UNGUIDED), self.process)
         data = self.data
         self._expect("encode.x_start", data.at(self.boundaries.start_timestep))
-        encoded = invert(forward, data.x0, data.noise, self.boundaries, self.schedule, on_step=steps.append)
+        encoded = invert(forward, data.x0, data.noise, self.boundaries, self.process, on_step=steps.append)
         self._check_latents("encode", steps)
         for decoding in sorted({key.split(".")[0] for key in self._keys("decode_", strip=False)}):
             steps = []
-            reverse = networks.reverse_model(prompt, guidance_of(decoding))
-            decoded = generate(reverse, encoded, self.boundaries, self.schedule, on_step=steps.append)
+            reverse = DDIMJump(networks.reverse_model(prompt, guidance_of(decoding)), self.process)
+            decoded = generate(reverse, encoded, self.boundaries, on_step=steps.append)
             assert torch.equal(decoded, steps[-1].x)
             self._check_latents(decoding, steps)
 
@@ -176,7 +177,7 @@ def load_json(name: str) -> dict[str, Any]:
 def load_cases() -> list[GoldenCase]:
     """Every case of meta.json."""
     meta, tensors = load_json("meta.json"), load_tensors("steps.safetensors")
-    schedule = NoiseSchedule.from_config(meta["schedule"])
+    process = Process.from_config(meta["schedule"])
     return [
         GoldenCase(
             name=case["name"],
@@ -184,10 +185,10 @@ def load_cases() -> list[GoldenCase]:
                 boundary_timesteps=(0, *map(int, case["fwd"].split(","))),
                 start_timestep=meta["start_forward_timestep"],
                 num_solver_steps=meta["num_ddim_timesteps"],
-                num_train_timesteps=schedule.num_train_timesteps,
+                num_train_timesteps=process.num_train_timesteps,
                 allow_off_grid=True,
             ),
-            schedule=schedule,
+            process=process,
             huber_c=meta["huber_c"],
             tensors={
                 key.removeprefix(f"{case['name']}."): value

@@ -1,5 +1,6 @@
 """Trainings of a few steps: a random family, real shards of pictures, a real Trainer on the CPU."""
 
+from functools import partial
 from pathlib import Path
 
 import icd_lightning  # noqa: F401 (before lightning: it makes a CUDA torchvision importable beside a CPU torch)
@@ -12,14 +13,14 @@ from torch import Tensor
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import encode_sample, write_shards
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, LoraSettings
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import scene_at
 
-FEW = {"lora": LoraSettings(rank=2, target_modules=("to_q", "conv1")), "forward_weights": None, "reverse_weights": None}
-"""Options of `distillation`: small new adapters, for when it matters that something is trained, not what."""
+FEW = partial(LoraStudents, lora=LoraSettings(rank=2, target_modules=("to_q", "conv1")))
+"""`students` of `distillation`: small new adapters, for when it matters that something is trained, not what."""
 
 
 def write_scenes(folder: Path, count: int = 24, *, seed: int = 0) -> Path:
@@ -36,10 +37,11 @@ def scenes_data(folder: Path, **options) -> ShardDataModule:
 
 def distillation(family: Path, **options) -> InvertibleConsistencyDistillation:
     """Stage 2 from the family's students, which are far from the teacher and from each other."""
-    students = {f"{direction}_weights": str(family / "students" / direction) for direction in ADAPTERS.values()}
+    files = {direction: str(family / "students" / direction) for direction in DIRECTIONS}
     torch.manual_seed(0)  # new adapters begin at random
-    settings = {"guidance_scales": (1.0, 3.0), "lora": LoraSettings(rank=4), "optimizer": OptimizerSettings(lr=1e-3)}
-    return InvertibleConsistencyDistillation(Family(str(family)), **{**students, **settings, **options})
+    students = partial(LoraStudents, lora=LoraSettings(rank=4), **files)
+    settings = {"students": students, "guidance_scales": (1.0, 3.0), "optimizer": OptimizerSettings(lr=1e-3)}
+    return InvertibleConsistencyDistillation(Family(str(family)), **{**settings, **options})
 
 
 def trainer_for(folder: Path, **options) -> lightning.Trainer:
@@ -60,7 +62,7 @@ class Losses(lightning.Callback):
 
 def student_weights(task: InvertibleConsistencyDistillation) -> dict[str, dict[str, Tensor]]:
     """A copy of each student's weights, by direction."""
-    named = {direction: task.students.named_parameters_of(adapter) for adapter, direction in ADAPTERS.items()}
+    named = {direction: task.students.named_parameters_of(direction) for direction in DIRECTIONS}
     return {d: {name: p.detach().clone() for name, p in parameters.items()} for d, parameters in named.items()}
 
 
