@@ -1,4 +1,4 @@
-"""How well pictures fit texts, and each other, to networks that read both. Images are (B, 3, H, W) in [-1, 1]."""
+"""How well pictures fit texts, and each other, to CLIP, which reads both. Images are (B, 3, H, W) in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.base import PerImage
-from icd_lightning.metrics.image_reward import ImageRewardNetwork, load_image_reward
 from icd_lightning.metrics.pretrained import load_network, load_part
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -66,17 +65,3 @@ class CLIPScore(CLIPText):
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return 100 * super().values(images, prompts).clamp(min=0)
-
-
-class ImageReward(PerImage):
-    """Mean of ImageReward-v1.0 (arXiv:2304.05977), a reward that people's choices taught, of pictures and prompts."""
-
-    needs = ("images", "prompts")
-    higher_is_better = True
-
-    def __init__(self, network: ImageRewardNetwork | None = None) -> None:
-        super().__init__()
-        self.network = network or load_image_reward()
-
-    def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.network(images, prompts)

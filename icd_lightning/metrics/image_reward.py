@@ -16,20 +16,14 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, normalize
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from icd_lightning.metrics.base import pillow_squares
+from icd_lightning.metrics.base import PerImage, pillow_squares
 from icd_lightning.metrics.pretrained import find_hub_file, frozen, load_part, load_weights
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
 METRIC = "image-reward"
 
-VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "layer_norm_eps": 1e-6,
-}
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # ViT-L
+VISION |= {"image_size": 224, "layer_norm_eps": 1e-6}
 TEXT = {"encoder_hidden_size": 1024, "num_attention_heads": 12}
 HEAD = (1024, 128, 64, 16, 1)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards of its training set
@@ -47,6 +41,22 @@ VISION_NAMES = {  # of the checkpoint -> of transformers
     r"^norm\.": "post_layernorm.",
 }
 UNUSED = ("vision_proj.", "text_proj.", "text_encoder.embeddings.position_ids")
+
+
+class ImageReward(PerImage):
+    """Mean of ImageReward-v1.0 (arXiv:2304.05977), a reward that people's choices taught, of pictures and prompts."""
+
+    needs = ("images", "prompts")
+    higher_is_better = True
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network or ImageRewardNetwork(
+            load_weights(find_hub_file(REPOSITORY, FILE, METRIC)), load_part(METRIC, TOKENIZER, AutoTokenizer)
+        )
+
+    def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.network(images, prompts)
 
 
 class ImageRewardNetwork(nn.Module):
@@ -94,12 +104,6 @@ class ImageRewardNetwork(nn.Module):
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
         return (self.head(read[:, 0]).squeeze(1) - MEAN) / STD
-
-
-def load_image_reward() -> ImageRewardNetwork:
-    """The network; FileNotFoundError, with what to fetch, where it is not on this machine."""
-    weights = load_weights(find_hub_file(REPOSITORY, FILE, METRIC))
-    return ImageRewardNetwork(weights, load_part(METRIC, TOKENIZER, AutoTokenizer))
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:

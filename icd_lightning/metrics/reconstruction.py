@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,18 +76,12 @@ class Within(PerImage):
 
     def values(self, *inputs: Any) -> Tensor:
         *inputs, masks = inputs
-        kept, region = self.counted(masks), self._region(masks)
-        result = torch.full((len(masks),), torch.nan, device=masks.device)
-        if kept.any():
-            parts = [_blackened(x, region) if need in ("images", "reference") else x for need, x in self._named(inputs)]
-            result[kept] = self.metric.values(*(_chosen(part, kept) for part in parts))
-        return result
+        pairs = zip(self.metric.needs, inputs, strict=True)
+        parts = [_blackened(x, self._region(masks)) if need in ("images", "reference") else x for need, x in pairs]
+        return self.metric.values(*parts).where(self.counted(masks), torch.nan)
 
     def counted(self, *inputs: Any) -> Tensor:
         return self._region(inputs[-1]).flatten(1).any(1)
-
-    def _named(self, inputs: Sequence[Any]) -> zip:
-        return zip(self.metric.needs, inputs, strict=True)
 
     def _region(self, masks: Tensor) -> Tensor:
         return masks.bool() if self.edited else ~masks.bool()
@@ -97,7 +90,3 @@ class Within(PerImage):
 def _blackened(images: Tensor, region: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1], 0 of 255 outside the region (B, 1, H, W)."""
     return quantize(images) * region / 127.5 - 1
-
-
-def _chosen(batch: Any, kept: Tensor) -> Any:
-    return batch[kept] if isinstance(batch, Tensor) else [x for x, keep in zip(batch, kept, strict=True) if keep]

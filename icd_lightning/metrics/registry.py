@@ -25,7 +25,7 @@ OWN = {
     "clip-t": Entry(f"{HERE}.alignment.CLIPText", "CLIP's cosine of picture and prompt"),
     "clip-i": Entry(f"{HERE}.alignment.CLIPImage", "CLIP's cosine of picture and reference"),
     "clip-score": Entry(f"{HERE}.alignment.CLIPScore", "100 times CLIP's cosine of picture and prompt, at least 0"),
-    "image-reward": Entry(f"{HERE}.alignment.ImageReward", "ImageReward-v1.0 of picture and prompt"),
+    "image-reward": Entry(f"{HERE}.image_reward.ImageReward", "ImageReward-v1.0 of picture and prompt"),
     "fid": Entry(f"{HERE}.distribution.FID", "Frechet distance of pictures resized as in pytorch-fid"),
     "fid-tf": Entry(f"{HERE}.distribution.FIDTensorFlow", "Frechet distance of pictures resized as in torch-fidelity"),
     "fid-clean": Entry(f"{HERE}.distribution.FIDClean", "Frechet distance of pictures resized as in clean-fid"),

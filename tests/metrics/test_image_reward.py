@@ -10,8 +10,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear, softmax
 from transformers import BertTokenizer
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.alignment import ImageReward
-from icd_lightning.metrics.image_reward import CLIP_MEAN, CLIP_STD, HEAD, ImageRewardNetwork
+from icd_lightning.metrics.image_reward import CLIP_MEAN, CLIP_STD, HEAD, ImageReward, ImageRewardNetwork
 
 LAYERS, HEADS, SEEN, READ, WORDS = 2, 2, 24, 16, 12
 VISION = {"hidden_size": SEEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
