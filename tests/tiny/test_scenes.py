@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from icd_lightning.data import rendering
+from icd_lightning.tiny import rendering
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import (
     ABSENT,
