@@ -12,7 +12,6 @@ from PIL import Image
 from rich.console import Console
 
 from icd_lightning.evaluation.report import (
-    MISSING,
     Curve,
     Panel,
     Report,
@@ -25,6 +24,7 @@ from icd_lightning.evaluation.report import (
 )
 from icd_lightning.evaluation.report.canvas import Canvas, Font, wrap
 from icd_lightning.evaluation.report.figures import curve_figure, text_width
+from icd_lightning.evaluation.report.model import MISSING
 from icd_lightning.evaluation.statistics import Estimate
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import random_scene

@@ -9,8 +9,8 @@ import numpy as np
 
 from icd_lightning.evaluation.ablation_report import DESCRIPTIONS
 from icd_lightning.evaluation.ablations import ORDERINGS, TAU, AblationStudy
-from icd_lightning.evaluation.benchmarks import guidance_name
 from icd_lightning.evaluation.curves import read_scalars
+from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.effects import UNGUIDED_ROWS, Effect
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
@@ -63,7 +63,7 @@ def _draw_rows(
     rows = [study.ablations[letter] for letter in letters]
     untrained = [study.untrained[len(row.boundaries)].values("psnr", row.decoding(w)).mean() for row in rows]
     points(axes, untrained, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
-    ddim = study.ddim.values("psnr", guidance_name(w, TAU) if guided else "w 1").mean()
+    ddim = study.ddim.values("psnr", Decoding.step(w, TAU).name if guided else "w 1").mean()
     axes.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' * guided}, w {w:g}")
 
 

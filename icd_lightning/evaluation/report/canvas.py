@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from PIL import Image
 
-from icd_lightning.evaluation.report.figures import COLORS, PIXELS, REPORTED, Font, curve_pixels, text_width
+from icd_lightning.evaluation.report.figures import COLORS, FAMILY, PIXELS, REPORTED, Font, curve_pixels, text_width
 from icd_lightning.evaluation.report.model import Curve, Panel, Picture, Report, Section, Table
 
 WIDTH, MARGIN = 1600, 64
@@ -22,7 +22,6 @@ BLEED = 16  # how far a tint reaches beyond the text on it
 SECTION_GAP = 60
 NOTE_WIDTH = 1180  # longer lines are hard to read
 MAX_PICTURE, MIN_LABEL, PICTURE_GAP = 256, 300, 14
-
 
 Line = tuple[str, Font]
 
@@ -67,7 +66,7 @@ class Canvas:
     """A figure whose coordinates are pixels, y downwards, as high as `end` says."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.height = width, 1.0
+        self.width = width
         self.figure = Figure(dpi=PIXELS, facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(1, 0), autoscale_on=False)
@@ -76,42 +75,32 @@ class Canvas:
     def write(self, x: float, y: float, lines: Sequence[Line], *, align: str = "left") -> float:
         """Write lines under one another, the first below y; return the y below them."""
         for text, font in lines:
-            self.axes.text(
-                x,
-                y + font.size,
-                text,
-                fontsize=font.size,
-                color=COLORS[font.color],
-                weight=font.weight,
-                ha=align,
-                parse_math=False,
-                clip_on=False,
-            )
+            style = {"fontsize": font.size, "color": COLORS[font.color], "weight": font.weight, "ha": align}
+            self.axes.text(x, y + font.size, text, family=FAMILY, parse_math=False, **style)
             y += round(1.4 * font.size)
         return y
 
     def box(self, box: tuple[float, float, float, float], color: str, radius: float, *, zorder: float = -1) -> None:
         """Fill a rounded rectangle (left, top, right, bottom)."""
-        self.axes.add_patch(
-            _rounded(box, radius, facecolor=COLORS[color], zorder=zorder, transform=self.axes.transData)
-        )
+        self.axes.add_patch(_rounded(box, radius, facecolor=COLORS[color], zorder=zorder))
 
     def rule(self, x: float, y: float, width: float, color: str = "rule", thickness: float = 2) -> None:
         self.axes.hlines(y, x, x + width, color=COLORS[color], linewidth=thickness, capstyle="butt")
 
     def picture(self, pixels: NDArray[np.uint8], x: float, y: float, size: tuple[int, int], radius: float = 0) -> None:
         """Draw pixels (H, W, 3 or 4), scaled to a size (width, height)."""
-        box = (round(x), round(y), round(x) + size[0], round(y) + size[1])
-        image = self.axes.imshow(
-            pixels, extent=(box[0], box[2], box[3], box[1]), aspect="auto", interpolation="lanczos"
-        )
+        left, top, right, bottom = round(x), round(y), round(x) + size[0], round(y) + size[1]
+        edges = (left, right, bottom, top)
+        image = self.axes.imshow(pixels, extent=edges, aspect="auto", interpolation="lanczos")
         if radius:
-            image.set_clip_path(_rounded(box, radius, transform=self.axes.transData))
+            image.set_clip_path(_rounded((left, top, right, bottom), radius, transform=self.axes.transData))
 
-    def end(self, height: float) -> Canvas:
-        self.height = round(height)
-        self.figure.set_size_inches(self.width / PIXELS, self.height / PIXELS)
-        self.axes.set_ylim(self.height, 0)
+    def end(self, height: float, *, radius: float = 0) -> Canvas:
+        """Cut it off at this height, on paper with corners of this radius."""
+        height = round(height)
+        self.box((0, 0, self.width, height), "paper", radius, zorder=-2)
+        self.figure.set_size_inches(self.width / PIXELS, height / PIXELS)
+        self.axes.set_ylim(height, 0)
         return self
 
     def png(self, *, scale: float = 1) -> bytes:
@@ -149,16 +138,13 @@ def draw_report(report: Report) -> Canvas:
             y = _side_by_side(canvas, sections[start : start + per_row], y + SECTION_GAP)
     if report.facts:
         y = _facts(canvas, report.facts, y + SECTION_GAP)
-    canvas.box((0, 0, WIDTH, round(y + MARGIN)), "paper", 28, zorder=-2)
-    return canvas.end(y + MARGIN)
+    return canvas.end(y + MARGIN, radius=28)
 
 
 def draw_body(section: Section, *, width: int = INNER) -> Canvas:
     """Draw what stands below a section's heading and note by itself, on paper."""
     canvas = Canvas(width + 2 * BLEED)
-    bottom = _body(canvas, section, BLEED, 0, width)
-    canvas.box((0, 0, canvas.width, round(bottom)), "paper", 0, zorder=-2)
-    return canvas.end(bottom)
+    return canvas.end(_body(canvas, section, BLEED, 0, width))
 
 
 def _body(canvas: Canvas, section: Section, x: float, y: float, width: int) -> float:
@@ -187,9 +173,9 @@ def _side_by_side(canvas: Canvas, sections: Sequence[Section], y: float) -> floa
 def _header(canvas: Canvas, report: Report) -> float:
     lines = [*wrap(report.title, TITLE, INNER), *wrap(report.subtitle, SUBTITLE, NOTE_WIDTH)]
     y = canvas.write(MARGIN, MARGIN, lines)
-    rows = -(-len(report.summary) // 5)
-    for row in np.array_split(np.arange(len(report.summary)), rows or 1):
-        y = _tiles(canvas, [report.summary[index] for index in row], y + 20) if len(row) else y
+    rows = -(-len(report.summary) // 5)  # six are three and three
+    for row in np.array_split(np.arange(len(report.summary)), rows) if rows else ():
+        y = _tiles(canvas, [report.summary[index] for index in row], y + 20)
     return y
 
 
@@ -295,19 +281,15 @@ def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> floa
 
 def _columns(table: Table, width: int) -> tuple[int, list[float], float]:
     """The largest letters with which the table fits, the columns' widths and their gap."""
-    widths, gaps = _natural_widths(table), max(len(table.header) - 1, 1)
+    columns = zip(table.heads(), *([cell.text for cell in row] for row in table.cells()), strict=True)
+    widths, gaps = [_natural_width(*column) for column in columns], max(len(table.header) - 1, 1)
     share = min((width - 30 * gaps) / sum(widths), 1)
     size = max(int(BODY.size * share), 11)  # too many columns even so: break inside words, stay on the sheet
     widths = [column * min(share, size / BODY.size) for column in widths]
     return size, widths, min((width - sum(widths)) / gaps, 120)
 
 
-def _natural_widths(table: Table) -> list[float]:
-    """Of columns in bold letters of BODY's size: numbers keep to one line, long text wraps, a head between words."""
-    font, widths = HEAD, []
-    for index, (head, *cells) in enumerate(zip(table.heads(), *table.cells(), strict=True)):
-        longest = max((text_width(cell.text, font) for cell in cells), default=0)
-        body = longest if table.is_numeric(index) else min(longest, 16 * font.size)
-        words = max(text_width(word, font) for word in head.split(" "))
-        widths.append(max(body, words, min(text_width(head, font), 8 * font.size)) + 2)
-    return widths
+def _natural_width(head: str, *texts: str) -> float:
+    """Of a column in bold letters of BODY's size, whose head wraps between words, as very long text does."""
+    longest = max(text_width(text, HEAD) for text in (*head.split(" "), *texts))
+    return min(max(longest, min(text_width(head, HEAD), 8 * HEAD.size)), 18 * HEAD.size) + 2

@@ -10,7 +10,6 @@ from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Sheet, points, sheet
 from icd_lightning.evaluation.runs import Results
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.evaluation.summaries import options_of, style_of
 
 LATENT_MSE = "latent MSE, to noise and back"
 NORMAL_NLL = 0.5 * (1 + np.log(2 * np.pi))
@@ -32,7 +31,7 @@ def threshold_plot(results: Sequence[Results]) -> Sheet:
     """Fig. 4: what comes back of an unguided inversion, over the threshold below which the decoder is guided."""
     figure, (axes,) = sheet(height=2.8, width=4.6)
     for result, look in zip(results, LOOKS, strict=False):
-        taus = {options_of(decoding)["tau"]: decoding for decoding in result.decodings}
+        taus = {result.options[decoding]["tau"]: decoding for decoding in result.decodings}
         errors = [bootstrap(result.values("latent_mse", taus[tau])) for tau in sorted(taus)]
         points(axes, sorted(taus), errors, look, label=result.name)
     axes.set(xlabel="turn-on threshold, tau (guided at t ≤ tau T)", ylabel=LATENT_MSE)
@@ -49,7 +48,7 @@ def trade_off_plot(made: Results, back: Results) -> Sheet:
     full below; rings are the step form, tau1 = tau2.
     """
     quality = next(name for name in QUALITIES if name in made.columns)
-    settings = {decoding: options_of(decoding) for decoding in made.decodings if "tau2" in decoding}
+    settings = {decoding: options for decoding, options in made.options.items() if "tau2" in options}
     at = {decoding: _place(made, back, quality, decoding) for decoding in made.decodings}
     figure, (axes,) = sheet(height=3.6, width=5.6)
     for tau2, look in zip(sorted({s["tau2"] for s in settings.values()}), LOOKS, strict=False):
@@ -68,7 +67,7 @@ def trade_off_plot(made: Results, back: Results) -> Sheet:
 
 
 def _place(made: Results, back: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
-    value = bootstrap(made.values(quality, decoding)).scaled(style_of(quality).factor)
+    value = bootstrap(made.values(quality, decoding)).scaled(made.style(quality).factor)
     return bootstrap(back.values("latent_mse", decoding)), value
 
 
