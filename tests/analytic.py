@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from icd_lightning.diffusion import NoiseSchedule
+from icd_lightning.diffusion import Process, Split
 
 
 @dataclass(frozen=True)
@@ -12,10 +12,10 @@ class PointMass:
     """All data is x0 (C, H, W): the noise in x is known exactly, paths are straight in eps, and DDIM is exact."""
 
     x0: Tensor
-    schedule: NoiseSchedule
+    process: Process
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.schedule.eps_from_x0(x, self.x0, t)
+    def __call__(self, x: Tensor, t: Tensor) -> Split:
+        return Split(self.x0.expand_as(x), self.process.eps_from_x0(x, self.x0, t))
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,20 @@ class Gaussian:
 
     mean: float
     std: float
-    schedule: NoiseSchedule
+    process: Process
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (part(t, set_alpha_to_one=False) for part in (self.schedule.alpha, self.schedule.sigma))
-        return sigma * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+    def __call__(self, x: Tensor, t: Tensor) -> Split:
+        alpha, sigma = (part(t, set_alpha_to_one=False) for part in (self.process.alpha, self.process.sigma))
+        eps = sigma * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+        return self.process.split_by_eps(x, eps, t)
 
     def transport(self, x: Tensor, t: int, s: int) -> Tensor:
         """Where the probability flow ODE takes x (B, C, H, W) from t to s, both read from the table."""
         return self._mean(s) + (x - self._mean(t)) * self._spread(s) / self._spread(t)
 
     def _mean(self, t: int) -> Tensor:
-        return self.schedule.alpha(t, set_alpha_to_one=False) * self.mean
+        return self.process.alpha(t, set_alpha_to_one=False) * self.mean
 
     def _spread(self, t: int) -> Tensor:
-        alpha, sigma = (part(t, set_alpha_to_one=False) for part in (self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = (part(t, set_alpha_to_one=False) for part in (self.process.alpha, self.process.sigma))
         return (alpha**2 * self.std**2 + sigma**2).sqrt()

@@ -54,11 +54,14 @@ class Process(nn.Module, ABC):
 
         Raises ValueError for a scheduler of an unknown kind, and for options that change the levels in a way not known.
         """
-        name = config.get("_class_name", "DDIMScheduler")
+        name = config.get("_class_name")
+        if name is None:  # a scheduler's config in memory; only betas make it plain which process it is of
+            foreign = [key for key in ("shift", "base_shift", "sigma_data") if key in config]
+            name = f"with {foreign[0]}" if foreign else "DDIMScheduler"
         kind = next((process for process in (VP, Flow) if name in process.schedulers), None)
         if kind is None:
             known = ", ".join((*VP.schedulers, *Flow.schedulers))
-            raise ValueError(f"scheduler {name!r} is of no known process; known schedulers: {known}")
+            raise ValueError(f"scheduler {name!r} is of no known process; known schedulers (_class_name): {known}")
         return kind.read(config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Process":

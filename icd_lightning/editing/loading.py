@@ -90,7 +90,7 @@ class StudentPipeline(DiffusionPipeline):
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
         )
-        model = DiffusionModel(unet, Process.from_config(scheduler.config), UNet())
+        model = DiffusionModel(unet, Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config}), UNet())
         self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
         _PLANTED[id(unet)] = self.students
         autoencoder = LatentAutoencoder(vae)

@@ -184,7 +184,7 @@ class Task(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember whose gradients these are."""
-        self._batch_keys = list(batch.keys)
+        self._batch_keys = list(getattr(batch, "keys", ()))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each group by itself: here gradients are whole (accumulated, unscaled, summed over ranks)."""

@@ -3,15 +3,15 @@ import dataclasses
 import pytest
 import torch
 
-from icd_lightning.diffusion import Boundaries
+from icd_lightning.diffusion import VP, Boundaries
 
 PAPER = Boundaries((0, 259, 519, 779, 999))
 
 
 def test_jumps_of_the_paper():
     assert PAPER.num_segments == 4
-    assert PAPER.reverse_jumps == ((999, 779), (779, 519), (519, 259), (259, 0))
-    assert PAPER.forward_jumps == ((19, 259), (259, 519), (519, 779), (779, 999))
+    assert PAPER.jumps["reverse"] == ((999, 779), (779, 519), (519, 259), (259, 0))
+    assert PAPER.jumps["forward"] == ((19, 259), (259, 519), (519, 779), (779, 999))
     assert PAPER.solver_timesteps[:3] == (19, 39, 59)
     assert PAPER.solver_timesteps[-1] == 999
     assert len(PAPER.solver_timesteps) == 50
@@ -29,7 +29,7 @@ def test_uniform_segments(num_segments: int, ends: tuple[int, ...]):
 def test_pairs_of_both_directions(num_segments: int):
     """Every pair is one solver step inside one segment, and every boundary is met as some pair's t_next."""
     ends = Boundaries.uniform(num_segments)
-    reverse, forward = ends.reverse_pairs, ends.forward_pairs
+    reverse, forward = ends.pairs["reverse"], ends.pairs["forward"]
     assert (len(reverse), len(forward)) == (50, 49)
     assert torch.all(reverse.t_next == (reverse.t - 20).clamp(min=0))
     assert torch.all(forward.t_next == forward.t + 20)
@@ -43,7 +43,7 @@ def test_pairs_of_both_directions(num_segments: int):
 
 
 def test_pairs_are_drawn_by_index():
-    drawn = PAPER.reverse_pairs[torch.tensor([0, 13, 13, 49])]
+    drawn = PAPER.pairs["reverse"][torch.tensor([0, 13, 13, 49])]
     assert drawn.t.tolist() == [19, 279, 279, 999]
     assert drawn.t_next.tolist() == [0, 259, 259, 979]
     assert drawn.boundary.tolist() == [0, 259, 259, 779]
@@ -51,7 +51,7 @@ def test_pairs_are_drawn_by_index():
 
 
 def test_preservation_trips_turn_at_the_start_instead_of_zero():
-    down_and_up, up_and_down = PAPER.forward_preservation, PAPER.reverse_preservation
+    down_and_up, up_and_down = PAPER.trips["forward"], PAPER.trips["reverse"]
     assert list(zip(down_and_up.t.tolist(), down_and_up.s.tolist(), strict=True)) == [
         (259, 19),
         (519, 259),
@@ -73,8 +73,8 @@ def test_released_boundaries_off_the_grid_serve_for_sampling_by_name():
     ):
         Boundaries.parse("249,499,699,999")
     released = Boundaries.parse("249,499,699,999", allow_off_grid=True)
-    assert released.reverse_jumps == ((999, 699), (699, 499), (499, 249), (249, 0))
-    assert not torch.any(released.reverse_pairs.t_next == 249), "no pair meets a boundary off the grid"
+    assert released.jumps["reverse"] == ((999, 699), (699, 499), (499, 249), (249, 0))
+    assert not torch.any(released.pairs["reverse"].t_next == 249), "no pair meets a boundary off the grid"
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,8 @@ def test_released_boundaries_off_the_grid_serve_for_sampling_by_name():
         ([0, 519, 259, 999], "boundary 259 comes after 519; give the ends in ascending order"),
         ([0, 259, 1200], "boundary 1200 is out of range; give timesteps between 0 and 999"),
         ([-1, 259, 999], "boundary -1 is out of range"),
-        ([259, 999], "must begin with 0 and end with 999"),
         ([0, 259], "must begin with 0 and end with 999"),
-        ([], "must begin with 0"),
+        ([], "must begin with 0 and end with 999"),
         ([0, 259.0, 999], "boundary 259.0 is not a whole number"),
         (["0", "999"], "boundary '0' is not a whole number"),
         ("259,519,779,999", "is text; give whole numbers .* or use Boundaries.parse"),
@@ -136,6 +135,22 @@ def test_a_cut_that_leaves_an_empty_segment_is_refused(num_segments: int, messag
         Boundaries.uniform(num_segments)
 
 
+def test_segments_count_from_the_data_in_every_table():
+    ends = torch.tensor(PAPER.boundary_timesteps)
+    for rows in (*PAPER.pairs.values(), *PAPER.trips.values()):
+        far = rows.boundary if hasattr(rows, "boundary") else rows.s
+        lower, upper = ends[rows.segment], ends[rows.segment + 1]
+        for t in (far, torch.maximum(rows.t, far)):
+            assert torch.all((lower <= t) & (t <= upper))
+
+
+def test_another_time_axis_than_the_process_has_is_refused():
+    PAPER.check_process(VP())
+    with pytest.raises(ValueError, match="boundaries on 1000 timesteps do not fit a process of 2000"):
+        PAPER.check_process(VP(num_train_timesteps=2000))
+
+
 def test_equal_and_hashable_whatever_the_sequence():
+    assert Boundaries([259, 519, 779, 999]) == PAPER, "0 goes without saying"
     assert Boundaries([0, 259, 519, 779, 999]) == PAPER
     assert hash(Boundaries([0, 259, 519, 779, 999])) == hash(PAPER)

@@ -3,18 +3,20 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from golden_case import GoldenCase, GoldenNetworks, guidance_of, load_cases, load_json, load_tensors
+from golden_case import UNGUIDED, GoldenCase, GoldenNetworks, guidance_of, load_cases, load_json, load_tensors
 
 from icd_lightning.diffusion import (
+    VP,
     ConstantGuidance,
-    GuidedDenoiser,
-    NoiseSchedule,
+    Process,
     Step,
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
     guidance_embedding,
 )
+from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.diffusion_model import CFGDenoiser
 
 each_case = pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)
 
@@ -34,9 +36,9 @@ def test_every_latent_of_encoding_and_decoding(case: GoldenCase, golden_networks
     case.check_sampling(golden_networks)
 
 
-def test_noise_schedule():
-    schedule = NoiseSchedule.from_config(load_json("meta.json")["schedule"])
-    assert torch.equal(schedule.alphas_cumprod, load_tensors("steps.safetensors")["alphas_cumprod"])
+def test_noise_levels():
+    process = Process.from_config(load_json("meta.json")["schedule"])
+    assert torch.equal(process.alphas_cumprod, load_tensors("steps.safetensors")["alphas_cumprod"])
 
 
 def test_guidance_embedding():
@@ -51,14 +53,19 @@ class Baselines:
 
     def __init__(self):
         self.meta, self.tensors = load_json("baselines.json"), load_tensors("baselines.safetensors")
-        self.schedule = NoiseSchedule()
+        self.process = VP()
         self.timesteps = ddim_timesteps(self.meta["num_steps"])
         self.unet = UNet2DConditionModel(**self.meta["unet_config"]).requires_grad_(False).eval()
         self.unet.load_state_dict(load_tensors("baselines_unet.safetensors"))
 
-    def denoiser(self, prompt: str):
-        embeds = self.tensors[prompt]
-        return lambda x, t: self.unet(x, t, encoder_hidden_states=embeds).sample
+    def denoiser(self, prompt: str, guidance=UNGUIDED, negative: str = "uncond_embeds") -> CFGDenoiser:
+        """Classifier-free guidance away from another prompt; where w is 1 the prompt alone."""
+
+        def network(x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, w: None) -> torch.Tensor:
+            return self.unet(x, t, encoder_hidden_states=conditioning.tensors["prompt_embeds"]).sample
+
+        told = (Conditioning(prompt_embeds=self.tensors[name]) for name in (prompt, negative))
+        return CFGDenoiser(network, self.process, *told, guidance)
 
     def expect(self, name: str, actual: torch.Tensor, guidance_scale: float = 1.0):
         # Guidance multiplies the rounding of 50 steps: the golden w 8 itself is 3e-4 from the same loop in float64.
@@ -73,7 +80,7 @@ def baselines() -> Baselines:
 def test_ddim_inversion(baselines: Baselines):
     steps: list[Step] = []
     denoise = baselines.denoiser("prompt_embeds")
-    x = ddim_invert(denoise, baselines.tensors["x0"], baselines.timesteps, baselines.schedule, on_step=steps.append)
+    x = ddim_invert(denoise, baselines.tensors["x0"], baselines.timesteps, baselines.process, on_step=steps.append)
     baselines.expect("invert_w1.x_25", steps[24].x)
     baselines.expect("invert_w1.x_T", x)
     assert sum(step.nfe for step in steps) == 50
@@ -82,20 +89,15 @@ def test_ddim_inversion(baselines: Baselines):
 @pytest.mark.parametrize("decoding", ["decode_w1", "decode_w8", "decode_w8_tau07"])
 def test_ddim_decoding_by_classifier_free_guidance(baselines: Baselines, decoding: str):
     steps: list[Step] = []
-    denoise = GuidedDenoiser(
-        conditional=baselines.denoiser("prompt_embeds"),
-        unconditional=baselines.denoiser("uncond_embeds"),
-        guidance=guidance_of(decoding),
-    )
+    denoise = baselines.denoiser("prompt_embeds", guidance_of(decoding))
     x_T = baselines.tensors["invert_w1.x_T"]  # noqa: N806  the golden tensor's name
-    x = ddim_generate(denoise, x_T, baselines.timesteps, baselines.schedule, on_step=steps.append)
+    x = ddim_generate(denoise, x_T, baselines.timesteps, baselines.process, on_step=steps.append)
     baselines.expect(f"{decoding}.x_0", x, guidance_of(decoding).guidance_scale)
-    assert sum(step.nfe for step in steps) == 100
+    assert sum(step.nfe for step in steps) == {"decode_w1": 50, "decode_w8": 100, "decode_w8_tau07": 86}[decoding]
 
 
 def test_a_prompt_as_its_own_negative_is_unguided(baselines: Baselines):
     """Negative-prompt inversion: any scale leaves the conditional prediction, so w 8 decodes as w 1 does."""
-    denoise = baselines.denoiser("prompt_embeds")
-    guided = GuidedDenoiser(denoise, denoise, ConstantGuidance(8.0))
-    x = ddim_generate(guided, baselines.tensors["invert_w1.x_T"], baselines.timesteps, baselines.schedule)
+    guided = baselines.denoiser("prompt_embeds", ConstantGuidance(8.0), negative="prompt_embeds")
+    x = ddim_generate(guided, baselines.tensors["invert_w1.x_T"], baselines.timesteps, baselines.process)
     baselines.expect("npi.decode_w8.x_0", x, 8.0)

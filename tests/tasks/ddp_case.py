@@ -49,7 +49,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def share(task: lightning.LightningModule) -> float:
     """Which part of the frozen base lies in this process."""
-    base = [parameter for parameter in task.students.unet.parameters() if not parameter.requires_grad]
+    base = [parameter for parameter in task.students.network.parameters() if not parameter.requires_grad]
     here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in base)
     return here / sum(p.numel() for p in base)
 

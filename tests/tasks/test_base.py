@@ -28,6 +28,18 @@ def sequence(draws: Draws, count: int) -> list[Tensor]:
     ]
 
 
+def test_a_named_stream_is_another_and_begins_anew():
+    """What one loss draws does not depend on what others drew before."""
+    draws = Draws(3, 17)
+    draws.normal(8)
+    first, again, other = draws.of("a").normal(8), draws.of("a").normal(8), draws.of("b").normal(8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, Draws(3, 17).normal(8))
+    with pytest.raises(ValueError, match="4 samples in a stream of 8"):
+        draws.normal(4)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_together_draw_for_the_joined_batch(world_size):
     joined = sequence(Draws(3, 17), 8)
@@ -46,7 +58,7 @@ def test_seed_and_step_alone_decide():
 
 
 def test_draws_have_the_distributions_they_name():
-    draws, count = Draws(0, 0), 20_000
+    draws, count = Draws(0, 0), 20_000  # as many samples, each with a generator of its own
     normal, whole, uniform = draws.normal(count), draws.integers(count, 7), draws.uniform(count)
     chosen = draws.choice(count, [1, 8, 8, 20])
     assert normal.mean().abs() < 0.03
@@ -65,8 +77,11 @@ def test_draws_have_the_distributions_they_name():
     ("settings", "message"),
     [
         ({"lr": 0.0}, "lr 0.0 must be positive"),
-        ({"clip": -1.0}, "clip -1.0 must be positive; null turns clipping off"),
-        ({"warmup_steps": -1}, "warmup_steps -1 must be 0 or more"),
+        ({"lr": float("nan")}, "lr nan must be positive and finite"),
+        ({"clip": -1.0}, "clip -1.0 must be positive and finite; null turns clipping off"),
+        ({"weight_decay": float("inf")}, "weight_decay inf must be 0 or more"),
+        ({"betas": (0.9, 1.0)}, r"betas \[0.9, 1.0\] must be 0 or more and less than 1"),
+        ({"warmup_steps": -1}, "warmup_steps -1 and max_skipped_steps 10 must be 0 or more"),
         ({"decay": "linear"}, "decay 'linear' is not one of constant, cosine"),
         ({"kind": "sgd"}, "kind 'sgd' is not one of adamw, adamw8bit"),
     ],
@@ -76,7 +91,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         OptimizerSettings(**settings)
 
 
-@pytest.mark.parametrize("scales", [[], [1.0, -0.5]])
+@pytest.mark.parametrize("scales", [[], [1.0, -0.5], [float("nan")]])
 def test_guidance_scales_begin_at_zero(scales):
     with pytest.raises(ValueError, match=r"guidance_scales \[.*\] must be 0 \(unconditional.*\) or more, and at least"):
         check_guidance_scales(scales)
@@ -184,6 +199,78 @@ def test_nothing_is_trained_in_half_precision(tmp_path):
         fit(Halves(), tmp_path, precision="bf16-true")
 
 
+class Recorded(lightning.Callback):
+    """What the optimizer holds when it steps."""
+
+    def __init__(self) -> None:
+        self.groups: list[dict] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        (group,) = {
+            tuple((key, group[key]) for key in ("lr", "betas", "weight_decay")) for group in optimizer.param_groups
+        }
+        self.groups.append(dict(group))
+
+
+def test_the_optimizer_steps_by_the_settings(tmp_path):
+    """Rate by warm-up and cosine at every step, betas, weight decay: as they reach AdamW in a training."""
+    settings = OptimizerSettings(lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, warmup_steps=2, decay="cosine")
+    recorded = Recorded()
+    trainer = fit(Halves(optimizer=settings), tmp_path, callbacks=[recorded], max_steps=6)
+    assert isinstance(trainer.optimizers[0].optimizer if hasattr(trainer.optimizers[0], "optimizer") else
+                      trainer.optimizers[0], torch.optim.AdamW)  # fmt: skip
+    expected = [0.1 * settings.factor(step, 6) for step in range(6)]
+    assert [group["lr"] for group in recorded.groups] == pytest.approx(expected)
+    assert all(group["betas"] == (0.8, 0.95) and group["weight_decay"] == 0.3 for group in recorded.groups)
+
+
+def test_weight_decay_shrinks_what_has_no_gradient_to_speak_of(tmp_path):
+    plain, decayed = Halves(optimizer=OptimizerSettings()), Halves(optimizer=OptimizerSettings(weight_decay=0.5))
+    for task in (plain, decayed):
+        fit(task, tmp_path / str(task.optimizer_settings.weight_decay), max_steps=4)
+    assert decayed.left.weight.norm() < plain.left.weight.norm()
+    torch.testing.assert_close(decayed.left.weight, plain.left.weight * (1 - 0.5e-4) ** 4, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_goes_on_follows_the_configuration_and_says_so(tmp_path, caplog):
+    fit(Halves(optimizer=OptimizerSettings(lr=0.1)), tmp_path, max_steps=3)
+    recorded = Recorded()
+    changed = Halves(optimizer=OptimizerSettings(lr=0.2, betas=(0.5, 0.9), weight_decay=0.1))
+    fit(changed, tmp_path, max_steps=5, callbacks=[recorded], resume=tmp_path / "last.ckpt")
+    assert [dict(group) for group in recorded.groups] == [{"lr": 0.2, "betas": (0.5, 0.9), "weight_decay": 0.1}] * 2
+    for message in ("optimizer.lr was 0.1, and goes on as 0.2", "optimizer.weight_decay was 0.0, and goes on as 0.1"):
+        assert message in caplog.text
+
+
+class Diverging(Halves):
+    """Gradients that are not finite at some steps."""
+
+    def __init__(self, at: set[int], **options) -> None:
+        super().__init__(**options)
+        self.at = at
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (float("nan") if batch_idx in self.at else 1.0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, caplog):
+    task, steady = Diverging({1, 3}), Diverging(set())
+    trainer = fit(task, tmp_path / "nan", max_steps=5)
+    assert task.skipped_steps == trainer.callback_metrics["train/skipped_steps"] == 2
+    assert all(value.isfinite().all() for value in weights(task).values())
+    states = torch.load(tmp_path / "nan" / "last.ckpt")["optimizer_states"][0]["state"].values()
+    assert {int(state["step"]) for state in states} == {3}, "the averages are of the steps that were made"
+    fit(steady, tmp_path / "steady", max_steps=1)
+    assert not torch.equal(task.left.weight, steady.left.weight)
+    assert "step 1 skipped: a gradient is not finite" in caplog.text
+
+
+def test_a_training_that_diverges_ends(tmp_path):
+    task = Diverging({1, 2, 3}, optimizer=OptimizerSettings(max_skipped_steps=2))
+    with pytest.raises(ValueError, match=r"3 steps had gradients that are not finite.*max_skipped_steps"):
+        fit(task, tmp_path)
+
+
 def test_what_is_frozen_neither_moves_nor_is_saved(tmp_path):
     task = Halves()
     before = weights(task)
@@ -281,7 +368,7 @@ def test_captions_are_dropped_as_drawn_and_nothing_is_drawn_without_a_share():
     captions = [f"picture {i}" for i in range(2000)]
     draws, twin = Draws(0, 1), Draws(0, 1)
     assert drop_captions(captions, 0, draws) == captions
-    assert torch.equal(draws.uniform(5), twin.uniform(5))
+    assert torch.equal(draws.uniform(2000), twin.uniform(2000))
     dropped = drop_captions(captions, 0.25, draws)
     assert all(new in ("", old) for new, old in zip(dropped, captions, strict=True))
     assert dropped.count("") / len(captions) == pytest.approx(0.25, abs=0.03)

@@ -4,7 +4,8 @@ from training_case import distillation, frozen_weights, same, scenes_data, train
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings
+from icd_lightning.diffusion import Draws
+from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tiny.datamodule import scene_batch
 from icd_lightning.tiny.scenes import scene_at
@@ -63,13 +64,20 @@ def test_the_teacher_stays_frozen_and_out_of_the_checkpoint(trained):
 
 def test_what_it_exports_is_the_teacher_of_stage_two(random_family, trained, batch):
     task, folder, *_ = trained
-    loaded = Family(str(random_family), guided_unet=str(folder / "unet_guided")).load_unet(guided=True)
+    loaded = Family(str(random_family), guided_unet=str(folder / "unet_guided")).load_model(guided=True).network
     assert same(loaded.state_dict(), task.student.state_dict())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     family = Family(str(random_family), guided_unet=str(folder / "unet_guided"))
     stage_two = type(distillation(random_family))(family, guidance_scales=SCALES)
-    losses = stage_two.losses(batch, Draws(0, 0))
-    assert all(torch.isfinite(value).all() for value in losses.values())
+    losses = stage_two.evaluate(stage_two.losses, stage_two.inputs(batch, Draws(0, 0)), Draws(0, 0))
+    assert all(torch.isfinite(loss.values).all() for loss in losses.values())
+
+
+def test_the_student_begins_as_the_teacher_was_saved_not_as_it_is_rounded_to_run(random_family):
+    task = GuidanceDistillation(Family(str(random_family), precision="bfloat16"), SCALES)
+    saved = Family(str(random_family)).load_model(guided=False).network.state_dict()
+    assert {p.dtype for p in task.teacher.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(task.student.state_dict()[name], weight) for name, weight in saved.items())
 
 
 def test_a_guided_teacher_and_scales_below_zero_are_refused(random_family):

@@ -1,6 +1,7 @@
 """Accumulated, interrupted and averaged trainings of stage 2, against plain ones."""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -10,9 +11,10 @@ from training_case import FEW, Losses, distillation, frozen_weights, same, scene
 
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
-from icd_lightning.models.students import ADAPTERS
-from icd_lightning.tasks.base import Draws, OptimizerSettings
-from icd_lightning.tasks.invertible_consistency import LossWeights
+from icd_lightning.diffusion.draws import Draws
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
+from icd_lightning.tasks.base import OptimizerSettings
+from icd_lightning.tasks.invertible_consistency import Losses as Named
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -23,8 +25,9 @@ def test_accumulated_micro_batches_are_one_step_by_their_mean_gradient(random_fa
 
     class Watch(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            losses = task.losses(batch, Draws(0, batch_idx))
-            loss = sum(task.weights[name] * value.mean() for name, value in losses.items())
+            draws = Draws(0, batch_idx)
+            losses = task.evaluate(task.losses, task.inputs(batch, draws), draws)
+            loss = sum(task.losses[name].weight * loss.values.mean() for name, loss in losses.items())
             trained = [p for p in task.parameters() if p.requires_grad]
             by_micro_batch.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
 
@@ -38,10 +41,11 @@ def test_accumulated_micro_batches_are_one_step_by_their_mean_gradient(random_fa
     torch.testing.assert_close(found[0], torch.stack(by_micro_batch).mean(0), rtol=1e-4, atol=1e-6)
 
 
+TWO = Named(reverse_cd=None, forward_preservation=None)
 RUNS = {
-    "plain": ({}, (), LossWeights()),
-    "accumulated": ({"accumulate_grad_batches": 2}, (), LossWeights(0.0, 1.0, 1.0, 0.0)),
-    "averaged": ({}, (ExponentialAverage,), LossWeights(0.0, 1.0, 1.0, 0.0)),
+    "plain": ({}, (), Named()),
+    "accumulated": ({"accumulate_grad_batches": 2}, (), TWO),
+    "averaged": ({}, (ExponentialAverage,), TWO),
 }
 DECAYING = OptimizerSettings(lr=1e-3, warmup_steps=2, decay="cosine")
 
@@ -60,7 +64,7 @@ class Kill(lightning.Callback):
 def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DECAYING, max_steps: int = 4):
     """A run with a checkpoint at every second step, from the last one if there is one; its losses and its task."""
     options, averages, weights = RUNS[run]
-    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights, **FEW)
+    losses, task = Losses(), distillation(random_family, optimizer=optimizer, losses=weights, students=FEW)
     callbacks = [*(make(0.5) for make in averages), losses, RunCheckpoint(2), *callbacks]
     trainer = trainer_for(folder, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True, **options)
     with suppress(RuntimeError):
@@ -114,7 +118,10 @@ def test_averaged_weights_are_exported(random_family, scenes, tmp_path):
     trainer.fit(task, datamodule=scenes_data(scenes))
     task.export(tmp_path)
     exported = student_weights(
-        distillation(random_family, **{f"{d}_weights": str(tmp_path / d) for d in ADAPTERS.values()})
+        distillation(
+            random_family,
+            students=partial(LoraStudents, lora=LoraSettings(rank=4), **{d: str(tmp_path / d) for d in DIRECTIONS}),
+        )
     )
     for direction, weights in exported.items():
         for name, weight in weights.items():

@@ -56,7 +56,7 @@ def test_two_processes_equal_one_with_the_joined_batch(alone, start, pair, ranks
     of_the_halves = [sum(halves) / 2 for halves in zip(*(rank[0] for rank in ranks), strict=True)]
     assert of_the_halves == pytest.approx(losses, rel=1e-4)
     found, expected = checkpoint(pair[1]), checkpoint(folder)
-    for adapter, direction in ADAPTERS.items():
+    for direction, adapter in ADAPTERS.items():
         assert same(*(rank[1][direction] for rank in ranks))
         for weights in ("state_dict", "current_model_state"):  # the average, and what is trained on
             two, one = (moved(saved[weights], start, adapter) for saved in (found, expected))
@@ -103,7 +103,7 @@ def assert_same_step(found: Path, expected: Path, start: dict[str, torch.Tensor]
     """The same third step, within rounding, in what is trained and in its average."""
     ours, theirs = checkpoint(found), checkpoint(expected)
     assert ours["global_step"] == theirs["global_step"] == 3
-    for adapter in ADAPTERS:
+    for adapter in ADAPTERS.values():
         for weights in ("state_dict", "current_model_state"):
             two, one = (moved(saved[weights], start, adapter) for saved in (ours, theirs))
             assert (two - one).norm() < 1e-2 * one.norm()

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from icd_lightning.diffusion import (
     Boundaries,
-    ConstantGuidance,
-    GuidedDenoiser,
-    NoiseSchedule,
+    DDIMJump,
+    Process,
+    Split,
     Step,
     ddim_generate,
     ddim_invert,
@@ -18,7 +18,6 @@ from icd_lightning.diffusion import (
     generate,
     invert,
     lcm_timesteps,
-    reconstruct,
     run_jumps,
     trailing_timesteps,
 )
@@ -32,73 +31,82 @@ def noise(generator: torch.Generator) -> Tensor:
 
 
 @pytest.fixture
-def point_mass(schedule: NoiseSchedule, generator: torch.Generator) -> PointMass:
-    return PointMass(torch.randn(4, 8, 8, generator=generator), schedule)
+def point_mass(process: Process, generator: torch.Generator) -> PointMass:
+    return PointMass(torch.randn(4, 8, 8, generator=generator), process)
+
+
+@pytest.fixture
+def jump(point_mass: PointMass, process: Process) -> DDIMJump:
+    return DDIMJump(point_mass, process)
 
 
 @each_cut
-def test_point_mass_inverts_to_its_own_noise_and_back(schedule, noise, point_mass, num_segments: int):
+def test_point_mass_inverts_to_its_own_noise_and_back(process, noise, point_mass, jump, num_segments: int):
     boundaries = Boundaries.uniform(num_segments)
     x0 = point_mass.x0.expand_as(noise)
-    inverted = invert(point_mass, x0, noise, boundaries, schedule)
-    torch.testing.assert_close(inverted, schedule.add_noise(x0, noise, 999), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(generate(point_mass, inverted, boundaries, schedule), x0, rtol=1e-4, atol=1e-4)
-    reconstructed = reconstruct(point_mass, point_mass, x0, noise, boundaries, schedule)
-    torch.testing.assert_close(reconstructed, x0, rtol=1e-4, atol=1e-4)
+    inverted = invert(jump, x0, noise, boundaries, process)
+    torch.testing.assert_close(inverted, process.add_noise(x0, noise, 999), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generate(jump, inverted, boundaries), x0, rtol=1e-4, atol=1e-4)
 
 
 @each_cut
-def test_generate_then_invert_is_the_identity_on_noise(schedule, noise, point_mass, num_segments: int):
+def test_generate_then_invert_is_the_identity_on_noise(process, noise, point_mass, jump, num_segments: int):
     """Up to start_timestep, where inversion begins with a noise of its own: given the same noise, it finds it again."""
     boundaries = Boundaries.uniform(num_segments)
-    x0 = generate(point_mass, schedule.add_noise(point_mass.x0, noise, 999), boundaries, schedule)
-    again = invert(point_mass, x0, noise, boundaries, schedule)
-    torch.testing.assert_close(again, schedule.add_noise(point_mass.x0, noise, 999), rtol=1e-4, atol=1e-4)
+    x0 = generate(jump, process.add_noise(point_mass.x0, noise, 999), boundaries)
+    again = invert(jump, x0, noise, boundaries, process)
+    torch.testing.assert_close(again, process.add_noise(point_mass.x0, noise, 999), rtol=1e-4, atol=1e-4)
 
 
-def test_steps_tell_the_path_and_its_cost(schedule, noise, point_mass):
+def test_steps_tell_the_path_and_its_cost(process, noise, point_mass):
     boundaries, steps = Boundaries.parse("259,519,779,999"), []
     asked: list[int] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor) -> Split:
         assert t.shape == (3,)
         assert t.dtype == torch.long
         asked.append(int(t[0]))
         return point_mass(x, t)
 
-    x = generate(denoise, noise, boundaries, schedule, on_step=steps.append)
-    assert [(step.t, step.s) for step in steps] == list(boundaries.reverse_jumps)
+    jump = DDIMJump(denoise, process)
+    x = generate(jump, noise, boundaries, on_step=steps.append)
+    assert [(step.t, step.s) for step in steps] == list(boundaries.jumps["reverse"])
     assert asked == [999, 779, 519, 259]
     assert torch.equal(steps[-1].x, x)
     assert sum(step.nfe for step in steps) == 4
-    invert(denoise, x, noise, boundaries, schedule, on_step=steps.append)
-    assert [(step.t, step.s) for step in steps[4:]] == list(boundaries.forward_jumps)
+    invert(jump, x, noise, boundaries, process, on_step=steps.append)
+    assert [(step.t, step.s) for step in steps[4:]] == list(boundaries.jumps["forward"])
     assert asked[4:] == [19, 259, 519, 779]
     assert sum(step.nfe for step in steps) == 8
 
 
-def test_guidance_by_two_evaluations_costs_two(schedule, noise, point_mass):
+def test_a_jump_counts_what_its_denoiser_takes(process, noise, point_mass):
     steps: list[Step] = []
-    guided = GuidedDenoiser(point_mass, point_mass, ConstantGuidance(8.0))
-    generate(guided, noise, Boundaries.uniform(3), schedule, on_step=steps.append)
+
+    def twice(x: Tensor, t: Tensor) -> Split:
+        return point_mass(x, t)
+
+    twice.nfe = 2
+    generate(DDIMJump(twice, process), noise, Boundaries.uniform(3), on_step=steps.append)
     assert sum(step.nfe for step in steps) == 6
     steps.clear()
-    ddim_generate(guided, noise, ddim_timesteps(10), schedule, on_step=steps.append)
+    ddim_generate(twice, noise, ddim_timesteps(10), process, on_step=steps.append)
     assert sum(step.nfe for step in steps) == 20
 
 
-def test_latents_stay_float32_around_a_half_precision_network(schedule, noise):
-    x = generate(lambda x, t: x.bfloat16() * 0.5, noise.bfloat16(), Boundaries.uniform(4), schedule)
+def test_latents_stay_float32_around_a_half_precision_network(process, noise):
+    half = DDIMJump(lambda x, t: process.split(x.bfloat16() * 0.5, x, t), process)
+    x = generate(half, noise.bfloat16(), Boundaries.uniform(4))
     assert x.dtype == torch.float32
 
 
-def test_only_run_jumps_builds_a_graph(schedule, noise, point_mass):
+def test_only_run_jumps_builds_a_graph(process, noise, point_mass, jump):
     noise.requires_grad_()
     boundaries = Boundaries.uniform(4)
-    assert not generate(point_mass, noise, boundaries, schedule).requires_grad
-    assert not invert(point_mass, noise, noise, boundaries, schedule).requires_grad
-    assert not ddim_invert(point_mass, noise, ddim_timesteps(5), schedule).requires_grad
-    assert run_jumps(point_mass, noise, [(999, 19)], schedule).requires_grad
+    assert not generate(jump, noise, boundaries).requires_grad
+    assert not invert(jump, noise, noise, boundaries, process).requires_grad
+    assert not ddim_invert(point_mass, noise, ddim_timesteps(5), process).requires_grad
+    assert run_jumps(jump, noise, [(999, 19)]).requires_grad
 
 
 def test_ddim_grid():
@@ -127,52 +135,52 @@ def test_falling_steps_end_at_zero():
 
 
 @pytest.mark.parametrize("timesteps", [ddim_timesteps(50), Boundaries.uniform(4).solver_timesteps])
-def test_ddim_asks_at_the_noisier_end_of_each_step_both_ways(schedule, noise, timesteps: tuple[int, ...]):
+def test_ddim_asks_at_the_noisier_end_of_each_step_both_ways(process, noise, timesteps: tuple[int, ...]):
     asked: list[int] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor) -> Split:
         asked.append(int(t[0]))
-        return 0.1 * x
+        return process.split(0.1 * x, x, t)
 
-    ddim_invert(denoise, noise, timesteps, schedule)
+    ddim_invert(denoise, noise, timesteps, process)
     assert asked == list(timesteps)
     asked.clear()
-    ddim_generate(denoise, noise, timesteps, schedule)
+    ddim_generate(denoise, noise, timesteps, process)
     assert asked == list(timesteps[::-1])
 
 
-def test_ddim_is_exact_on_a_point_mass(schedule, noise, point_mass):
+def test_ddim_is_exact_on_a_point_mass(process, noise, point_mass):
     for num_steps in (1, 5, 50):
         timesteps = ddim_timesteps(num_steps)
-        x_T = schedule.add_noise(point_mass.x0, noise, timesteps[-1])  # noqa: N806
-        x = ddim_generate(point_mass, x_T, timesteps, schedule)
-        torch.testing.assert_close(x, schedule.add_noise(point_mass.x0, noise, 0), rtol=1e-4, atol=1e-4)
+        x_T = process.add_noise(point_mass.x0, noise, timesteps[-1])  # noqa: N806
+        x = ddim_generate(point_mass, x_T, timesteps, process)
+        torch.testing.assert_close(x, process.add_noise(point_mass.x0, noise, 0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("run", "backwards"), [(ddim_generate, True), (ddim_invert, False)])
-def test_ddim_errors_shrink_with_the_grid_on_gaussian_data(schedule, noise, run, backwards: bool):
+def test_ddim_errors_shrink_with_the_grid_on_gaussian_data(process, noise, run, backwards: bool):
     """First order: against the exact flow, ten times the steps leave about a tenth of the error."""
-    gaussian = Gaussian(mean=0.5, std=0.3, schedule=schedule)
+    gaussian = Gaussian(mean=0.5, std=0.3, process=process)
 
     def error(num_steps: int) -> float:
         timesteps = tuple(range(1000 // num_steps - 1, 1000, 1000 // num_steps))
         ends = (999, 0) if backwards else (0, 999)
         start = noise.double() if backwards else (0.5 + 0.3 * noise).double()
-        return float((run(gaussian, start, timesteps, schedule) - gaussian.transport(start, *ends)).abs().mean())
+        return float((run(gaussian, start, timesteps, process) - gaussian.transport(start, *ends)).abs().mean())
 
     errors = [error(n) for n in (5, 10, 20, 50, 100, 200, 500)]
     assert all(finer < 0.75 * coarser for coarser, finer in pairwise(errors)), errors
     assert errors[-1] < 0.02 * errors[0], errors
 
 
-def test_ddim_reconstruction_improves_with_the_grid_on_gaussian_data(schedule, noise):
-    gaussian = Gaussian(mean=0.5, std=0.3, schedule=schedule)
+def test_ddim_reconstruction_improves_with_the_grid_on_gaussian_data(process, noise):
+    gaussian = Gaussian(mean=0.5, std=0.3, process=process)
     x0 = 0.5 + 0.3 * noise
 
     def error(num_steps: int) -> float:
         timesteps = ddim_timesteps(num_steps)
-        x_T = ddim_invert(gaussian, x0, timesteps, schedule)  # noqa: N806
-        return float((ddim_generate(gaussian, x_T, timesteps, schedule) - x0).abs().mean())
+        x_T = ddim_invert(gaussian, x0, timesteps, process)  # noqa: N806
+        return float((ddim_generate(gaussian, x_T, timesteps, process) - x0).abs().mean())
 
     errors = [error(n) for n in (5, 10, 50, 250)]
     assert errors == sorted(errors, reverse=True)
