@@ -79,14 +79,14 @@ class TrainStream:
             return [Piece(shard.url, 0, None) for shard in self._order(epoch)[reader::readers]]
         rank_size, total = self.batch_size * self.batches_per_epoch, sum(shard.samples or 0 for shard in self.shards)
         epochs_per_pass = max(1, total // (rank_size * self.world_size))
-        passed, part = divmod(epoch, epochs_per_pass)
+        full_pass, part = divmod(epoch, epochs_per_pass)
         # in units of batches, so that each worker gets exactly what its batches need
-        owed = [0, *accumulate(len(range(w, self.batches_per_epoch, num_workers)) for w in range(num_workers))]
+        bounds = [0, *accumulate(len(range(w, self.batches_per_epoch, num_workers)) for w in range(num_workers))]
         first = (part * self.world_size + self.rank) * self.batches_per_epoch
-        begin, end = ((first + owed[w]) * self.batch_size for w in (worker, worker + 1))
+        begin, end = ((first + bounds[w]) * self.batch_size for w in (worker, worker + 1))
         if total < rank_size * self.world_size:
             begin, end = (place * total // (rank_size * self.world_size) for place in (begin, end))
-        return _cut(self._order(passed), begin, end)
+        return _cut(self._order(full_pass), begin, end)
 
     def batches(
         self, epoch: int, *, worker: int = 0, num_workers: int = 1, skip: int = 0, tally: Tally | None = None
@@ -122,9 +122,9 @@ class TrainStream:
                 yield batch
                 position += slots
 
-    def _order(self, shuffled: int) -> list[Shard]:
+    def _order(self, full_pass: int) -> list[Shard]:
         order = list(self.shards)
-        random.Random(f"{self.seed} {shuffled}").shuffle(order)
+        random.Random(f"{self.seed} {full_pass}").shuffle(order)
         return order
 
 
@@ -150,21 +150,19 @@ class _Reader:
 
     def admitted(self, rng: random.Random) -> Iterator[tuple[Size, Raw]]:
         while True:
-            number = 0
-            for sized in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
-                number += 1
-                yield sized
-            if number == 0 or self.corrupt_in_a_row >= number:
-                whose = f"worker {self.worker} of rank {self.stream.rank}"
-                raise self.tally.nothing(f"none of the samples for {whose} could be used")
+            count = 0
+            for sample in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
+                count += 1
+                yield sample
+            if count == 0 or self.corrupt_in_a_row >= count:
+                reader = f"worker {self.worker} of rank {self.stream.rank}"
+                raise self.tally.nothing(f"none of the samples for {reader} could be used")
             rng.shuffle(self.pieces)
 
     def decode(self, raws: Iterable[Raw]) -> list[Decoded]:
-        good = []
-        for raw in raws:
-            sample = self.tally.attempt(self.stream.decoder.decode, raw, self.worker)
-            self.corrupt_in_a_row = self.corrupt_in_a_row + 1 if sample is None else 0
-            good += [] if sample is None else [sample]
+        samples = [self.tally.attempt(self.stream.decoder.decode, raw, self.worker) for raw in raws]
+        good = [sample for sample in samples if sample is not None]
+        self.corrupt_in_a_row = 0 if good else self.corrupt_in_a_row + len(samples)
         return good
 
     def _checked(self) -> Iterator[tuple[Size, Raw]]:

@@ -83,6 +83,8 @@ def write_tar(samples: Iterable[dict[str, Any]], path: Path) -> int:
     count = 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
+            if "." in Path(sample["__key__"]).name:
+                raise ValueError(f"key {sample['__key__']} holds a dot, where a key ends: replace it")
             for extension, data in sample.items():
                 if not extension.startswith("__"):
                     header = tarfile.TarInfo(f"{sample['__key__']}.{extension}")  # mtime 0 and no owner

@@ -106,10 +106,13 @@ def test_another_set_is_replaced_only_when_asked(shards, tmp_path):
 
 
 def test_bad_requests_to_the_writer(tmp_path):
+    options = {"shard_size": 1, "parameters": {}}
     with pytest.raises(ValueError, match="shard_size 0"):
         write_shards([], tmp_path, shard_size=0, parameters={})
+    with pytest.raises(ValueError, match=r"key 00000\.b holds a dot"):
+        write_shards([sample | {"__key__": "00000.b"} for sample in numbered_samples(1)], tmp_path, **options)
     with pytest.raises(ValueError, match="no samples"):
-        write_shards([], tmp_path, shard_size=1, parameters={})
+        write_shards([], tmp_path, **options)
 
 
 def test_urls_may_be_a_folder_a_list_or_a_pattern(shards):
