@@ -193,12 +193,12 @@ def curve_figure(curve: Curve, width: int, height: int, size: float) -> Figure:
     axes = figure.subplots()
     for index, name in enumerate(curve.series):
         _draw_line(axes, curve, index, name, size / 7)
-    low, high = axes.dataLim.intervaly
+    smallest, largest = axes.dataLim.intervaly
     ticks = MaxNLocator(7, steps=[1, 2, 5, 10])
     if curve.log_y:
         axes.set_yscale("log")
-        if not 0 < low <= high < 4 * low:  # a power of two or more lies between them
-            ticks = LogLocator(subs=(1, 2, 5) if 0 < high < 100 * low else (1,))
+        if not 0 < smallest <= largest < 4 * smallest:  # a power of two or more lies between them
+            ticks = LogLocator(subs=(1, 2, 5) if 0 < largest < 100 * smallest else (1,))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
     else:

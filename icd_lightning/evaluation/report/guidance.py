@@ -41,34 +41,33 @@ def threshold_plot(results: Sequence[Results]) -> Sheet:
 
 
 @PRINTED
-def trade_off_plot(made: Results, back: Results) -> Sheet:
+def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
     """Fig. 5: quality of generated pictures against the error of inversion, for dynamic guidance over tau1 and tau2.
 
     A line joins the settings of one tau2, where guidance is off above; the number at each point is tau1, where it is
     full below; rings are the step form, tau1 = tau2.
     """
-    quality = next(name for name in QUALITIES if name in made.columns)
-    settings = {decoding: options for decoding, options in made.options.items() if "tau2" in options}
-    at = {decoding: _place(made, back, quality, decoding) for decoding in made.decodings}
+    quality = next(name for name in QUALITIES if name in generated.columns)
+    settings = {name: options for name, options in generated.options.items() if "tau2" in options}
+    places = {decoding: _place(generated, inverted, quality, decoding) for decoding in generated.decodings}
     figure, (axes,) = sheet(height=3.6, width=5.6)
-    for tau2, look in zip(sorted({s["tau2"] for s in settings.values()}), LOOKS, strict=False):
-        line = sorted((d for d, s in settings.items() if s["tau2"] == tau2), key=lambda d: settings[d]["tau1"])
-        points(axes, *zip(*(at[d] for d in line), strict=True), look, label=f"tau2 = {tau2:g}")
-        for decoding in line:
-            tau1 = settings[decoding]["tau1"]
-            axes.annotate(f"{tau1:g}", at[decoding], xytext=(4, -9), textcoords="offset points", fontsize=7)
+    for tau2, look in zip(sorted({options["tau2"] for options in settings.values()}), LOOKS, strict=False):
+        line = {options["tau1"]: places[name] for name, options in settings.items() if options["tau2"] == tau2}
+        points(axes, *zip(*(line[tau1] for tau1 in sorted(line)), strict=True), look, label=f"tau2 = {tau2:g}")
+        for tau1, place in line.items():
+            axes.annotate(f"{tau1:g}", place, xytext=(4, -9), textcoords="offset points", fontsize=7)
             if tau1 == tau2:
-                axes.plot(*at[decoding], "o", markersize=9, markerfacecolor="none", markeredgecolor=look.color)
-    if "w 1" in at:
-        points(axes, *zip(at["w 1"], strict=True), LOOKS[5]._replace(line="", marker="*"), label="unguided")
+                axes.plot(*place, "o", markersize=9, markerfacecolor="none", markeredgecolor=look.color)
+    if "w 1" in places:
+        points(axes, *zip(places["w 1"], strict=True), LOOKS[5]._replace(line="", marker="*"), label="unguided")
     axes.set(xlabel=LATENT_MSE, ylabel=LABELS[quality])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="numbers: tau1\nrings: tau1 = tau2", alignment="left")
     return figure
 
 
-def _place(made: Results, back: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
-    value = bootstrap(made.values(quality, decoding)).scaled(made.style(quality).factor)
-    return bootstrap(back.values("latent_mse", decoding)), value
+def _place(generated: Results, inverted: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
+    value = bootstrap(generated.values(quality, decoding)).scaled(generated.style(quality).factor)
+    return bootstrap(inverted.values("latent_mse", decoding)), value
 
 
 @PRINTED
