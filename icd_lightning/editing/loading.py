@@ -11,8 +11,7 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline
-from torch import nn
+from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from icd_lightning.diffusion import Boundaries, Process
@@ -58,7 +57,7 @@ class StudentPipeline(DiffusionPipeline):
         vae: AutoencoderKL | AutoencoderDC,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        unet: nn.Module,
+        unet: UNet2DConditionModel,  # `from_pipe` of diffusers hands over parts of exactly these types
         scheduler: DDIMScheduler,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,

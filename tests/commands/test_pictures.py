@@ -21,9 +21,9 @@ from icd_lightning.data.images import to_images
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.metrics.reconstruction import psnr
-from icd_lightning.models.checkpoints import save_student
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, Students
+from icd_lightning.models.student_file import write_diffusers
+from icd_lightning.models.students import DIRECTIONS, LoraStudents
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import scene_at
 
@@ -218,9 +218,9 @@ def test_a_photograph_by_networks_of_the_true_families(folder, caplog, name, met
     """With all their blocks, narrow and random, and new students in files: the whole path, by each family's own way."""
     model = f"random:{write_configs(name, folder / name)}"
     family = Family(model)
-    students = Students(family.load_unet(guided=True), family.load_schedule())
-    for adapter, direction in ADAPTERS.items():
-        save_student(students, adapter, folder / direction, metadata={"boundaries": [0, 259, 519, 779, 999]})
+    students = LoraStudents(family.load_model(guided=True))
+    for direction in DIRECTIONS:
+        write_diffusers(students.file(direction, {"boundaries": [0, 259, 519, 779, 999]}), folder / direction)
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)).save("photo.jpg")
     prompts = ["--source", "a cat on a bench", "--target", "a dog on a bench"]
     weights = ["--model", model, "--forward", "forward", "--reverse", "reverse", "--device", "cpu"]

@@ -9,11 +9,12 @@ from golden_case import load_json, load_tensors
 from torch import Tensor
 
 import icd_lightning  # noqa: F401  must come before diffusers
-from icd_lightning.diffusion import Denoiser, NoiseSchedule
+from icd_lightning.diffusion import VP, Denoiser, Process
 from icd_lightning.editing.baselines.branches import ConditionalNetwork
 from icd_lightning.editing.baselines.parts import Parts
-from icd_lightning.models.backbone import predict
+from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.diffusion_model import DiffusionModel
 
 
 @dataclass
@@ -23,7 +24,7 @@ class GivenEmbeddings:
     embeds: dict[str, Tensor]
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(torch.stack([self.embeds[prompt] for prompt in prompts]))
+        return Conditioning(prompt_embeds=torch.stack([self.embeds[prompt] for prompt in prompts]))
 
     def unconditional(self, batch_size: int) -> Conditioning:
         return self([""] * batch_size)
@@ -35,12 +36,12 @@ def golden_parts() -> tuple[Parts, dict[str, Tensor], str]:
     unet = UNet2DConditionModel(**meta["unet_config"]).requires_grad_(False).eval()
     unet.load_state_dict(load_tensors("baselines_unet.safetensors"))
     embeds = {meta["prompt"]: tensors["prompt_embeds"][0], "": tensors["uncond_embeds"][0]}
-    network = ConditionalNetwork(lambda x, t, conditioning, w: predict(unet, x, t, conditioning, w))
-    return Parts(network, NoiseSchedule(), None, GivenEmbeddings(embeds), unet), tensors, meta["prompt"]
+    parts = Parts.of(DiffusionModel(unet, VP(), UNet()), None, GivenEmbeddings(embeds))
+    return parts, tensors, meta["prompt"]
 
 
-def analytic_parts(denoise: Denoiser, schedule: NoiseSchedule) -> Parts:
+def analytic_parts(denoise: Denoiser, process: Process) -> Parts:
     """A network known by formula, whatever the prompt says."""
-    network = ConditionalNetwork(lambda x, t, conditioning, w: denoise(x, t))
+    network = ConditionalNetwork(lambda x, t, conditioning, w: denoise(x, t).eps)
     embeds = {name: torch.zeros(1, 1) for name in ("", "source", "target")}
-    return Parts(network, schedule, None, GivenEmbeddings(embeds), None)
+    return Parts(network, None, GivenEmbeddings(embeds), DiffusionModel(None, process, UNet()))

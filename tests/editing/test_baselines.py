@@ -66,7 +66,7 @@ def method(request, parts):
 
 def test_evaluations_are_counted_and_declared(method, images):
     steps, rows = list[Step](), []
-    hook = method.parts.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    hook = method.parts.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     method.edit(images, SOURCES, TARGETS, on_step=steps.append)
     assert sum(step.nfe for step in steps) == sum(rows) / len(images) == method.nfe()
     rows.clear()
@@ -92,12 +92,12 @@ def test_an_edit_to_the_same_prompts_is_a_reconstruction(method, images):
 
 
 def test_nothing_is_left_behind(method, images):
-    processors, state = dict(method.parts.unet.attn_processors), torch.get_rng_state()
+    processors, state = dict(method.parts.model.network.attn_processors), torch.get_rng_state()
     result = method.edit(images.clone().requires_grad_(), SOURCES, TARGETS)
-    assert method.parts.unet.attn_processors == processors
+    assert method.parts.model.network.attn_processors == processors
     assert torch.equal(torch.get_rng_state(), state)
     assert not result.requires_grad
-    assert all(parameter.grad is None for parameter in method.parts.unet.parameters())
+    assert all(parameter.grad is None for parameter in method.parts.model.network.parameters())
 
 
 @pytest.mark.parametrize("name", ["npi", "nti", "pnp_inversion", "edit_friendly", "infedit"])
@@ -166,11 +166,11 @@ def test_sdxl_is_told_the_size_of_the_pictures(layouts, name):
     family = Family(str(layouts["sdxl"]))
     if name == "ddim":
         method = DDIMInversion(family, num_inference_steps=2)
-        unet = method.unet
+        unet = method.model.network
     else:
         cls, settings = SMALL[name]
         method = cls(Parts.load(family, few_step=name == "infedit"), **settings)
-        unet = method.parts.unet
+        unet = method.parts.model.network
     told = []
     hook = unet.register_forward_pre_hook(
         lambda module, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
@@ -201,7 +201,7 @@ def test_ddim_counts_what_guidance_takes(family, images):
             assert sum(step.nfe for step in steps) == method.nfe(guidance=guidance, swap_tau=swap_tau)
 
 
-def test_branches_joined_are_branches_apart(parts, schedule):
+def test_branches_joined_are_branches_apart(parts):
     """Whatever w each has, and whether the network takes it."""
     x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     for few_step, costs in ((False, 3), (True, 2)):
@@ -309,7 +309,7 @@ def test_a_teacher_taken_for_a_few_step_model_is_named(layouts, tmp_path, caplog
         build(name, Family(model), **settings)
     found = [record.getMessage() for record in caplog.records if "taken for an LCM or Turbo" in record.getMessage()]
     assert len(found) == (name != "renoise_sdxl")
-    assert all(message.startswith(f"{model} has no guidance-distilled UNet") for message in found)
+    assert all(message.startswith(f"{model} has no guidance-distilled network") for message in found)
 
 
 @pytest.mark.parametrize(

@@ -68,14 +68,14 @@ def test_one_fit_of_null_text_inversion(golden, unguided_path, guided_path, inde
     assert method.guidance.guidance_scale == load_json("baselines.json")["guidance_scale"]
     source, null = parts.conditioner([prompt]), parts.conditioner.unconditional(1)
     if index:
-        null = Conditioning(tensors["nti.null_embeds"][index - 1])
+        null = Conditioning(prompt_embeds=tensors["nti.null_embeds"][index - 1])
     with torch.no_grad():
         _, fitted, rounds = method.fit_step(guided_path[index], unguided_path[index + 1], index, source, null)
-    error = (fitted.prompt_embeds - tensors["nti.null_embeds"][index]).abs()
+    error = (fitted.tensors["prompt_embeds"] - tensors["nti.null_embeds"][index]).abs()
     assert error.mean() < 3e-5
     assert (error > 1e-4).float().mean() < 0.05
     assert (error > 1e-3).float().mean() < 0.02
-    moved = (tensors["nti.null_embeds"][index] - null.prompt_embeds).abs()
+    moved = (tensors["nti.null_embeds"][index] - null.tensors["prompt_embeds"]).abs()
     assert moved.max() > 1e-2
     assert rounds == load_json("baselines.json")["nti"]["inner_steps"]
 

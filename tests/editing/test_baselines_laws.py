@@ -9,7 +9,7 @@ import torch
 from analytic import Gaussian
 from baselines_case import analytic_parts
 
-from icd_lightning.diffusion import NoiseSchedule, Step, StepGuidance, ddim_invert, ddim_timesteps
+from icd_lightning.diffusion import VP, Step, StepGuidance, ddim_invert, ddim_timesteps
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import CONTROL, InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
@@ -67,8 +67,8 @@ def test_the_stored_noise_brings_the_picture_back(parts, latents, skip):
 
 def test_noisings_are_independent(latents):
     """So the stored noise of neighbours is more than a sampler would draw, and correlates, as the paper says."""
-    schedule = NoiseSchedule()
-    gaussian = analytic_parts(Gaussian(0.0, 1.0, schedule), schedule)  # data that are noise: nothing is to be removed
+    process = VP()
+    gaussian = analytic_parts(Gaussian(0.0, 1.0, process), process)  # data that are noise: nothing is to be removed
     method = EditFriendlyInversion(gaussian, num_inference_steps=50, skip=0)
     inversion = method.invert_latents(latents, ["source"] * 2)
     middle = torch.stack(list(inversion.per_step[5:45]))
@@ -185,7 +185,7 @@ def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
         method.generate_latents(TARGET, inversion, on_step=steps.append, **told)
         return [(step.x[-4:-2] - step.x[-2:]).abs().amax(dim=1).flatten(1) for step in steps]
 
-    vague = [index for index, (t, _) in enumerate(method.steps) if method.schedule.alpha(t) < BLUR]
+    vague = [index for index, (t, _) in enumerate(method.steps) if method.process.alpha(t) < BLUR]
     for index, apart in enumerate(decode(blend_threshold=0.999)):  # random attention is all but the same everywhere
         kept = (apart == 0).float().mean(dim=1)
         if index in (0, last):
@@ -203,7 +203,7 @@ def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
 
 
 def test_a_network_without_a_place_for_the_negative_prompt_is_refused(few_step_parts):
-    with pytest.raises(ValueError, match="needs a UNet without guidance embedding"):
+    with pytest.raises(ValueError, match="needs a network without guidance embedding"):
         NegativePromptInversion(few_step_parts)
 
 
@@ -243,9 +243,9 @@ def renoise(parts: Parts, count: int, sampler: Sampler, **settings) -> ReNoise:
 
 
 @pytest.mark.parametrize("sampler", [Sampler("ddim", 5), Sampler("jumps", 2, (499, 999))], ids=lambda s: s.kind)
-def test_more_renoisings_leave_less_error(schedule, latents, sampler):
+def test_more_renoisings_leave_less_error(process, latents, sampler):
     """On Gaussian data, whose steps are linear and contract: less with each, down to rounding."""
-    gaussian = analytic_parts(Gaussian(0.5, 0.6, schedule), schedule)
+    gaussian = analytic_parts(Gaussian(0.5, 0.6, process), process)
     errors = []
     for count in (0, 1, 2, 4, 8, 16):
         method = renoise(gaussian, count, sampler)
@@ -256,17 +256,17 @@ def test_more_renoisings_leave_less_error(schedule, latents, sampler):
     assert errors[-1] < 0.3 * errors[0], errors
 
 
-def test_no_renoising_is_ddim_inversion(schedule, latents):
-    gaussian = Gaussian(0.5, 0.6, schedule)
-    method = renoise(analytic_parts(gaussian, schedule), 0, Sampler("ddim", 5))
+def test_no_renoising_is_ddim_inversion(process, latents):
+    gaussian = Gaussian(0.5, 0.6, process)
+    method = renoise(analytic_parts(gaussian, process), 0, Sampler("ddim", 5))
     inverted = method.invert_latents(latents, ["source"] * 2).noise
-    close(inverted, ddim_invert(gaussian, latents, ddim_timesteps(5), schedule), atol=1e-5)
+    close(inverted, ddim_invert(gaussian, latents, ddim_timesteps(5), process), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ancestral", "lcm"])
-def test_corrected_noise_brings_all_but_the_last_step_back(schedule, latents, kind):
+def test_corrected_noise_brings_all_but_the_last_step_back(process, latents, kind):
     """However few re-noisings: a correction without limit leaves the error of the step that draws nothing."""
-    gaussian = analytic_parts(Gaussian(0.5, 0.6, schedule), schedule)
+    gaussian = analytic_parts(Gaussian(0.5, 0.6, process), process)
     method = renoise(gaussian, 1, Sampler(kind, 4), correction=math.inf)
     up, down = list[Step](), list[Step]()
     inversion = method.invert_latents(latents, ["source"] * 2, on_step=up.append)
@@ -294,7 +294,7 @@ def test_published_evaluations(parts, latents):
         "renoise_lcm": 35,
     }
     calls, steps, method = [], list[Step](), methods["renoise_turbo"]
-    hook = parts.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    hook = parts.model.network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     inversion = method.invert_latents(latents[:1], SOURCE[:1], on_step=steps.append)
     method.generate_latents(TARGET[:1], inversion, guidance=method.guidance, on_step=steps.append)
     hook.remove()

@@ -7,8 +7,8 @@ from analytic import PointMass
 from family_case import BOUNDARIES, write_students
 from torch import Tensor
 
-from icd_lightning.diffusion import Boundaries, NoiseSchedule, StepGuidance
-from icd_lightning.editing.consistency import InvertibleConsistency, boundaries_in_name
+from icd_lightning.diffusion import Boundaries, Process, Split, StepGuidance
+from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import UNGUIDED, PromptSwap, seeded_noise
 from icd_lightning.evaluation.methods import AttentionControlled
 from icd_lightning.models.family import Family
@@ -45,7 +45,7 @@ def test_a_batch_equals_its_samples_alone(pipeline, images):
 
 def test_every_evaluation_is_counted_and_none_is_wasted(pipeline, images):
     batches, steps = [], []
-    hook = pipeline.students.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    hook = pipeline.students.network.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     pipeline.edit(images, SOURCES, TARGETS, guidance=GUIDED, on_step=steps.append)
     hook.remove()
     assert [(step.t, step.s) for step in steps[:4]] == [(19, 259), (259, 519), (519, 779), (779, 999)]
@@ -57,7 +57,7 @@ def test_every_evaluation_is_counted_and_none_is_wasted(pipeline, images):
 def test_an_edit_by_attention_evaluates_its_source_too(pipeline, images):
     parts = (pipeline.students, pipeline.autoencoder, pipeline.conditioner, pipeline.boundaries)
     method, rows, steps = AttentionControlled(*parts), [], []
-    hook = pipeline.students.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    hook = pipeline.students.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     method.edit(images, SOURCES, TARGETS, guidance=GUIDED, on_step=steps.append)
     hook.remove()
     assert sum(step.nfe for step in steps) == sum(rows) / len(images) == method.nfe(guidance=GUIDED) == 12
@@ -94,7 +94,7 @@ def test_the_source_prompt_is_followed_above_tau(tau, switches_at):
     asked = {"source": [], "target": []}
 
     def denoiser(name):
-        return lambda x, t: asked[name].append(int(t[0])) or x
+        return lambda x, t: asked[name].append(int(t[0])) or Split(x, x)
 
     swap, times = PromptSwap(denoiser("source"), denoiser("target"), tau), [999, 779, 519, 259]
     for t in times:
@@ -107,8 +107,8 @@ def test_a_swap_counts_the_evaluations_of_whoever_was_asked():
     class Costly:
         nfe: int = 2
 
-        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-            return x
+        def __call__(self, x: Tensor, t: Tensor) -> Split:
+            return Split(x, x)
 
     swap, x = PromptSwap(lambda x, t: x, Costly(), 0.8), torch.zeros(1, 1, 1, 1)
     counted = [(swap(x, torch.tensor([t])), swap.nfe)[1] for t in (999, 779)]
@@ -137,20 +137,20 @@ class ExactStudents:
     """Students of data that are one point, where DDIM is exact."""
 
     x0: Tensor
-    schedule: NoiseSchedule
+    process: Process
 
     def forward_model(self, conditioning) -> PointMass:
-        return PointMass(self.x0, self.schedule)
+        return PointMass(self.x0, self.process)
 
     def reverse_model(self, conditioning, guidance) -> PointMass:
-        return PointMass(self.x0, self.schedule)
+        return PointMass(self.x0, self.process)
 
 
 @pytest.mark.parametrize("ends", ["999", "259,519,779,999"])
 def test_exact_students_bring_back_what_the_autoencoder_does(pipeline, images, ends):
     one = images[:1]
     latents = pipeline.autoencoder.encode(one)
-    students = ExactStudents(latents[0], pipeline.schedule)
+    students = ExactStudents(latents[0], pipeline.process)
     parts = (pipeline.autoencoder, pipeline.conditioner, Boundaries.parse(ends))
     exact = InvertibleConsistency(students, *parts)
     result = exact.generate(["any"], exact.invert(one, ["any"]))
@@ -160,7 +160,7 @@ def test_exact_students_bring_back_what_the_autoencoder_does(pipeline, images, e
 def test_running_leaves_nothing_behind(pipeline, images):
     result = pipeline.edit(images.clone().requires_grad_(), SOURCES, TARGETS, guidance=GUIDED)
     assert not result.requires_grad
-    assert pipeline.students.active is None
+    assert pipeline.students.active == "teacher"
     assert result.min() >= -1
     assert result.max() <= 1
 
@@ -168,7 +168,7 @@ def test_running_leaves_nothing_behind(pipeline, images):
 def test_sizes_follow_from_the_family(pipeline):
     assert pipeline.resolution == 64
     assert pipeline.latent_shape(2, 64, 128) == (2, 16, 8, 16)
-    assert pipeline.schedule.prediction_type == "v_prediction"
+    assert pipeline.process.prediction_type == "v_prediction"
 
 
 def test_pictures_may_be_larger_than_those_of_the_training(pipeline):
@@ -197,7 +197,7 @@ def test_boundaries_come_from_the_students_unless_they_are_given(random_family, 
     assert pipeline.boundaries.boundary_timesteps == tuple(BOUNDARIES)
     released = "249_499_699_999"  # 249 is off the solver's grid
     given = InvertibleConsistency.from_pretrained(family, boundaries=released)
-    assert given.boundaries.reverse_jumps == ((999, 699), (699, 499), (499, 249), (249, 0))
+    assert given.boundaries.jumps["reverse"] == ((999, 699), (699, 499), (499, 249), (249, 0))
     with pytest.raises(ValueError, match="not whole numbers"):
         InvertibleConsistency.from_pretrained(family, boundaries="a,b")
 
@@ -226,25 +226,11 @@ def test_students_that_are_missing_or_mixed_up(random_family, tmp_path):
     family, students = Family(str(random_family)), random_family / "students"
     with pytest.raises(FileNotFoundError, match="no student at"):
         InvertibleConsistency.from_pretrained(family, forward=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="holds the reverse model; adapter 'fcd' is the forward model"):
+    with pytest.raises(ValueError, match="holds the reverse model, and is given as the forward model"):
         InvertibleConsistency.from_pretrained(family, forward=str(students / "reverse"))
 
 
-@pytest.mark.parametrize(
-    ("name", "ends"),
-    [
-        ("iCD-SD15-reverse_259_519_779_999", [0, 259, 519, 779, 999]),
-        ("iCD-SD15-forward_19_259_519_779", [0, 259, 519, 779, 999]),
-        ("iCD-SDXL-reverse_249_499_699_999", [0, 249, 499, 699, 999]),
-        ("iCD-SDXL-forward_19_339_699", [0, 339, 699, 999]),
-        ("pytorch_lora_weights", None),
-    ],
-)
-def test_released_files_say_their_boundaries_by_name(name, ends):
-    assert boundaries_in_name(name) == ends
-
-
 def test_bad_boundaries_are_refused_before_anything_is_loaded(random_family, monkeypatch):
-    monkeypatch.setattr(Family, "load_unet", lambda self, **_: pytest.fail("loaded"))
+    monkeypatch.setattr(Family, "load_model", lambda self, **_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="not whole numbers"):
         InvertibleConsistency.from_pretrained(Family(str(random_family)), boundaries="a,b")

@@ -22,8 +22,8 @@ from icd_lightning.editing.defaults import suitable_tau
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
-from icd_lightning.models.checkpoints import save_released
 from icd_lightning.models.family import Family
+from icd_lightning.models.student_file import write_released
 
 SOURCES = ["a large red circle", "a small blue square", "a green ring on a plain white background", "a star"]
 TARGETS = ["a large blue circle", "a small blue star", "a red ring on a plain white background", "a yellow star"]
@@ -93,7 +93,7 @@ def test_it_gives_what_the_method_and_prompt_to_prompt_give(pipe, random_family,
     torch.testing.assert_close(noise, inverted, rtol=0, atol=0)
     swapped = method.swap(inverted, SOURCES, TARGETS, guidance=guidance, swap_tau=0.8)
     close(edited(pipe, images) * 2 - 1, swapped)
-    editing = PromptToPromptEditing(method, method.students.unet, 4, CONTROL)
+    editing = PromptToPromptEditing(method, method.students.network, 4, CONTROL)
     close(edited(pipe, images, control=CONTROL) * 2 - 1, editing(inverted, SOURCES, TARGETS, guidance=guidance))
     back = pipe.reconstruct(images, SOURCES, output_type="pt").images
     close(back * 2 - 1, method.generate(SOURCES, inverted))
@@ -259,15 +259,16 @@ def test_parts_can_be_shared(pipe, images):
 
 
 def test_a_bare_unet_gets_students_that_begin_as_itself(pipe, random_family, images):
-    unet = Family(str(random_family)).load_unet(guided=True)
+    unet = Family(str(random_family)).load_model(guided=True).network
     new = InvertibleConsistencyPipeline(**{**pipe.components, "unet": unet}, **pipe.parameters)
     new.set_progress_bar_config(disable=True)
     assert new.students is not pipe.students
     assert not torch.allclose(edited(new, images), edited(pipe, images))
     plain = InvertibleConsistency(new.students, new.method.autoencoder, new.method.conditioner, new.boundaries)
     x, t = torch.zeros(1, 16, 8, 8), torch.tensor([999])
-    eps = plain.denoiser(["a"], StepGuidance(3.0))(x, t)
-    assert torch.equal(eps, new.students.teacher(new.method.conditioner(["a"]), StepGuidance(3.0))(x, t))
+    eps = plain.denoiser(["a"], StepGuidance(3.0))(x, t).eps
+    teacher = new.students.denoiser("teacher", new.method.conditioner(["a"]), StepGuidance(3.0))
+    assert torch.equal(eps, teacher(x, t).eps)
 
 
 def test_what_is_saved_loads_again(pipe, random_family, images, tmp_path):
@@ -317,11 +318,11 @@ def test_the_shipped_family_is_the_default():
 def test_students_of_the_released_formats(pipe, random_family, images, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(random_family, model, ignore=shutil.ignore_patterns("unet_guided", "students", "icd.json"))
-    torch.save(Family(str(random_family)).load_unet(guided=True).state_dict(), tmp_path / "cfg_distill.pt")
+    torch.save(Family(str(random_family)).load_model(guided=True).network.state_dict(), tmp_path / "cfg_distill.pt")
     paths = {"forward": "iCD-SD15-forward_19_259_519_779", "reverse": "iCD-SD15-reverse_259_519_779_999"}
     paths = {name: str(tmp_path / f"{stem}.safetensors") for name, stem in paths.items()}
-    save_released(pipe.students, "fcd", paths["forward"])
-    save_released(pipe.students, "cd", paths["reverse"])
+    for direction, path in paths.items():
+        write_released(pipe.students.file(direction, {}), path)
     released = loaded(model, guided_unet=str(tmp_path / "cfg_distill.pt"), **paths)
     assert released.boundaries == dataclasses.replace(pipe.boundaries)
     assert (released.config.guidance_scale, released.config.edit_guidance_scale, released.config.tau) == (
@@ -356,7 +357,7 @@ def test_a_pipeline_can_be_cast(own_pipe, images):
     expected = edited(own_pipe, images)
     own_pipe.to(torch.bfloat16)
     assert next(own_pipe.unet.parameters()).dtype == torch.bfloat16
-    assert own_pipe.students.schedule.alphas_cumprod.dtype == torch.float32
+    assert own_pipe.students.process.alphas_cumprod.dtype == torch.float32
     assert (edited(own_pipe, images) - expected).abs().mean() < 0.05
 
 
@@ -401,7 +402,7 @@ def test_nothing_is_left_behind(pipe, images):
     processors = dict(pipe.unet.attn_processors)
     result = edited(pipe, images.clone().requires_grad_(), control=CONTROL)
     assert not result.requires_grad
-    assert pipe.students.active is None
+    assert pipe.students.active == "teacher"
     assert pipe.unet.attn_processors == processors
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizer
 
-from icd_lightning.diffusion import Boundaries, StepGuidance, generate
+from icd_lightning.diffusion import Boundaries, DDIMJump, StepGuidance, generate
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
@@ -22,8 +22,9 @@ from icd_lightning.editing.prompt_to_prompt import (
 )
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import choose_layers
-from icd_lightning.models.backbone import guided_denoiser
+from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 
 GOLDEN = load_json("p2p.json")
@@ -44,7 +45,7 @@ def noise(method) -> Tensor:
 
 
 def editing(method, settings=PromptToPrompt(), **options) -> PromptToPromptEditing:  # noqa: B008
-    return PromptToPromptEditing(method, method.students.unet, method.boundaries.num_segments, settings, **options)
+    return PromptToPromptEditing(method, method.students.network, method.boundaries.num_segments, settings, **options)
 
 
 def control_of(method, noise, settings=PromptToPrompt(), num_steps=4) -> PromptToPromptControl:  # noqa: B008
@@ -90,18 +91,19 @@ def golden_settings(case) -> PromptToPrompt:
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
-def test_edits_are_those_of_the_reference(golden_unet, golden_tokenizer, schedule, case):
+def test_edits_are_those_of_the_reference(golden_unet, golden_tokenizer, process, case):
     tensors, name = load_tensors("p2p.safetensors"), case["name"]
     noise, boundaries = tensors[f"{name}.x_T"], Boundaries.parse(",".join(map(str, case["steps"])), allow_off_grid=True)
     guidance = PairedGuidance(UNGUIDED, StepGuidance(case["w_minus_1"] + 1, case["tau"]))
-    denoise = guided_denoiser(golden_unet, schedule, Conditioning(tensors[f"{name}.prompt_embeds"]), guidance)
+    conditioning = Conditioning(prompt_embeds=tensors[f"{name}.prompt_embeds"])
+    jump = DDIMJump(DiffusionModel(golden_unet, process, UNet()).denoiser(conditioning, guidance), process)
     source, target = case["prompts"]
     control = PromptToPromptControl(
         golden_settings(case), [source], [target], noise, tokenizer=golden_tokenizer, num_steps=len(case["steps"])
     )
 
     def decode(**options) -> Tensor:
-        return generate(denoise, noise.repeat(2, 1, 1, 1), boundaries, schedule, **options)
+        return generate(jump, noise.repeat(2, 1, 1, 1), boundaries, **options)
 
     with control.attached(golden_unet):
         controlled = decode(on_step=control.on_step)
@@ -136,9 +138,9 @@ def test_the_source_is_not_touched_and_the_target_is(method, noise):
 
 def test_without_control_it_is_a_plain_swap_to_the_bit(method, noise):
     control = control_of(method, noise, PLAIN)
-    before = method.students.unet.attn_processors
-    with control.attached(method.students.unet):
-        assert method.students.unet.attn_processors == before
+    before = method.students.network.attn_processors
+    with control.attached(method.students.network):
+        assert method.students.network.attn_processors == before
     assert torch.equal(
         editing(method, PLAIN).decode(noise, SOURCES, TARGETS, guidance=GUIDED), plain_pairs(method, noise)
     )
@@ -146,7 +148,7 @@ def test_without_control_it_is_a_plain_swap_to_the_bit(method, noise):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_the_network_is_as_before(method, noise, fails):
-    unet, expected = method.students.unet, plain_pairs(method, noise)
+    unet, expected = method.students.network, plain_pairs(method, noise)
     before = {name: id(processor) for name, processor in unet.attn_processors.items()}
 
     def interrupt(step) -> None:
@@ -159,7 +161,7 @@ def test_afterwards_the_network_is_as_before(method, noise, fails):
     except KeyboardInterrupt:
         assert fails
     assert {name: id(processor) for name, processor in unet.attn_processors.items()} == before
-    assert method.students.active is None
+    assert method.students.active == "teacher"
     assert torch.equal(plain_pairs(method, noise), expected)
 
 
@@ -179,7 +181,7 @@ def test_a_batch_of_pairs_equals_its_pairs_alone(method, noise):
 
 def test_an_edit_takes_four_evaluations_of_two_rows(method, noise):
     rows, steps = [], []
-    hook = method.students.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    hook = method.students.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     result = editing(method)(noise[:1], SOURCES[:1], TARGETS[:1], guidance=GUIDED, on_step=steps.append)
     hook.remove()
     assert rows == [2, 2, 2, 2]
@@ -209,7 +211,7 @@ class Count(TorchFunctionMode):
     ],
 )
 def test_only_layers_that_are_read_leave_the_fused_kernel(method, noise, settings, by_step):
-    found, layers = [], len(method.students.unet.attn_processors)
+    found, layers = [], len(method.students.network.attn_processors)
     with Count() as count:
 
         def end(step) -> None:
@@ -219,7 +221,7 @@ def test_only_layers_that_are_read_leave_the_fused_kernel(method, noise, setting
         denoise = method.denoiser([*SOURCES, *TARGETS], PairedGuidance(UNGUIDED, GUIDED))
         control = control_of(method, noise, settings)
         count.calls.clear()  # the text encoder's
-        with control.attached(method.students.unet):
+        with control.attached(method.students.network):
             method.from_noise(
                 denoise, noise.repeat(2, 1, 1, 1), on_step=lambda step: (control.on_step(step), end(step))
             )
@@ -228,10 +230,10 @@ def test_only_layers_that_are_read_leave_the_fused_kernel(method, noise, setting
 
 def test_unconditional_rows_are_left_alone(method, noise):
     """Classifier-free guidance puts them first, as many as it likes."""
-    unet, x, others = method.students.unet, noise.repeat(2, 1, 1, 1), seeded_noise((2, *noise.shape[1:]), 9)
+    unet, x, others = method.students.network, noise.repeat(2, 1, 1, 1), seeded_noise((2, *noise.shape[1:]), 9)
 
     def evaluate(rows: Tensor, prompts: list[str]) -> Tensor:
-        return method.denoiser(prompts, UNGUIDED)(rows, torch.full((len(rows),), 779))
+        return method.denoiser(prompts, UNGUIDED)(rows, torch.full((len(rows),), 779)).eps
 
     with torch.no_grad():
         expected = evaluate(others, ["", "a ring"])
@@ -246,8 +248,8 @@ def test_unconditional_rows_are_left_alone(method, noise):
 def test_it_works_with_classifier_free_guidance(random_family, noise):
     teacher = DDIMInversion(Family(str(random_family)), num_inference_steps=5)
     rows = []
-    teacher.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    edit = PromptToPromptEditing(teacher, teacher.unet, 5, PromptToPrompt(cross_replace=0.4, self_replace=0.8))
+    teacher.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    edit = PromptToPromptEditing(teacher, teacher.model.network, 5, PromptToPrompt(cross_replace=0.4, self_replace=0.8))
     latents = edit.decode(noise, SOURCES, TARGETS, guidance=StepGuidance(3.0, 0.5))
     assert rows == [6, 6, 12, 12, 12]  # guided for t <= 500 alone
     close(latents[:3], teacher.from_noise(teacher.denoiser(SOURCES, UNGUIDED), noise))
@@ -329,7 +331,7 @@ def test_layers_at_every_size():
 
 
 def test_one_evaluation_is_one_step(method, noise):
-    unet, x, t = method.students.unet, noise.repeat(2, 1, 1, 1), torch.full((6,), 999)
+    unet, x, t = method.students.network, noise.repeat(2, 1, 1, 1), torch.full((6,), 999)
     denoise = method.denoiser([*SOURCES, *TARGETS], UNGUIDED)
     control = control_of(method, noise)
     with torch.no_grad(), control.attached(unet):
@@ -345,7 +347,7 @@ def test_one_evaluation_is_one_step(method, noise):
 
 
 def test_one_control_at_a_time(method, noise):
-    first, second = (control_of(method, noise).attached(method.students.unet) for _ in range(2))
+    first, second = (control_of(method, noise).attached(method.students.network) for _ in range(2))
     with first, pytest.raises(ValueError, match="already changed by CrossAttention"), second:
         pass
 
