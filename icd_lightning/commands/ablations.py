@@ -111,7 +111,7 @@ def train(root: Path, name: str, configs: Sequence[Path], options: dict[str, obj
     import json
 
     from icd_lightning.commands import fit
-    from icd_lightning.models.checkpoints import WEIGHTS_NAME
+    from icd_lightning.models.student_file import WEIGHTS_NAME
 
     missing = [str(file) for file in configs if not file.is_file()]
     if missing:

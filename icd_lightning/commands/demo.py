@@ -49,7 +49,7 @@ def demo(
     shapes(str(root / "shards" / "val"), count=128, seed=1)
     log.info("2/4 before training: DDIM-50 and the untrained students")
     study = DemoStudy(root, eval_count, Family(model))
-    study.measure_before()
+    before = study.measure_before()
     log.info("3/4 training both students")
     configs = [word for name in CONFIGS for word in ("--config", str(Path(conf) / name))]
     overrides = {
@@ -61,5 +61,5 @@ def demo(
     }
     fit.run(["fit", *configs, *(f"--{key}={value}" for key, value in overrides.items())])
     log.info("4/4 after training, and the report")
-    study.measure_after()
-    study.report(seconds=time.monotonic() - start if whole else None)
+    after = study.measure_after()
+    study.report(before, after, seconds=time.monotonic() - start if whole else None)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
     *,
-    benchmark: Literal[
-        "scenes", "inversion", "generation", "guidance", "piebench", "coco_edit", "tiny_edit"
-    ] = "scenes",
-    method: str = "icd",
+    benchmark: str = "scenes",
+    method: str | None = None,
     metrics: str | None = None,
     data: str | None = None,
     images: str | None = None,
@@ -23,7 +21,7 @@ def evaluate(
     tau: float | None = None,
     grid: str = "",
     seed: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     ddim: bool = True,
     out: str | None = None,
     **options: Any,
@@ -42,10 +40,11 @@ def evaluate(
 
     Args:
         benchmark: scenes, the tour; inversion (Tables 2 and 5); generation (Table 4; with --grid Fig. 5); guidance
-            (Table 1, Fig. 4); piebench, coco_edit, or tiny_edit, whose scenes have known true results.
+            (Table 1, Fig. 4); piebench, coco_edit; tiny_edit, whose scenes have known true results; or the path of a
+            benchmark of yours, package.module.NAME.
         method: Comma-separated: icd (edits as suits the model), icd_p2p (by Prompt-to-Prompt), icd_swap (by swapping
-            the prompt), untrained (the teacher through the students' jumps), ddim, ... or all; of `scenes`, always
-            icd, untrained and ddim.
+            the prompt), untrained (the teacher through the students' jumps), ddim, ... or all; by default icd, of
+            `scenes` ddim, untrained and icd.
         metrics: Comma-separated names, or a preset, icd or piebench; by default what suits the benchmark and the model.
         data: COCO's captions as JSON, a CSV of image and caption, PIE-Bench's folder, or a CSV of COCO edits; without
             it, held-out scenes of the tiny world.
@@ -56,51 +55,31 @@ def evaluate(
         tau: Dynamic guidance guides at t <= tau T only; by default the family's own, and 0.8 in the reconstructions of
             `scenes`.
         grid: Settings to try, every combination, as in "tau=0.6,0.8 swap_tau=0.6,0.8"; guidance is w, tau, tau1 with
-            tau2, or lo with hi, and for edits there are the method's own options.
+            tau2, or lo with hi; for edits there are the method's own options, and for all benchmarks the numbers of
+            its constructor, as in "strength=0.3,0.5".
         seed: Of the random numbers; of `scenes`, which world the scenes come from.
-        batch_size: Pictures at once.
-        ddim: Of `scenes`: measure DDIM-50 too, which takes most of the time.
+        batch_size: Pictures at once, by default 16, of `scenes` 64.
+        ddim: Measure DDIM-50 too, which takes most of the time of `scenes`.
         out: Folder of all results, by default outputs/eval-BENCHMARK, of `scenes` outputs/eval-inversion; what was
             measured before with the same settings and weights is reused.
     """
     from pathlib import Path
 
     from icd_lightning.commands.pictures import load
-
-    weights = load(**options)
-    family = weights.family()
-    if benchmark == "scenes":
-        of_others = {"method": method != "icd", "metrics": metrics, "data": data, "images": images, "natural": natural}
-        of_others |= {"grid": grid, "batch_size": batch_size != 16, "device": weights.device not in ("auto", "cpu")}
-        if given := [name for name, value in of_others.items() if value]:
-            raise ValueError(f"benchmark scenes has no {', '.join(given)}: leave it out or name another --benchmark")
-        from icd_lightning.editing.limits import check_guidance_scale
-        from icd_lightning.tiny.scenes import HELD_OUT_SEED, check_held_out
-        from icd_lightning.tiny.study import StudySettings
-        from icd_lightning.tiny.tour import evaluate_inversion
-
-        defaults = family.load_defaults()
-        w = defaults.guidance_scale if guidance_scale is None else check_guidance_scale(guidance_scale)
-        taus = {"edit_tau": defaults.tau} if tau is None else {"tau": tau, "edit_tau": tau}
-        world = HELD_OUT_SEED if seed is None else check_held_out(seed)
-        tour = StudySettings(128 if count is None else count, w, seed=world, **taus)
-        folder = Path(out or "outputs/eval-inversion")
-        log.info("%s", evaluate_inversion(family, tour, folder, **weights.students, ddim=ddim))
-        return
-    if not ddim:
-        raise ValueError(f"no_ddim is of benchmark scenes: leave it out; --method names the methods of {benchmark}")
-
     from icd_lightning.commands.session import find_device
+    from icd_lightning.evaluation.benchmark import Benchmark, Settings
+    from icd_lightning.evaluation.decodings import parse_grid
     from icd_lightning.evaluation.methods import Models, all_methods
-    from icd_lightning.evaluation.rows import Ranks
-    from icd_lightning.evaluation.suite import Settings, Suite, parse_grid
+    from icd_lightning.evaluation.suite import Suite
 
-    ranks = Ranks.from_environment()
-    device = find_device(weights.device)
-    models = Models(family, **weights.students, device=device)
+    usual = Benchmark.find(benchmark)
+    weights = load(**options)
+    models = Models(weights.family(), **weights.students, device=find_device(weights.device))
+    every = all_methods(by_attention=models.edits_by_attention) if method == "all" else None
+    methods = tuple(every or (_names(method) if method else usual.methods))
     settings = Settings(
         benchmark,
-        methods=tuple(all_methods(by_attention=models.edits_by_attention) if method == "all" else _names(method)),
+        methods=methods if ddim else tuple(name for name in methods if name != "ddim"),
         metrics=tuple(_names(metrics)) if metrics else None,
         data=Path(data) if data else None,
         images=Path(images) if images else None,
@@ -109,10 +88,11 @@ def evaluate(
         guidance_scale=guidance_scale,
         tau=tau,
         grid=parse_grid(grid),
-        seed=seed or 0,
+        seed=seed,
         batch_size=batch_size,
     )
-    for path in Suite(settings, models, Path(out or f"outputs/eval-{benchmark}"), ranks).run():
+    folder = usual.folder or f"eval-{benchmark}"
+    for path in Suite(settings, models, Path(out or f"outputs/{folder}")).run():
         log.info("%s", path)
 
 

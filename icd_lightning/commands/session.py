@@ -26,7 +26,7 @@ from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.evaluation.benchmarks import CPU
+from icd_lightning.evaluation.bench import CPU
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr

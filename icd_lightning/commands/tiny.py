@@ -28,26 +28,18 @@ def report(
     from pathlib import Path
 
     from icd_lightning.evaluation.report import Table, print_table, wide_console
+    from icd_lightning.files import write_json
     from icd_lightning.models.family import Family
     from icd_lightning.tiny.bars import measure_family
     from icd_lightning.tiny.card import write_card
     from icd_lightning.tiny.scenes import check_held_out
-    from icd_lightning.tiny.study import write_json
 
     if count < 1:
         raise ValueError(f"count {count} must be 1 or more")
     check_held_out(seed)
     family = Family(model)
     bars = measure_family(family, count=count, seed=seed)
-    rows = tuple(
-        (
-            bar.name,
-            bar.value,
-            "" if bar.limit is None else f"{'>=' if bar.at_least else '<='} {bar.limit:g}",
-            _verdict(bar),
-        )
-        for bar in bars
-    )
+    rows = tuple((bar.name, bar.value, bar.rule, _verdict(bar)) for bar in bars)
     table = Table(
         f"{model} on {count} held-out scenes (seed {seed})",
         "",

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from icd_lightning.evaluation.ablations import ORDERINGS, TABLE_2_JSON, TAU, AblationStudy
-from icd_lightning.evaluation.benchmarks import guidance_name
+from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report import Curve, Report, Table, markdown_table, write_report
 from icd_lightning.evaluation.runs import Results
-from icd_lightning.evaluation.statistics import bootstrap
-from icd_lightning.evaluation.summaries import style_of
-from icd_lightning.tiny.study import write_json, write_text
+from icd_lightning.evaluation.statistics import MIN_SEEDS, bootstrap
+from icd_lightning.files import write_json, write_text
 
 DESCRIPTIONS = {
     "A": "fCD2, CD2",
@@ -53,7 +52,7 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),
         digits=(None, None, *(2 if column == "psnr" else 3 for column in columns), 2, 3, 3),
-        best=(None, None, *(style_of(column).best for column in columns), None, None, None),
+        best=(None, None, *(study.ddim.style(column).best for column in columns), None, None, None),
     )
 
 
@@ -70,12 +69,12 @@ def _rows(study: AblationStudy, w: float | None) -> list[tuple[str, str, dict[st
         for segments, results in sorted(study.untrained.items()):
             add("untrained", f"{segments} + {segments} jumps", results, "w 1")
     else:
-        add("DDIM-50, guided", "teacher", study.ddim, guidance_name(w, 1.0))
-        add("DDIM-50 + d.CFG", "teacher", study.ddim, guidance_name(w, TAU))
+        add("DDIM-50, guided", "teacher", study.ddim, Decoding.step(w).name)
+        add("DDIM-50 + d.CFG", "teacher", study.ddim, Decoding.step(w, TAU).name)
         most = max(study.untrained)
         for tau in (1.0, TAU):
             label = f"{most} + {most} jumps" + (" + d.CFG" if tau < 1 else "")
-            add("untrained", label, study.untrained[most], guidance_name(w, tau))
+            add("untrained", label, study.untrained[most], Decoding.step(w, tau).name)
     for letter, ablation in study.ablations.items():
         if ablation.guided == (w is not None):
             values = {column: study.values(letter, w or 1.0, column).mean(0) for column in columns}
@@ -92,11 +91,20 @@ def verdict_table(study: AblationStudy) -> Table:
         rows.append((f"{verdict.worse} < {verdict.better}", where, verdict.difference, paper, agreeing, verdict.word))
     return Table(
         title="The paper's orderings",
-        note="Differences in PSNR (dB) over the same pictures, ± half of a 95 % interval; undecided if that holds 0.",
+        note=f"Differences in PSNR (dB) over the same pictures, ± half of a 95 % interval over {_scope(study)}",
         header=("ordering", "decoding", "difference", "paper's", "seeds that agree", "verdict"),
         rows=tuple(rows),
         digits=(None, None, 2, 2, None, None),
     )
+
+
+def _scope(study: AblationStudy) -> str:
+    """Of what intervals and verdicts are."""
+    count = len(study.seeds)
+    if count >= MIN_SEEDS:
+        return "other pictures and other trainings; undecided if that holds 0."
+    of = "this training" if count == 1 else f"these {count} trainings"
+    return f"resampled pictures; undecided if that holds 0. Verdicts are of {of}: others may differ."
 
 
 def place_of_e(study: AblationStudy) -> str:

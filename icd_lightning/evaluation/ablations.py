@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import yaml
 
-from icd_lightning.diffusion import GuidanceSchedule
-from icd_lightning.editing.method import UNGUIDED
-from icd_lightning.evaluation import benchmarks
-from icd_lightning.evaluation.benchmarks import CPU, guidance_name, step_guidances
-from icd_lightning.evaluation.examples import Example
+from icd_lightning.evaluation.bench import CPU
+from icd_lightning.evaluation.benchmark import Settings
+from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
+from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
+from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
 from icd_lightning.evaluation.statistics import Verdict, compare
-from icd_lightning.evaluation.suite import Settings, Suite
+from icd_lightning.evaluation.suite import Suite
 from icd_lightning.models.family import Family
 
 LETTERS = "ABCEFGHIJK"
@@ -52,7 +52,7 @@ class Ablation:
 
     def decoding(self, guidance_scale: float) -> str:
         """The name of its decoding at this w."""
-        return "w 1" if self.tau is None else guidance_name(guidance_scale, self.tau)
+        return UNGUIDED.name if self.tau is None else Decoding.step(guidance_scale, self.tau).name
 
 
 def read_ablations(folder: Path) -> dict[str, Ablation]:
@@ -67,7 +67,7 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
         decoding = changes.pop("decoding")
         students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
         tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
-        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]))
+        ablations[letter] = Ablation(letter, students, tau, (0, *changes["boundaries"]["boundary_timesteps"]))
     return ablations
 
 
@@ -150,11 +150,11 @@ class AblationSettings:
             count=self.count,
             batch_size=self.batch_size,
         )
-        guidances: dict[str, GuidanceSchedule] = {"w 1": UNGUIDED}
-        for w in self.guidance_scales if guided else ():
-            guidances |= step_guidances(w, (1.0, TAU))
+        scales = self.guidance_scales if guided else ()
+        decodings = [UNGUIDED, *(one for w in scales for one in steps(w, (1.0, TAU))[1:])]
         suite = Suite(settings, Models(self.family, device=self.device, **models), self.root / "runs" / name)
-        return suite.perform("inversion", benchmarks.inversion, "guidances", lambda *_: guidances)[0]
+        (results,) = suite.perform(replace(TO_NOISE_AND_BACK, decodings=lambda *_: decodings))["inversion"]
+        return results
 
 
 def measure_study(
@@ -209,5 +209,4 @@ def read_examples(folder: Path) -> dict[str, Example]:
     """The pictures that a study was measured on, by key: of files, those that its command was given."""
     facts = read_summary(folder / TABLE_2_JSON)["facts"]
     data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
-    examples = Settings("inversion", data=data, images=images, count=facts["pictures"]).examples()
-    return {example.key: example for example in examples}
+    return {example.key: example for example in read_data(data, images, facts["pictures"]).examples}

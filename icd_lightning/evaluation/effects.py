@@ -10,6 +10,7 @@ import numpy as np
 
 from icd_lightning.data.images import read_picture
 from icd_lightning.evaluation.ablations import ORDERINGS, AblationStudy
+from icd_lightning.evaluation.decodings import UNGUIDED
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Panel
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
@@ -62,8 +63,7 @@ class Effect:
 
 def effects(study: AblationStudy, *, guided: bool, guidance_scale: float = 1.0) -> list[Effect]:
     """Of every neighbouring pair of the paper's orderings, in their order; guided ones at this w."""
-    decoding = study.ddim.decodings[0]
-    keys = [row["key"] for row in study.ddim.rows if row["decoding"] == decoding]
+    keys = study.ddim.of(study.ddim.decodings[0]).key.tolist()
     found = []
     for worse, better in pairwise(ORDERINGS[guided]):
         before, after = (study.values(letter, guidance_scale).mean(0) for letter in (worse, better))
@@ -79,9 +79,8 @@ def telling(study: AblationStudy, count: int = 2) -> list[str]:
 
 def result_files(study: AblationStudy, letter: str, keys: Sequence[str]) -> list[str]:
     """Pictures that an unguided row's first training made of these, relative to its run's folder."""
-    results = study.students[letter][study.seeds[0]]
-    files = {row["key"]: row["image"] for row in results.rows if row["decoding"] == "w 1"}
-    return [files[key] for key in keys]
+    rows = study.students[letter][study.seeds[0]].of(UNGUIDED.name).set_index("key")
+    return rows.image[list(keys)].tolist()
 
 
 def effect_panel(study: AblationStudy, examples: Mapping[str, Example], keys: Sequence[str]) -> Panel:

@@ -1,20 +1,20 @@
 """What benchmarks are made of: pictures with captions, and edits with target captions, masks or true results.
 
-Everything comes as a list of `Example`: held-out scenes of the tiny world, COCO's annotations or any CSV of image and
-caption, PIE-Bench's folder, a CSV of COCO edits. Pictures are read when they are needed.
+Everything comes as a list of `Example`: COCO's annotations or any CSV of image and caption, PIE-Bench's folder, a CSV
+of edits, or pictures that draw themselves. Files are read when they are needed.
 """
 
 from __future__ import annotations
 
-import csv
+import ast
 import hashlib
-import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,15 +23,19 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
+from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
-from icd_lightning.tiny.rendering import render
-from icd_lightning.tiny.scenes import EDITS, Scene, random_edit, scene_at
+from icd_lightning.evaluation.tables import csv_rows, edit_rows
+from icd_lightning.files import read_object
+from icd_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
 
 BlendedWords = tuple[str, str] | Literal[False] | None
 """By which words of source and target an edit blends; False: by none; None: nobody says."""
 
+PHOTOGRAPH_SIDE = 512
+"""Pixels of a side at which photographs are scored, of every family: metrics are compared at one size."""
 PIE_BENCH_SIDE = 512
 PIE_BENCH_TYPES = (
     *("random", "change object", "add object", "delete object", "change attribute content"),
@@ -39,41 +43,61 @@ PIE_BENCH_TYPES = (
     "change style",
 )
 """By editing_type_id, "0" to "9"."""
+BRACKETS = str.maketrans("", "", "[]")
+"""Around the words that an edit changes."""
+
+
+class Drawing(Protocol):
+    """A picture that draws itself; its repr says all that it depends on."""
+
+    def draw(self, size: int) -> NDArray[np.uint8]:
+        """uint8 (size, size, 3)."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (a file or a scene) with its caption; of an edit also the caption that the result shall deserve.
+    """A picture (a file or a drawing) with its caption; of an edit also the caption that the result shall deserve.
 
-    `key` names it within its benchmark, and its random numbers depend on `key` alone. `runs` are the pixels that may
-    change, as PIE-Bench writes them: [start, length, start, length, ...] over the rows; `truth` is the true result.
+    `key` names it within its benchmark. Its random numbers depend on `key` alone, or are those of seed `number`.
+    `runs` are the pixels that may change, as PIE-Bench writes them: [start, length, ...] over the rows; `truth` is the
+    true result.
     """
 
     key: str
     caption: str
-    picture: Path | Scene | None = None
+    picture: Path | Drawing | None = None
     target: str = ""
     kind: str = ""
     runs: tuple[int, ...] | None = None
-    truth: Scene | None = None
+    truth: Drawing | None = None
     blended_words: BlendedWords = None
+    number: int | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that the example is, its picture's file by content."""
+        file = sha256(self.picture) if isinstance(self.picture, Path) else ""
+        text = repr(replace(self, picture=None)) + (file or repr(self.picture))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def seed(self, seed: int) -> int:
         """Of this example's random numbers, in a run with this seed."""
+        if self.number is not None:
+            return self.number
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.key}".encode()).digest()[:7], "big")
 
     def array(self, resolution: int) -> NDArray[np.uint8]:
         """The picture, uint8 (R, R, 3): short side resized, centre cut out, never stretched."""
         if self.picture is None:
             raise ValueError(f"{self.key} is a caption without a picture; this benchmark needs pictures")
-        if isinstance(self.picture, Scene):
-            return render(self.picture, resolution)
-        return np.asarray(resize_and_crop(read_picture(self.picture), resolution)[0])
+        if isinstance(self.picture, Path):
+            return np.asarray(resize_and_crop(read_picture(self.picture), resolution)[0])
+        return self.picture.draw(resolution)
 
     def editable(self, resolution: int) -> Tensor | None:
         """1 where the edit may change the picture, else 0, (1, R, R); None where nobody says."""
         if self.truth is not None:
-            changed = (self.array(resolution) != render(self.truth, resolution)).any(-1)
+            changed = (self.array(resolution) != self.truth.draw(resolution)).any(-1)
             return torch.from_numpy(changed[None]).float()
         if self.runs is None:
             return None
@@ -86,49 +110,47 @@ def stack(examples: Sequence[Example], resolution: int) -> Tensor:
     return to_images([example.array(resolution) for example in examples])
 
 
-def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
-    """PIE-Bench's mask (side, side), True where editable: runs [start, length, ...] over the rows, and the border."""
-    if len(runs) % 2:
-        raise ValueError(f"a mask of {len(runs)} numbers is not made of pairs [start, length, ...]")
-    mask = np.zeros(side * side, dtype=bool)
-    for start, length in zip(runs[::2], runs[1::2], strict=True):
-        if start < 0 or length < 0 or start + length > mask.size:
-            raise ValueError(f"a mask's run of {length} pixels from {start} leaves the {side} x {side} picture")
-        mask[start : start + length] = True
-    mask = mask.reshape(side, side)
-    mask[[0, -1]] = mask[:, [0, -1]] = True  # PIE-Bench's own loader does so
-    return mask
+@dataclass(frozen=True)
+class DataSet:
+    """Examples and what goes with them: a name for reports, a hash for the keys of results, scores of their own.
 
-
-# --- the tiny world ---------------------------------------------------------------------------------------------------
-
-
-def scene_examples(count: int, seed: int) -> list[Example]:
-    """The first `count` held-out scenes with their captions."""
-    scenes = [scene_at(seed, index) for index in range(count)]
-    return [Example(f"scene-{seed}-{i:05d}", scene.caption(), scene) for i, scene in enumerate(scenes)]
-
-
-def scene_edits(count: int, seed: int) -> list[Example]:
-    """`count` edits of held-out scenes, the kinds in EDITS taking turns, each with its true result.
-
-    An edit that a scene is not fit for ("add" to two objects, "remove" from one) takes the next scene that is.
+    metrics: by what is done, in place of the task's own. scorers: name -> what makes a scorer, beside the metrics that
+    every data set can be scored by. photographs: papers measured on such; scored at PHOTOGRAPH_SIDE.
     """
-    examples: list[Example] = []
-    index = 0
-    while len(examples) < count:
-        scene, kind = scene_at(seed, index), EDITS[len(examples) % len(EDITS)]
-        if len(scene.things) != {"add": 1, "remove": 2}.get(kind, len(scene.things)):
-            index += 1
-            continue
-        truth, _ = random_edit(scene, np.random.default_rng((seed, index)), kind)
-        key = f"edit-{seed}-{index:05d}"
-        examples.append(Example(key, scene.caption(), scene, truth.caption(), kind, truth=truth))
-        index += 1
-    return examples
+
+    examples: Sequence[Example]
+    name: str
+    identity: str
+    photographs: bool = True
+    metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scorers: Mapping[str, Any] = field(default_factory=dict)
+
+    def first(self, count: int | None) -> DataSet:
+        """Its first `count` examples, or all."""
+        return replace(self, examples=self.examples[:count])
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+DATA_SETS = Registry("data set", "icd_lightning.data_sets", {})
+"""Functions of a number of examples, or None, that give a `DataSet`."""
+DEFAULT_DATA = "scenes"
+"""What is measured on where nobody says."""
+
+
+def read_data(data: Path | None, images: Path | None, count: int | None) -> DataSet:
+    """Pictures with captions: of a file, or a data set by its name."""
+    name = str(data or DEFAULT_DATA)
+    if name in DATA_SETS:
+        return DATA_SETS.find(name).load()(count)
+    return of_file(read_captions(Path(name), images), Path(name), count)
+
+
+def of_file(examples: Sequence[Example], file: Path, count: int | None, records: Path | None = None) -> DataSet:
+    """The data set that a file describes, or a folder by the file `records` in it."""
+    chosen = examples[:count]
+    return DataSet(chosen, f"{len(chosen)} of {file.name}", sha256(records or file))
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
 
 
 def read_captions(file: Path, images: Path | None = None) -> list[Example]:
@@ -138,77 +160,92 @@ def read_captions(file: Path, images: Path | None = None) -> list[Example]:
     and `annotations`, of which each image's first caption is taken. Names are relative to `images`, by default the
     file's own folder.
     """
-    _check_file(file)
-    pairs = _coco_pairs(file) if file.suffix.lower() == ".json" else _csv_pairs(file)
+    read = _coco_pairs if file.suffix.lower() == ".json" and file.is_file() else _csv_pairs
     folder = file.parent if images is None else images
-    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(pairs)]
+    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(read(file))]
     return _checked(examples, file)
 
 
 def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
-    """Edits from a CSV with columns file_name, old_caption, edited_caption and, if it has it, blended_words."""
-    _check_file(file)
+    """Edits from a CSV as `edit_rows` reads it. An empty cell of a column blended_words means no blend."""
     folder, examples = file.parent if images is None else images, []
-    for number, row in enumerate(_csv_rows(file, ("file_name", "old_caption", "edited_caption"))):
-        source, target, text = row["old_caption"], row["edited_caption"], row.get("blended_words") or ""
-        words = _blended(text, source, target, f"{file}, row {number + 1}") if text.strip() else None
-        key, place = f"{number:05d}-{Path(row['file_name']).stem}", folder / row["file_name"]
-        examples.append(Example(key, source, place, target, blended_words=words))
+    for number, row in enumerate(edit_rows(file)):
+        where = f"{file}, row {number + 1}"
+        image, source, target = (_cell(row, name, where) for name in ("image", "source", "target"))
+        words = _blended(row["blended_words"], source, target, where) if "blended_words" in row else None
+        key = f"{number:05d}-{Path(image).stem}"
+        examples.append(Example(key, source, folder / image, target, blended_words=words))
     return _checked(examples, file)
 
 
 def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
     """PIE-Bench: 700 edits of ten types (arXiv:2310.01506), or the natural pictures alone, as the iCD paper takes it.
 
-    `folder` holds mapping_file.json and the pictures in annotation_images/.
+    `folder` holds mapping_file.json and the pictures in annotation_images/. As its authors' reader does, what has
+    another type is left out, and what of a mask lies outside of the picture.
     """
     file = folder / "mapping_file.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not PIE-Bench: there is no {file}; name the folder that holds mapping_file.json")
-    examples = []
-    for key, entry in sorted(_json(file).items()):
-        try:
-            path, kind = entry["image_path"], PIE_BENCH_TYPES[int(entry["editing_type_id"])]
-            source, target = (entry[name].translate(BRACKETS) for name in ("original_prompt", "editing_prompt"))
-            runs = tuple(int(value) for value in entry["mask"])
-            words = _blended(entry.get("blended_word", ""), source, target, f"{file}, {key}")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"{file}: entry {key!r} is not as PIE-Bench's are ({error!r})") from error
-        if natural and "artificial" in path:
-            continue
-        place = folder / "annotation_images" / path
-        examples.append(Example(key, source, place, target, kind, runs=runs, blended_words=words))
-    return _checked(examples, file)
+    examples = [_pie_bench_example(folder, key, entry) for key, entry in sorted(read_object(file).items())]
+    chosen = [one for one in examples if one is not None and not (natural and "artificial" in str(one.picture))]
+    return _checked(chosen, file)
 
 
-BRACKETS = str.maketrans("", "", "[]")
-"""Around the words that an edit changes."""
+def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Example | None:
+    where = f"{folder / 'mapping_file.json'}, entry {key!r}"
+    try:
+        types = {str(number): name for number, name in enumerate(PIE_BENCH_TYPES)}
+        kind = types.get(str(entry["editing_type_id"]))
+        if kind is None:
+            log.warning("%s: left out, there is no type %r", where, entry["editing_type_id"])
+            return None
+        source, target = (entry[name].translate(BRACKETS) for name in ("original_prompt", "editing_prompt"))
+        runs = tuple(int(value) for value in entry["mask"])
+        if any(start + length > PIE_BENCH_SIDE**2 for start, length in zip(runs[::2], runs[1::2], strict=False)):
+            log.warning("%s: the mask leaves the picture and is cut there", where)
+        decode_mask(runs, PIE_BENCH_SIDE)
+        words = _blended(entry.get("blended_word", ""), source, target, where)
+        picture = folder / "annotation_images" / entry["image_path"]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{where} is not as PIE-Bench's are ({error!r})") from error
+    return Example(key, source, picture, target, kind, runs=runs, blended_words=words)
+
+
+def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
+    """PIE-Bench's mask (side, side), True where editable: runs [start, length, ...] over the rows, and the border."""
+    if len(runs) % 2:
+        raise ValueError(f"a mask of {len(runs)} numbers is not made of pairs [start, length, ...]")
+    mask = np.zeros(side * side, dtype=bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        mask[np.arange(start, min(start + length, mask.size))] = True  # cut at the end, as its authors' decoder does
+    mask = mask.reshape(side, side)
+    mask[[0, -1]] = mask[:, [0, -1]] = True  # so does this
+    return mask
 
 
 def _blended(text: str, source: str, target: str, where: str) -> BlendedWords:
-    """The two words; False, with a warning, where they are not two or one is missing from its prompt, and for none."""
-    words = text.replace(",", " ").split()
-    if not words:
-        return False
+    """The first two of "cat dog" or "('cat', 'dog')"; False for none, and with a warning for words of no prompt."""
     try:
-        old, new = words
-        for word, prompt in ((old, source), (new, target)):
-            _words_of(prompt).places_of(word)
-    except ValueError as error:
-        reason = error if len(words) == 2 else "they are not two, one of each prompt"
-        log.warning("%s: edited without a blend by the words %r: %s", where, text, reason)
+        listed = ast.literal_eval(text) if text.startswith(("(", "[")) else text.replace(",", " ").split()
+        words = list(map(str, listed))
+        if not words:
+            return False
+        if len(words) == 1:
+            raise ValueError("they are not two, one of each prompt")
+        for word, prompt in zip(words, (source, target), strict=False):
+            tokens = tuple(prompt.split())
+            PromptTokens(prompt, (), tokens, ((),) * len(tokens)).places_of(word)
+    except (ValueError, SyntaxError) as error:
+        log.warning("%s: edited without a blend by the words %r: %s", where, text, error)
         return False
-    return old, new
-
-
-def _words_of(prompt: str) -> PromptTokens:
-    """Its words, as edits look for them, without tokens."""
-    words = tuple(prompt.split())
-    return PromptTokens(prompt, (), words, ((),) * len(words))
+    if len(words) > 2:
+        log.warning("%s: blended by the first two of the words %r", where, text)
+    return words[0], words[1]
 
 
 def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
-    content = _json(file)
+    content = read_object(file)
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         first: dict[Any, dict] = {}
@@ -223,40 +260,16 @@ def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
 
 def _csv_pairs(file: Path) -> list[tuple[str, str, str]]:
     pairs = []
-    for number, row in enumerate(_csv_rows(file, ("caption",))):
+    for number, row in enumerate(csv_rows(file, ("caption",))):
         name = row.get("image") or row.get("file_name") or ""
-        pairs.append((name or f"caption-{number:05d}", name, row["caption"]))
+        pairs.append((name or f"caption-{number:05d}", name, _cell(row, "caption", f"{file}, row {number + 1}")))
     return pairs
 
 
-def _csv_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            rows, found = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as CSV ({error})") from error
-    if missing := [name for name in columns if name not in found]:
-        raise ValueError(f"{file} has no column {missing[0]!r}, only {', '.join(found) or 'none'}")
-    for number, row in enumerate(rows):
-        if empty := [name for name in columns if not row[name]]:
-            raise ValueError(f"{file}, row {number + 1}: {empty[0]} is empty")
-    return rows
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return content
-
-
-def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"there is no file {file}: give a CSV, or COCO's annotations as JSON")
+def _cell(row: Mapping[str, str], column: str, where: str) -> str:
+    if not row.get(column):
+        raise ValueError(f"{where}: {column} is empty" if column in row else f"{where}: there is no column {column!r}")
+    return row[column]
 
 
 def _checked(examples: list[Example], file: Path) -> list[Example]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of
 from icd_lightning.editing.method import PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
-from icd_lightning.evaluation.benchmarks import CPU
+from icd_lightning.evaluation.bench import CPU
 from icd_lightning.evaluation.examples import BlendedWords
-from icd_lightning.models.checkpoints import weights_file
 from icd_lightning.models.family import Family
-from icd_lightning.models.sources import GUIDED
-from icd_lightning.models.students import Students
+from icd_lightning.models.student_file import weights_file
+from icd_lightning.models.students import LoraStudents
 
 
 class AttentionControlled(InvertibleConsistency):
@@ -50,7 +50,7 @@ class AttentionControlled(InvertibleConsistency):
         """As `InvertibleConsistency.edit`, with settings of `PromptToPrompt` and the words that each edit blends by."""
         words = blended_words or [None] * len(images)
         settings = [PromptToPrompt(**control, **({} if pair is None else {"blend": pair})) for pair in words]
-        decode = PromptToPromptEditing(self, self.students.unet, self.boundaries.num_segments, settings)
+        decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
         noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
 
         def count_both(step: Step) -> None:
@@ -62,7 +62,7 @@ class AttentionControlled(InvertibleConsistency):
 
 def untrained_pipeline(family: Family, boundaries: Boundaries) -> InvertibleConsistency:
     """The guidance-distilled teacher's own weights through the students' jumps: what more steps alone give."""
-    students = Students(family.load_unet(guided=True), family.load_schedule())
+    students = LoraStudents(family.load_model(guided=True))
     return InvertibleConsistency(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
 
 
@@ -77,6 +77,12 @@ def edit_options(method: type[PictureMethod]) -> list[str]:
         if all(one.kind is not one.VAR_KEYWORD for one in parameters):  # else the rest goes to the class it extends
             break
     return found
+
+
+def guided_as_told(own: StepGuidance, guidance_scale: float | None, tau: float | None) -> StepGuidance:
+    """A guidance, with what is told in place of its own."""
+    scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return replace(own, **scale, **({} if tau is None else {"tau": tau}))
 
 
 EVERY_EDIT = ("guidance", "seed", "on_step")
@@ -97,7 +103,7 @@ def _weights_at(place: Path) -> list[Path]:
     """Of a part that is kept outside of its model, a file or a folder; none where the name is of something else."""
     if place.is_file():
         return [place]
-    return _weights_in(folder for folder in (place, place / GUIDED) if (folder / "config.json").is_file())
+    return _weights_in(folder for folder in (place, place / "unet_guided") if (folder / "config.json").is_file())
 
 
 def _weights_in(folders: Iterable[Path]) -> list[Path]:
@@ -119,6 +125,18 @@ class Models:
         check_names([name])
         build = OURS.get(name, lambda models: registry.build(name, models.family, students=models.chosen))
         return build(self).to(self.device)
+
+    def variant(self, name: str, method: PictureMethod, settings: Mapping[str, float]) -> PictureMethod:
+        """The method with other settings of its constructor; its networks are shared where it is a baseline."""
+        if not settings:
+            return method
+        entry, cls = registry.find(name), type(method)
+        whole = {key: int(value) if value == int(value) else value for key, value in settings.items()}
+        if not isinstance(method, Baseline):
+            return registry.build(name, self.family, students=self.chosen, **whole).to(self.device)
+        other = copy(method)
+        cls.__init__(other, method.parts, **registry.typed(cls, {**entry.init_args, **whole}))
+        return other
 
     def method_class(self, name: str) -> type[PictureMethod]:
         """The class of the method of this name, without loading any weights."""
@@ -156,29 +174,23 @@ class Models:
         """Pixels of a side of the pictures that the family was trained on."""
         return int(self.family.source.config("unet")["sample_size"]) * method.autoencoder.downsampling
 
-    def guidance(
-        self,
-        name: str,
-        method: PictureMethod,
-        guidance_scale: float | None,
-        tau: float | None,
-        *,
-        edit: bool = False,
-    ) -> StepGuidance:
-        """As told; else the method's own guidance, but no stronger than its family bears, or else the family's own.
+    def family_guidance(self) -> StepGuidance:
+        """The family's own."""
+        defaults = self.defaults()
+        return StepGuidance(defaults["guidance_scale"], defaults["tau"])
+
+    def guidance(self, name: str, method: PictureMethod, *, edit: bool = False) -> StepGuidance:
+        """The method's own guidance, but no stronger than its family bears, or else the family's own.
 
         Edits by attention control have the family's guidance for edits.
         """
-        if isinstance(method, InvertibleConsistency):
-            defaults = self.defaults(method.boundaries)
-            usual = defaults["guidance_scale"]
-            by_attention = edit and isinstance(method, AttentionControlled)
-            own = StepGuidance(defaults.get("edit_guidance_scale", usual) if by_attention else usual, defaults["tau"])
-        else:
-            strongest = self.defaults()["guidance_scale"]
-            own = replace(method.guidance, guidance_scale=min(method.guidance.guidance_scale, strongest))
-        scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        return replace(own, **scale, **({} if tau is None else {"tau": tau}))
+        if not isinstance(method, InvertibleConsistency):
+            strongest = self.family_guidance().guidance_scale
+            return replace(method.guidance, guidance_scale=min(method.guidance.guidance_scale, strongest))
+        defaults = self.defaults(method.boundaries)
+        usual = defaults["guidance_scale"]
+        by_attention = edit and isinstance(method, AttentionControlled)
+        return StepGuidance(defaults.get("edit_guidance_scale", usual) if by_attention else usual, defaults["tau"])
 
     def students(self, cls: type[InvertibleConsistency] = InvertibleConsistency) -> InvertibleConsistency:
         """Both trained students."""

@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import write_whole
-from icd_lightning.tiny.scenes import Scene
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,51 @@ class Ranks:
 ALONE = Ranks()
 
 
+def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut into runs of `size`; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and draw a bar on the terminal, if stderr is one."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How to gather rows: in batches, by these ranks; `label` is what the progress bar says."""
+
+    batch_size: int
+    ranks: Ranks = ALONE
+    label: str = ""
+
+
 def gather_rows(
     folder: Path,
     examples: Sequence[Example],
     measure: Callable[[Sequence[Example]], list[Row]],
+    how: Gathering,
     *,
-    batch_size: int,
-    ranks: Ranks = ALONE,
+    version: str = "",
+    is_whole: Callable[[Sequence[Row], Sequence[Example]], bool] = lambda rows, batch: True,
 ) -> list[Row]:
-    """The rows that `measure` gives for all examples, in their order; what is in `folder` already is read back."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be 1 or more")
-    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    files = [folder / f"{index:06d}-{_digest(batch)}.parquet" for index, batch in enumerate(batches)]
-    share = list(zip(files, batches, strict=True))[ranks.rank :: ranks.world_size]
-    missing = [(file, batch) for file, batch in share if not file.is_file()]
+    """The rows that `measure` gives for all examples, in their order; what is in `folder` already is read back.
+
+    Rows of another version are measured again, and so are those that are not whole any more.
+    """
+    parts = batches(examples, how.batch_size)
+    files = [folder / f"{index:06d}-{_digest(batch, version)}.parquet" for index, batch in enumerate(parts)]
+    share = list(zip(files, parts, strict=True))[how.ranks.rank :: how.ranks.world_size]
+    missing = [(file, part) for file, part in share if not (file.is_file() and is_whole(read_rows(file), part))]
     if len(missing) < len(share):
         log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
-    for file, batch in missing:
+    for file, batch in progress(missing, how.label, len(missing)):
         write_rows(file, measure(batch))
-    ranks.wait()
+    how.ranks.wait()
     return [row for file in files for row in read_rows(file)]
 
 
@@ -90,10 +115,6 @@ def read_rows(file: Path) -> list[Row]:
     return pyarrow.parquet.read_table(file).to_pylist()
 
 
-def _digest(batch: Sequence[Example]) -> str:
-    """Of what is in a batch: other examples make other files, and so does what a file now says of them.
-
-    A scene's key says all.
-    """
-    said = (example.key if isinstance(example.picture, Scene) else repr(example) for example in batch)
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
+def _digest(batch: Sequence[Example], version: str) -> str:
+    """Of what is in a batch, and of what measures it: other examples make other files."""
+    return hashlib.sha256("\n".join((version, *(one.identity for one in batch))).encode()).hexdigest()[:8]

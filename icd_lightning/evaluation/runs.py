@@ -5,7 +5,7 @@ one's work:
 
     method-1a2b3c4d/config.json      benchmark, method, weights, seeds, versions
                     parts/           what is done so far, batch by batch
-                    images/          results, a folder for each decoding
+                    images/          results, a folder for each decoding, each with the identity of its example
                     rows.parquet     one row for each picture and decoding
                     results.json     means with confidence intervals, evaluations, seconds
 
@@ -16,27 +16,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 
 from icd_lightning.data.images import read_picture, resize_and_crop, save_png, to_images, to_pictures
-from icd_lightning.evaluation.benchmarks import Outcome
+from icd_lightning.evaluation.bench import Outcome
+from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.rows import ALONE, Ranks, Row, gather_rows, read_rows, write_rows
-from icd_lightning.evaluation.scoring import Scorer, SetScorer
+from icd_lightning.evaluation.rows import ALONE, Gathering, Ranks, Row, batches, gather_rows, read_rows, write_rows
+from icd_lightning.evaluation.scoring import Scorer, Scoring, Style
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.tiny.study import remembered, write_json
+from icd_lightning.files import read_object, write_json
+
+log = logging.getLogger(__name__)
 
 ALL = "all"
 PACKAGES = ("icd-lightning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -49,7 +56,8 @@ NOT_MEASURED = ("key", "decoding", "kind", "image")
 class Run:
     """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on.
 
-    Pictures of more than `scored_at` pixels a side are scored at that size, and so are their originals.
+    Pictures of more than `scored_at` pixels a side are scored at that size, and so are their originals. `decodings` are
+    the options of each by its name.
     """
 
     name: str
@@ -60,8 +68,8 @@ class Run:
     resolution: int
     batch_size: int = 16
     scored_at: int | None = None
-    scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    set_scorers: Mapping[str, SetScorer] = field(default_factory=dict)
+    scoring: Scoring = field(default_factory=lambda: Scoring({}, {}))
+    decodings: Mapping[str, Options] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -75,42 +83,56 @@ class Run:
         return min(self.resolution, self.scored_at or self.resolution)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Results:
-    """The rows of a run in its folder, and its sets' scores by decoding: name -> decoding -> value."""
+    """A run in its folder: a row for each picture and decoding, and its sets' scores, name -> decoding -> value.
+
+    options: of each decoding by its name; styles: how columns are printed.
+    """
 
     name: str
-    rows: Sequence[Row]
+    frame: pd.DataFrame
     set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     folder: Path = Path()
+    options: Mapping[str, Options] = field(default_factory=dict)
+    styles: Mapping[str, Style] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, folder: Path) -> Results:
         """What `perform` left in a run's folder."""
-        rows, means = read_rows(folder / ROWS), json.loads((folder / MEANS).read_text())
+        rows, means, config = read_rows(folder / ROWS), read_object(folder / MEANS), read_object(folder / CONFIG)
         of_sets = [score for score in next(iter(means.values()))[ALL] if score not in rows[0]]
         scores = {score: {decoding: kinds[ALL][score] for decoding, kinds in means.items()} for score in of_sets}
-        return cls(name, rows, scores, folder)
+        styles = {column: Style(**style) for column, style in config.get("columns", {}).items()}
+        return cls(name, pd.DataFrame(rows), scores, folder, config.get("options", {}), styles)
 
     @property
     def decodings(self) -> list[str]:
         """In the order of their measurement."""
-        return list(dict.fromkeys(row["decoding"] for row in self.rows))
+        return list(self.frame.decoding.unique())
 
     @property
     def kinds(self) -> list[str]:
         """Types of edits, in the order of their appearance; none where examples have no types."""
-        return [kind for kind in dict.fromkeys(row["kind"] for row in self.rows) if kind]
+        return [kind for kind in self.frame.kind.unique() if kind]
 
     @property
     def columns(self) -> list[str]:
         """Names of all figures of a row."""
-        return [name for name in self.rows[0] if name not in NOT_MEASURED]
+        return [name for name in self.frame.columns if name not in NOT_MEASURED]
+
+    def of(self, decoding: str, kind: str = ALL) -> pd.DataFrame:
+        """The rows of a decoding, a picture each."""
+        frame = self.frame[self.frame.decoding == decoding]
+        return frame if kind == ALL else frame[frame.kind == kind]
+
+    def style(self, column: str) -> Style:
+        """How a column is printed."""
+        return self.styles.get(column, Style())
 
     def values(self, column: str, decoding: str, kind: str = ALL) -> np.ndarray:
         """One value for each picture, NaN where there is none."""
-        chosen = [row for row in self.rows if row["decoding"] == decoding and kind in (ALL, row["kind"])]
-        return np.array([np.nan if row[column] is None else row[column] for row in chosen], dtype=float)
+        return self.of(decoding, kind)[column].to_numpy(dtype=float)
 
     def mean(self, column: str, decoding: str, kind: str = ALL) -> Estimate | float | None:
         """Mean with confidence interval of a column, or a set's score; None where it means nothing."""
@@ -128,6 +150,14 @@ class Results:
     def _means(self, decoding: str, kind: str) -> dict[str, Any]:
         means = {column: self.mean(column, decoding, kind) for column in (*self.columns, *self.set_scores)}
         return {name: v.as_dict() if isinstance(v, Estimate) else v for name, v in means.items()}
+
+    def beside(self, other: Results) -> Results:
+        """With the columns that another run has over the same pictures and decodings."""
+        new = [name for name in other.frame.columns if name not in self.frame.columns]
+        keys = ["key", "decoding"]
+        frame = self.frame.merge(other.frame[[*keys, *new]], on=keys, how="left")
+        scores, styles = {**other.set_scores, **self.set_scores}, {**other.styles, **self.styles}
+        return replace(self, frame=frame, set_scores=scores, styles=styles)
 
 
 MADE_BY = {
@@ -152,45 +182,49 @@ def read_summary(file: Path) -> dict[str, Any]:
             "ICD_RESULTS set to that folder"
         )
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}): make it again; what was measured before is reused") from error
+        return read_object(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: make it again; what was measured before is reused") from error
 
 
 def read_runs(file: Path) -> dict[str, Results]:
     """The runs that a summary was made of, by name."""
-    found = read_summary(file).get("runs")
-    if found is None:
+    runs = read_summary(file).get("runs")
+    if runs is None:
         raise ValueError(f"{file} does not name its runs: make it again; what was measured before is reused")
-    return {name: Results.read(name, file.parent / place) for name, place in found.items()}
+    return {name: Results.read(name, file.parent / place) for name, place in runs.items()}
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
 
 
 def perform(run: Run, ranks: Ranks = ALONE) -> Results:
     """Do what is not done yet, and score it; rank 0 writes the run's files, and alone has the scores of sets."""
     if ranks.rank == 0:
         write_json(run.folder / CONFIG, {"run": run.name, **run.determinants, **_record(run, ranks)})
-    made = gather_rows(
-        run.folder / "parts" / "pictures", run.examples, lambda batch: _make(run, batch), **_how(run, ranks)
-    )
+    how = Gathering(run.batch_size, ranks, run.name)
+    pictures = run.folder / "parts" / "pictures"
+    made = gather_rows(pictures, run.examples, partial(_make, run), how, is_whole=partial(_are_there, run.folder))
     decodings = list(dict.fromkeys(row["decoding"] for row in made))
     rows = {(row["key"], row["decoding"]): row for row in made}
-    for name, scorer in run.scorers.items():
+    for name, scorer in run.scoring.scorers.items():
+        score = partial(_score, run, scorer, decodings)
+        how = replace(how, label=f"{run.name}: {name}")
         folder = run.folder / "parts" / slug(name)
-        for row in gather_rows(
-            folder, run.examples, lambda b, s=scorer: _score(run, s, b, decodings), **_how(run, ranks)
-        ):
+        for row in gather_rows(folder, run.examples, score, how, version=_version(run, name, scorer)):
             rows[row["key"], row["decoding"]] |= row
     set_scores = _score_sets(run, decodings) if ranks.rank == 0 else {}
-    results = Results(run.name, list(rows.values()), set_scores, run.folder)
+    frame = pd.DataFrame(list(rows.values()))
+    results = Results(run.name, frame, set_scores, run.folder, run.decodings, run.scoring.styles)
     if ranks.rank == 0:
-        write_rows(run.folder / ROWS, results.rows)
+        write_rows(run.folder / ROWS, list(rows.values()))
         write_json(run.folder / MEANS, results.as_dict())
     ranks.wait()
     return results
 
 
-def _how(run: Run, ranks: Ranks) -> dict[str, Any]:
-    return {"batch_size": run.batch_size, "ranks": ranks}
+def _version(run: Run, name: str, scorer: Any) -> str:
+    return f"{name} {scorer.version} at {run.score_resolution}"
 
 
 def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
@@ -200,6 +234,7 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
         for index, (example, picture) in enumerate(zip(batch, to_pictures(outcome.images), strict=True)):
             path = _picture(outcome.decoding, example)
             about = {"caption": example.caption, "target": example.target, "decoding": outcome.decoding}
+            about |= {"example": example.identity}
             save_png(picture, run.folder / path, about={name: text for name, text in about.items() if text})
             values = {name: float(value[index]) for name, value in outcome.values.items()}
             rows.append(
@@ -211,7 +246,22 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
     return rows
 
 
-def _score(run: Run, scorer: Scorer, batch: Sequence[Example], decodings: Sequence[str]) -> list[Row]:
+def _are_there(folder: Path, rows: Sequence[Row], batch: Sequence[Example]) -> bool:
+    """Whether the pictures of rows are there, and of these very examples: another data set may have replaced them."""
+    identities = {example.key: example.identity for example in batch}
+    return all(_made_of(folder / row["image"]) == identities[row["key"]] for row in rows)
+
+
+def _made_of(file: Path) -> str | None:
+    """The identity of the example that a picture was made of."""
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("example")
+    except OSError:
+        return None
+
+
+def _score(run: Run, scorer: Scorer, decodings: Sequence[str], batch: Sequence[Example]) -> list[Row]:
     side = run.score_resolution
     originals = stack(batch, side) if batch[0].picture is not None else None
     rows = []
@@ -224,29 +274,35 @@ def _score(run: Run, scorer: Scorer, batch: Sequence[Example], decodings: Sequen
 
 
 def _score_sets(run: Run, decodings: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of the pictures of each decoding together, such as Frechet distances."""
-    key = {"examples": [example.key for example in run.examples], "decodings": decodings}
-    return {
-        name: remembered(
-            run.folder / "parts" / f"{slug(name)}.json",
-            key,
-            lambda scorer=scorer: {decoding: scorer(_pairs(run, decoding)) for decoding in decodings},
-        )
-        for name, scorer in run.set_scorers.items()
-    }
+    """Of the pictures of each decoding together, such as Frechet distances; what was computed before is read back."""
+    scores = {}
+    for name, scorer in run.scoring.set_scorers.items():
+        identities = [example.identity for example in run.examples]
+        key = hashlib.sha256(repr([_version(run, name, scorer), identities, decodings]).encode()).hexdigest()
+        file = run.folder / "parts" / f"{slug(name)}.json"
+        stored = read_object(file) if file.is_file() else {}
+        if stored.get("key") != key:
+            stored = {"key": key, "scores": {decoding: scorer(_pairs(run, decoding)) for decoding in decodings}}
+            write_json(file, stored)
+        scores[name] = stored["scores"]
+    return scores
 
 
-def _pairs(run: Run, decoding: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(run: Run, decoding: str) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A decoding's pictures and the originals, batch by batch."""
-    for start in range(0, len(run.examples), run.batch_size):
-        batch = run.examples[start : start + run.batch_size]
-        side = run.score_resolution
-        yield read_results(run.folder, decoding, batch, side), stack(batch, side)
+    side = run.score_resolution
+    for batch in batches(run.examples, run.batch_size):
+        originals = stack(batch, side) if batch[0].picture is not None else None
+        yield read_results(run.folder, decoding, batch, side), originals
 
 
 def read_results(folder: Path, decoding: str, batch: Sequence[Example], resolution: int | None = None) -> Tensor:
     """A decoding's pictures of a batch, (B, 3, R, R), as the PNG files in a run's folder hold them, or resized."""
-    pictures = [read_picture(folder / _picture(decoding, example)) for example in batch]
+    files = [folder / _picture(decoding, example) for example in batch]
+    for file, example in zip(files, batch, strict=True):
+        if _made_of(file) != example.identity:
+            raise ValueError(f"{file} is not a result of {example.key}: run it again, which makes the picture anew")
+    pictures = [read_picture(file) for file in files]
     if resolution is not None:
         pictures = [resize_and_crop(picture, resolution)[0] for picture in pictures]
     return to_images([np.asarray(picture) for picture in pictures])
@@ -269,7 +325,9 @@ def _record(run: Run, ranks: Ranks) -> dict[str, Any]:
         "batch_size": run.batch_size,
         "resolution": run.resolution,
         "scored_at": run.score_resolution,
-        "metrics": [*run.scorers, *run.set_scorers],
+        "metrics": [*run.scoring.scorers, *run.scoring.set_scorers],
+        "options": run.decodings,
+        "columns": {column: style._asdict() for column, style in run.scoring.styles.items()},
         "versions": {"python": platform.python_version(), **packages},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "ranks": ranks.world_size},
     }

@@ -72,8 +72,16 @@ def _limits(means: np.ndarray) -> np.ndarray:
     return np.percentile(means, (outside, 100 - outside), method="nearest")
 
 
+MIN_SEEDS = 3
+"""Trainings from which their scatter is taken into account; fewer tell little of it."""
+
+
 class Verdict(NamedTuple):
-    """Whether `better` really is above `worse`: the difference over the same pictures, and the seeds that agree."""
+    """Whether `better` really is above `worse`: the difference over the same pictures, and the seeds that agree.
+
+    The difference's interval is over resampled pictures and, with MIN_SEEDS or more, over trainings as well; with fewer
+    the verdict is of these trainings only.
+    """
 
     worse: str
     better: str
@@ -91,9 +99,23 @@ class Verdict(NamedTuple):
 
 def compare(worse: str, better: str, values: dict[str, Sequence[ArrayLike]]) -> Verdict:
     """Judge `worse` < `better` from values[name][seed], one value for each picture, the same pictures in all."""
-    low, high = (np.asarray(values[name], dtype=np.float64) for name in (worse, better))  # (seeds, pictures)
-    if low.shape != high.shape:
-        raise ValueError(f"{worse} and {better} differ in seeds or pictures: {low.shape} and {high.shape}")
-    difference = high - low
+    lower, upper = (np.asarray(values[name], dtype=np.float64) for name in (worse, better))  # (seeds, pictures)
+    if lower.shape != upper.shape:
+        raise ValueError(f"{worse} and {better} differ in seeds or pictures: {lower.shape} and {upper.shape}")
+    difference = upper - lower
     agreeing = int((difference.mean(1) > 0).sum())
-    return Verdict(worse, better, bootstrap(difference.mean(0)), agreeing, len(difference))
+    estimate = bootstrap(difference.mean(0)) if len(difference) < MIN_SEEDS else _over_seeds(difference)
+    return Verdict(worse, better, estimate, agreeing, len(difference))
+
+
+def _over_seeds(difference: np.ndarray) -> Estimate:
+    """Mean of (seeds, pictures), with limits over resampled pictures and over other trainings.
+
+    A mean over so few trainings is off by their scatter times Student's t: drawing them with replacement would make
+    intervals too narrow.
+    """
+    seeds = len(difference)
+    pictures = _resampled(difference.mean(0), RESAMPLES, 0).mean(1)
+    scatter = difference.mean(1).std(ddof=1) / math.sqrt(seeds)
+    others = scatter * np.random.default_rng(1).standard_t(seeds - 1, RESAMPLES)
+    return Estimate(difference.mean(), *_limits(pictures + others))

@@ -1,45 +1,25 @@
-"""Tables and curves of runs: methods and decodings, in all and by type; Table 1; the curves of Figs. 4, 5 and 9."""
+"""Tables, panels and curves of runs: methods and decodings, in all and by type; the curves of Figs. 5 and 9."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from icd_lightning.data.images import to_pictures
+from icd_lightning.evaluation.benchmark import Published
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.published import GUIDANCES, PUBLISHED, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report import MAX_MARKED, MAX_SERIES, Curve, Panel, Table, Value
 from icd_lightning.evaluation.runs import ALL, Results, read_results
 from icd_lightning.evaluation.statistics import Estimate
-from icd_lightning.tiny.rendering import render
 
+__all__ = ["MAX_SERIES", "Value", "panel", "plain", "published", "table", "trade_off"]
 
-class Style(NamedTuple):
-    """How a column is printed: decimals, what is good, and a factor, 100 for shares."""
-
-    digits: int | None = None
-    best: Literal["max", "min"] | None = None
-    factor: float = 1.0
-
-
-SHARES = ("changed", "kept", "tiny-agreement", "object", "background", "layout")
-LESS_IS_BETTER = ("lpips", "mse", "structure", "fid", "tiny-fd", "tiny-perceptual", "latent_mse")
 LAST = ("nfe", "seconds")
 INTERVALS = " ± is half of a 95 % interval over resampled pictures."
-STYLES = {"nll": Style(3), "nfe": Style(0), "seconds": Style(3)}
-
-
-def style_of(column: str) -> Style:
-    """By the name's beginning: shares are percentages, PSNR in dB; what is not listed is printed to three digits."""
-    if column in STYLES:
-        return STYLES[column]
-    if column.startswith(SHARES):
-        return Style(1, "max", 100.0)
-    return Style(2 if column.startswith("psnr") else None, "min" if column.startswith(LESS_IS_BETTER) else "max")
+SIDE_BY_SIDE = 6
+"""Methods at most, or their columns become narrow."""
 
 
 def table(title: str, note: str, results: Sequence[Results], *, by_kind: bool = False) -> Table:
@@ -52,7 +32,7 @@ def table(title: str, note: str, results: Sequence[Results], *, by_kind: bool = 
             for kind in result.kinds if by_kind else (ALL,):
                 first = (result.name, decoding, *([kind] if by_kind else []))
                 rows.append((*first, *(_value(result, column, decoding, kind) for column in columns)))
-    styles = [style_of(column) for column in columns]
+    styles = [next(r.styles[c] for r in results if c in r.styles) for c in columns]
     heads = [f"{c} (%)" if s.factor == 100 else c for c, s in zip(columns, styles, strict=True)]
     lead = ("method", "decoding", *(["type"] if by_kind else []))
     return Table(
@@ -70,7 +50,7 @@ def _value(result: Results, column: str, decoding: str, kind: str) -> Value:
     if column in LAST:  # of one picture; the same for all, or a matter of the machine
         return float(np.nanmean(result.values(column, decoding, kind)))
     value = result.mean(column, decoding, kind) if column in (*result.columns, *result.set_scores) else None
-    return value.scaled(style_of(column).factor) if isinstance(value, Estimate) else value
+    return value.scaled(result.style(column).factor) if isinstance(value, Estimate) else value
 
 
 def plain(table: Table) -> Table:
@@ -79,16 +59,15 @@ def plain(table: Table) -> Table:
     return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
 
 
-def published(benchmark: str) -> list[Table]:
-    """What papers print for this benchmark on photographs, if anything."""
+def published(tables: Sequence[Published]) -> list[Table]:
+    """What papers print for a benchmark on photographs, if anything."""
     return [
-        Table(f"As published: {title}", "Not run here.", ("row", *columns), tuple((n, *r) for n, r in rows.items()))
-        for title, columns, rows in PUBLISHED.get(benchmark, ())
+        Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), _rows(one.rows)) for one in tables
     ]
 
 
-SIDE_BY_SIDE = 6
-"""Methods at most, or their columns become narrow."""
+def _rows(rows: Mapping[str, Sequence[float]]) -> tuple[tuple[Value, ...], ...]:
+    return tuple((name, *values) for name, values in rows.items())
 
 
 def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
@@ -101,7 +80,7 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     resolution = next(iter(made.values())).shape[-1]
     columns = {"original": stack(shown, resolution), **made}
     pictures = {name: to_pictures(images) for name, images in columns.items()}
-    truths = [render(example.truth, resolution) for example in shown if example.truth is not None]
+    truths = [example.truth.draw(resolution) for example in shown if example.truth is not None]
     if len(truths) == len(shown):
         pictures["true result"] = np.stack(truths)
     note = "The prompts say what shall be there."
@@ -113,65 +92,26 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     return Panel("Edits", note, tuple(pictures), tuple(rows), ours)
 
 
-def table_1(result: Results, quality: str) -> Table:
-    """A score by the decoder's guidance (rows) and the encoder's (columns)."""
-    rows: list[tuple[Value, ...]] = []
-    for decoder in GUIDANCES:
-        ours = [result.mean(quality, f"encoder {encoder}, decoder {decoder}") for encoder in GUIDANCES]
-        rows.append((decoder, *ours, *TABLE_1[decoder]))
-    return _by_encoder(
-        f"Table 1: {quality} by the encoder's and the decoder's guidance",
-        "DDIM-50, guided both ways by classifier-free guidance. The paper's columns are FID, of SD1.5 on 5K pictures.",
-        "decoder",
-        rows,
-        (None, *(style_of(quality).digits for _ in GUIDANCES), *(1 for _ in GUIDANCES)),
-    )
-
-
-def table_1_nll(result: Results) -> Table:
-    """Negative log-likelihood of what each encoder's guidance makes of pictures."""
-    ours = [result.mean("nll", f"encoder {encoder}, decoder none") for encoder in GUIDANCES]
-    note = "Per dimension, under the standard normal distribution; noise drawn from it has 1.419."
-    return _by_encoder("Table 1: latent NLL", note, "", [("", *ours, *TABLE_1_NLL)], (None, *(3 for _ in range(8))))
-
-
-def _by_encoder(title: str, note: str, head: str, rows, digits) -> Table:
-    header = (head, *(f"encoder {name}" for name in GUIDANCES), *(f"paper: {name}" for name in GUIDANCES))
-    return Table(title, note, header, tuple(rows), digits=digits)
-
-
-def curve_over_tau(results: Sequence[Results], taus: Sequence[float], column: str) -> Curve:
-    """Fig. 4: what comes back, against the threshold below which the decoder is guided, one decoding for each."""
-    series = {
-        result.name: (list(taus), [float(np.nanmean(result.values(column, name))) for name in result.decodings])
-        for result in results[:MAX_SERIES]
-    }
-    note = "Encoded unguided, decoded with guidance at t <= tau T only."
-    return Curve(f"{column} against the turn-on threshold", note, "tau", column, series)
-
-
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
     """Preservation against editing (Fig. 9), error against quality (Fig. 5): a line a method through its settings.
 
     The line follows the settings in their order, not x, as long as from one to the next a single option changes.
     """
-    series = {}
-    for result in results[:MAX_MARKED]:
-        means = {d: (result.mean(x, d), result.mean(y, d)) for d in result.decodings}
-        points: list[tuple[float, float]] = []
-        last: str | None = None
-        for decoding, (a, b) in means.items():
-            if a is None or b is None:
-                continue
-            if last is not None and len(options_of(last).items() ^ options_of(decoding).items()) != 2:
-                points.append((np.nan, np.nan))  # a gap
-            points.append((float(a), float(b)))
-            last = decoding
-        series[result.name] = ([a for a, _ in points], [b for _, b in points])
     note = "A point for each setting, a line for each method, through its settings in their order."
+    series = {result.name: _line(result, x, y) for result in results[:MAX_MARKED]}
     return Curve(title, note, x, y, series, marks=True)
 
 
-def options_of(decoding: str) -> dict[str, float]:
-    """The numbers in a decoding's name: "tau1 0.4, tau2 0.8" -> {"tau1": 0.4, "tau2": 0.8}."""
-    return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", decoding)}
+def _line(result: Results, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Means of two columns by decoding, NaN as a gap where more than one option changes."""
+    points: list[tuple[float, float]] = []
+    last: Mapping[str, float] | None = None
+    for decoding in result.decodings:
+        place, options = (result.mean(x, decoding), result.mean(y, decoding)), result.options.get(decoding, {})
+        if None in place:
+            continue
+        if last is not None and len(last.items() ^ options.items()) != 2:
+            points.append((np.nan, np.nan))
+        points.append((float(place[0]), float(place[1])))
+        last = options
+    return [a for a, _ in points], [b for _, b in points]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
+from icd_lightning.evaluation.examples import Example, stack
+from icd_lightning.evaluation.rows import batches, progress
 from icd_lightning.metrics.reconstruction import psnr
-from icd_lightning.models.backbone import cfg_denoiser, guided_denoiser
 from icd_lightning.models.family import Family
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
-from icd_lightning.tiny.measuring import batches, held_out, images_of, measure_generation
+from icd_lightning.tiny.benchmarks import scene_examples
 from icd_lightning.tiny.scene_network import SceneNetwork
-from icd_lightning.tiny.scenes import Scene
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
 TEACHER_BARS = {"object color": 0.95, "background color": 0.97, "object shape": 0.70, "background texture": 0.85}
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -38,26 +40,43 @@ class Bar:
             return True
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
+    @property
+    def rule(self) -> str:
+        """As text, ">= 31"; empty where there is no limit."""
+        return "" if self.limit is None else f"{'>=' if self.at_least else '<='} {self.limit:g}"
+
 
 @torch.no_grad()
-def measure_family(family: Family, *, count: int, seed: int, batch_size: int = 64) -> list[Bar]:
+def measure_family(family: Family, *, count: int, seed: int) -> list[Bar]:
     """All bars of a tiny family on the first `count` scenes of the world `seed`."""
-    scenes = held_out(count, seed)
+    scenes = scene_examples(count, seed)
     network = SceneNetwork.from_pretrained(family.root / "scene_network")
     teacher = DDIMInversion(family)
     return [
-        *_autoencoder(teacher, scenes, batch_size),
-        *_scene_network(network, scenes, batch_size),
-        *_teacher(teacher, network, scenes, batch_size),
-        *_inversion(teacher, scenes, batch_size),
-        *stage_one_bars(family, teacher, scenes, batch_size),
+        *autoencoder_bars(teacher, scenes),
+        *_scene_network(network, scenes),
+        *_teacher(teacher, network, scenes),
+        *_inversion(teacher, scenes),
+        *stage_one_bars(family, teacher, scenes),
     ]
 
 
-def _autoencoder(teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int) -> list[Bar]:
+def _each(scenes: Sequence[Example], label: str) -> Iterator[tuple[int, Tensor, list[str]]]:
+    """Batches with a bar on the terminal: place of the first, pictures, captions."""
+    parts = batches(scenes, BATCH_SIZE)
+    for number, part in enumerate(progress(parts, label, len(parts))):
+        yield number * BATCH_SIZE, stack(part, 64), [example.caption for example in part]
+
+
+def _accuracy(predicted: Sequence[Tensor], scenes: Sequence[Example]) -> dict[str, float]:
+    truth = label_tensor([example.picture for example in scenes])
+    return {name: float(share) for name, share in attribute_accuracy(torch.cat(list(predicted)), truth).items()}
+
+
+def autoencoder_bars(teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:
+    """How much the autoencoder alone loses, and how its latents are spread."""
     values, latents = [], []
-    for part in batches(scenes, batch_size):
-        images = images_of(part)
+    for _, images, _ in _each(scenes, "autoencoder"):
         latents.append(teacher.autoencoder.encode(images))
         values.append(psnr(teacher.autoencoder.decode(latents[-1]), images))
     joined = torch.cat(latents).transpose(0, 1).flatten(1)
@@ -69,59 +88,55 @@ def _autoencoder(teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: in
     ]
 
 
-def _scene_network(network: SceneNetwork, scenes: Sequence[Scene], batch_size: int) -> list[Bar]:
-    found = torch.cat([network.read(images_of(part)) for part in batches(scenes, batch_size)])
-    accuracy = attribute_accuracy(found, label_tensor(scenes))
-    return [Bar(f"scene network on true scenes: {name} right", float(v), 0.97) for name, v in accuracy.items()]
+def _scene_network(network: SceneNetwork, scenes: Sequence[Example]) -> list[Bar]:
+    accuracy = _accuracy([network.read(images) for _, images, _ in _each(scenes, "scene network")], scenes)
+    return [Bar(f"scene network on true scenes: {name} right", share, 0.97) for name, share in accuracy.items()]
 
 
-def _teacher(teacher: DDIMInversion, network: SceneNetwork, scenes: Sequence[Scene], batch_size: int) -> list[Bar]:
-    accuracy = measure_generation(teacher, network, scenes, StepGuidance(3.0), batch_size=batch_size)
+def _teacher(teacher: DDIMInversion, network: SceneNetwork, scenes: Sequence[Example]) -> list[Bar]:
+    predicted = []
+    for first, images, prompts in _each(scenes, "teacher"):
+        noise = seeded_noise(teacher.latent_shape(len(images), 64, 64), first)
+        predicted.append(network.read(teacher.generate(prompts, noise, guidance=StepGuidance(3.0))))
     return [
-        Bar(f"teacher, DDIM-50 at w 3: {name} right", value, TEACHER_BARS.get(name)) for name, value in accuracy.items()
+        Bar(f"teacher, DDIM-50 at w 3: {name} right", share, TEACHER_BARS.get(name))
+        for name, share in _accuracy(predicted, scenes).items()
     ]
 
 
-def _inversion(teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int) -> list[Bar]:
+def _inversion(teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:
     values = []
-    for part in batches(scenes, batch_size):
-        images, prompts = images_of(part), [scene.caption() for scene in part]
+    for _, images, prompts in _each(scenes, "inversion"):
         result = teacher.generate(prompts, teacher.invert(images, prompts))
         values.append(psnr(result, teacher.autoencoder.decode(teacher.autoencoder.encode(images))))
-    return [
-        Bar(
-            "DDIM-50 to noise and back at w 1: PSNR (dB) against the autoencoder's",
-            float(torch.cat(values).mean()),
-            35.0,
-        )
-    ]
+    name = "DDIM-50 to noise and back at w 1: PSNR (dB) against the autoencoder's"
+    return [Bar(name, float(torch.cat(values).mean()), 35.0)]
 
 
-def stage_one_bars(family: Family, teacher: DDIMInversion, scenes: Sequence[Scene], batch_size: int = 64) -> list[Bar]:
+def stage_one_bars(family: Family, teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:
     """Mean squared errors of the network's output (eps or v) at uniform timesteps, against the guided teacher."""
-    student, schedule = family.load_unet(guided=True), teacher.schedule
-    errors: dict[float, list] = {w: [] for w in GUIDANCE_SCALES}
-    ignoring: dict[float, list] = {w: [] for w in GUIDANCE_SCALES}
-    for index, part in enumerate(batches(scenes, batch_size)):
-        latents, prompts = teacher.autoencoder.encode(images_of(part)), [scene.caption() for scene in part]
-        conditioning, unconditional = teacher.conditioner(prompts), teacher.conditioner.unconditional(len(part))
-        generator = torch.Generator().manual_seed(index)
-        t = torch.randint(schedule.num_train_timesteps, (len(part),), generator=generator)
-        x = NoisedData(latents, seeded_noise(latents.shape, index * batch_size), schedule).at(t)
+    student, process = family.load_model(guided=True), teacher.process
+    errors: dict[float, list[Tensor]] = {w: [] for w in GUIDANCE_SCALES}
+    ignoring: dict[float, list[Tensor]] = {w: [] for w in GUIDANCE_SCALES}
+    for first, images, prompts in _each(scenes, "stage 1"):
+        latents, count = teacher.autoencoder.encode(images), len(images)
+        conditioning, unconditional = teacher.conditioner(prompts), teacher.conditioner.unconditional(count)
+        generator = torch.Generator().manual_seed(first // BATCH_SIZE)
+        t = torch.randint(process.num_train_timesteps, (count,), generator=generator)
+        x = NoisedData(latents, seeded_noise(latents.shape, first), process).at(t)
 
         def output(denoise, x=x, t=t):
-            return schedule.output_from_eps(denoise(x, t), x, t)
+            return process.target(*denoise(x, t), t)
 
-        plain = output(cfg_denoiser(teacher.unet, schedule, conditioning, unconditional, 1.0))
+        plain = output(teacher.model.denoiser(conditioning, 1.0, unconditional))
         for w in GUIDANCE_SCALES:
-            target = output(cfg_denoiser(teacher.unet, schedule, conditioning, unconditional, w))
-            errors[w].append(squared_error(output(guided_denoiser(student, schedule, conditioning, w)), target))
+            target = output(teacher.model.denoiser(conditioning, w, unconditional))
+            errors[w].append(squared_error(output(student.denoiser(conditioning, w)), target))
             ignoring[w].append(squared_error(plain, target))
     means = {w: float(torch.cat(errors[w]).mean()) for w in GUIDANCE_SCALES}
     bars = [Bar("stage 1: error at w 1", means[1.0], 0.003, at_least=False)]
     for w in GUIDANCE_SCALES[1:]:
         share = means[w] / float(torch.cat(ignoring[w]).mean())
-        bars.append(
-            Bar(f"stage 1: error at w {w:g}, as a share of the error of ignoring w", share, 0.10, at_least=False)
-        )
+        name = f"stage 1: error at w {w:g}, as a share of the error of ignoring w"
+        bars.append(Bar(name, share, 0.10, at_least=False))
     return bars

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from icd_lightning.files import write_text
 from icd_lightning.tiny.bars import Bar
 from icd_lightning.tiny.packaging import STAGES
-from icd_lightning.tiny.study import write_text
 
 HEAD = """# The tiny family
 
@@ -41,8 +41,8 @@ def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> P
     )
     file = folder / "README.md"
     notes = folder / "notes.md"
-    said = [notes.read_text()] if notes.is_file() else []
-    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured, *said]))
+    by_hand = [notes.read_text()] if notes.is_file() else []
+    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured, *by_hand]))
     return file
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from icd_lightning.models.checkpoints import sorted_metadata
+from icd_lightning.models.student_file import sorted_metadata
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 SHIPPED = "tiny"  # what `Family` knows it by

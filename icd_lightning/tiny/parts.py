@@ -10,3 +10,8 @@ METRICS = {
     "tiny-perceptual": Entry("icd_lightning.tiny.metrics.TinyPerceptualDistance", "distance to the scene network"),
 }
 METRIC_PRESETS = {"tiny": ("psnr", "ssim", "tiny-perceptual", "tiny-agreement", "tiny-fd")}
+BENCHMARKS = {
+    "scenes": Entry("icd_lightning.tiny.benchmarks.TOUR", "a tour of the tiny family"),
+    "tiny_edit": Entry("icd_lightning.tiny.benchmarks.TINY_EDIT", "edits of scenes with known true results"),
+}
+DATA_SETS = {"scenes": Entry("icd_lightning.tiny.benchmarks.held_out_scenes", "held-out scenes")}

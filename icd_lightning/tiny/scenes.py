@@ -118,6 +118,12 @@ class Scene:
             first = f"{first} {self.relation} {_with_article(self.things[1].words())}"
         return f"{first} on {_with_article(self.background.words())}"
 
+    def draw(self, size: int = 64) -> NDArray[np.uint8]:
+        """The picture, uint8 (size, size, 3)."""
+        from icd_lightning.tiny.rendering import render
+
+        return render(self, size)
+
     @property
     def layout(self) -> str:
         """How the objects lie, one of LAYOUTS."""

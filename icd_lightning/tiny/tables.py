@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from icd_lightning.evaluation.report import Table
-from icd_lightning.tiny.study import StudySettings
 
 
-def reconstruction_table(
-    results: Mapping[str, dict[str, Any]], settings: StudySettings, *, ceiling: float, ours: str
-) -> Table:
-    """To noise and back, by method (name -> what `study` returned); `ceiling` is the autoencoder's own PSNR."""
+def reconstruction_table(results: Mapping[str, dict[str, Any]], count: int, *, ceiling: float, ours: str) -> Table:
+    """To noise and back, by method (name -> its figures); `ceiling` is the autoencoder's own PSNR."""
     rows: list[tuple] = [("autoencoder alone", "", ceiling, None, None, None, None)]
     for name, result in results.items():
         for row in result["reconstruction"]:
@@ -20,7 +17,7 @@ def reconstruction_table(
             rows.append((name, row["guidance"], *values))
     return Table(
         title="Reconstruction: to noise and back",
-        note=f"{settings.count} held-out pictures, encoded at w 1 and decoded as the second column says. The "
+        note=f"{count} held-out pictures, encoded at w 1 and decoded as the second column says. The "
         "autoencoder alone is the best that latents can give. Seconds of one picture, in batches, on this machine.",
         header=("method", "decoding", "PSNR (dB)", "SSIM", "latent MSE", "evaluations", "seconds"),
         rows=tuple(rows),
@@ -29,7 +26,7 @@ def reconstruction_table(
     )
 
 
-def edit_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *, ours: str) -> Table:
+def edit_table(results: Mapping[str, dict[str, Any]], count: int, decoding: str, *, ours: str) -> Table:
     """Edits against their true results, by method."""
     keys = ("changed", "kept", "psnr_truth", "psnr_outside", "nfe", "seconds")
     shares = ("changed", "kept")
@@ -39,8 +36,8 @@ def edit_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *
     )
     return Table(
         title="Edits by prompt, against their true results",
-        note=f"{settings.count} edits of one attribute each (colour, shape, texture or size of an object, colour or "
-        f"texture of the background), {settings.edited}. Attributes as read by a "
+        note=f"{count} edits of one attribute each (colour, shape, texture or size of an object, colour or "
+        f"texture of the background), {decoding}. Attributes as read by a "
         "small network made for this world; PSNR to the true edit and, outside the edited region, to the original.",
         header=(
             "method",
@@ -57,13 +54,13 @@ def edit_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *
     )
 
 
-def generation_table(results: Mapping[str, dict[str, Any]], settings: StudySettings, *, ours: str) -> Table:
+def generation_table(results: Mapping[str, dict[str, Any]], count: int, decoding: str, *, ours: str) -> Table:
     """Share of captions' attributes that generated pictures show, by method."""
     names = tuple(next(iter(results.values()))["generation"])
     rows = tuple((name, *(100 * result["generation"][key] for key in names)) for name, result in results.items())
     return Table(
         title="Generation: attributes of the caption that the picture shows (%)",
-        note=f"{settings.count} pictures from drawn noise, {settings.edited}, read by the same network.",
+        note=f"{count} pictures from drawn noise, {decoding}, read by the same network.",
         header=("method", *names),
         rows=rows,
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),
