@@ -173,14 +173,12 @@ class Task(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration's optimizer settings apply to a run that goes on, whose checkpoint holds the old."""
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [self.optimizer_settings.lr] * len(config.scheduler.base_lrs)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["betas"], group["weight_decay"] = (
-                    self.optimizer_settings.betas,
-                    self.optimizer_settings.weight_decay,
-                )
+        settings = self.optimizer_settings
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            scheduler.base_lrs = [settings.lr] * len(scheduler.base_lrs)
+            for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = settings.lr * factor(scheduler.last_epoch)
+                group["betas"], group["weight_decay"] = settings.betas, settings.weight_decay
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember whose gradients these are."""

@@ -50,9 +50,7 @@ class Losses:
         """Those that there are; ValueError for none."""
         usual = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "others"}
         if twice := usual.keys() & self.others.keys():
-            raise ValueError(
-                f"losses.others names {min(twice)}, which is one of the usual losses: give it another name"
-            )
+            raise ValueError(f"losses.others names {min(twice)}, a usual loss: give it another name")
         named = {name: loss for name, loss in {**usual, **self.others}.items() if loss is not None}
         if not named:
             raise ValueError("losses are all null: a training needs one at least")

@@ -3,8 +3,8 @@ import torch
 from training_case import distillation, frozen_weights, same, scenes_data, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
-from icd_lightning.models.family import Family
 from icd_lightning.diffusion import Draws
+from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tiny.datamodule import scene_batch
