@@ -17,6 +17,7 @@ from torch import Tensor
 from families_case import NAMES, write_layout
 from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
+from training_case import write_scenes
 from icd_lightning.diffusion import VP, Denoiser, Process, Split, guidance_embedding
 
 
@@ -75,6 +76,12 @@ def generator() -> torch.Generator:
 def random_family(tmp_path_factory) -> Path:
     """A family of random weights with both students, to read from."""
     return write_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """24 captioned pictures in 3 shards, to read from."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="session")

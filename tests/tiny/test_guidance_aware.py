@@ -2,9 +2,10 @@ import pytest
 import torch
 from training_case import frozen_weights, same, scenes_data, trainer_for
 
+from icd_lightning.diffusion import Draws
 from icd_lightning.diffusion.guidance import classifier_free_guidance
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings
+from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tiny.datamodule import scene_batch
 from icd_lightning.tiny.scenes import scene_at
@@ -84,7 +85,7 @@ def test_what_it_exports_is_the_teacher_of_stage_one(random_family, trained, bat
     for part in random_family.iterdir():
         (tmp_path / "family" / part.name).symlink_to(folder / "unet" if part.name == "unet" else part)
     family = Family(str(tmp_path / "family"))
-    teacher = family.load_unet(guided=False)
+    teacher = family.load_model(guided=False).network
     assert teacher.config.time_cond_proj_dim is None
     assert stage_one_error(family, batch, 1.0) < 1e-10
     assert stage_one_error(family, batch, 2.0) == pytest.approx(stage_one_error(family, batch, 3.0) / 4, rel=1e-3)
