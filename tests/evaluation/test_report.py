@@ -22,14 +22,14 @@ from icd_lightning.evaluation.report import (
     print_table,
     write_report,
 )
-from icd_lightning.evaluation.report.canvas import Canvas, Font, wrap
+from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, wrap
 from icd_lightning.evaluation.report.figures import curve_figure, text_width
 from icd_lightning.evaluation.report.model import MISSING
 from icd_lightning.evaluation.statistics import Estimate
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import random_scene
 
-HOSTILE = """<script>alert("1")</script> & 'quotes' [bold]"""
+HOSTILE = """<script>alert("1")</script> & 'quotes' [bold] $x$"""
 
 
 class Reader(HTMLParser):
@@ -240,6 +240,14 @@ def test_wide_tables_stay_on_the_sheet(tmp_path, count):
     rows = tuple((f"method {n} with a long description of itself", *range(1000, 1000 + count)) for n in range(3))
     sheet = drawn(Table("Numbers", "", header, rows, highlight_rows=(1,)), tmp_path=tmp_path)
     assert (sheet[:, -40:, :3] == 255).all()
+
+
+def test_numbers_of_a_wide_table_keep_to_one_line():
+    rows = tuple(("method", *(Estimate(1000.0 * n, 0, 2) for _ in range(9))) for n in range(1, 4))
+    table = Table("", "", ("", *(f"column number {i}" for i in range(9))), rows, digits=(None, *(3,) * 9))
+    canvas = draw_body(table, width=INNER)
+    shown = [text.get_text() for text in canvas.axes.texts]
+    assert [text for text in shown if "±" in text] == [cell.text for row in table.cells() for cell in row[1:]]
 
 
 @pytest.mark.parametrize(
