@@ -125,9 +125,11 @@ def weights() -> dict[str, torch.Tensor]:
     """Inception's, of the right names and shapes, random."""
     torch.manual_seed(0)
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    for name, value in network.state_dict().items():
-        if name.endswith("running_mean"):
-            value.normal_(0, 0.1)
+    for layer in network.modules():  # torch's own draw would let the picture fade from layer to layer
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
     return {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
