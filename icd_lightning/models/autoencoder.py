@@ -18,6 +18,7 @@ class LatentAutoencoder(nn.Module):
 
     Takes any class with `encode`, `decode` and `config`: AutoencoderKL (SD1.5, SDXL) has a posterior, AutoencoderDC
     (tiny) is deterministic. The scaling factor, and a shift where there is one, come from the autoencoder's config.
+    Calls build no graph, except with `gradients=True`: then gradients reach what is given, never the weights.
     """
 
     def __init__(self, vae: nn.Module) -> None:
@@ -45,12 +46,11 @@ class LatentAutoencoder(nn.Module):
         """Tells autoencoders apart whose latents do not fit each other; the same in any precision."""
         return fingerprint(self.vae.encoder)
 
-    def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, normal: Callable[..., Tensor] | None = None, gradients: bool = False) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H/f, W/f): `sample` of their `moments`."""
-        return self.sample(self.moments(images), normal=normal)
+        return self.sample(self.moments(images, gradients=gradients), normal=normal)
 
-    @torch.no_grad()
-    def moments(self, images: Tensor) -> Tensor:
+    def moments(self, images: Tensor, *, gradients: bool = False) -> Tensor:
         """Return mean and log-variance (B, 2 C, H/f, W/f) of the posterior, or the latent (B, C, H/f, W/f) itself.
 
         Raises ValueError where H or W is not a multiple of f.
@@ -61,12 +61,11 @@ class LatentAutoencoder(nn.Module):
                 f"image of {height} x {width} pixels: both sides must be multiples of {self.downsampling}; "
                 "crop or resize it first"
             )
-        with _own_precision(images):
+        with _own_precision(images), _graph(gradients):
             encoded = self.vae.encode(images.to(self.vae.dtype))
         moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
         return moments.to(images.dtype)
 
-    @torch.no_grad()
     def sample(self, moments: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
         """Return scaled latents (B, C, h, w) for what `moments` returned.
 
@@ -83,19 +82,23 @@ class LatentAutoencoder(nn.Module):
             latents = moments
         return (latents - self.shift_factor) * self.scaling_factor
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, gradients: bool = False) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
-        unscaled = latents / self.scaling_factor + self.shift_factor
-        with _own_precision(latents):
+        with _own_precision(latents), _graph(gradients):
+            unscaled = latents / self.scaling_factor + self.shift_factor
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
-        return images.clamp(-1, 1).to(latents.dtype)
+            return images.clamp(-1, 1).to(latents.dtype)
 
 
 def downsampling_of(config: Mapping[str, Any]) -> int:
     """Pixels per latent, along each side, of the autoencoder with this config."""
     stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return int(2 ** (len(stages) - 1))
+
+
+def _graph(gradients: bool) -> torch.set_grad_enabled:
+    """Where a graph is built: on request, and never inside `torch.no_grad`."""
+    return torch.set_grad_enabled(gradients and torch.is_grad_enabled())
 
 
 def _own_precision(like: Tensor) -> torch.autocast:

@@ -12,15 +12,15 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
-from icd_lightning.diffusion.guidance import guidance_embedding
-from icd_lightning.diffusion.schedule import NoiseSchedule
+from icd_lightning.diffusion import VP, Direction, Process, guidance_embedding
+from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.students import RELEASED_TARGET_MODULES, LoraSettings, Students
+from icd_lightning.models.diffusion_model import DiffusionModel
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 UNET_CONFIG = json.loads((GOLDEN / "meta.json").read_text())["unet_config"]
 LORA = LoraSettings(rank=4, alpha=8)
-ADAPTERS = ("fcd", "cd")
 
 
 def tiny_unet(seed: int = 0, **config) -> UNet2DConditionModel:
@@ -28,24 +28,28 @@ def tiny_unet(seed: int = 0, **config) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**UNET_CONFIG, **config}).eval()
 
 
-def tiny_students(seed: int = 0, *, unet: UNet2DConditionModel | None = None, **options) -> Students:
+def tiny_model(unet: UNet2DConditionModel | None = None, process: Process | None = None) -> DiffusionModel:
+    return DiffusionModel(unet or tiny_unet(), process or VP(), UNet())
+
+
+def tiny_students(seed: int = 0, *, unet: UNet2DConditionModel | None = None, **options) -> LoraStudents:
     """Students whose adapters are far from zero and from each other."""
-    students = Students(unet or tiny_unet(), NoiseSchedule(), **{"lora": LORA, **options})
+    students = LoraStudents(tiny_model(unet), **{"lora": LORA, **options})
     generator = torch.Generator().manual_seed(seed)
-    for adapter in ADAPTERS:
-        for parameter in students.parameters_of(adapter):
+    for direction in DIRECTIONS:
+        for parameter in students.parameters_of(direction):
             with torch.no_grad():
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return students
 
 
-def separate_unet(students: Students, adapter: str) -> UNet2DConditionModel:
+def separate_unet(students: LoraStudents, direction: Direction) -> UNet2DConditionModel:
     """The same UNet with one adapter alone, by the public calls of diffusers and peft."""
     unet = tiny_unet().requires_grad_(False)
     settings = students.lora
-    modules = list(RELEASED_TARGET_MODULES)
+    modules = list(UNet.lora_targets)
     unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=modules), "default")
-    weights = {name: p.detach().clone() for name, p in students.named_parameters_of(adapter).items()}
+    weights = {name: p.detach().clone() for name, p in students.named_parameters_of(direction).items()}
     own = separate_parameters(unet)
     assert own.keys() == weights.keys()
     with torch.no_grad():
@@ -77,10 +81,16 @@ def part(batch: dict, index: slice) -> dict:
     return {name: value[index] for name, value in batch.items()}
 
 
-def loss_of(students: Students, adapter: str, batch: dict) -> Tensor:
+def output_of(students: LoraStudents, role: str, batch: dict) -> Tensor:
+    """The network's output in one role."""
+    conditioning = Conditioning(prompt_embeds=batch["prompt_embeds"])
+    return students.predict(role, batch["x"], batch["t"], conditioning, batch["w"])
+
+
+def loss_of(students: LoraStudents, direction: Direction, batch: dict) -> Tensor:
     """The student's mean squared distance from a goal."""
-    denoise = students.denoiser(adapter, Conditioning(batch["prompt_embeds"]), batch["w"])
-    return (denoise(batch["x"], batch["t"]) - batch["goal"]).square().mean()
+    denoise = students.denoiser(direction, Conditioning(prompt_embeds=batch["prompt_embeds"]), batch["w"])
+    return (denoise(batch["x"], batch["t"]).eps - batch["goal"]).square().mean()
 
 
 def separate_loss(unet: UNet2DConditionModel, batch: dict) -> Tensor:
@@ -93,13 +103,13 @@ def run(unet: UNet2DConditionModel, batch: dict) -> Tensor:
     return unet(batch["x"], batch["t"], batch["prompt_embeds"], timestep_cond=embedding).sample
 
 
-def gradients(students: Students, adapter: str) -> dict[str, Tensor | None]:
-    return {name: copy.copy(p.grad) for name, p in students.named_parameters_of(adapter).items()}
+def gradients(students: LoraStudents, direction: Direction) -> dict[str, Tensor | None]:
+    return {name: copy.copy(p.grad) for name, p in students.named_parameters_of(direction).items()}
 
 
-def expected_gradients(students: Students, adapter: str, batch: dict) -> dict[str, Tensor]:
+def expected_gradients(students: LoraStudents, direction: Direction, batch: dict) -> dict[str, Tensor]:
     """The adapter's gradients in a model of its own."""
-    unet = separate_unet(students, adapter)
+    unet = separate_unet(students, direction)
     separate_loss(unet, batch).backward()
     return {name: p.grad for name, p in separate_parameters(unet).items()}
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from students_case import (
-    ADAPTERS,
     assert_same_gradients,
     gradients,
     loss_of,
@@ -13,9 +12,8 @@ from students_case import (
     tiny_unet,
 )
 
-from icd_lightning.models.compilation import compile_unets, why_not_compiled
-from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.students import LoraSettings
+from icd_lightning.models.compilation import compile_networks, why_not_compiled
+from icd_lightning.models.students import DIRECTIONS, LoraSettings
 
 SMALLEST = {  # each kind of block once, and of layer with an adapter: tracing takes seconds a block
     "block_out_channels": [16],
@@ -54,24 +52,25 @@ def test_compiled_students_give_the_same_outputs_and_gradients(backend, checkpoi
         pytest.skip(reason)
     options = {"lora": LORA, "gradient_checkpointing": checkpointing}
     plain, compiled = (tiny_students(unet=tiny_unet(**SMALLEST), **options).train() for _ in range(2))
-    compile_unets(compiled, backend)
+    compile_networks(compiled.diffusion_models(), backend)
     torch._dynamo.config.suppress_errors = False
     counters = torch._dynamo.utils.counters
     counters.clear()
     for size in sizes:
         batch, eps = part(tiny_batch(), slice(size)), []
-        conditioning = Conditioning(batch["prompt_embeds"])
         for students in (plain, compiled):
             students.zero_grad(set_to_none=True)
             # both students' forward passes, the teacher's between them, and one backward pass through both
-            first = loss_of(students, "fcd", batch)
-            eps.append(students.teacher(conditioning, batch["w"])(batch["x"], batch["t"]))
+            first = loss_of(students, "forward", batch)
+            eps.append(students.denoiser("teacher", conditioning, batch["w"])(batch["x"], batch["t"]).eps)
             (
-                first + loss_of(students, "cd", batch) + loss_of(students, "fcd", {**batch, "x": batch["goal"]})
+                first
+                + loss_of(students, "reverse", batch)
+                + loss_of(students, "forward", {**batch, "x": batch["goal"]})
             ).backward()
         torch.testing.assert_close(*eps, rtol=1e-4, atol=1e-5)
-        for adapter in ADAPTERS:
-            assert_same_gradients(gradients(compiled, adapter), gradients(plain, adapter))
+        for direction in DIRECTIONS:
+            assert_same_gradients(gradients(compiled, direction), gradients(plain, direction))
     assert not counters["graph_break"]
     if len(set(sizes)) == 1:
         assert counters["stats"]["unique_graphs"] == 3  # the teacher, and each student; none of them twice

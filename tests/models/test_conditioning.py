@@ -1,4 +1,4 @@
-"""Conditioning is a batch like any other: cut, joined, repeated and moved without mixing samples."""
+"""Conditioning is a batch like any other: cut, joined, repeated and chosen without mixing samples or names."""
 
 import pytest
 import torch
@@ -6,20 +6,14 @@ import torch
 from icd_lightning.models.conditioning import Conditioning
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def conditioning(request):
-    prompt_embeds = torch.randn(3, 5, 16)
-    if request.param == "sd15":
-        return Conditioning(prompt_embeds)
-    return Conditioning(prompt_embeds, torch.randn(3, 8), torch.tensor([[1023.0, 768, 0, 0, 512, 512]] * 3))
-
-
-def fields(conditioning):
-    return [conditioning.prompt_embeds, conditioning.pooled_prompt_embeds, conditioning.time_ids]
+@pytest.fixture
+def conditioning():
+    return Conditioning(prompt_embeds=torch.randn(3, 5, 16), anything=torch.arange(3))
 
 
 def same(left, right):
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(fields(left), fields(right), strict=True))
+    names = left.tensors.keys()
+    return names == right.tensors.keys() and all(torch.equal(left.tensors[n], right.tensors[n]) for n in names)
 
 
 def test_parts_joined_are_the_whole(conditioning):
@@ -35,30 +29,16 @@ def test_repeat_goes_through_the_batch_again(conditioning):
     assert same(conditioning.repeat(2), conditioning[[0, 1, 2, 0, 1, 2]])
 
 
-def test_casting_spares_the_time_ids(conditioning):
-    half = conditioning.to("cpu", dtype=torch.bfloat16)
-    assert half.prompt_embeds.dtype == torch.bfloat16
-    if conditioning.time_ids is not None:
-        assert half.pooled_prompt_embeds.dtype == torch.bfloat16
-        assert torch.equal(half.time_ids, conditioning.time_ids)
+def test_samples_are_chosen_one_by_one(conditioning):
+    other = conditioning.replace(anything=torch.arange(10, 13))
+    chosen = conditioning.where(torch.tensor([True, False, True]), other)
+    assert chosen.tensors["anything"].tolist() == [0, 11, 2]
 
 
-def test_the_network_gets_what_is_set(conditioning):
-    kwargs = conditioning.unet_kwargs()
-    assert kwargs["encoder_hidden_states"] is conditioning.prompt_embeds
-    if conditioning.time_ids is None:
-        assert "added_cond_kwargs" not in kwargs
-    else:
-        assert kwargs["added_cond_kwargs"]["text_embeds"] is conditioning.pooled_prompt_embeds
-        assert kwargs["added_cond_kwargs"]["time_ids"] is conditioning.time_ids
-
-
-def test_halves_of_a_conditioning_are_refused(conditioning):
-    embeds = torch.randn(3, 5, 16)
-    with pytest.raises(ValueError, match="go together"):
-        Conditioning(embeds, pooled_prompt_embeds=torch.randn(3, 8))
-    with pytest.raises(ValueError, match="time_ids holds 2 samples, prompt_embeds 3"):
-        Conditioning(embeds, torch.randn(3, 8), torch.zeros(2, 6))
-    if conditioning.time_ids is not None:
-        with pytest.raises(ValueError, match="in some of the conditionings"):
-            Conditioning.cat([conditioning, Conditioning(embeds)])
+def test_what_does_not_go_together_is_refused(conditioning):
+    with pytest.raises(ValueError, match="3 of prompt_embeds, 2 of time_ids: give one of each for every sample"):
+        Conditioning(prompt_embeds=torch.randn(3, 5, 16), time_ids=torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="conditioning of nothing"):
+        Conditioning()
+    with pytest.raises(ValueError, match="anything is set in some of the conditionings"):
+        Conditioning.cat([conditioning, Conditioning(prompt_embeds=torch.randn(3, 5, 16))])

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks_case import WORLD, run_ranks
-from students_case import ADAPTERS, assert_same_gradients, gradients, loss_of, part, tiny_batch, tiny_students
+from students_case import assert_same_gradients, gradients, loss_of, part, tiny_batch, tiny_students
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from icd_lightning.models.students import Students
+from icd_lightning.models.students import DIRECTIONS, LoraStudents
 
 WRAPS = {
     "plain": {},
@@ -21,24 +21,24 @@ CASES = [("plain", False), ("plain", True), ("find_unused", True), ("static_grap
 class SummedLoss(nn.Module):
     """Both students' losses in one forward pass, as DDP and Lightning want it."""
 
-    def __init__(self, students: Students) -> None:
+    def __init__(self, students: LoraStudents) -> None:
         super().__init__()
         self.students = students
 
     def forward(self, batch: dict) -> Tensor:
-        return sum(loss_of(self.students, adapter, batch) for adapter in ADAPTERS)
+        return sum(loss_of(self.students, direction, batch) for direction in DIRECTIONS)
 
 
-def train(model: nn.Module, students: Students, batch: dict) -> dict:
+def train(model: nn.Module, students: LoraStudents, batch: dict) -> dict:
     """Two optimizer steps; gradients and weights of each student after the second."""
-    optimizer = torch.optim.SGD([p for a in ADAPTERS for p in students.parameters_of(a)], lr=0.1)
+    optimizer = torch.optim.SGD([p for d in DIRECTIONS for p in students.parameters_of(d)], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         model(batch).backward()
         optimizer.step()
-    weights = {adapter: students.named_parameters_of(adapter) for adapter in ADAPTERS}
+    weights = {direction: students.named_parameters_of(direction) for direction in DIRECTIONS}
     return {
-        "gradients": {adapter: gradients(students, adapter) for adapter in ADAPTERS},
+        "gradients": {direction: gradients(students, direction) for direction in DIRECTIONS},
         "weights": {a: {name: p.detach() for name, p in named.items()} for a, named in weights.items()},
     }
 
@@ -70,13 +70,13 @@ def joined():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_equal_one_with_the_joined_batch(ranks, joined, case):
     for rank in ranks:
-        for adapter in ADAPTERS:
-            assert_same_gradients(rank[case]["gradients"][adapter], joined["gradients"][adapter])
-            assert_same_gradients(rank[case]["weights"][adapter], joined["weights"][adapter])
+        for direction in DIRECTIONS:
+            assert_same_gradients(rank[case]["gradients"][direction], joined["gradients"][direction])
+            assert_same_gradients(rank[case]["weights"][direction], joined["weights"][direction])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_processes_stay_together_bit_for_bit(ranks, case):
     first, second = (rank[case]["weights"] for rank in ranks)
-    for adapter in ADAPTERS:
-        assert all(torch.equal(weight, second[adapter][name]) for name, weight in first[adapter].items())
+    for direction in DIRECTIONS:
+        assert all(torch.equal(weight, second[direction][name]) for name, weight in first[direction].items())

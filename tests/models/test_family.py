@@ -14,10 +14,9 @@ from families_case import NAMES, NETWORKS, single_file, states, write_configs
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from icd_lightning.models.backbone import guided_denoiser
 from icd_lightning.models.family import Family, load_autoencoder
 from icd_lightning.models.sources import architecture
-from icd_lightning.models.students import ADAPTERS, Students
+from icd_lightning.models.students import DIRECTIONS, LoraStudents
 
 HUB_NAME = "someone/some-model"
 COND = "time_embedding.cond_proj.weight"
@@ -74,9 +73,9 @@ def test_every_form_of_a_model_has_the_same_weights(layouts, cache, tmp_path, na
     assert all(same(weights(family, part), state) for part, state in expected.items())
     assert family.source.has("text_encoder_2") == (name == "sdxl")
     ours, theirs = (of.load_conditioner()(["a red star"]) for of in (family, Family(str(folder))))
-    assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
+    assert torch.equal(ours.tensors["prompt_embeds"], theirs.tensors["prompt_embeds"])
     assert family.load_autoencoder().scaling_factor == {"sd15": 0.18215, "sdxl": 0.13025}[name]
-    assert torch.equal(family.load_schedule().alphas_cumprod, Family(str(folder)).load_schedule().alphas_cumprod)
+    assert torch.equal(family.load_process().alphas, Family(str(folder)).load_process().alphas)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,19 +94,20 @@ def test_a_single_file_tells_its_own_architecture(layouts, cache, tmp_path, name
 def test_random_weights_are_the_same_each_time(layouts, name):
     family = Family(f"random:{layouts[name]}")
     assert all(same(weights(family, part), state) for part, state in states(layouts[name]).items())
-    guided = family.load_unet(guided=True)
-    assert guided.config.time_cond_proj_dim == 512
+    guided = family.load_model(guided=True)
+    assert guided.network.config.time_cond_proj_dim == 512
     with torch.no_grad():
-        conditioning, x, t = family.load_conditioner()(["a red star"]), torch.randn(1, 4, 8, 8), torch.tensor([500])
-        eps = [guided_denoiser(guided, family.load_schedule(), conditioning, w)(x, t) for w in (1.0, 8.0)]
-    assert torch.isfinite(eps[0]).all()
-    assert not torch.allclose(*eps)
+        told = torch.randn(1, 4, 8, 8), torch.tensor([500]), family.load_conditioner()(["a red star"])
+        outputs = [guided.predict(*told, torch.tensor([w])) for w in (1.0, 8.0)]
+    assert torch.isfinite(outputs[0]).all()
+    assert not torch.allclose(*outputs)
 
 
 def test_frozen_parts_have_the_precision_asked_for(sd15):
     for model in (str(sd15), f"random:{sd15}"):
         family = Family(model, precision="bfloat16")
-        parts = (family.load_unet(guided=False), family.load_unet(guided=True), family.load_conditioner())
+        networks = [family.load_model(guided=guided).network for guided in (False, True)]
+        parts = (*networks, family.load_conditioner())
         assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
         assert not any(weight.requires_grad for part in parts for weight in part.parameters())
 
@@ -126,12 +126,10 @@ def test_architectures_have_the_sizes_of_the_released_models(name, counts, modul
     family = Family(f"random:{name}")
     with torch.device("meta"):
         built = {part: family.source.network(part, NETWORKS[part], torch.float32) for part in counts}
-        students = Students(
-            family.source.network("unet_guided", NETWORKS["unet"], torch.float32), family.load_schedule()
-        )
+        students = LoraStudents(family.load_model(guided=True))
     assert {part: sum(w.numel() for w in network.parameters()) for part, network in built.items()} == counts
-    for adapter in ADAPTERS:
-        parameters = students.parameters_of(adapter)
+    for direction in DIRECTIONS:
+        parameters = students.parameters_of(direction)
         assert (len(parameters), sum(p.numel() for p in parameters)) == (2 * modules, lora)
 
 
@@ -159,7 +157,27 @@ def test_a_variant_is_taken_when_asked_for_and_named_when_not(sd15, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"has no weights that can be read; it holds \w+.fp16.safetensors"):
             Family(str(tmp_path)).source.network(part, cls, torch.float32)
     with pytest.raises(FileNotFoundError, match="has no weights of variant fp16"):
-        Family(str(sd15), variant="fp16").load_unet(guided=False)
+        Family(str(sd15), variant="fp16").load_model(guided=False)
+
+
+@pytest.mark.parametrize("variants", [["fp16"], [None], ["fp16", None]])
+def test_a_variant_holds_for_the_guided_unet_where_there_is_such_a_file(sd15, tmp_path, variants):
+    """A model downloaded in fp16 beside a stage 1 that was trained here has no such file."""
+    family = Family(str(sd15), variant="fp16", precision="float16", guided_unet=str(tmp_path))
+    unet = Family(str(sd15), precision="float16").load_model(guided=True).network
+    for value, variant in enumerate(variants):
+        torch.nn.init.constant_(unet.conv_in.bias, value)
+        unet.save_pretrained(tmp_path, variant=variant)
+    assert family.load_model(guided=True).network.conv_in.bias[0] == 0
+
+
+def test_a_unet_that_takes_more_than_latents_is_one_error(sd15, tmp_path):
+    shutil.copytree(sd15, tmp_path / "model")
+    config = json.loads((sd15 / "unet" / "config.json").read_text())
+    inpainting = NETWORKS["unet"].from_config({**config, "in_channels": 9})
+    inpainting.save_pretrained(tmp_path / "model" / "unet")
+    with pytest.raises(ValueError, match=r"the unet of .* takes 9 channels, and its latents have 4: .*inpainting"):
+        Family(str(tmp_path / "model")).load_model(guided=False)
 
 
 def test_an_autoencoder_that_overflows_stays_in_float32_and_says_so(layouts, tmp_path, caplog):
@@ -197,8 +215,8 @@ def test_another_autoencoder_takes_the_models_place(sd15, cache, tmp_path):
 
 
 def test_the_prediction_type_can_be_set_right(sd15):
-    assert Family(str(sd15)).load_schedule().prediction_type == "epsilon"
-    assert Family(str(sd15), prediction_type="v_prediction").load_schedule().prediction_type == "v_prediction"
+    assert Family(str(sd15)).load_process().prediction_type == "epsilon"
+    assert Family(str(sd15), prediction_type="v_prediction").load_process().prediction_type == "v_prediction"
 
 
 # The UNet of stage 1
@@ -206,7 +224,7 @@ def test_the_prediction_type_can_be_set_right(sd15):
 
 @pytest.mark.parametrize("form", ["folder", "run", "sd15_cfg_distill.pt", "old.pt", "state.safetensors", "inside"])
 def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
-    expected = Family(str(sd15)).load_unet(guided=True).state_dict()
+    expected = Family(str(sd15)).load_model(guided=True).network.state_dict()
     (tmp_path / "unet_guided").symlink_to(sd15 / "unet_guided")
     location = {"folder": str(sd15 / "unet_guided"), "run": str(tmp_path), "inside": "unet_guided"}.get(form)
     if location is None:
@@ -217,7 +235,7 @@ def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
             save_file(expected, location)
     family = Family(str(sd15), guided_unet=location, precision="bfloat16")
     family.check()
-    unet = family.load_unet(guided=True)
+    unet = family.load_model(guided=True).network
     assert same(unet.state_dict(), {name: weight.bfloat16() for name, weight in expected.items()})
     assert unet.config.time_cond_proj_dim == 512
     assert not unet.training
@@ -232,17 +250,17 @@ BROKEN = {
     "0 unknown, 1 of another shape, for example conv_in.bias": lambda state: state.update(
         {"conv_in.bias": torch.ones(1)}
     ),
-    "something else than one UNet's state dict": lambda state: state.update(epoch=3),
+    "something else than one network's state dict": lambda state: state.update(epoch=3),
 }
 
 
 @pytest.mark.parametrize("complaint", BROKEN)
 def test_a_state_dict_that_does_not_fit_is_one_error(sd15, tmp_path, complaint):
-    state = Family(str(sd15)).load_unet(guided=True).state_dict()
+    state = Family(str(sd15)).load_model(guided=True).network.state_dict()
     BROKEN[complaint](state)
     torch.save(state, tmp_path / "broken.pt")
     with pytest.raises(ValueError, match=complaint):
-        Family(str(sd15), guided_unet=str(tmp_path / "broken.pt")).load_unet(guided=True)
+        Family(str(sd15), guided_unet=str(tmp_path / "broken.pt")).load_model(guided=True)
 
 
 class Malicious:
@@ -258,7 +276,7 @@ def test_a_pickle_runs_nothing(sd15, tmp_path, monkeypatch):
     ):
         write(tmp_path / name)
         with pytest.raises(ValueError, match=rf"{name} cannot be read as a file of weights"):
-            Family(str(sd15), guided_unet=str(tmp_path / name)).load_unet(guided=True)
+            Family(str(sd15), guided_unet=str(tmp_path / name)).load_model(guided=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -294,10 +312,10 @@ def test_a_folder_that_lacks_weights_is_refused(sd15, tmp_path):
     del unet["conv_in.bias"]
     write_configs("sd15", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"unet has no weights that can be read; it holds no file of weights"):
-        Family(str(tmp_path)).load_unet(guided=False)
+        Family(str(tmp_path)).load_model(guided=False)
     save_file(unet, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"lacks 1 of the network's weights, for example conv_in.bias"):
-        Family(str(tmp_path)).load_unet(guided=False)
+        Family(str(tmp_path)).load_model(guided=False)
     with pytest.raises(FileNotFoundError, match="has no tokenizer/"):
         Family(str(tmp_path)).source.tokenizer("tokenizer")
     (tmp_path / "tokenizer").mkdir()
@@ -309,15 +327,15 @@ def test_a_single_file_that_is_something_else_is_refused(sd15, tmp_path):
     family = Family(str(tmp_path / "one.safetensors"), config=str(sd15))
     (tmp_path / "one.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read as a file of weights"):
-        family.load_unet(guided=False)
+        family.load_model(guided=False)
     save_file({"weight": torch.ones(1)}, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="is neither Stable Diffusion"):
-        Family(str(tmp_path / "one.safetensors")).load_schedule()
+        Family(str(tmp_path / "one.safetensors")).load_process()
     tensors = single_file(sd15)
     del tensors["model.diffusion_model.middle_block.1.norm.bias"]
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match=r"one.safetensors lacks weights of its unet"):
-        family.load_unet(guided=False)
+        family.load_model(guided=False)
 
 
 def test_a_model_that_is_no_folder_brings_no_students(sd15, tmp_path):

@@ -29,7 +29,7 @@ def conditioner(family) -> DualCLIPConditioner:
 def pipe(family, conditioner) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=family.load_autoencoder().vae,
-        unet=family.load_unet(guided=False),
+        unet=family.load_model(guided=False).network,
         scheduler=EulerDiscreteScheduler(),
         tokenizer=conditioner.first.tokenizer,
         tokenizer_2=conditioner.second.tokenizer,
@@ -42,11 +42,11 @@ def pipe(family, conditioner) -> StableDiffusionXLPipeline:
 def test_embeddings_and_their_absence_are_those_of_diffusers(conditioner, pipe):
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     found, nothing = conditioner(PROMPTS), conditioner.unconditional(2)
-    assert found.prompt_embeds.shape == (2, 77, 16 + 24)
-    assert torch.equal(found.prompt_embeds, embeds)
-    assert torch.equal(found.pooled_prompt_embeds, pooled)
-    assert torch.equal(nothing.prompt_embeds, negative)
-    assert torch.equal(nothing.pooled_prompt_embeds, negative_pooled)
+    assert found.tensors["prompt_embeds"].shape == (2, 77, 16 + 24)
+    assert torch.equal(found.tensors["prompt_embeds"], embeds)
+    assert torch.equal(found.tensors["pooled_prompt_embeds"], pooled)
+    assert torch.equal(nothing.tensors["prompt_embeds"], negative)
+    assert torch.equal(nothing.tensors["pooled_prompt_embeds"], negative_pooled)
     assert negative.abs().max() == 0
 
 
@@ -54,9 +54,9 @@ def test_embeddings_and_their_absence_are_those_of_diffusers(conditioner, pipe):
 def test_an_empty_caption_is_no_prompt(conditioner):
     found = conditioner(["", "a star"])
     nothing = conditioner.unconditional(1)
-    assert torch.equal(found.prompt_embeds[0], nothing.prompt_embeds[0])
-    assert torch.equal(found.pooled_prompt_embeds[0], nothing.pooled_prompt_embeds[0])
-    assert torch.equal(found.prompt_embeds[1], conditioner(["a star"]).prompt_embeds[0])
+    assert torch.equal(found.tensors["prompt_embeds"][0], nothing.tensors["prompt_embeds"][0])
+    assert torch.equal(found.tensors["pooled_prompt_embeds"][0], nothing.tensors["pooled_prompt_embeds"][0])
+    assert torch.equal(found.tensors["prompt_embeds"][1], conditioner(["a star"]).tensors["prompt_embeds"][0])
 
 
 @torch.no_grad()
@@ -69,20 +69,20 @@ def test_each_samples_framing_travels_with_it(conditioner, pipe):
         for sample in METADATA
     ]
     for conditioning in (conditioner(PROMPTS, framing), conditioner.unconditional(2, framing)):
-        assert torch.equal(conditioning.time_ids, torch.cat(expected))
+        assert torch.equal(conditioning.tensors["time_ids"], torch.cat(expected))
 
 
 @torch.no_grad()
 def test_a_picture_of_unknown_framing_is_whole_and_of_the_models_own_size(conditioner):
-    assert conditioner(PROMPTS).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
-    assert torch.equal(conditioner(PROMPTS).time_ids, conditioner.unconditional(2).time_ids)
+    assert conditioner(PROMPTS).tensors["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    assert torch.equal(conditioner(PROMPTS).tensors["time_ids"], conditioner.unconditional(2).tensors["time_ids"])
 
 
 def test_sizes_that_the_data_does_not_tell_are_refused_by_who_needs_them(conditioner):
     framing = Framing([{"crop_top_left": (0, 0)}], (64, 64))
     with pytest.raises(ValueError, match="lacks 'original_size', which SDXL is conditioned on"):
         conditioner(["a star"], framing)
-    assert conditioner.first(["a star"], framing).time_ids is None
+    assert "time_ids" not in conditioner.first(["a star"], framing).tensors
 
 
 def test_a_prompt_that_both_encoders_cut_is_reported_once(family, caplog):
@@ -93,9 +93,8 @@ def test_a_prompt_that_both_encoders_cut_is_reported_once(family, caplog):
 
 @torch.no_grad()
 def test_the_network_sees_the_framing(family, conditioner):
-    unet, x = family.load_unet(guided=False), torch.randn(2, 4, 8, 8)
-    outputs = []
+    model, x, outputs = family.load_model(guided=False), torch.randn(2, 4, 8, 8), []
     for crop in ((0, 0), (32, 0)):
         framing = Framing([{"original_size": (96, 64), "crop_top_left": crop}] * 2, (64, 64))
-        outputs.append(unet(x, 500, **conditioner(PROMPTS, framing).unet_kwargs()).sample)
+        outputs.append(model.predict(x, torch.full((2,), 500), conditioner(PROMPTS, framing), None))
     assert not torch.allclose(*outputs)

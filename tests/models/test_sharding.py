@@ -4,42 +4,43 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks_case import WORLD, run_ranks
-from students_case import ADAPTERS, loss_of, part, tiny_batch, tiny_students, tiny_unet
+from students_case import loss_of, part, tiny_batch, tiny_students, tiny_unet
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.sharding import assign, gather_weights, gathered, shard_unets
-from icd_lightning.models.students import Students
+from icd_lightning.models.sharding import assign, gather_weights, gathered, shard
+from icd_lightning.models.students import DIRECTIONS, LoraStudents
 
 CASES = [(torch.float32, False), (torch.bfloat16, True)]  # the base, checkpointing
 
 
-def students_of(case, mesh=None) -> Students:
+def students_of(case, mesh=None) -> LoraStudents:
     dtype, checkpointing = case
     students = tiny_students(unet=tiny_unet().to(dtype), gradient_checkpointing=checkpointing).train()
     if mesh is not None:
-        shard_unets(students, mesh)
+        shard(students.model, mesh)
     return students
 
 
-def named(students: Students) -> dict:
-    return {f"{a} {name}": p for a in ADAPTERS for name, p in students.named_parameters_of(a).items()}
+def named(students: LoraStudents) -> dict:
+    return {f"{d} {name}": p for d in DIRECTIONS for name, p in students.named_parameters_of(d).items()}
 
 
-def train(students: Students, batch: dict) -> dict:
+def train(students: LoraStudents, batch: dict) -> dict:
     """Two steps over the sum of both students' losses, with the teacher running in between; what comes of it, whole."""
-    optimizer = torch.optim.SGD([p for a in ADAPTERS for p in students.parameters_of(a)], lr=0.1)
+    optimizer = torch.optim.SGD([p for d in DIRECTIONS for p in students.parameters_of(d)], lr=0.1)
     start, gradients, norms, losses = copied(named(students)), [], [], []
     for _ in range(2):
         optimizer.zero_grad()
-        first = loss_of(students, "fcd", batch)
-        teacher = students.teacher(Conditioning(batch["prompt_embeds"]), 1.0)(batch["x"], batch["t"])
-        loss = first + loss_of(students, "cd", batch) + loss_of(students, "fcd", {**batch, "x": teacher})
+        first = loss_of(students, "forward", batch)
+        teacher = students.denoiser("teacher", Conditioning(prompt_embeds=batch["prompt_embeds"]), 1.0)(
+            batch["x"], batch["t"]
+        ).eps
+        loss = first + loss_of(students, "reverse", batch) + loss_of(students, "forward", {**batch, "x": teacher})
         loss.backward()
         losses.append(loss.detach())
         gradients.append(copied({name: p.grad for name, p in named(students).items()}))
-        norm = torch.nn.utils.clip_grad_norm_(students.parameters_of("cd"), 0.1)
+        norm = torch.nn.utils.clip_grad_norm_(students.parameters_of("reverse"), 0.1)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         optimizer.step()
     return {
@@ -61,7 +62,7 @@ def distance(found: dict, expected: dict) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def share(students: Students) -> dict[bool, float]:
+def share(students: LoraStudents) -> dict[bool, float]:
     """Which part of the weights, trained and frozen, lies in this process."""
     found = {}
     for trained in (True, False):
@@ -79,14 +80,14 @@ def worker(rank: int, folder: str) -> None:
         students = students_of(case, mesh)
         shares = share(students)
         results[case] = {**train(students, batch), "shares": shares, "shares after": share(students)}
-        shard_unets(students, mesh)  # once more changes nothing
+        shard(students.model, mesh)  # once more changes nothing
         fixed = {name: torch.arange(p.numel()).view(p.shape).float() for name, p in named(students).items()}
         for name, parameter in named(students).items():
             assign(parameter, fixed[name])
         gather_weights(students)
         assert not any(isinstance(value, DTensor) for value in students.state_dict().values())
         assert all(torch.equal(p, fixed[name]) for name, p in named(students).items())
-        assert type(students.unet).__name__ == "UNet2DConditionModel"
+        assert type(students.network).__name__ == "UNet2DConditionModel"
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -2,14 +2,12 @@
 
 import pytest
 from golden_case import GoldenCase, GoldenNetworks, golden_path, load_cases, load_json, load_tensors
-from students_case import tiny_unet
+from students_case import tiny_model, tiny_unet
 
-from icd_lightning.diffusion import NoiseSchedule
-from icd_lightning.models.checkpoints import load_student
+from icd_lightning.diffusion import Process
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.students import LoraSettings, Students
-
-FILES = {"fcd": "lora_forward.safetensors", "cd": "lora_reverse.safetensors"}
+from icd_lightning.models.student_file import StudentFile
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 each_case = pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)
 
@@ -20,18 +18,19 @@ def networks(request) -> GoldenNetworks:
     unet = tiny_unet(**meta["unet_config"])
     unet.load_state_dict(load_tensors("unet.safetensors"))
     lora = LoraSettings(rank=meta["lora"]["r"], alpha=meta["lora"]["lora_alpha"])
-    schedule = NoiseSchedule.from_config(meta["schedule"])
-    students = Students(unet, schedule, lora=lora, gradient_checkpointing=request.param).train()
-    for adapter, file in FILES.items():
-        load_student(students, adapter, golden_path(file))
+    model = tiny_model(unet, Process.from_config(meta["schedule"]))
+    students = LoraStudents(model, lora=lora, gradient_checkpointing=request.param).train()
+    for direction in DIRECTIONS:
+        file = StudentFile.read(golden_path(f"lora_{direction}.safetensors"), alpha=lora.alpha)
+        students.load(direction, file)
 
-    def bind(adapter):
-        return lambda prompt_embeds, guidance: students.denoiser(adapter, Conditioning(prompt_embeds), guidance)
+    def bind(role):
+        return lambda embeds, guidance: students.denoiser(role, Conditioning(prompt_embeds=embeds), guidance)
 
-    def named(adapter):
-        return {name.removesuffix(".weight"): p for name, p in students.named_parameters_of(adapter).items()}
+    def named(direction):
+        return {name.removesuffix(".weight"): p for name, p in students.named_parameters_of(direction).items()}
 
-    return GoldenNetworks(bind(None), bind("fcd"), bind("cd"), named("fcd"), named("cd"))
+    return GoldenNetworks(bind("teacher"), bind("forward"), bind("reverse"), named("forward"), named("reverse"))
 
 
 @each_case

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner
 from icd_lightning.models.tokenizer import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
@@ -37,17 +36,16 @@ def conditioner() -> CLIPConditioner:
 def test_embeddings_are_the_encoders_last_hidden_states(conditioner):
     conditioning = conditioner(PROMPTS)
     ids = conditioner.tokenizer(PROMPTS, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    assert isinstance(conditioning, Conditioning)
-    assert conditioning.prompt_embeds.shape == (3, LENGTH, WIDTH)
-    assert torch.equal(conditioning.prompt_embeds, conditioner.text_encoder(ids).last_hidden_state)
-    assert conditioning.pooled_prompt_embeds is None
+    assert conditioning.tensors["prompt_embeds"].shape == (3, LENGTH, WIDTH)
+    assert torch.equal(conditioning.tensors["prompt_embeds"], conditioner.text_encoder(ids).last_hidden_state)
+    assert [*conditioning.tensors] == ["prompt_embeds"]
 
 
 @torch.no_grad()
 def test_a_prompt_does_not_depend_on_its_company(conditioner):
-    together = conditioner(PROMPTS).prompt_embeds
+    together = conditioner(PROMPTS).tensors["prompt_embeds"]
     for index, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(conditioner([prompt]).prompt_embeds[0], together[index])
+        torch.testing.assert_close(conditioner([prompt]).tensors["prompt_embeds"][0], together[index])
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
@@ -90,13 +88,13 @@ def test_a_training_on_long_captions_does_not_fill_the_log(caplog):
 def test_unconditional_is_the_empty_prompt(conditioner):
     unconditional = conditioner.unconditional(4)
     assert len(unconditional) == 4
-    assert torch.equal(unconditional.prompt_embeds, conditioner([""] * 4).prompt_embeds)
-    assert not unconditional.prompt_embeds.requires_grad
+    assert torch.equal(unconditional.tensors["prompt_embeds"], conditioner([""] * 4).tensors["prompt_embeds"])
+    assert not unconditional.tensors["prompt_embeds"].requires_grad
 
 
 def test_gradients_reach_an_encoder_that_is_trained():
     conditioner = build_conditioner(vocabulary())
-    conditioner(PROMPTS).prompt_embeds.square().sum().backward()
+    conditioner(PROMPTS).tensors["prompt_embeds"].square().sum().backward()
     assert all(parameter.grad is not None for parameter in conditioner.text_encoder.parameters())
     conditioner.text_encoder.requires_grad_(False)
-    assert not conditioner(PROMPTS).prompt_embeds.requires_grad
+    assert not conditioner(PROMPTS).tensors["prompt_embeds"].requires_grad

@@ -122,7 +122,7 @@ class LoraStudents(Students):
         if any(parameter.dtype != torch.float32 for parameter in parameters):
             raise ValueError(
                 f"the {direction} model was cast to {parameters[0].dtype}, in which small steps are lost: load the "
-                "network in half precision and leave the students alone (precision 32-true or bf16-mixed, not bf16-true)"
+                "network in half precision and leave students alone (precision 32-true or bf16-mixed, not bf16-true)"
             )
         return parameters
 
@@ -137,12 +137,12 @@ class LoraStudents(Students):
                 f"{file.path} has LoRA rank {file.rank} and alpha {file.alpha:g}, the students {self.lora.rank} and "
                 f"{self.lora.alpha:g}: give them rank {file.rank} and alpha {file.alpha:g} (students.init_args.lora)"
             )
-        targets = self.named_parameters_of(direction)
+        targets, ends = self.named_parameters_of(direction), file.boundaries
         with torch.no_grad():
             for name, weight in file.fitted(targets).items():
                 targets[name].copy_(weight)
-        if file.boundaries is not None:
-            self.boundaries[direction] = file.boundaries
+        if ends is not None:
+            self.boundaries[direction] = ends
 
     def file(self, direction: Direction, about: Mapping[str, Any]) -> StudentFile:
         """A student as a file's content, on the CPU."""

@@ -96,6 +96,24 @@ def test_it_is_frozen_whatever_is_done_to_the_model_around_it(images, kind):
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+def test_gradients_reach_what_is_given_on_request(images, kind):
+    autoencoder = LatentAutoencoder(BUILDERS[kind]())
+    images.requires_grad_()
+    latents = autoencoder.encode(images, normal=noise, gradients=True)
+    assert torch.equal(latents, autoencoder.encode(images, normal=noise))
+    autoencoder.decode(latents, gradients=True).sum().backward()
+    assert images.grad.norm() > 0
+    assert all(parameter.grad is None for parameter in autoencoder.parameters())
+    # along the gradient, the sum of the latents changes as the gradient says
+    (gradient,) = torch.autograd.grad(autoencoder.encode(images, gradients=True).sum(), images)
+    step = 1e-3 * gradient / gradient.norm()
+    change = (autoencoder.encode(images + step) - autoencoder.encode(images)).double().sum()
+    assert change.item() == pytest.approx((gradient * step).sum().item(), rel=0.05)
+    with torch.no_grad():
+        assert not autoencoder.decode(latents, gradients=True).requires_grad
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_a_network_in_half_precision_takes_and_gives_the_type_it_is_asked_in(images, kind):
     whole, half = LatentAutoencoder(BUILDERS[kind]()), LatentAutoencoder(BUILDERS[kind]().bfloat16())
     latents = half.encode(images, normal=noise)
