@@ -167,7 +167,7 @@ def stage_one(family: Path) -> GuidanceDistillation:
 
 
 def stage_two(family: Path, dropout: float = 0.5):
-    return distillation(family, **FEW, caption_dropout=dropout)
+    return distillation(family, students=FEW, caption_dropout=dropout)
 
 
 def trained(task, folder: Path, tmp_path: Path) -> tuple[list[float], set[str]]:

@@ -376,7 +376,7 @@ def trained(task, folder: Path, tmp_path, **options) -> list[float]:
 
 def test_training_on_latents_is_training_on_pictures(pictures, latents, random_family, tmp_path):
     on_pictures, on_latents = (
-        trained(distillation(random_family, **FEW), folder, tmp_path, max_steps=3) for folder in (pictures, latents)
+        trained(distillation(random_family, students=FEW), folder, tmp_path, max_steps=3) for folder in (pictures, latents)
     )
     assert on_latents == pytest.approx(on_pictures, rel=2e-3)
     assert len(set(on_latents)) == 3
@@ -421,7 +421,7 @@ def test_latents_of_another_autoencoder_are_refused(latents, random_family, tmp_
     torch.manual_seed(7)
     AutoencoderDC.from_config(VAE).save_pretrained(tmp_path / "family" / "vae")
     with pytest.raises(ValueError, match=r"latents were encoded by autoencoder \w{16}, but this family's is \w{16}"):
-        trained(distillation(tmp_path / "family", **FEW), latents, tmp_path, max_steps=1)
+        trained(distillation(tmp_path / "family", students=FEW), latents, tmp_path, max_steps=1)
 
 
 def test_another_resolution_is_refused_and_says_which(latents):

@@ -46,7 +46,7 @@ class Heard(lightning.Callback):
 
 
 def test_captions_and_framing_of_each_sample_reach_the_network(shards, layouts, tmp_path, monkeypatch):
-    task = distillation(layouts["sdxl"], **FEW, caption_dropout=0.0)
+    task = distillation(layouts["sdxl"], students=FEW, caption_dropout=0.0)
     heard = Heard(task, monkeypatch)
     trainer_for(tmp_path, callbacks=[heard], max_epochs=2).fit(task, datamodule=scenes_data(shards))
     assert len(heard.batches) == 4
