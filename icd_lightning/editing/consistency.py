@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
     Boundaries,
@@ -18,11 +18,13 @@ from icd_lightning.diffusion import (
     GuidanceSchedule,
     OnStep,
     Process,
+    Step,
     generate,
     invert,
 )
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
+from icd_lightning.editing.prompt_to_prompt import BlendedWords, PromptToPrompt, PromptToPromptEditing
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
 from icd_lightning.models.family import Family
@@ -40,6 +42,8 @@ class InvertibleConsistency(EditingMethod):
     faster and takes the memory of a second network.
     """
 
+    uses_students = True
+
     def __init__(
         self,
         students: Students,
@@ -52,6 +56,13 @@ class InvertibleConsistency(EditingMethod):
         self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
         self.boundaries, self.merge = boundaries, merge
         self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
+
+    @classmethod
+    def from_family(
+        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+    ) -> InvertibleConsistency:
+        """As `from_pretrained`."""
+        return cls.from_pretrained(family, **(students or {}), **settings)
 
     @classmethod
     def from_pretrained(
@@ -69,11 +80,7 @@ class InvertibleConsistency(EditingMethod):
         students' files, or the names of released ones, say. lora_alpha: of files that do not say it. Raises ValueError
         where nothing says it, or where the two students disagree.
         """
-        paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
-        files = {
-            direction: StudentFile.read(path or family.root / "students" / direction, alpha=lora_alpha)
-            for direction, path in paths.items()
-        }
+        files = _student_files(family, forward=forward, reverse=reverse, lora_alpha=lora_alpha)
         ends = Boundaries.parse(boundaries, allow_off_grid=True) if boundaries else _common(files)
         if others := {d: file.boundaries for d, file in files.items() if not _fits(file, ends)}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
@@ -84,11 +91,9 @@ class InvertibleConsistency(EditingMethod):
             students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
-    def to(self, device: torch.device | str) -> InvertibleConsistency:
-        """Move all networks; returns itself."""
-        for part in (self.students, self.autoencoder, self.conditioner):
-            part.to(device)
-        return self
+    def networks(self) -> Sequence[nn.Module]:
+        """The students."""
+        return [self.students]
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
         """Network evaluations of an edit, there and back, whatever its guidance, which is an input of the network."""
@@ -129,6 +134,69 @@ class InvertibleConsistency(EditingMethod):
         network = self._merged.get(direction) or MergedStudent(self.students, direction)
         self._merged[direction] = network
         return replace(denoise, network=network)
+
+
+class AttentionControlled(InvertibleConsistency):
+    """iCD whose edits borrow attention from the picture that they edit."""
+
+    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
+        """Network evaluations of an edit: to noise once, and back with the source beside the target."""
+        return 3 * self.boundaries.num_segments
+
+    def edit(
+        self,
+        images: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule,
+        blended_words: Sequence[BlendedWords] | None = None,
+        seed: Seed = 0,
+        on_step: OnStep | None = None,
+        **control: Any,
+    ) -> Tensor:
+        """As `InvertibleConsistency.edit`, with settings of `PromptToPrompt` and the words that each edit blends by."""
+        usual = PromptToPrompt().changed(control)
+        settings = [usual.blending(words) for words in blended_words or [None] * len(images)]
+        decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
+        noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
+
+        def count_both(step: Step) -> None:
+            if on_step is not None:
+                on_step(step._replace(nfe=2 * step.nfe))  # of the source's branch and the target's
+
+        return decode(noise, source_prompts, target_prompts, guidance=guidance, on_step=count_both)
+
+
+class Untrained(InvertibleConsistency):
+    """The guidance-distilled teacher's own weights through the students' jumps: what more steps alone give."""
+
+    uses_students = False
+
+    @classmethod
+    def from_family(
+        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+    ) -> Untrained:
+        """Through the boundaries given, or those of the trained students."""
+        paths = dict(students or {})
+        told = paths.pop("boundaries", None)
+        ends = Boundaries.parse(told, allow_off_grid=True) if told else _common(_student_files(family, **paths))
+        return cls.of_teacher(family, ends)
+
+    @classmethod
+    def of_teacher(cls, family: Family, boundaries: Boundaries) -> Untrained:
+        """Students that begin as the teacher."""
+        students = LoraStudents(family.load_model(guided=True))
+        return cls(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
+
+
+def _student_files(
+    family: Family, *, forward: str | None = None, reverse: str | None = None, lora_alpha: float | None = None
+) -> dict[Direction, StudentFile]:
+    """Both students' files, by default those in the family's own folder."""
+    paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
+    places = {direction: path or family.root / "students" / direction for direction, path in paths.items()}
+    return {direction: StudentFile.read(place, alpha=lora_alpha) for direction, place in places.items()}
 
 
 def _fits(file: StudentFile, ends: Boundaries) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Any
 
 from icd_lightning.diffusion import Boundaries
+from icd_lightning.files import read_object
 from icd_lightning.models.family import EditingDefaults, Family
 from icd_lightning.models.sources import Folder
 
@@ -24,15 +24,24 @@ def suitable_tau(boundaries: Boundaries) -> float:
     return math.ceil(10 * last / boundaries.num_train_timesteps) / 10 if last else 1.0
 
 
-def defaults_of(family: Family, boundaries: Boundaries, *, two_encoders: bool) -> dict[str, Any]:
-    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, SDXL by swapping the prompt."""
+def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[str, Any]:
+    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, SDXL by swapping the prompt.
+
+    tau is for students of these boundaries, by default the paper's four.
+    """
     if isinstance(family.source, Folder):
         index = family.root / "model_index.json"
-        said = json.loads(index.read_text()) if index.is_file() else {}
-        if said.keys() >= set(DEFAULTS):  # a pipeline's own
-            return {name: said[name] for name in DEFAULTS}
+        config = read_object(index) if index.is_file() else {}
+        if config.keys() >= set(DEFAULTS):  # a pipeline's own
+            return {name: config[name] for name in DEFAULTS}
         if (family.root / "icd.json").is_file():
             return asdict(family.load_defaults())
-    paper: dict[str, Any] = {"guidance_scale": EditingDefaults.guidance_scale, "tau": suitable_tau(boundaries)}
+    tau = suitable_tau(boundaries or Boundaries.uniform(4))
+    paper: dict[str, Any] = {"guidance_scale": EditingDefaults.guidance_scale, "tau": tau}
     by_attention = {"edit_guidance_scale": P2P_GUIDANCE_SCALE, "attention_control": True}
-    return paper if two_encoders else {**paper, **by_attention}
+    return paper if family.source.has("text_encoder_2") else {**paper, **by_attention}
+
+
+def edits_by_attention(family: Family) -> bool:
+    """Whether the family is edited best by Prompt-to-Prompt, else by swapping the prompt."""
+    return bool(defaults_of(family).get("attention_control"))

@@ -22,6 +22,13 @@ def check_fraction(value: float, name: str) -> float:
     return value
 
 
+def check_factor(value: float, name: str = "amplify") -> float:
+    """A factor of attention."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} {value} must be 0 or more: 1 leaves attention alone, 0 takes it away")
+    return value
+
+
 def check_seed(value: int) -> int:
     """What a generator of torch's can be seeded with."""
     if not 0 <= value < 2**63:

@@ -89,7 +89,9 @@ class StudentPipeline(DiffusionPipeline):
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
         )
-        model = DiffusionModel(unet, Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config}), UNet())
+        model = DiffusionModel(
+            unet, Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config}), UNet()
+        )
         self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
         _PLANTED[id(unet)] = self.students
         autoencoder = LatentAutoencoder(vae)
@@ -145,7 +147,7 @@ class StudentPipeline(DiffusionPipeline):
             DDIMScheduler.from_config(model.source.config("scheduler"), prediction_type=method.process.prediction_type),
             **second,
             boundaries=list(method.boundaries.boundary_timesteps),
-            **defaults_of(model, method.boundaries, two_encoders=bool(second)),
+            **defaults_of(model, method.boundaries),
         )
         pipe.register_to_config(_name_or_path=model.model)
         return pipe

@@ -7,19 +7,20 @@ as in iCD and DDIM: such noise can also be drawn. The baselines that keep more t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, Split, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.conditioning import Conditioning, Framing
+from icd_lightning.models.family import Family
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
 UNGUIDED = StepGuidance(1.0)
@@ -101,13 +102,40 @@ class PictureMethod(ABC):
     What `invert` returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs.
     """
 
+    version: ClassVar[int] = 1
+    """Raised by whoever changes what the method computes: results of another version are not reused."""
+    reads_source: ClassVar[bool] = True
+    """What an edit becomes depends on the source prompt."""
+    uses_students: bool = False
+    """Runs on iCD's students, so that its results depend on them."""
+
     autoencoder: LatentAutoencoder
     conditioner: Conditioner | Framed
+
+    @classmethod
+    @abstractmethod
+    def from_family(
+        cls: type[Method], family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
+    ) -> Method:
+        """Load what the method needs of a family; settings are the constructor's.
+
+        students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
+        """
 
     @property
     @abstractmethod
     def process(self) -> Process:
         """The noise process of the networks."""
+
+    @abstractmethod
+    def networks(self) -> Sequence[nn.Module]:
+        """Those that noise and decode."""
+
+    def to(self: Method, device: torch.device | str) -> Method:
+        """Move all networks; returns itself."""
+        for part in (*self.networks(), self.process, self.autoencoder, self.conditioner):
+            part.to(device)
+        return self
 
     @abstractmethod
     def invert(self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None) -> Any:
@@ -146,7 +174,7 @@ class PictureMethod(ABC):
 class EditingMethod(PictureMethod):
     """A way to noise and back. Latents are (B, C, h, w), scaled; guidance is any `GuidanceSchedule`, w = 1 unguided.
 
-    `on_step` is called after each step with the evaluations that it took (see `diffusion.sampling`).
+    `on_step` is called after each step with the evaluations that it took (see `diffusion.jumps`).
     """
 
     @abstractmethod

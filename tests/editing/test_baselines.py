@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from icd_lightning.diffusion import ConstantGuidance, Step, StepGuidance
 from icd_lightning.editing.baselines.branches import Branch, predict_branches
-from icd_lightning.editing.baselines.ddim import DDIMInversion
+from icd_lightning.editing.baselines.ddim import DDIMInversion, DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
-from icd_lightning.editing.baselines.registry import METHODS, build, find, typed
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
 from icd_lightning.editing.baselines.sdedit import SDEdit
+from icd_lightning.editing.methods import LOADED, METHODS, OTHERS, build, class_of
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
+from icd_lightning.registry import typed
 
 CONF = Path(__file__).parents[2] / "conf/method"
 SOURCES, TARGETS = ["a large red circle", "a small blue square"], ["a large blue circle", "a small star"]
@@ -32,6 +32,7 @@ FEW = {"num_inference_steps": 4, "guidance_scale": 3.0}
 DDIM_RENOISE = {"sampler": Sampler("ddim", 4), "renoising": Renoising(1), "regularization": None, "correction": 0.0}
 STUDENTS = ("forward", "reverse")
 SMALL = {
+    "ddim_p2p": (DDIMPromptToPrompt, FEW),
     "npi": (NegativePromptInversion, FEW),
     "nti": (NullTextInversion, FEW | {"optimization": NullTextOptimization(inner_steps=2, tolerance=0.0)}),
     "pnp_inversion": (PnPInversion, FEW),
@@ -100,7 +101,7 @@ def test_nothing_is_left_behind(method, images):
     assert all(parameter.grad is None for parameter in method.parts.model.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["npi", "nti", "pnp_inversion", "edit_friendly", "infedit"])
+@pytest.mark.parametrize("name", ["ddim_p2p", "npi", "nti", "pnp_inversion", "edit_friendly", "infedit"])
 def test_attention_is_borrowed_by_default(parts, images, name):
     cls, settings = SMALL[name]
     method = cls(parts[name == "infedit"], **settings)
@@ -235,27 +236,25 @@ def test_other_families(architecture, layouts):
 
 
 def test_null_text_inversion_needs_classifier_free_guidance(parts):
-    with pytest.raises(ValueError, match="without its embedding"):
+    with pytest.raises(
+        ValueError, match=r"NullTextInversion changes what .* needs a network without guidance embedding"
+    ):
         NullTextInversion(parts[True])
 
 
 # By name
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_configuration_of_a_method_is_its_default_in_full(name):
-    from importlib import import_module
-
-    written, entry = find(str(CONF / f"{name}.yaml")), METHODS[name]
+    written, entry, cls = METHODS.find(str(CONF / f"{name}.yaml")), METHODS.find(name), class_of(name)
     assert written.class_path == entry.class_path
-    module, _, cls = entry.class_path.rpartition(".")
-    cls = getattr(import_module(module), cls)
-    assert typed(cls, written.init_args) == typed(cls, entry.init_args)
-    assert set(yaml.safe_load((CONF / f"{name}.yaml").read_text())["init_args"]) == set(typed(cls, {}))
+    assert typed(cls, written.init_args, skip=LOADED) == typed(cls, entry.init_args, skip=LOADED)
+    assert set(written.init_args) == set(typed(cls, {}, skip=LOADED))
 
 
-def test_every_method_has_a_configuration():
-    assert {file.stem for file in CONF.glob("*.yaml")} == set(METHODS)
+def test_every_baseline_has_a_configuration():
+    assert {file.stem for file in CONF.glob("*.yaml")} == set(OTHERS)
 
 
 def test_methods_are_built_by_name_or_file(family, tmp_path):
@@ -267,7 +266,9 @@ def test_methods_are_built_by_name_or_file(family, tmp_path):
         "class_path: icd_lightning.editing.baselines.sdedit.SDEdit\ninit_args: {strength: 0.1, num_inference_steps: 10}"
     )
     assert len(build(str(file), family).steps) == 1
-    with pytest.raises(ValueError, match=r"no method 'magic'; there is: ddim, .*, or a YAML file"):
+    with pytest.raises(
+        ValueError, match=r"no method 'magic'; there is: icd, .*sdedit; or a class's path, or a YAML file"
+    ):
         build("magic", family)
     with pytest.raises(ValueError, match="strenght"):
         build("sdedit", family, strenght=0.5)
@@ -296,9 +297,8 @@ def test_the_students_that_are_named_are_inverted(family, images, tmp_path):
 
 def test_methods_say_whether_they_use_students(family):
     told = {"forward": None, "reverse": None, "boundaries": None}
-    uses = {name: build(name, family, students=told) for name in ("renoise_turbo", "renoise_sdxl", "npi", "ddim")}
-    uses = {name: getattr(method, "uses_students", False) for name, method in uses.items()}
-    assert uses == {"renoise_turbo": True, "renoise_sdxl": False, "npi": False, "ddim": False}
+    uses = {"renoise_turbo": True, "renoise_sdxl": False, "npi": False, "ddim": False, "icd": True, "untrained": False}
+    assert {name: build(name, family, students=told).uses_students for name in uses} == uses
 
 
 @pytest.mark.parametrize("name", ["infedit", "renoise_turbo", "renoise_lcm", "renoise_sdxl"])

@@ -8,9 +8,8 @@ from family_case import BOUNDARIES, write_students
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Process, Split, StepGuidance
-from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.method import UNGUIDED, PromptSwap, seeded_noise
-from icd_lightning.evaluation.methods import AttentionControlled
 from icd_lightning.models.family import Family
 
 SOURCES = ["a large red circle", "a small blue square", "a green ring on a plain white background", ""]

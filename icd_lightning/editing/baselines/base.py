@@ -10,22 +10,36 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, StepGuidance
+from icd_lightning.diffusion import (
+    Denoiser,
+    GuidanceSchedule,
+    OnStep,
+    Process,
+    StepGuidance,
+    ddim_path,
+    ddim_timesteps,
+    falling,
+)
 from icd_lightning.editing.baselines.branches import Branch, descend
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
-from icd_lightning.editing.prompt_to_prompt import AttentionControl, PromptToPrompt, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt import AttentionControl, BlendedWords, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
 
 Borrowed = PromptToPrompt | Sequence[PromptToPrompt] | None
 """What an edit borrows of attention: for all pictures, for each, or nothing."""
+
+PIE_CONTROL = PromptToPrompt(
+    cross_replace=0.4, self_replace=0.6, alignment="refine", amplify=2.0, amplified="blended", blend_from=0.2
+)
+"""As PIE-Bench (arXiv:2310.01506) sets Prompt-to-Prompt."""
 
 Control = Borrowed | Literal["auto"]
 """The same, or what the method borrows by default."""
@@ -51,7 +65,7 @@ class Baseline(PictureMethod):
     `guidance` is any schedule of w, to which `edit` also fits what a method fits; `control` is what a target's branch
     borrows of its source's attention (None: nothing); by default both are the method's own. `seed` is of the first
     picture, or a seed for each. `on_step` is called after each step with the evaluations that it took of one picture
-    (see `diffusion.sampling`).
+    (see `diffusion.jumps`).
     """
 
     few_step: ClassVar[bool] = False
@@ -60,9 +74,8 @@ class Baseline(PictureMethod):
     """Descends along the source's branch too where no attention is borrowed."""
     fits_guidance: ClassVar[bool] = False
     """What `invert` gives is fit to the method's own guidance: see `guided_by`."""
-
-    uses_students: bool = False
-    """Runs on iCD's students, so that its results depend on them."""
+    paired: ClassVar[bool] = False
+    """Where attention is borrowed and any branch is guided by a second evaluation, all branches have one."""
 
     steps: Sequence[tuple[int, int]]
     """(t, s) of an edit's way down."""
@@ -78,17 +91,12 @@ class Baseline(PictureMethod):
     def from_family(
         cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
     ) -> Baseline:
-        """Load what the method needs of a family; settings are the constructor's.
-
-        students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
-        """
+        """As `PictureMethod.from_family`: the teacher, or a few-step network."""
         return cls(Parts.load(family, few_step=cls.few_step), **settings)
 
-    def to(self, device: torch.device | str) -> Baseline:
-        """Move all networks; returns itself."""
-        for part in (self.parts.model.network, self.process, self.autoencoder, self.conditioner):
-            part.to(device)
-        return self
+    def networks(self) -> Sequence[nn.Module]:
+        """One."""
+        return [self.parts.model.network]
 
     @property
     def process(self) -> Process:
@@ -104,9 +112,11 @@ class Baseline(PictureMethod):
         """Evaluations that an edit of one picture takes, there and back (at most, where it stops by itself)."""
         method, borrowed = self.guided_by(guidance), self._control(control)
         return method.inversion_nfe + sum(
-            self.parts.network.cost(w, t)
+            self.parts.network.cost(
+                [w.at(t) for _, w in method.followed(index, method.guidance, borrowed)],
+                paired=self.paired and borrowed is not None,
+            )
             for index, (t, _) in enumerate(self.steps)
-            for _, w in method.followed(index, method.guidance, borrowed)
         )
 
     def guided_by(self: Method, guidance: GuidanceSchedule | None) -> Method:
@@ -150,7 +160,7 @@ class Baseline(PictureMethod):
         *,
         guidance: GuidanceSchedule | None = None,
         control: Control = "auto",
-        blended_words: Sequence[tuple[str, str] | None] | None = None,
+        blended_words: Sequence[BlendedWords] | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
         **options: Any,
@@ -167,7 +177,7 @@ class Baseline(PictureMethod):
             borrowed = [one.changed(options) for one in _for_each(usual, len(images))]
         if borrowed is not None and blended_words is not None:
             each = _for_each(borrowed, len(images))
-            borrowed = [_blending(one, words) for one, words in zip(each, blended_words, strict=True)]
+            borrowed = [one.blending(words) for one, words in zip(each, blended_words, strict=True)]
         inversion = method.invert(images, source_prompts, seed=seed, on_step=on_step)
         return method.generate(target_prompts, inversion, control=borrowed, on_step=on_step)
 
@@ -238,7 +248,8 @@ class Baseline(PictureMethod):
             if control is not None:
                 state = self.attention_control(control, inversion, prompts)
                 attached.enter_context(state.attached(self.parts.model.network))
-            x = descend(self.parts.network, x, self.steps, branches, move, control=state, on_step=on_step)
+            options = {"paired": self.paired and control is not None, "control": state, "on_step": on_step}
+            x = descend(self.parts.network, x, self.steps, branches, move, **options)
         return x[-len(prompts) :]
 
     def _control(self, control: Control) -> Borrowed:
@@ -253,6 +264,43 @@ def _for_each(control: PromptToPrompt | Sequence[PromptToPrompt], count: int) ->
     return [control] * count if isinstance(control, PromptToPrompt) else control
 
 
-def _blending(control: PromptToPrompt, words: tuple[str, str] | None) -> PromptToPrompt:
-    """With a local blend by these words, unless it has none: they say where to blend, not whether."""
-    return control if words is None or control.blend is False else replace(control, blend=words)
+class DDIMBaseline(Baseline):
+    """A baseline that goes up and down DDIM's grid: num_inference_steps evaluations to noise."""
+
+    leads_from_prompts: ClassVar[bool] = False
+    """Changes the prompt that guidance leads away from, which a network that takes w as an input does not have."""
+
+    def __init__(
+        self, parts: Parts, num_inference_steps: int, guidance_scale: float, control: PromptToPrompt | None
+    ) -> None:
+        super().__init__(parts, guidance_scale, control)
+        if self.leads_from_prompts and parts.network.takes_guidance:
+            raise ValueError(
+                f"{type(self).__name__} changes what classifier-free guidance leads away from: it needs a network "
+                "without guidance embedding, no LCM or guidance-distilled one"
+            )
+        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
+        self.steps = falling(self.timesteps)
+
+    @property
+    def inversion_nfe(self) -> int:
+        """One a step."""
+        return len(self.steps)
+
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Inversion:
+        """Climb the grid, unguided; nothing is drawn, so `seed` has no effect."""
+        return Inversion(prompts, x0, self.path(x0, self.conditioner(prompts), on_step=on_step)[-1])
+
+    def path(self, x0: Tensor, source: Conditioning, *, on_step: OnStep | None = None) -> list[Tensor]:
+        """Every latent (B, C, h, w) of the way up, x0 first and the noise last."""
+        return ddim_path(self.denoiser(source), x0, self.timesteps, self.process, on_step=on_step)
+
+    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+        """One DDIM step."""
+        return self.ddim_step(x, eps, index)
+
+    def ddim_step(self, x: Tensor, eps: Tensor, index: int) -> Tensor:
+        """x (n B, C, h, w) down step `index` along eps (n B, C, h, w)."""
+        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

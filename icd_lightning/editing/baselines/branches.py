@@ -32,9 +32,17 @@ class ConditionalNetwork:
         w = torch.ones_like(t, dtype=torch.float32) if self.takes_guidance else None
         return self.predict(x, t, conditioning, w)
 
-    def cost(self, guidance: GuidanceSchedule, t: int) -> int:
-        """Evaluations of one picture at t."""
-        return 1 if self.takes_guidance or guidance.at(t) == 1 else 2
+    def guided(self, scales: Sequence[float], *, paired: bool = False) -> list[int]:
+        """Which of the branches with these w need a second evaluation, unconditional; `paired`: all of them, or none.
+
+        Where w is 1 guidance takes nothing, and where w is an input it takes no evaluation.
+        """
+        chosen = [] if self.takes_guidance else [i for i, scale in enumerate(scales) if scale != 1]
+        return list(range(len(scales))) if paired and chosen else chosen
+
+    def cost(self, scales: Sequence[float], *, paired: bool = False) -> int:
+        """Evaluations of one picture on branches with these w."""
+        return len(scales) + len(self.guided(scales, paired=paired))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,23 +54,24 @@ class Branch:
     guidance: GuidanceSchedule = UNGUIDED
 
 
-def predict_branches(network: ConditionalNetwork, x: Tensor, t: int, branches: Sequence[Branch]) -> tuple[Tensor, int]:
+def predict_branches(
+    network: ConditionalNetwork, x: Tensor, t: int, branches: Sequence[Branch], *, paired: bool = False
+) -> tuple[Tensor, int]:
     """Guided eps (n B, C, h, w) for the n branches joined in x (n B, C, h, w), and its evaluations of one picture.
 
-    All goes through the network at once: first the unconditional halves of the branches that are guided at t, if w is
-    no input of the network, and then, as the last n B samples, all branches under their prompts.
+    All goes through the network at once: first the unconditional halves of the branches that are guided at t (see
+    `ConditionalNetwork.guided`), and then, as the last n B samples, all branches under their prompts.
     """
     times = torch.full((len(x),), t, dtype=torch.long, device=x.device)
     scales = [branch.guidance.at(t) for branch in branches]
     positive = Conditioning.cat([branch.positive for branch in branches])
-    nfe = sum(network.cost(branch.guidance, t) for branch in branches)
+    guided, nfe = network.guided(scales, paired=paired), network.cost(scales, paired=paired)
     if network.takes_guidance:
         w = torch.tensor(scales, device=x.device).repeat_interleave(len(x) // len(branches))
         return network.predict(x, times, positive, w), nfe
-    if nfe == len(branches):
+    if not guided:
         return network(x, times, positive), nfe
     parts = x.chunk(len(branches))
-    guided = [i for i, scale in enumerate(scales) if scale != 1]
     rows = torch.cat([*(parts[i] for i in guided), x])
     told = Conditioning.cat([*(branches[i].negative for i in guided), positive])
     eps = network(rows, torch.full((len(rows),), t, dtype=torch.long, device=x.device), told)
@@ -80,6 +89,7 @@ def descend(
     branches: Callable[[int], Sequence[Branch]],
     move: Callable[[Tensor, Tensor, int], Tensor],
     *,
+    paired: bool = False,
     control: AttentionControl | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -89,7 +99,7 @@ def descend(
     it knows which one it is by counting.
     """
     for index, (t, s) in enumerate(steps):
-        eps, nfe = predict_branches(network, x, t, branches(index))
+        eps, nfe = predict_branches(network, x, t, branches(index), paired=paired)
         x = move(x, eps, index)
         if control is not None:
             x = control.step(x)

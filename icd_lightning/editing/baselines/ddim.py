@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
     Denoiser,
@@ -21,7 +20,10 @@ from icd_lightning.diffusion import (
     ddim_invert,
     ddim_timesteps,
 )
+from icd_lightning.editing.baselines.base import PIE_CONTROL, DDIMBaseline
+from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, usual_swap_tau
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
 
 
@@ -40,14 +42,12 @@ class DDIMInversion(EditingMethod):
     def from_family(
         cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
     ) -> DDIMInversion:
-        """As the constructor: what all baselines are made by; students have no part in it."""
+        """As the constructor."""
         return cls(family, **settings)
 
-    def to(self, device: torch.device | str) -> DDIMInversion:
-        """Move all networks; returns itself."""
-        for part in (self.model.network, self.process, self.autoencoder, self.conditioner):
-            part.to(device)
-        return self
+    def networks(self) -> Sequence[nn.Module]:
+        """The teacher's."""
+        return [self.model.network]
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float | None = None) -> int:
         """Evaluations that an edit of one picture takes, there and back: two where it is guided, one elsewhere."""
@@ -88,3 +88,25 @@ class DDIMInversion(EditingMethod):
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Descend it."""
         return ddim_generate(denoise, noise, self.timesteps, self.process, on_step=on_step)
+
+
+class DDIMPromptToPrompt(DDIMBaseline):
+    """DDIM inversion with Prompt-to-Prompt, the field's first baseline, as in PIE-Bench (arXiv:2310.01506).
+
+    num_inference_steps evaluations to noise; back, four a step: the source's branch is guided too, and so leaves the
+    path by which inversion came.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        control: PromptToPrompt | None = PIE_CONTROL,
+    ) -> None:
+        super().__init__(parts, num_inference_steps, guidance_scale, control)
+
+    def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
+        """As the target's."""
+        return guidance

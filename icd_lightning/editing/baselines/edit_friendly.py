@@ -41,7 +41,12 @@ class EditFriendlyInversion(Baseline):
         # One later than DDIM's grid, as Stable Diffusion's own scheduler has it: a step from 0 to 0 would draw nothing.
         grid = [t + 1 for t in ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)]
         self.steps = falling(grid[: num_inference_steps - skip])
-        self.inversion_nfe, self.num_inference_steps = len(self.steps), num_inference_steps
+        self.num_inference_steps = num_inference_steps
+
+    @property
+    def inversion_nfe(self) -> int:
+        """One a step."""
+        return len(self.steps)
 
     @property
     def control_steps(self) -> int:
@@ -59,18 +64,18 @@ class EditFriendlyInversion(Baseline):
         drawn = seeded_noise((batch, len(self.steps), *size), seed, x0.device).unbind(1)
         points = [self.process.add_noise(x0, noise, t) for noise, (t, _) in zip(drawn, self.steps, strict=True)]
         source = self.conditioner(prompts)
-        found: list[Tensor] = []
+        stored: list[Tensor] = []
 
         def solve(x: Tensor, eps: Tensor, index: int) -> Tensor:
             following = points[index + 1] if index + 1 < len(points) else x0
             mean, std = self._mean(x, eps, index)
-            found.append((following - mean) / std)
-            return mean + std * found[-1]  # equal to `following` but for rounding, which so cannot add up
+            stored.append((following - mean) / std)
+            return mean + std * stored[-1]  # equal to `following` but for rounding, which so cannot add up
 
         descend(
             self.parts.network, points[0], self.steps, lambda index: [Branch(source, source)], solve, on_step=on_step
         )
-        return Inversion(prompts, x0, points[0], found)
+        return Inversion(prompts, x0, points[0], stored)
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDPM step with the stored noise, the same for all branches."""

@@ -28,11 +28,13 @@ CONTROL = PromptToPrompt(cross_replace=0.7, self_replace=0.7, amplify=1.0, blend
 
 
 class InfEdit(Baseline):
-    """Evaluations for each step: one for the source, one or two for the target, as the network takes guidance, and one
-    for the mutual branch once it differs from the source (after 8 of 12 steps, as it is set).
+    """Evaluations for each step: two for each branch of an LCM, which as in the authors' code is told no w and guided
+    by a second evaluation. There is a branch for the source, one for the target, and the mutual one once it differs
+    from the source (after 8 of 12 steps, as it is set).
 
-    tiny has no LCM; there, as in every family that has one, the guidance-distilled UNet stands in. It predicts the mean
-    of the data, blurred where an LCM is sharp, so that such results say little about InfEdit on an LCM.
+    tiny has no LCM; there, as in every family that has one, the guidance-distilled network stands in, one evaluation a
+    branch. It predicts the mean of the data, blurred where an LCM is sharp, so that such results say little about
+    InfEdit on an LCM.
 
     Set as in the authors' run of PIE-Bench, where no words are kept from the source, so that their second threshold,
     0.6, has nothing to act on. Words are paired as in Prompt-to-Prompt; the authors pair new ones by their embeddings.
@@ -40,7 +42,7 @@ class InfEdit(Baseline):
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
 
-    few_step, needs_source = True, True
+    few_step, needs_source, paired = True, True, True
 
     def __init__(
         self,

@@ -12,22 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import (
-    GuidanceSchedule,
-    OnStep,
-    Step,
-    classifier_free_guidance,
-    ddim_path,
-    ddim_timesteps,
-    falling,
-)
-from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, classifier_free_guidance
+from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning
 
-CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.8, amplify=2.0, blend_from=0.2)
+CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.8, amplify=3.0)
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,15 @@ class NullTextOptimization:
 OPTIMIZATION = NullTextOptimization()
 
 
-class NullTextInversion(Baseline):
+class NullTextInversion(DDIMBaseline):
     """num_inference_steps evaluations to noise, then up to inner_steps + 2 for each step; back, four a
     step: two for each branch.
 
-    Inner evaluations also run backward, which `nfe` does not count.
+    Inner evaluations also run backward, which `nfe` does not count. Set as in iCD's script; `nti_pie` is set as in
+    PIE-Bench's.
     """
 
-    fits_guidance = True
+    fits_guidance, leads_from_prompts = True, True
 
     def __init__(
         self,
@@ -68,19 +61,20 @@ class NullTextInversion(Baseline):
         optimization: NullTextOptimization = OPTIMIZATION,
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
-        super().__init__(parts, guidance_scale, control)
-        if parts.network.takes_guidance:
-            raise ValueError("null-text inversion fits classifier-free guidance: it needs a UNet without its embedding")
-        self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
-        self.steps, self.optimization = falling(self.timesteps), optimization
-        self.inversion_nfe = num_inference_steps * (3 + optimization.inner_steps)
+        super().__init__(parts, num_inference_steps, guidance_scale, control)
+        self.optimization = optimization
+
+    @property
+    def inversion_nfe(self) -> int:
+        """One a step to noise, and up to inner_steps + 2 to fit it."""
+        return len(self.steps) * (3 + self.optimization.inner_steps)
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Inversion:
         """Climb the solver's grid, then fit; per_step holds null embeddings (B, L, D). `seed` has no effect."""
         source = self.conditioner(prompts)
-        path = ddim_path(self.denoiser(source), x0, self.timesteps, self.process, on_step=on_step)
+        path = self.path(x0, source, on_step=on_step)
         null_embeds = self.fit(path[::-1], source, self.conditioner.unconditional(len(prompts)), on_step=on_step)
         return Inversion(prompts, x0, path[-1], null_embeds)
 
@@ -89,13 +83,13 @@ class NullTextInversion(Baseline):
         self, path: Sequence[Tensor], source: Conditioning, empty: Conditioning, *, on_step: OnStep | None = None
     ) -> list[Tensor]:
         """Null embeddings (B, L, D), one for each step, that keep guided decoding on the path down (B, C, h, w)."""
-        x, found = path[0], []
+        x, null_embeds = path[0], []
         for index, (t, s) in enumerate(self.steps):
             x, empty, rounds = self.fit_step(x, path[index + 1], index, source, empty)
-            found.append(empty.tensors["prompt_embeds"])
+            null_embeds.append(empty.tensors["prompt_embeds"])
             if on_step is not None:
                 on_step(Step(t, s, x, rounds + 2))
-        return found
+        return null_embeds
 
     def fit_step(
         self, x: Tensor, wanted: Tensor, index: int, source: Conditioning, null: Conditioning
@@ -104,13 +98,14 @@ class NullTextInversion(Baseline):
 
         Returns x after the step, the embeddings, and how many rounds it took.
         """
-        settings, (t, s), w = self.optimization, self.steps[index], self.guidance.at(self.steps[index][0])
+        settings, t = self.optimization, self.steps[index][0]
+        w = self.guidance.at(t)
         time = torch.full((len(x),), t, dtype=torch.long, device=x.device)
         eps_cond = self.parts.network(x, time, source)
 
         def guided(null: Conditioning) -> Tensor:
             eps = classifier_free_guidance(self.parts.network(x, time, null), eps_cond, w)
-            return self.process.ddim_step(x, eps, t, s, set_alpha_to_one=False)
+            return self.ddim_step(x, eps, index)
 
         embeds = null.tensors["prompt_embeds"].float().clone().requires_grad_()
         optimizer = torch.optim.Adam([embeds], lr=settings.lr * (1 - index / 100))
@@ -136,7 +131,3 @@ class NullTextInversion(Baseline):
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The null embedding fitted for this step."""
         return empty.replace(prompt_embeds=inversion.per_step[index])
-
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
-        """One DDIM step."""
-        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

@@ -42,7 +42,8 @@ class Parts:
         """From disk: the teacher, or what makes pictures in few steps.
 
         A family with a guidance-distilled network (tiny; SD1.5 and SDXL for iCD) is no LCM or Turbo, and that network
-        stands in for one; the folder of an LCM or Turbo in diffusers' layout has but one network, and that is it.
+        stands in for one; the folder of an LCM or Turbo in diffusers' layout has but one network, and that is it. As in
+        the code of InfEdit and ReNoise, an LCM is told no w, although it takes one.
         """
         guided = few_step and has_guided_network(family)
         if few_step and not guided:
@@ -53,27 +54,45 @@ class Parts:
             )
         if guided:
             log.info("%s is no LCM or Turbo; its guidance-distilled network stands in for one", family.model)
-        return cls.of(family.load_model(guided=guided), family.load_autoencoder(), family.load_conditioner())
+        model = family.load_model(guided=guided)
+        parts = model, family.load_autoencoder(), family.load_conditioner()
+        return cls._of(_without_w(model), *parts, takes_guidance=False) if few_step and not guided else cls.of(*parts)
 
     @classmethod
     def of(cls, model: DiffusionModel, autoencoder: LatentAutoencoder, conditioner: Conditioner) -> Parts:
         """From loaded parts."""
-        return cls._of(model.predict, model, autoencoder, conditioner)
+        return cls._of(model.predict, model, autoencoder, conditioner, takes_guidance=model.takes_guidance)
 
     @classmethod
     def of_student(cls, students: Students, autoencoder: LatentAutoencoder, conditioner: Conditioner) -> Parts:
         """With iCD's reverse student as the network."""
-        return cls._of(partial(students.predict, "reverse"), students.model, autoencoder, conditioner)
+        predict = partial(students.predict, "reverse")
+        return cls._of(predict, students.model, autoencoder, conditioner, takes_guidance=True)
 
     @classmethod
     def _of(
-        cls, predict: Network, model: DiffusionModel, autoencoder: LatentAutoencoder, conditioner: Conditioner
+        cls,
+        predict: Network,
+        model: DiffusionModel,
+        autoencoder: LatentAutoencoder,
+        conditioner: Conditioner,
+        *,
+        takes_guidance: bool,
     ) -> Parts:
         def eps(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
             return model.process.split(predict(x, t, conditioning, w), x, t).eps
 
-        network = ConditionalNetwork(eps, takes_guidance=model.takes_guidance)
-        return cls(network, autoencoder, conditioner, model)
+        return cls(ConditionalNetwork(eps, takes_guidance), autoencoder, conditioner, model)
+
+
+def _without_w(model: DiffusionModel) -> Network:
+    """A model's network, told no w even if it takes one."""
+
+    def predict(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+        time = model.process.network_time(t)
+        return model.backbone.predict(model.network, x, time, conditioning, None).to(x.dtype)
+
+    return predict
 
 
 def has_guided_network(family: Family) -> bool:

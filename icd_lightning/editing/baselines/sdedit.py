@@ -6,26 +6,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from icd_lightning.diffusion import OnStep, ddim_timesteps, falling
-from icd_lightning.editing.baselines.base import Baseline, Inversion
+from icd_lightning.diffusion import OnStep
+from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed, seeded_noise
 
 
-class SDEdit(Baseline):
+class SDEdit(DDIMBaseline):
     """Two evaluations for each step of the part, `strength`, that is noised: 0 returns the picture, 1 ignores it.
 
     Raises ValueError for a strength outside [0, 1].
     """
 
+    reads_source, inversion_nfe = False, 0
+
     def __init__(
         self, parts: Parts, *, num_inference_steps: int = 50, strength: float = 0.5, guidance_scale: float = 7.5
     ) -> None:
-        super().__init__(parts, guidance_scale)
+        super().__init__(parts, num_inference_steps, guidance_scale, None)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} must lie between 0 (keep the picture) and 1 (ignore it)")
-        grid = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
-        self.steps, self.inversion_nfe = falling(grid[: round(strength * num_inference_steps)]), 0
+        self.steps = self.steps[num_inference_steps - round(strength * num_inference_steps) :]
         self.ignores_picture = len(self.steps) == num_inference_steps
 
     def invert_latents(
@@ -38,7 +39,3 @@ class SDEdit(Baseline):
         # even at the last timestep x_t holds a trace of x0, and a full strength must not
         noised = noise if self.ignores_picture else self.process.add_noise(x0, noise, self.steps[0][0])
         return Inversion(prompts, x0, noised)
-
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
-        """One DDIM step."""
-        return self.process.ddim_step(x, eps, *self.steps[index], set_alpha_to_one=False)

@@ -18,6 +18,13 @@ guidance 4 P, or 3 P where the sources are unguided, and the control need not be
 
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
 from icd_lightning.editing.prompt_to_prompt.editing import PairedGuidance, PromptToPromptEditing
-from icd_lightning.editing.prompt_to_prompt.settings import PromptToPrompt
+from icd_lightning.editing.prompt_to_prompt.settings import BlendedWords, PromptToPrompt
 
-__all__ = ["AttentionControl", "PairedGuidance", "PromptToPrompt", "PromptToPromptControl", "PromptToPromptEditing"]
+__all__ = [
+    "AttentionControl",
+    "BlendedWords",
+    "PairedGuidance",
+    "PromptToPrompt",
+    "PromptToPromptControl",
+    "PromptToPromptEditing",
+]

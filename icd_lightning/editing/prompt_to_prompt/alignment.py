@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from string import punctuation
 from typing import Any, Literal
 
@@ -125,6 +127,21 @@ def refinement(source: PromptTokens, target: PromptTokens, length: int) -> Token
             mapper[i, j] = 1
     mapper.diagonal()[len(matches) :] = 1
     return TokenAlignment(mapper, aligned)
+
+
+def absent_words(source: PromptTokens, target: PromptTokens) -> list[int]:
+    """Places of the target's words that do not occur in the source, without stop words: exact spelling counts.
+
+    So the reference's script chooses the words that it amplifies.
+    """
+    chosen = [i for i, word in enumerate(target.words) if word not in source.words and word not in stop_words()]
+    return [place for i in chosen for place in target.places[i]]
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """English words that say little: the list of the Natural Language Toolkit."""
+    return frozenset(Path(__file__).with_name("stop_words.txt").read_text(encoding="utf-8").split())
 
 
 def changed_words(source: PromptTokens, target: PromptTokens) -> tuple[list[int], list[int]]:

@@ -28,6 +28,10 @@ class Rows(NamedTuple):
     key: Tensor
     value: Tensor | None = None
 
+    def twice(self) -> Rows:
+        """For a batch of two halves, each with rows like these."""
+        return Rows(*(None if rows is None else torch.cat([rows, rows + len(rows)]) for rows in self))
+
 
 class _RowProcessor:
     """Stands for the processor `original`."""
@@ -79,12 +83,13 @@ class CrossAttention(_RowProcessor):
 class SelfAttention(_RowProcessor):
     """Attends with the queries, keys and values of other rows: `borrow()` returns whose, or None for its own.
 
-    Equal queries and keys make equal probabilities, so that this needs no look at them and stays in the fused kernel.
+    `both_halves`: so do the unconditional rows, where there are as many. Equal queries and keys make equal
+    probabilities, so that this needs no look at them and stays in the fused kernel.
     """
 
-    def __init__(self, original: Any, borrow: Callable[[], Rows | None]) -> None:
+    def __init__(self, original: Any, borrow: Callable[[], Rows | None], *, both_halves: bool = False) -> None:
         super().__init__(original)
-        self.borrow = borrow
+        self.borrow, self.both_halves = borrow, both_halves
 
     def __call__(
         self,
@@ -97,6 +102,8 @@ class SelfAttention(_RowProcessor):
         if rows is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
         free = self._free_rows(hidden_states, attention_mask, len(rows.query))
+        if self.both_halves and free == len(rows.query):
+            rows, free = rows.twice(), 0
         projected = _project(attn, hidden_states, hidden_states)
         query, key, value = (_lent(x, whose, free) for x, whose in zip(projected, rows, strict=True))
         return _output(attn, scaled_dot_product_attention(query, key, value, scale=attn.scale))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -45,7 +45,8 @@ class Blend(Protocol):
 class AttentionControl(ABC):
     """P edits while they are decoded: which step it is, whose attention goes where, what the blend has seen.
 
-    The last 2 P rows of the network's batch are those that lend their cross-attention, and the targets.
+    The last 2 P rows of the network's batch are those that lend their cross-attention, and the targets. A subclass sets
+    `both_halves` where self-attention of unconditional rows goes as that of conditional ones.
 
     Args:
         settings: for all pairs, or one for each.
@@ -54,6 +55,8 @@ class AttentionControl(ABC):
         tokenizer: the text encoder's.
         num_steps: how many steps decoding takes; the settings' fractions are of these.
     """
+
+    both_halves: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class AttentionControl(ABC):
         return self.blend(x, self._step)
 
     def on_step(self, step: Step) -> None:
-        """End a step of a loop of `diffusion.sampling`, which goes on from what is written into the step's x."""
+        """End a step of a loop of `diffusion.jumps`, which goes on from what is written into the step's x."""
         step.x.copy_(self.step(step.x))
 
     @contextmanager
@@ -121,15 +124,16 @@ class AttentionControl(ABC):
                 "local blend to look at: set blend to False"
             )
         looked_at = layers.blend if self.blend.any else {}
-        found: dict[str, CrossAttention | SelfAttention] = {
+        processors: dict[str, CrossAttention | SelfAttention] = {
             name: CrossAttention(
                 layer_of(network, name).processor, rows, partial(self._rewrite, name, looked_at.get(name))
             )
             for name in (layers.cross if self.cross.num_steps else looked_at)
         }
         for name in self.own_layers(layers):
-            found[name] = SelfAttention(layer_of(network, name).processor, partial(self._borrow, name))
-        return found
+            original, borrow = layer_of(network, name).processor, partial(self._borrow, name)
+            processors[name] = SelfAttention(original, borrow, both_halves=self.both_halves)
+        return processors
 
     def _rewrite(self, name: str, looked_at: Grid | None) -> Rewrite | None:
         """What happens to a layer's cross-attention in this step."""

@@ -6,7 +6,8 @@ content in the target's layout. At words the target looks as the mutual branch d
 
 As long as the target's self-attention is the source's, nothing sets the mutual branch apart from the source. Until then
 it is the source, and is not run; `mutual_begins` says when it is. A batch is at first [sources, targets] and then
-[sources, mutuals, targets]; unconditional rows before these are left alone, as in Prompt-to-Prompt.
+[sources, mutuals, targets]. Where as many unconditional rows come before these, their self-attention goes the same way,
+as in the authors' code; their cross-attention is left alone.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class UnifiedAttentionControl(AttentionControl):
     Args:
         told: settings, sources, targets and noise, as of `AttentionControl`.
         tokenizer: the text encoder's.
-        alphas: the schedule's alpha at the t of each step.
+        alphas: the process's alpha at the t of each step.
     """
+
+    both_halves = True
 
     def __init__(self, *told: Any, tokenizer: Any, alphas: Sequence[float]) -> None:
         self._alphas = alphas
