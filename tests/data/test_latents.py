@@ -376,7 +376,8 @@ def trained(task, folder: Path, tmp_path, **options) -> list[float]:
 
 def test_training_on_latents_is_training_on_pictures(pictures, latents, random_family, tmp_path):
     on_pictures, on_latents = (
-        trained(distillation(random_family, students=FEW), folder, tmp_path, max_steps=3) for folder in (pictures, latents)
+        trained(distillation(random_family, students=FEW), folder, tmp_path, max_steps=3)
+        for folder in (pictures, latents)
     )
     assert on_latents == pytest.approx(on_pictures, rel=2e-3)
     assert len(set(on_latents)) == 3
