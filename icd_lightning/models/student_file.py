@@ -64,7 +64,7 @@ class StudentFile:
         """
         file = weights_file(path)
         tensors, header = _read(file)
-        part = next((part for part in PARTS if any(f"{part}." in name[:20] for name in tensors)), "unet")
+        part = next((p for p in PARTS if any(name.startswith((f"{p}.", f"lora_{p}_")) for name in tensors)), "unet")
         if kohya := any(name.startswith(f"lora_{part}_") for name in tensors):
             weights, said = _from_kohya(tensors, f"lora_{part}_", file)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import NoisedData, guidance_balance, guidance_distillation
@@ -52,7 +52,7 @@ class GuidanceDistillation(Task):
         teacher = replace(family, precision="float32").load_model(guided=False)
         self.process, self.backbone = teacher.process, teacher.backbone
         self.student = teacher.with_guidance_embedding().network.requires_grad_(True)
-        self.teacher = teacher.network.to(family.dtype)
+        self.teacher = nn.Module.to(teacher.network, family.dtype)  # diffusers' own `to` warns of what is not so
         if gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks_case import WORLD, run_ranks
-from students_case import loss_of, part, tiny_batch, tiny_students, tiny_unet
+from students_case import loss_of, output_of, part, tiny_batch, tiny_students, tiny_unet
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -33,9 +33,7 @@ def train(students: LoraStudents, batch: dict) -> dict:
     for _ in range(2):
         optimizer.zero_grad()
         first = loss_of(students, "forward", batch)
-        teacher = students.denoiser("teacher", Conditioning(prompt_embeds=batch["prompt_embeds"]), 1.0)(
-            batch["x"], batch["t"]
-        ).eps
+        teacher = output_of(students, "teacher", batch).detach()
         loss = first + loss_of(students, "reverse", batch) + loss_of(students, "forward", {**batch, "x": teacher})
         loss.backward()
         losses.append(loss.detach())
