@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install demo test test-all mutants lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report clean
 
@@ -29,11 +29,15 @@ install: $(STAMP) ## make .venv with everything in it (every other target does s
 demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; results in outputs/demo
 	$(ICD) demo $(ARGS)
 
-test: $(STAMP) ## the fast tests, as CI runs them
-	$(BIN)/python -m pytest $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(STAMP) ## the fast tests on all cores, as CI runs them
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
+
+mutants: $(STAMP) ## put faults into a copy of the package, one at a time, and see which of them no test sees
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(STAMP) ## ruff, and mypy on the mathematics
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
