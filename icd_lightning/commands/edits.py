@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from icd_lightning.editing.baselines.registry import METHODS as BASELINES
-from icd_lightning.editing.limits import SHORT_NAMES, check_fraction, check_guidance_scale, check_seed
+from icd_lightning.editing.limits import SHORT_NAMES, check_factor, check_fraction, check_guidance_scale, check_seed
+from icd_lightning.editing.methods import METHODS, class_of
+from icd_lightning.evaluation.tables import edit_rows
 
-OURS = {
-    "icd": "as the model is edited best, by one of the next two",
-    "icd_p2p": "Prompt-to-Prompt: borrow attention from the picture; slower by half",
-    "icd_swap": "follow the source prompt while t > swap_tau T",
-}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -39,11 +34,9 @@ class EditSettings:
 
     def __post_init__(self) -> None:
         named = self.method.lower().replace("-", "_")
-        if named in OURS or named in BASELINES:
+        if named in METHODS:
             object.__setattr__(self, "method", named)
-        elif not Path(self.method).is_file():
-            names = ", ".join([*OURS, *BASELINES])
-            raise ValueError(f"no method {named!r}; there is: {names}, or a YAML file as in conf/method")
+        METHODS.find(self.method)
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         for name in ("tau", "swap_tau", "cross_replace", "self_replace", "blend_threshold", "blend_from"):
@@ -51,9 +44,8 @@ class EditSettings:
                 check_fraction(value, name)
         if isinstance(self.amplify, str):
             object.__setattr__(self, "amplify", factors(self.amplify))
-        amplified = self.amplify.values() if isinstance(self.amplify, dict) else [self.amplify or 0.0]
-        if not all(0 <= factor < float("inf") for factor in amplified):
-            raise ValueError(f"amplify {self.amplify} must be 0 or more: 1 leaves attention alone, 0 takes it away")
+        for factor in self.amplify.values() if isinstance(self.amplify, dict) else [self.amplify or 0.0]:
+            check_factor(factor)
         if self.blend is not None and self.blend != "none" and len(self.blend.split()) != 2:
             raise ValueError(f"blend {self.blend!r} must be a word of the source and one of the target, or none")
         if self.alignment not in (None, "auto", "replace", "refine"):
@@ -77,10 +69,15 @@ class EditSettings:
     def control(self) -> dict[str, float | bool | str | dict[str, float] | tuple[str, ...]]:
         """The settings given of a `PromptToPrompt`."""
         names = ("cross_replace", "self_replace", "amplify", "alignment", "blend_threshold", "blend_from")
-        found: dict = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.blend is not None:
-            found["blend"] = False if self.blend == "none" else tuple(self.blend.split())
-        return {name: value for name, value in found.items() if value is not None}
+            given["blend"] = False if self.blend == "none" else tuple(self.blend.split())
+        return given
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the source prompt matters to the method; this loads torch."""
+        return bool(self.control) or class_of(self.method).reads_source
 
 
 def factors(text: str) -> float | dict[str, float]:
@@ -141,27 +138,33 @@ def variants(settings: EditSettings, grid: dict[str, list[float]]) -> list[EditS
 
 @dataclass(frozen=True)
 class Edit:
-    """One picture to edit: what it shows, what it shall show, and where that goes."""
+    """One picture to edit: what it shows, what it shall show, where that goes.
+
+    blended_words: by which words of both prompts it blends, as a table says it, "" for none; None: nobody says.
+    """
 
     image: Path
     source: str
     target: str
     output: Path
+    blended_words: str | None = None
 
     @property
     def about(self) -> dict[str, str]:
         """For the result's metadata."""
         return {"image": self.image.name, "source": self.source, "target": self.target}
 
-    def check(self) -> None:
+    def check(self, settings: EditSettings) -> None:
         """ValueError for what cannot be an edit, as far as a look at its names tells."""
         if not self.image.is_file():
             raise ValueError(f"there is no picture at {self.image}")
-        for name in ("source", "target"):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"{self.image} has no {name} prompt: say what it shows (source) and shall show (target)"
-                )
+        if not self.target:
+            raise ValueError(f"{self.image} has no target prompt: say what it shall show")
+        if not self.source and settings.reads_source:
+            raise ValueError(
+                f"{self.image} has no source prompt: say what it shows, which method {settings.method} reads "
+                "(sdedit needs none)"
+            )
         if self.output.suffix.lower() != ".png":
             raise ValueError(f"output {self.output} will be a png file: give it a name that ends in .png")
         if self.output.resolve() == self.image.resolve():
@@ -171,13 +174,14 @@ class Edit:
 def several_edits(place: Path, source: str | None, target: str | None, output: str | None) -> list[Edit]:
     """The edits that a folder of pictures, or a CSV file with columns image, source, target (and output), stands for.
 
-    The prompts given go for every picture that says no other. Results go to the folder `output`, by default
-    name-edited beside folder or file. ValueError for a file without the columns, and for two edits of one output.
+    The prompts given go for every picture that says no other. Results go into the folder `output`, by default
+    name-edited beside folder or file. ValueError for a file without the columns, for an output outside of that folder,
+    and for two edits of one output.
     """
     if output is not None and (Path(output).is_file() or Path(output).suffix.lower() in SUFFIXES):
         raise ValueError(f"output {output} must be a folder, for the results of several edits")
     folder = Path(output) if output else place.with_name(f"{place.resolve().stem}-edited")
-    rows = _folder_rows(place) if place.is_dir() else _csv_rows(place)
+    rows = _folder_rows(place) if place.is_dir() else edit_rows(place)
     edits, seen = [], Counter[str]()
     for row in rows:
         image = place / row["image"] if place.is_dir() else place.parent / row["image"]
@@ -186,8 +190,11 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
             seen[image.stem] += 1
             number = f"-{seen[image.stem]}" if seen[image.stem] > 1 else ""
             name = f"{image.stem}-edited{number}.png"
-        edits.append(Edit(image, row.get("source") or source or "", row.get("target") or target or "", folder / name))
-    if twice := [str(path) for path, times in Counter(edit.output for edit in edits).items() if times > 1]:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{place}: output {name!r} leaves {folder}: name a file in it, or another --output")
+        prompts = row.get("source") or source or "", row.get("target") or target or ""
+        edits.append(Edit(image, *prompts, folder / name, row.get("blended_words")))
+    if twice := [str(path) for path, times in Counter(edit.output.resolve() for edit in edits).items() if times > 1]:
         raise ValueError(
             f"{place}: {', '.join(twice[:3])} would be written more than once: give each edit its own output"
         )
@@ -196,25 +203,7 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
 
 def _folder_rows(folder: Path) -> list[dict[str, str]]:
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    names = [name for name in names if not name.startswith("._")]  # macOS keeps what it knows of a file beside it
     if not names:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return [{"image": name} for name in names]
-
-
-def _csv_rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        raise ValueError(f"there is no table at {file}")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, skipinitialspace=True)
-            rows = [
-                {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in reader
-            ]
-            columns = reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as a CSV file in UTF-8 ({error})") from error
-    if "image" not in columns:
-        raise ValueError(f"{file} has no column image; it needs image, source and target, and may have output")
-    if not rows:
-        raise ValueError(f"{file} has no rows below its heading")
-    return rows

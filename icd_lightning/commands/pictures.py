@@ -57,15 +57,16 @@ def edit(
 
     Args:
         image: Picture of any format and size, a folder of pictures, or a CSV file with columns image, source and target
-            (and output). The centre of a picture is cut out, as large as the model's pictures are.
-        source: What the picture shows.
+            (and output, and blended_words), or the table of edits of the paper's code. The centre of a picture is cut
+            out, as large as the model's pictures are.
+        source: What the picture shows; sdedit needs none.
         target: What it shall show.
         output: PNG file to write, with prompts and settings in its metadata; by default photo-edited.png beside
             photo.jpg, or photo-grid.png. Of many edits a folder; by default NAME-edited beside folder or file.
         method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
-            default is; one of the baselines ddim, ddim_dynamic, nti, npi, pnp_inversion, edit_friendly, infedit,
-            renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; or one of them otherwise set, by a YAML file as in
-            conf/method.
+            default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
+            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
+            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
         guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
         tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
             model's own.
@@ -116,7 +117,7 @@ def edit(
     read_picture(place)
     path = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
     one = Edit(place, source or "", target or "", path)
-    one.check()
+    one.check(settings)
     from icd_lightning.commands.session import open_editor, save_picture
 
     made = list(open_editor(weights, settings).edit(one, cells, size))
@@ -142,7 +143,7 @@ def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite:
     fitting = []
     for number, edit in enumerate(todo, 1):
         with reported(f"{number}/{len(todo)} {edit.image}", failures):
-            edit.check()
+            edit.check(settings)
             fitting.append((f"{number}/{len(todo)}", edit))
     if fitting:
         from icd_lightning.commands.session import open_editor, save_picture
@@ -296,6 +297,7 @@ def load(
     forward: str | None = None,
     reverse: str | None = None,
     boundaries: str | None = None,
+    lora_alpha: float | None = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
     variant: str | None = None,
@@ -309,9 +311,10 @@ def load(
         guided_unet: The guidance-distilled UNet, a folder or a file such as the released sd15_cfg_distill.pt; by
             default the model's own.
         vae: Another autoencoder, a folder or hub id; by default the model's own.
-        forward: The forward student, a folder or file of ours or a released one; by default the model's own.
+        forward: The forward student, a folder or file of ours, peft's or a released one; by default the model's own.
         reverse: The reverse student; by default the model's own.
         boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
+        lora_alpha: Alpha of students whose files do not say it, as casts and conversions lose it.
         precision: Of the weights.
         device: auto, cpu, cuda, cuda:1 ...
         variant: Of the model's files, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors.
@@ -320,7 +323,7 @@ def load(
     """
     from icd_lightning.commands.weights import Weights
 
-    students, details = (forward, reverse, boundaries), (variant, prediction_type, config)
+    students, details = (forward, reverse, boundaries, lora_alpha), (variant, prediction_type, config)
     return Weights(model, guided_unet, vae, *students, precision, device, *details)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning import __version__
-from icd_lightning.commands.edits import OURS, Edit, EditSettings, Size
+from icd_lightning.commands.edits import Edit, EditSettings, Size
 from icd_lightning.commands.weights import Weights, check_device
 from icd_lightning.data.images import read_picture, save_png
 from icd_lightning.diffusion import Step
 from icd_lightning.editing.baselines.base import Baseline
+from icd_lightning.editing.defaults import defaults_of
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.evaluation.bench import CPU
-from icd_lightning.evaluation.methods import Models
+from icd_lightning.evaluation.examples import read_blended
+from icd_lightning.evaluation.methods import Models, guided_as_told
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.text import unknown_words
@@ -98,18 +100,18 @@ class Session:
             if seed not in noises:
                 noises[seed] = pipe.invert(picture, edit.source, seed=seed, height=height, width=width)
                 cost.nfe += pipe.nfe
-            options, about = self._options(one)
+            options, about = self._options(one, edit)
             made = pipe.edit(None, edit.source, edit.target, latents=noises[seed], **options)
             about |= {"seed": seed, "boundaries": self.boundaries}
             yield Made(made.images[0], about, cost.of(pipe))
 
-    def _options(self, settings: EditSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _options(self, settings: EditSettings, edit: Edit) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of the pipeline's `edit`, none left to defaults, and the same for a file's metadata."""
         config = self.pipeline.config
         tau = config.tau if settings.tau is None else settings.tau
         family_way = settings.method == "icd" and settings.swap_tau is None and config.attention_control
         if settings.method == "icd_p2p" or settings.control or family_way:
-            control, usual = PromptToPrompt(**settings.control), config.edit_guidance_scale
+            control, usual = borrowed(PromptToPrompt(), settings, edit), config.edit_guidance_scale
             options: dict[str, Any] = {"control": control}
             about: dict[str, Any] = {"method": "icd_p2p", **vars(control)}
         else:
@@ -160,19 +162,22 @@ class BaselineSession:
         self.name = settings.method
         self.models = Models(weights.family(), **weights.students, device=find_device(weights.device))
         self.method = self.models.load(self.name)
-        self._options(settings, tau=1.0)
+        self._check(settings)
 
     def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
         """As of a `Session`."""
         resolution = self.models.resolution(self.method)
         height, width = size.height or resolution, size.width or resolution
         images = as_images(opened(edit.image, height, width), height, width).to(self.models.device)
-        if self.models.defaults().get("closed_vocabulary"):
+        if defaults_of(self.models.family).get("closed_vocabulary"):
             unknown = unknown_words(self.method.conditioner.tokenizer, edit.source, edit.target)
             warn_of(unknown, self.models.family.model)
         for one in settings:
-            cost, guidance = Cost(), self.models.guidance(self.name, self.method, one.guidance_scale, one.tau)
-            options = self._options(one, guidance.tau)
+            cost, guidance = (
+                Cost(),
+                guided_as_told(self.models.guidance(self.name, self.method), one.guidance_scale, one.tau),
+            )
+            options = self._options(one, edit, guidance.tau)
             result = self.method.edit(
                 images,
                 [edit.source],
@@ -187,22 +192,34 @@ class BaselineSession:
             about |= {"guidance_scale": guidance.guidance_scale, "tau": guidance.tau}
             yield Made(as_output(result, "pil")[0], about, str(cost))
 
-    def _options(self, settings: EditSettings, tau: float) -> dict[str, Any]:
-        """How the method goes about an edit, beside its guidance; ValueError for settings that it has not."""
-        if isinstance(self.method, Baseline):
-            if settings.swap_tau is not None:
-                raise ValueError(f"method {self.name} swaps no prompt: leave out swap_tau")
-            if not settings.control:
-                return {"control": self.method.control}
-            return {"control": replace(self.method.control or PromptToPrompt(), **settings.control)}
-        if settings.control:
+    def _check(self, settings: EditSettings) -> None:
+        """ValueError for settings that the method has not."""
+        borrows = isinstance(self.method, Baseline)
+        if borrows and settings.swap_tau is not None:
+            raise ValueError(f"method {self.name} swaps no prompt: leave out swap_tau")
+        if not borrows and settings.control:
             raise ValueError(f"method {self.name} borrows no attention: leave out {', '.join(settings.control)}")
-        return {"swap_tau": tau if settings.swap_tau is None else settings.swap_tau}
+
+    def _options(self, settings: EditSettings, edit: Edit, tau: float) -> dict[str, Any]:
+        """How the method goes about an edit, beside its guidance."""
+        if not isinstance(self.method, Baseline):
+            return {"swap_tau": tau if settings.swap_tau is None else settings.swap_tau}
+        usual = self.method.control or (PromptToPrompt() if settings.control else None)
+        return {"control": None if usual is None else borrowed(usual, settings, edit)}
 
 
 def open_editor(weights: Weights, settings: EditSettings) -> Session | BaselineSession:
     """What edits by the method of these settings."""
-    return Session.open(weights) if settings.method in OURS else BaselineSession(weights, settings)
+    by_pipeline = settings.method in ("icd", "icd_p2p", "icd_swap")
+    return Session.open(weights) if by_pipeline else BaselineSession(weights, settings)
+
+
+def borrowed(usual: PromptToPrompt, settings: EditSettings, edit: Edit) -> PromptToPrompt:
+    """What an edit borrows of attention: as usual, by the words that its table names, and before these as told."""
+    words = None
+    if edit.blended_words is not None:
+        words = read_blended(edit.blended_words, edit.source, edit.target, str(edit.image))
+    return usual.blending(words).changed(settings.control)
 
 
 def warn_of(unknown: Sequence[str], model: str) -> None:

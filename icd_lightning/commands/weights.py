@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icd_lightning.models.family import Family
@@ -23,6 +24,7 @@ class Weights:
     forward: str | None = None
     reverse: str | None = None
     boundaries: str | None = None
+    lora_alpha: float | None = None
     precision: str = "float32"
     device: str = "auto"
     variant: str | None = None
@@ -37,13 +39,15 @@ class Weights:
             )
         for path in (self.forward, self.reverse):
             if path is not None and not Path(path).exists():
-                raise ValueError(f"no student at {path}: give a folder of ours, or a .safetensors file")
+                raise ValueError(f"no student at {path}: give a folder of ours or peft's, or a .safetensors file")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha {self.lora_alpha} must be a positive number: released students have 8")
         check_device(self.device)
 
     @property
-    def students(self) -> dict[str, str | None]:
+    def students(self) -> dict[str, Any]:
         """As `InvertibleConsistency.from_pretrained` takes them."""
-        return {"forward": self.forward, "reverse": self.reverse, "boundaries": self.boundaries}
+        return {name: getattr(self, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
 
     def family(self) -> Family:
         """The model; this loads torch."""

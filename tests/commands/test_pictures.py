@@ -23,7 +23,7 @@ from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import write_diffusers
-from icd_lightning.models.students import DIRECTIONS, LoraStudents
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import scene_at
 
@@ -123,6 +123,79 @@ def test_edit_by_a_method_of_one_s_own(icd, folder, caplog):
     icd(*edit("--method", "Half.yaml"))
     assert about("photo-edited.png")["method"] == "Half.yaml"
     assert "photo-edited.png: 4 evaluations" in caplog.text
+
+
+OUTSIDE = """
+from icd_lightning.editing.baselines.base import Baseline, Inversion
+
+
+class Middle(Baseline):
+    inversion_nfe = 0
+
+    def __init__(self, parts, *, t: int = 500, guidance_scale: float = 7.0):
+        super().__init__(parts, guidance_scale)
+        self.steps = [(t, 0)]
+
+    def invert_latents(self, x0, prompts, *, seed=0, on_step=None):
+        return Inversion(prompts, x0, self.process.add_noise(x0, 0 * x0, self.steps[0][0]))
+
+    def move(self, x, eps, index, inversion):
+        return self.process.ddim_step(x, eps, *self.steps[index])
+"""
+
+
+def test_a_baseline_from_outside_the_package(icd, folder, monkeypatch, caplog):
+    """One file, named by its class's path or a YAML file; the family bears w 3, and a file that says 12 has 12."""
+    Path("outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(folder)
+    icd(*edit("--method", "outside.Middle"))
+    assert about("photo-edited.png").items() >= {"method": "outside.Middle", "guidance_scale": "3.0"}.items()
+    assert "photo-edited.png: 2 evaluations" in caplog.text
+    for name, settings in (("early", "{t: 900}"), ("strong", "{guidance_scale: 12}")):
+        Path(f"{name}.yaml").write_text(f"class_path: outside.Middle\ninit_args: {settings}")
+        icd(*edit("--method", f"{name}.yaml", "-o", f"{name}.png"))
+    assert about("early.png")["guidance_scale"] == "3.0"
+    assert about("strong.png")["guidance_scale"] == "12.0"
+    assert (read("early.png") != read("photo-edited.png")).any()
+    assert (read("strong.png") != read("photo-edited.png")).any()
+    icd(*edit("--method", "strong.yaml", "--guidance_scale", "3", "-o", "weak.png"))
+    np.testing.assert_array_equal(read("weak.png"), read("photo-edited.png"))
+
+
+def without_header(file: Path, place: Path, prefix: str) -> None:
+    """A student's weights under names with this prefix, and nothing else of what its file says."""
+    place.parent.mkdir(parents=True)
+    weights = {prefix + name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
+    save_file(weights, place, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["nothing beside", "icd.json beside", "a folder of peft"])
+def test_students_whose_files_lost_their_alpha(icd, random_family, folder, capsys, kind):
+    """Of alpha 16, which nobody would guess."""
+    written = LoraStudents(Family(str(random_family)).load_model(guided=True), lora=LoraSettings(rank=4, alpha=16))
+    for direction in DIRECTIONS:
+        for weight in written.parameters_of(direction):
+            weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        given = folder / "whole" / direction
+        write_diffusers(written.file(direction, {"boundaries": [0, 259, 519, 779, 999]}), given)
+        peft = kind == "a folder of peft"
+        name, prefix = ("adapter_model", "base_model.model.") if peft else ("pytorch_lora_weights", "unet.")
+        without_header(given / "pytorch_lora_weights.safetensors", Path(direction, f"{name}.safetensors"), prefix)
+        if peft:
+            Path(direction, "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}')
+        if kind == "icd.json beside":
+            shutil.copy(given / "icd.json", direction)
+    icd(*edit("--forward", "whole/forward", "--reverse", "whole/reverse", "-o", "whole.png"))
+    students = ["--forward", "forward", "--reverse", "reverse", "--boundaries", "259,519,779,999"]
+    if kind == "nothing beside":
+        with pytest.raises(SystemExit):
+            icd(*edit(*students, "-o", "guessed.png"))
+        assert "does not say its alpha" in (message := capsys.readouterr().err)
+        assert "--lora_alpha" in message
+        students += ["--lora_alpha", "16"]
+        icd(*edit(*students, "--method", "renoise_lcm", "-o", "baseline.png"))
+    icd(*edit(*students, "-o", "again.png"))
+    np.testing.assert_array_equal(read("again.png"), read("whole.png"))
 
 
 def test_boundaries_that_the_students_were_not_trained_for_are_said(icd, folder, caplog):
@@ -318,11 +391,38 @@ def test_a_table_of_edits_goes_on_where_it_stopped_and_a_bad_row_stops_nobody(ic
     assert Path("edits-edited/photo-edited.png").stat().st_mtime_ns > before
 
 
+@pytest.mark.parametrize("method", ["icd_p2p", "npi"])
+def test_the_table_of_the_paper_s_code(icd, folder, method):
+    """Its columns and an index before them; its words say where to blend, none: nowhere, unless the command does."""
+    heading = ",Unnamed: 0,file_name,old_caption,edited_caption,blended_words"
+    row = f"photo.png,{SOURCE}, {TARGET} "
+    write_table(f"""0,0,{row},"('red', 'blue')\"""", f"1,1,{row},", heading=heading)
+    icd("edit", "edits.csv", "--method", method)
+    names = ("photo-edited", "photo-edited-2")
+    assert [about(f"edits-edited/{name}.png")["blend"] for name in names] == ["('red', 'blue')", "False"]
+    assert about("edits-edited/photo-edited.png").items() >= {"source": SOURCE, "target": TARGET}.items()
+    icd("edit", "edits.csv", "--method", method, "--blend", "circle circle", "--overwrite")
+    assert about("edits-edited/photo-edited-2.png")["blend"] == "('circle', 'circle')"
+
+
+def test_sdedit_needs_no_source_prompt(icd, folder, caplog, capsys):
+    icd("edit", "photo.png", "--target", TARGET, "--method", "sdedit")
+    made = read("photo-edited.png")
+    icd("edit", "photo.png", "--source", "", "--target", TARGET, "--method", "sdedit", "-o", "empty.png")
+    icd(*edit("--method", "sdedit", "-o", "told.png"))
+    np.testing.assert_array_equal(made, read("empty.png"))
+    np.testing.assert_array_equal(made, read("told.png"))
+    with pytest.raises(SystemExit):
+        icd("edit", "photo.png", "--target", TARGET, "--method", "npi", "-o", "npi.png")
+    assert "photo.png has no source prompt: say what it shows, which method npi reads" in capsys.readouterr().err
+
+
 def test_a_folder_of_pictures(icd, folder):
     Path("photos").mkdir()
     shutil.copy("photo.png", "photos/b.png")
     Image.new("RGB", (80, 60)).save("photos/a.jpg")
     Path("photos/notes.txt").touch()
+    Path("photos/._a.jpg").write_bytes(b"what macOS keeps")
     icd("edit", "photos", "--source", SOURCE, "--target", TARGET, "-o", "results")
     assert names(folder / "results") == ["a-edited.png", "b-edited.png"]
     icd(*edit())
@@ -410,7 +510,7 @@ def write_bomb(path: str) -> None:
         (edit("--amplify", "-1"), "amplify -1.0 must be 0 or more"),
         (edit("--blend", "red"), "blend 'red' must be a word of the source and one of the target, or none"),
         (edit("--blend", "red violet"), "'violet' is no word of the prompt"),
-        (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, ddim"),
+        (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
         (edit("--method", "icd_swap", "--cross", "0.5"), "icd_swap borrows no attention: leave out cross_replace"),
         (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
         (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),
@@ -428,7 +528,7 @@ def write_bomb(path: str) -> None:
         (["edit", "half.png", "--source", "a", "--target", "b"], "half.png cannot be read as a picture"),
         (["edit", "bomb.png", "--source", "a", "--target", "b"], "bomb.png has more than 178 million pixels"),
         (["edit", "photo.png", "--target", "b"], "photo.png has no source prompt: say what it shows"),
-        (["edit", "empty.csv"], "empty.csv has no column image; it needs image, source and target"),
+        (["edit", "empty.csv"], "empty.csv has no column image (or file_name)"),
         (["edit", "twice.csv"], "would be written more than once: give each edit its own output"),
         (["edit", "twice.csv", "-o", "a.png"], "output a.png must be a folder"),
         (["edit", "twice.csv", "--grid", "tau=0.5"], "grid is of one picture"),
@@ -442,13 +542,20 @@ def write_bomb(path: str) -> None:
         (edit("--boundaries", "some"), "boundaries 'some' are not whole numbers"),
         (edit("--forward", "nowhere"), "no student at nowhere"),
         (edit("--method", "infedit", "--guided_unet", "nowhere"), "nowhere"),
-        (edit("--method", "conf.yaml"), "no method 'conf.yaml'; there is: icd"),
+        (edit("--method", "conf.yaml"), "conf.yaml must hold class_path and init_args"),
+        (edit("--method", "subprocess.Popen"), "subprocess.Popen is no PictureMethod: derive it from Baseline"),
+        (edit("--lora_alpha", "0"), "lora_alpha 0.0 must be a positive number"),
+        (["edit", "leaves.csv"], "output '../x.png' leaves leaves-edited: name a file in it"),
+        (["edit", "same.csv"], "x.png would be written more than once"),
+        (
+            ["edit", "photo.png", "--source", "", "--target", "b"],
+            "no source prompt: say what it shows, which method icd",
+        ),
         (edit("--amplify", "lego:3"), "amplify 'lego:3' must be a number, or words with numbers"),
-        (edit("--amplify", "dog=-1"), "amplify {'dog': -1.0} must be 0 or more"),
+        (edit("--amplify", "dog=-1"), "amplify -1.0 must be 0 or more"),
         (edit("--amplify", "unheard=2"), "'unheard' is no word of the prompt"),
         (edit("--alignment", "words"), "alignment 'words' is none of: auto, replace, refine"),
         (edit("--blend_threshold", "2"), "blend_threshold 2.0 is no fraction"),
-        (["edit", "empty.csv"], "empty.csv has no column image"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
         (edit("--variant", "fp16"), "has no weights of variant fp16 that can be read"),
         (["generate", "a", "--latents", "photo.png", "--seed", "3"], "latents are noise of one size: leave out height"),
@@ -477,10 +584,12 @@ def write_bomb(path: str) -> None:
 def test_a_mistake_is_one_line_and_writes_nothing(icd, folder, capsys, args, message):
     Path("notes.txt").write_text("no picture")
     Path("nothing").mkdir()
-    Path("empty.csv").touch()
     Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
     write_bomb("bomb.png")
-    Path("empty.csv").write_text("picture,source\n")
+    Path("empty.csv").write_text("picture,source\na.png,a\n")
+    heading = "image,source,target,output\n"
+    Path("leaves.csv").write_text(f"{heading}photo.png,a,b,../x.png\n")
+    Path("same.csv").write_text(f"{heading}photo.png,a,b,x.png\nphoto.png,a,c,d/../x.png\n")
     Path("twice.csv").write_text("image,source,target,output\na.png,a,b,c.png\nb.png,a,b,c.png\n")
     save_file({"weights": torch.zeros(2)}, "other.safetensors")
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, "small.safetensors")

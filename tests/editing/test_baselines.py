@@ -257,6 +257,23 @@ def test_every_baseline_has_a_configuration():
     assert {file.stem for file in CONF.glob("*.yaml")} == set(OTHERS)
 
 
+def test_presets_are_those_of_two_scripts():
+    """iCD's launch scripts and PIE-Bench's: (w, cross, self, amplify, which words, blend from, alignment)."""
+    presets = {
+        "nti": (8.0, 0.4, 0.8, 3.0, "absent", 0.0, "auto"),
+        "npi": (8.0, 0.2, 0.5, 3.0, "absent", 0.0, "auto"),
+        **dict.fromkeys(
+            ["ddim_p2p", "nti_pie", "npi_pie", "pnp_inversion"], (7.5, 0.4, 0.6, 2.0, "blended", 0.2, "refine")
+        ),
+    }
+    names = ("cross_replace", "self_replace", "amplify", "amplified", "blend_from", "alignment")
+    for name, expected in presets.items():
+        settings = typed(class_of(name), METHODS.find(name).init_args, skip=LOADED)
+        control = settings["control"]
+        assert (settings["guidance_scale"], *(getattr(control, field) for field in names)) == expected
+        assert (control.blend, control.blend_threshold) == (True, 0.3)
+
+
 def test_methods_are_built_by_name_or_file(family, tmp_path):
     method = build("npi", family, num_inference_steps=3)
     assert isinstance(method, NegativePromptInversion)

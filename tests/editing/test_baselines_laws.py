@@ -1,6 +1,7 @@
 """What single baselines are for, on networks known by formula or random."""
 
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from analytic import Gaussian
 from baselines_case import analytic_parts
+from diffusers import UNet2DConditionModel
 
 from icd_lightning.diffusion import VP, Step, StepGuidance, ddim_invert, ddim_timesteps
+from icd_lightning.editing.baselines.ddim import DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import CONTROL, InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
@@ -25,7 +28,8 @@ from icd_lightning.editing.baselines.renoise import (
     patch_divergence,
 )
 from icd_lightning.editing.baselines.sdedit import SDEdit
-from icd_lightning.editing.methods import METHODS
+from icd_lightning.editing.methods import METHODS, build
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.unified import BLUR
 from icd_lightning.models.family import Family
 from icd_lightning.registry import typed
@@ -110,6 +114,21 @@ def test_a_sample_stops_for_itself(parts, latents):
             close(together[i : i + 1], one, atol=2e-3)
 
 
+# DDIM with Prompt-to-Prompt
+
+
+def test_the_sources_branch_is_guided_away_from_its_path(parts, latents):
+    """As in PIE-Bench: beside the target's it is plain guided decoding, and no reconstruction."""
+    method = DDIMPromptToPrompt(parts, num_inference_steps=5, guidance_scale=3.0)
+    inversion, down = method.invert_latents(latents, SOURCE), list[Step]()
+    close(inversion.noise, NegativePromptInversion(parts, num_inference_steps=5).invert_latents(latents, SOURCE).noise)
+    told = {"guidance": method.guidance, "control": method.control}
+    method.generate_latents(TARGET, inversion, on_step=down.append, **told)
+    alone = method.generate_latents(SOURCE, inversion, guidance=method.guidance)
+    close(down[-1].x[:2], alone, atol=1e-3)
+    assert not torch.allclose(alone, method.generate_latents(SOURCE, inversion, guidance=UNGUIDED), atol=0.1)
+
+
 # PnP-Inversion
 
 
@@ -174,6 +193,40 @@ def test_a_mutual_branch_has_the_sources_content_in_the_targets_layout(few_step_
     source, target = [0, 1], [4, 5]
     assert late.query.tolist() == source + target + target
     assert late.key.tolist() == late.value.tolist() == source + source + target
+
+
+def test_unconditional_rows_have_their_own_mutual_branch(parts, latents):
+    """Where both halves of a batch are the same, self-attention between branches keeps them so."""
+    method = InfEdit(parts)
+    inversion = method.invert_latents(latents, SOURCE, seed=1)
+    control = PromptToPrompt(cross_replace=0, self_replace=0, blend=False)
+    x = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
+    told = parts.conditioner([*SOURCE, *SOURCE, *TARGET]).repeat(2)
+    with torch.no_grad(), method.attention_control(control, inversion, TARGET).attached(parts.model.network):
+        unconditional, conditional = parts.network(x, torch.full((12,), 500), told).chunk(2)
+    close(unconditional, conditional)
+    with torch.no_grad():
+        free = parts.network(x[:6], torch.full((6,), 500), told[:6])
+    assert not torch.allclose(free[2:], conditional[2:], atol=1e-3)
+
+
+def test_an_lcm_is_told_no_w_and_guided_by_a_second_evaluation(layouts, tmp_path):
+    """As InfEdit's authors run it, with unconditional rows for every branch."""
+    folder = shutil.copytree(layouts["sd15"], tmp_path / "lcm", ignore=shutil.ignore_patterns("unet_guided"))
+    lcm = UNet2DConditionModel.from_pretrained(layouts["sd15"] / "unet_guided")
+    assert lcm.config.time_cond_proj_dim
+    lcm.save_pretrained(folder / "unet")
+    method, calls = build("infedit", Family(str(folder)), num_inference_steps=4), []
+
+    def note(module, args, kwargs) -> None:
+        calls.append((len(args[0]), kwargs["timestep_cond"]))
+
+    hook, steps = method.parts.model.network.register_forward_pre_hook(note, with_kwargs=True), list[Step]()
+    method.edit(torch.zeros(1, 3, 64, 64), ["a red cat"], ["a red dog"], on_step=steps.append)
+    hook.remove()
+    assert [rows for rows, _ in calls] == [4, 4, 6, 6]  # two branches, then three
+    assert all(embedding is None for _, embedding in calls)
+    assert sum(step.nfe for step in steps) == method.nfe() == 20
 
 
 def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
@@ -301,6 +354,16 @@ def test_published_evaluations(parts, latents):
     hook.remove()
     assert len(calls) == 44
     assert sum(calls) == sum(step.nfe for step in steps) == 48
+
+
+def test_predictions_are_regularised_where_they_are_averaged(parts, latents):
+    """As in the authors' example of SDXL, whose one re-noising never comes to predictions 8 and 9."""
+    settings = typed(ReNoise, METHODS.find("renoise_sdxl").init_args, skip={"parts"})
+    method, rows = ReNoise(parts, **{**settings, "sampler": Sampler("ddim", 4)}), []
+    hook = parts.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    method.invert_latents(latents[:1], SOURCE[:1])
+    hook.remove()
+    assert rows == [2, 1] + [1, 1] * 3  # t = 0, then 250, 500 and 750
 
 
 def test_regularization_makes_noise_of_what_is_none():

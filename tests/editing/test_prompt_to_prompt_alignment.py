@@ -1,5 +1,6 @@
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from golden_case import SHIPPED, load_json, load_tensors
 from transformers import CLIPTokenizer
 
+from icd_lightning.editing.baselines.base import PIE_CONTROL
 from icd_lightning.editing.prompt_to_prompt.alignment import (
     PromptTokens,
     align,
@@ -14,7 +16,9 @@ from icd_lightning.editing.prompt_to_prompt.alignment import (
     common_subsequence,
     refinement,
     replacement,
+    stop_words,
 )
+from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
 
 CASES = load_json("p2p.json")["cases"]
 
@@ -142,3 +146,42 @@ def test_changed_words_are_those_that_differ_but_for_articles(tokenizer, source,
         for tokens, places in zip(prompts, changed_words(*prompts), strict=True)
     ]
     assert found == [gone, new]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "amplified"),
+    [
+        ("a cat on a bench", "a lego cat under the bench", "lego"),  # under, the: stop words
+        ("a cat and a dog", "a dog and a cat", ""),  # in another order, yet there
+        ("a cat, asleep", "a cat asleep", "cat"),  # spelling counts, and so punctuation
+        ("a cat", "Under A cat", "under a"),  # stop words are lower case
+        ("a cat", "a red cat red", "red red"),
+    ],
+)
+def test_words_are_amplified_as_in_the_reference_s_script(tokenizer, source, target, amplified):
+    pair = Pair(*(PromptTokens.read(prompt, tokenizer) for prompt in (source, target)), PromptToPrompt(amplify=3.0))
+    factors = pair.factors(77)
+    assert set(factors.tolist()) <= {1.0, 3.0}
+    assert (
+        tokenizer.decode([pair.target.ids[i] for i in (factors == 3).nonzero().flatten()]).split() == amplified.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("blend", "amplified"), [(("bench", "bench"), "bench"), (False, ""), (True, "dog"), (("cat", "a"), "a a")]
+)
+def test_pie_bench_amplifies_the_word_that_its_blend_looks_at(tokenizer, blend, amplified):
+    settings = replace(PIE_CONTROL, blend=blend)
+    prompts = (PromptTokens.read(prompt, tokenizer) for prompt in ("a cat on a bench", "a dog on a bench"))
+    pair = Pair(*prompts, settings)
+    factors = pair.factors(77)
+    assert set(factors.tolist()) <= {1.0, 2.0}
+    assert (
+        tokenizer.decode([pair.target.ids[i] for i in (factors == 2).nonzero().flatten()]).split() == amplified.split()
+    )
+
+
+def test_stop_words_are_nltk_s():
+    assert len(stop_words()) == 179
+    assert {"i", "above", "don't", "wouldn't"} < stop_words()
+    assert not {"cat", "red", "large"} & stop_words()
