@@ -10,10 +10,10 @@ from icd_lightning.evaluation.examples import DataSet, of_file, read_pie_bench
 
 COLUMNS = ("structure, e-3", "PSNR", "LPIPS, e-3", "MSE, e-4", "SSIM, e-2", "CLIP, whole", "CLIP, edited")
 BY_PROMPT_TO_PROMPT = {
-    "ddim": (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44),
-    "null-text": (13.44, 27.03, 60.67, 35.86, 84.11, 24.75, 21.86),
-    "negative-prompt": (16.17, 26.21, 69.01, 39.73, 83.40, 24.61, 21.87),
-    "pnp-inversion": (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10),
+    "ddim_p2p": (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44),
+    "nti_pie": (13.44, 27.03, 60.67, 35.86, 84.11, 24.75, 21.86),
+    "npi_pie": (16.17, 26.21, 69.01, 39.73, 83.40, 24.61, 21.87),
+    "pnp_inversion": (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10),
 }
 TABLE_3 = {
     "iCD-XL": (0.254, 0.707, 0.858),
