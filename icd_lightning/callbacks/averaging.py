@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from icd_lightning.models.sharding import assign, gathered, part_like
+from icd_lightning.models.sharding import gathered, part_like
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,12 @@ class ExponentialAverage(lightning.Callback):
         self._in_place = False  # whether the task holds the averages, and `_averages` what is trained
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Follow the weights to their device."""
+        """Follow the weights to their device, and go on with those of the checkpoint, if any."""
         self._averaged_step = trainer.global_step
         for name, parameter in self._trained(pl_module):
             if name in self._averages:
                 self._averages[name] = self._averages[name].to(parameter.device)
+        self._place_averages(pl_module, False)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -55,16 +56,17 @@ class ExponentialAverage(lightning.Callback):
                 self._averages[name] = parameter.detach().clone()
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        """Put the averages in the place of the weights."""
-        self._swap(pl_module)
+        """Put the averages in the place of the weights; after a training they are there already."""
+        self._place_averages(pl_module, True)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """Put the weights back."""
-        self._swap(pl_module)
+        """Put the weights back, to be trained on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._place_averages(pl_module, False)
 
     def on_train_end(self, trainer, pl_module) -> None:
         """Leave the averages in place, to be exported."""
-        self._swap(pl_module)
+        self._place_averages(pl_module, True)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         """Save the averages beside the weights; all processes come here."""
@@ -77,22 +79,20 @@ class ExponentialAverage(lightning.Callback):
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged_step)}
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
-        """Take up both. The task holds the averages already, which is all that a finished or measured run needs."""
-        finished = 0 <= trainer.max_steps <= checkpoint["global_step"]
-        if finished or trainer.state.fn != TrainerFn.FITTING:
+        """Keep what was trained aside: the task holds the averages, which is all that a finished run needs."""
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         if "current_model_state" not in checkpoint:
             log.warning("the checkpoint was made without averaging: averages begin at its weights")
         current = checkpoint.get("current_model_state", checkpoint["state_dict"])
-        for name, parameter in self._trained(pl_module):
-            self._averages[name] = part_like(checkpoint["state_dict"][name], parameter).clone()
-            assign(parameter, current[name])
+        self._averages = {n: part_like(current[n], p).clone() for n, p in self._trained(pl_module)}
+        self._in_place = True
 
     @torch.no_grad()
-    def _swap(self, pl_module: lightning.LightningModule) -> None:
-        if not self._averages:
+    def _place_averages(self, pl_module: lightning.LightningModule, in_place: bool) -> None:
+        if not self._averages or self._in_place == in_place:
             return
-        self._in_place = not self._in_place
+        self._in_place = in_place
         for name, parameter in self._trained(pl_module):
             here = parameter.detach().clone()
             parameter.copy_(self._averages[name])

@@ -8,7 +8,10 @@ import threading
 from types import FrameType
 
 import lightning
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +22,8 @@ class RunCheckpoint(ModelCheckpoint):
     Only ever between two optimizer steps. Saved in the middle of one, as Lightning would on an exception, a checkpoint
     may hold half an update, lacks the gradients accumulated so far, and during a validation has averaged weights in the
     place of the trained ones; and a rank that saves because it failed waits for the others for ever. So the first
-    Ctrl-C (or SIGTERM) lets the step end, on all ranks the same one; the second stops at once, and like any error
-    leaves the checkpoint before.
+    Ctrl-C (or SIGTERM) lets the step end, and with several ranks the next one, the same on all; the second stops at
+    once, and like any error leaves the checkpoint before.
 
     On a SLURM cluster Lightning answers SIGUSR1, which `sbatch --signal=SIGUSR1@120` sends before the time is up, by
     saving and requeueing the job at once; here it does so after the step, on all ranks the same one. The requeued job
@@ -34,6 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
         )
         self._asked_to_stop = self._asked_to_requeue = self._stopping = self._trained = False
+        self._asking: tuple[dist.Work, Tensor] | None = None  # whether any rank was asked to, on its way
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -54,7 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        done, stop = trainer.global_step == trainer.max_steps, self._any(trainer, self._asked_to_stop)
+        done, stop = trainer.global_step == trainer.max_steps, self._any_asked_to_stop(trainer)
         self._stopping = stop and not done
         if done or stop:
             self._save(trainer)
@@ -63,12 +67,14 @@ class RunCheckpoint(ModelCheckpoint):
         """Stop, now that the step before is saved, and logged and validated too."""
         if not self._stopping:
             return
-        if self._any(trainer, self._asked_to_requeue) and signal.SIGUSR1 in self._handlers:
+        requeue = trainer.strategy.reduce_boolean_decision(self._asked_to_requeue, all=False)
+        if requeue and signal.SIGUSR1 in self._handlers:
             self._handlers[signal.SIGUSR1](signal.SIGUSR1, None)
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what ended otherwise than by max_steps."""
+        self._await_answer()
         self._save(trainer)
         self._restore_handlers()
 
@@ -91,10 +97,21 @@ class RunCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    @staticmethod
-    def _any(trainer: lightning.Trainer, decision: bool) -> bool:
-        """Whether it is true on any rank."""
-        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+    def _any_asked_to_stop(self, trainer: lightning.Trainer) -> bool:
+        """Whether any rank was, as of the step before: the question travels while a step is computed."""
+        if trainer.world_size == 1:
+            return self._asked_to_stop
+        answer = self._await_answer()
+        asked = torch.tensor(int(self._asked_to_stop), device=trainer.strategy.root_device)
+        self._asking = dist.all_reduce(asked, async_op=True), asked
+        return answer
+
+    def _await_answer(self) -> bool:
+        if self._asking is None:
+            return False
+        (work, asked), self._asking = self._asking, None
+        work.wait()
+        return bool(asked)
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self._asked_to_stop and signum != signal.SIGUSR1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from zlib import crc32
 
 import lightning
 from torch import Tensor
@@ -20,7 +21,7 @@ class StudentEvaluation(lightning.Callback):
 
     There is one of each metric for each of `places`, names to log it under over all ranks: "generation/{}" makes
     generation/psnr, and TensorBoard shows together what begins alike. Nothing here touches what a training goes by:
-    noise is drawn from seeds, and networks are only evaluated.
+    a picture's noise is drawn from a seed that its key makes, and networks are only evaluated.
     """
 
     def __init__(self, metrics: Sequence[str], places: Sequence[str], num_images: int) -> None:
@@ -32,9 +33,9 @@ class StudentEvaluation(lightning.Callback):
 
     @abstractmethod
     def look(
-        self, trainer: lightning.Trainer, task: lightning.LightningModule, batch: Batch, *, seed: int, draw: bool
+        self, trainer: lightning.Trainer, task: lightning.LightningModule, batch: Batch, *, seeds: list[int], draw: bool
     ) -> None:
-        """Measure a batch of pictures, the first of which has noise of `seed`, the next of seed + 1 ...
+        """Measure a batch of pictures, the noise of each being of its own seed.
 
         draw: whether these are the first of a validation, to be shown. All ranks come here equally often, and must
         call the networks equally often: spread over devices, they run on all ranks or not at all.
@@ -68,8 +69,8 @@ class StudentEvaluation(lightning.Callback):
             )
         count = min(len(batch.captions), max(1, self.num_images - self._seen))
         batch = Batch(*(None if part is None else part[:count] for part in batch))
-        seed = self._seen * trainer.world_size + trainer.global_rank * count  # no two pictures share their noise
-        self.look(trainer, pl_module, batch, seed=seed, draw=self._seen == 0)
+        seeds = [crc32(key.encode()) for key in batch.keys]  # whichever rank and batch a picture is in
+        self.look(trainer, pl_module, batch, seeds=seeds, draw=self._seen == 0)
         self._seen += count
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:

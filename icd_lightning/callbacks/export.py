@@ -11,7 +11,10 @@ log = logging.getLogger(__name__)
 
 
 class ExportWeights(lightning.Callback):
-    """At the end of a training, let the task write its weights to `folder`, by default the run's own (rank 0 only)."""
+    """At the end of a training, let the task write its weights to `folder`, by default the run's own (rank 0 only).
+
+    Raises ValueError, and writes nothing, for weights that are not finite.
+    """
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
@@ -20,6 +23,12 @@ class ExportWeights(lightning.Callback):
         """Export once the training is over and averaged weights are in place."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        trained = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+        if wrong := next((name for name, parameter in trained if not parameter.isfinite().all()), None):
+            raise ValueError(
+                f"{wrong} is not finite after step {trainer.global_step}, so nothing is exported: begin anew with a "
+                "smaller lr, or precision bf16-mixed, in another trainer.default_root_dir"
+            )
         folder = Path(self.folder or trainer.default_root_dir)
         pl_module.export(folder)
         log.info("weights written to %s", folder)

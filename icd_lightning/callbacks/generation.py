@@ -30,10 +30,10 @@ class GenerationCallback(StudentEvaluation):
         super().__init__(metrics, (GENERATED,), num_images)
         self.grid_columns = grid_columns
 
-    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seed: int, draw: bool) -> None:
+    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seeds: list[int], draw: bool) -> None:
         pipeline = pipeline_of(task)
         shape = pipeline.latent_shape(len(batch.captions), *batch.images.shape[-2:])
-        noise = seeded_noise(shape, seed, batch.images.device)
+        noise = seeded_noise(shape, seeds, batch.images.device)
         result = pipeline.generate(batch.captions, noise, guidance=task.decoding)
         self.measure(GENERATED, result, batch, noise)
         if draw:

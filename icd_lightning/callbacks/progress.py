@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class TrainingProgress(RichProgressBar):
     """A bar with loss, images a second and time left; where there is no terminal, one line every `every_seconds`.
 
-    Images a second are logged too, as `throughput/images_per_second`.
+    Images a second of training, validations left out, are logged too, as `throughput/images_per_second`.
     """
 
     def __init__(self, every_seconds: float = 30.0) -> None:
@@ -49,6 +49,16 @@ class TrainingProgress(RichProgressBar):
             )
             log.info("step %d/%s  %s", trainer.global_step, self._last_step, shown)
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop the clock."""
+        super().on_validation_start(trainer, pl_module)
+        self._throughput.pause()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Go on."""
+        super().on_validation_end(trainer, pl_module)
+        self._throughput.go_on()
+
     def get_metrics(self, trainer, pl_module) -> dict:
         """The logged ones, the throughput and the time left, without the run's version number."""
         metrics = super().get_metrics(trainer, pl_module)
@@ -61,22 +71,30 @@ class TrainingProgress(RichProgressBar):
 
 
 class Throughput:
-    """Images a second since the training, or this part of it, began."""
+    """Images a second since the training, or this part of it, began; the pauses are not counted."""
 
     def __init__(self) -> None:
         self.restart(0)
 
     def restart(self, step: int) -> None:
         self.first_step, self.images, self.start = step, 0, time.monotonic()
+        self.paused, self.pause_start = 0.0, self.start
+
+    def pause(self) -> None:
+        self.pause_start = time.monotonic()
+
+    def go_on(self) -> None:
+        self.paused += time.monotonic() - self.pause_start
 
     def add(self, images: int) -> None:
         self.images += images
 
     @property
     def rate(self) -> float:
-        return self.images / max(1e-6, time.monotonic() - self.start)
+        return self.images / max(1e-6, time.monotonic() - self.start - self.paused)
 
     def seconds_left(self, step: int, last: float) -> float:
+        """Until the last step, with validations as often as so far."""
         done = max(1, step - self.first_step)
         return (last - step) * (time.monotonic() - self.start) / done
 

@@ -43,9 +43,9 @@ class ReconstructionCallback(StudentEvaluation):
         for metrics in self.metrics.values():
             metrics.setdefault("latent_mse", MeanMetric())
 
-    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seed: int, draw: bool) -> None:
+    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seeds: list[int], draw: bool) -> None:
         pipeline = pipeline_of(task)
-        noise = pipeline.invert(batch.images, batch.captions, seed=seed)
+        noise = pipeline.invert(batch.images, batch.captions, seed=seeds)
         latents = task.autoencoder.encode(batch.images)
         rows = {"original": batch.images, "its noise": noise_images(noise, batch.images)}
         for place, guidance in ((PLAIN, UNGUIDED), (GUIDED, task.decoding)):
@@ -54,7 +54,7 @@ class ReconstructionCallback(StudentEvaluation):
             self.metrics[place]["latent_mse"].update((task.autoencoder.encode(result) - latents).square())
             rows[f"back, w {guidance.guidance_scale:g}"] = result
         if draw:
-            drawn = seeded_noise(noise.shape, seed, noise.device)
+            drawn = seeded_noise(noise.shape, seeds, noise.device)
             rows["generated"] = pipeline.generate(batch.captions, drawn, guidance=task.decoding)
             shown = {label: images[: self.grid_columns] for label, images in rows.items()}
             log_grid(trainer, "pictures/inversion", shown, batch.captions)
@@ -77,9 +77,9 @@ class GuidanceSweep(StudentEvaluation):
         self._scales = {f"guidance_sweep/{{}}_w{w:g}": w for w in guidance_scales}
         super().__init__(metrics, tuple(self._scales), num_images)
 
-    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seed: int, draw: bool) -> None:
+    def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seeds: list[int], draw: bool) -> None:
         pipeline = pipeline_of(task)
-        noise = pipeline.invert(batch.images, batch.captions, seed=seed)
+        noise = pipeline.invert(batch.images, batch.captions, seed=seeds)
         for place, w in self._scales.items():
             result = pipeline.generate(batch.captions, noise, guidance=StepGuidance(w, task.decoding.tau))
             self.measure(place, result, batch, noise)

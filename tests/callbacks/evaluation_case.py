@@ -21,7 +21,7 @@ class Drawing(InvertibleConsistencyDistillation):
 
 def train(family, scenes, held_out, folder, *callbacks, **options):
     """Three steps; what was drawn and how the students stood in each, and the weights."""
-    task = distillation(family, **FEW)
+    task = distillation(family, students=FEW)
     task.__class__, task.drawn, task.stood = Drawing, [], []
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(7)

@@ -7,6 +7,7 @@ from training_case import frozen_weights, same, trainer_for
 
 from icd_lightning.callbacks.averaging import ExponentialAverage
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
+from icd_lightning.callbacks.export import ExportWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -46,6 +47,29 @@ def test_the_average_is_validated_and_left_in_place_at_the_end(tmp_path):
     assert task.number.item() == pytest.approx(expected[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("end", [{"max_steps": 4}, {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 4}])
+def test_the_same_command_again_on_a_finished_run_exports_the_average(tmp_path, end):
+    exported = []
+    for _ in range(2):
+        callbacks = [ExportWeights(), ExponentialAverage(0.75), RunCheckpoint(100)]
+        trainer = trainer_for(tmp_path, callbacks=callbacks, enable_checkpointing=True, **end)
+        trainer.fit(Toy(), toy_loader(), ckpt_path="last")
+        exported.append(float((tmp_path / "number.txt").read_text()))
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert exported == [saved["state_dict"]["number"].item()] * 2
+    assert saved["state_dict"]["number"] != saved["current_model_state"]["number"]
+
+
+def test_a_validation_after_the_training_sees_the_average_too(tmp_path):
+    task, numbers = Toy(), Numbers()
+    trainer = trainer_for(tmp_path, max_steps=3, callbacks=[numbers, ExponentialAverage(0.75)])
+    trainer.fit(task, toy_loader())
+    average = task.number.item()
+    trainer.validate(task, toy_loader(2), verbose=False)
+    assert numbers.validated == [average] != numbers.trained[-1:]
+    assert task.number.item() == average
+
+
 def test_a_run_averaged_by_lightning_goes_on(tmp_path):
     """Checkpoints of either callback load with the other: both keep the same three entries."""
 
@@ -67,8 +91,3 @@ def test_a_run_averaged_by_lightning_goes_on(tmp_path):
 def test_a_decay_that_never_moves_or_never_remembers_is_refused(decay):
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         ExponentialAverage(decay)
-
-
-def test_torch_lerp_keeps_equal_values_in_half_precision():
-    values = torch.randn(10000).to(torch.bfloat16)
-    assert torch.equal(torch.lerp(values, values.clone(), 0.001), values)

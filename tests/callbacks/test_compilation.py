@@ -18,9 +18,9 @@ def test_where_compilation_does_not_work_a_run_goes_on_and_says_so(tmp_path, cap
     assert message.startswith("torch.compile does not work here, so networks run as they are (")
 
 
-def test_the_unets_are_compiled_before_training_and_keep_the_names_of_their_weights(random_family, tmp_path):
+def test_networks_are_compiled_before_training_and_keep_the_names_of_their_weights(random_family, tmp_path):
     task = distillation(random_family)
-    names, unet = [*task.state_dict()], task.students.unet
+    names, unet = [*task.state_dict()], task.students.network
     CompileNetworks("eager").setup(trainer_for(tmp_path), task, "validate")
     assert unet._compiled_call_impl is None
     CompileNetworks("eager").setup(trainer_for(tmp_path), task, "fit")

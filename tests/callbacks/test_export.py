@@ -1,4 +1,5 @@
 import pytest
+import torch
 from toy_case import Toy, toy_loader
 from training_case import trainer_for
 
@@ -32,4 +33,15 @@ def test_it_writes_the_averaged_weights(tmp_path):
 def test_a_trial_run_and_a_validation_write_nothing(tmp_path):
     trainer_for(tmp_path, fast_dev_run=True, callbacks=[ExportWeights()]).fit(Toy(), toy_loader())
     trainer_for(tmp_path, callbacks=[ExportWeights()]).validate(Toy(), toy_loader(), verbose=False)
+    assert not (tmp_path / "number.txt").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, value):
+    task = Toy()
+    with torch.no_grad():
+        task.number.fill_(value)
+    trainer = trainer_for(tmp_path, max_steps=1, callbacks=[ExportWeights()])
+    with pytest.raises(ValueError, match=r"number is not finite after step 1, so nothing is exported: .*smaller lr"):
+        trainer.fit(task, toy_loader())
     assert not (tmp_path / "number.txt").exists()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from training_case import trainer_for, write_scenes
 import icd_lightning._torchvision
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.models.checkpoints import load_student, lora_settings
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, LoraSettings, Students
+from icd_lightning.models.student_file import StudentFile
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
@@ -59,7 +60,7 @@ def trained(layouts, tmp_path_factory):
         (root / name / "model").symlink_to(layouts[name])
         tasks[name] = InvertibleConsistencyDistillation(
             Family(str(layouts[name])),
-            lora=LoraSettings(rank=4),
+            partial(LoraStudents, lora=LoraSettings(rank=4)),
             optimizer=OptimizerSettings(lr=1e-1),
             caption_dropout=0.5,
         )
@@ -67,24 +68,24 @@ def trained(layouts, tmp_path_factory):
     return root, tasks
 
 
-def case_of(task, adapter: str, name: str, form: str) -> dict:
+def case_of(task, direction: str, name: str, form: str) -> dict:
     """What the other program is to load, to give the network, and to find."""
     inputs: dict = {}
-    handle = task.students.unet.register_forward_pre_hook(
+    handle = task.students.network.register_forward_pre_hook(
         lambda module, args, kwargs: inputs.update(kwargs, sample=args[0], timestep=args[1]), with_kwargs=True
     )
     with torch.no_grad():
         conditioning, x = task.conditioner(["a red star", "a ring"]), torch.randn(2, 4, 8, 8)
-        eps = task.students.predict(adapter, x, torch.tensor([259, 999]), conditioning, torch.tensor([1.0, 8.0]))
+        eps = task.students.predict(direction, x, torch.tensor([259, 999]), conditioning, torch.tensor([1.0, 8.0]))
     handle.remove()
     inputs["return_dict"] = True
-    return {"name": name, "file": form.format(direction=ADAPTERS[adapter]), "inputs": inputs, "eps": eps}
+    return {"name": name, "file": form.format(direction=direction), "inputs": inputs, "eps": eps}
 
 
 def test_a_program_without_our_code_gets_the_same_eps(trained):
     root, tasks = trained
     for (name, task), forms in zip(tasks.items(), (FORMATS, FORMATS[::-1]), strict=True):
-        cases = [case_of(task, adapter, name, form) for adapter, form in zip(ADAPTERS, forms, strict=True)]
+        cases = [case_of(task, direction, name, form) for direction, form in zip(DIRECTIONS, forms, strict=True)]
         torch.save(cases, root / name / "cases.pt")
     folders = [str(root / name) for name in tasks]
     program = [sys.executable, "-c", ELSEWHERE, icd_lightning._torchvision.__file__, *folders]
@@ -95,16 +96,15 @@ def test_a_program_without_our_code_gets_the_same_eps(trained):
 def test_every_file_holds_the_trained_student(trained, name):
     root, tasks = trained
     family = Family(str(root / name / "model"))
-    students = Students(family.load_unet(guided=True), family.load_schedule(), lora=LoraSettings(rank=4))
-    for adapter, direction in ADAPTERS.items():
-        expected, found = tasks[name].students.named_parameters_of(adapter), students.named_parameters_of(adapter)
+    students = LoraStudents(family.load_model(guided=True), lora=LoraSettings(rank=4))
+    for direction in DIRECTIONS:
+        expected, found = (each.named_parameters_of(direction) for each in (tasks[name].students, students))
         for form in FORMATS:
             with torch.no_grad():
                 [parameter.zero_() for parameter in found.values()]
-            file = root / name / "run" / form.format(direction=direction)
-            about = load_student(students, adapter, file)
-            assert (about["direction"], about["boundaries"]) == (direction, [0, 259, 519, 779, 999])
-            assert lora_settings(file) == students.lora
+            file = StudentFile.read(root / name / "run" / form.format(direction=direction))
+            assert (file.direction, file.boundaries) == (direction, [0, 259, 519, 779, 999])
+            students.load(direction, file)
             assert all(torch.equal(parameter, expected[name]) for name, parameter in found.items())
 
 
@@ -117,7 +117,7 @@ def test_a_card_tells_what_a_student_is_and_how_it_was_made(trained):
         settings = json.loads(card.partition("```json\n")[2].partition("```")[0])
         assert settings["steps"] == 2
         assert settings["optimizer"]["lr"] == 0.1
-        assert settings["losses"]["reverse_preservation"] == 1.5
+        assert settings["losses"]["reverse_preservation"]["weight"] == 1.5
 
 
 def test_stage_one_leaves_the_teacher_of_stage_two(layouts, tmp_path):
@@ -125,7 +125,7 @@ def test_stage_one_leaves_the_teacher_of_stage_two(layouts, tmp_path):
     model = str(layouts["sd15"])
     task = GuidanceDistillation(Family(model), (1.0, 8.0), optimizer=OptimizerSettings(lr=1e-3))
     trainer_for(tmp_path / "run", max_steps=1, callbacks=[ExportWeights()]).fit(task, datamodule=data)
-    guided = Family(model, guided_unet=str(tmp_path / "run")).load_unet(guided=True)
+    guided = Family(model, guided_unet=str(tmp_path / "run")).load_model(guided=True).network
     assert all(torch.equal(w, guided.state_dict()[n]) for n, w in task.student.state_dict().items())
     card = (tmp_path / "run" / "unet_guided" / "README.md").read_text()
     assert "w = 1, 8," in card

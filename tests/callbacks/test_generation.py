@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -39,8 +40,9 @@ def test_it_measures_what_is_generated_from_the_captions(random_family, held_out
     names = ["tiny-fd", "tiny-agreement"]
     (found,) = trainer_for(tmp_path, callbacks=[GenerationCallback(names)]).validate(task, data, verbose=False)
     metrics, pipeline = build_metrics(names), pipeline_of(task)
-    for seed, batch in zip((0, 3), data.val_dataloader(), strict=True):
-        result = pipeline.generate(batch.captions, seeded_noise((3, 16, 8, 8), seed), guidance=decoding)
+    for batch in data.val_dataloader():
+        noise = seeded_noise((3, 16, 8, 8), [crc32(key.encode()) for key in batch.keys])
+        result = pipeline.generate(batch.captions, noise, guidance=decoding)
         for metric in metrics.values():
             metric.update(result, batch.images, prompts=batch.captions)
     for name, metric in metrics.items():
@@ -51,14 +53,14 @@ def test_it_measures_what_is_generated_from_the_captions(random_family, held_out
 
 
 def test_losses_are_those_of_the_segment_they_were_taken_in(random_family, held_out, tmp_path):
-    task, data = distillation(random_family, **FEW), data_for(held_out)
+    task, data = distillation(random_family, students=FEW), data_for(held_out)
     (found,) = trainer_for(tmp_path, callbacks=[SegmentLosses()]).validate(task, data, verbose=False)
     segments = [f"{lower}-{upper}" for lower, upper in pairwise(task.boundaries.boundary_timesteps)]
-    values = {name: {segment: [] for segment in segments} for name in task.weights}
+    values = {name: {segment: [] for segment in segments} for name in task.losses}
     for index, batch in enumerate(data.val_dataloader()):
-        losses = task.losses(batch, task.validation_draws(index))
-        for name, segment_of in task.segments.items():
-            for value, segment in zip(losses[name], segment_of, strict=True):
+        draws = task.validation_draws(index)
+        for name, loss in task.evaluate(task.losses, task.inputs(batch, draws), draws).items():
+            for value, segment in zip(loss.values, loss.segments, strict=True):
                 values[name][segments[segment]].append(value.item())
     expected = {
         f"{name}_by_segment/{segment}": np.mean(those)
@@ -68,23 +70,6 @@ def test_losses_are_those_of_the_segment_they_were_taken_in(random_family, held_
     }
     assert {name: value for name, value in found.items() if "by_segment" in name} == pytest.approx(expected, rel=1e-4)
     assert len(expected) > 8  # of 16, at 6 samples
-
-
-def test_a_segment_is_the_one_that_the_student_lands_at_the_end_of(random_family, held_out, monkeypatch):
-    """The boundary of each pair that was drawn, seen where the task takes it from."""
-    from icd_lightning.diffusion.boundaries import TrainingPairs
-
-    taken = []
-    get = TrainingPairs.__getitem__
-    monkeypatch.setattr(TrainingPairs, "__getitem__", lambda self, index: taken.append(get(self, index)) or taken[-1])
-    task, data = distillation(random_family, **FEW), data_for(held_out)
-    trainer_for(held_out.parent / "run").validate(task, data, verbose=False)
-    reverse, forward = (
-        {tuple(pairs.boundary.tolist()) for pairs in taken if (pairs.t_next > pairs.t).all() == up} for up in (0, 1)
-    )
-    ends = torch.tensor(task.boundaries.boundary_timesteps)
-    assert tuple(ends[task.segments["reverse_cd"]].tolist()) in reverse
-    assert tuple(ends[task.segments["forward_cd"] + 1].tolist()) in forward
 
 
 def test_segment_means_by_hand():
@@ -98,8 +83,7 @@ def test_segment_means_by_hand():
 
 
 def test_the_run_becomes_a_row_of_settings_and_final_metrics(random_family, held_out, tmp_path):
-    lora = Namespace(rank=2)
-    model = Namespace(class_path="X", init_args=Namespace(huber_c=0.5, lora=lora))
+    model = Namespace(class_path="X", init_args=Namespace(seed=5, decoding=Namespace(tau=0.5)))
     saved = SaveConfigCallback(ArgumentParser(), Namespace(model=model, data=Namespace(batch_size=2)), overwrite=True)
     callbacks = [saved, GenerationCallback(["tiny-agreement"]), FinalMetrics()]
     trainer = trainer_for(
@@ -111,12 +95,12 @@ def test_the_run_becomes_a_row_of_settings_and_final_metrics(random_family, held
         callbacks=callbacks,
     )
     saved.already_saved = True  # its parser is no LightningCLI's
-    trainer.fit(distillation(random_family, **FEW), datamodule=data_for(held_out))
+    trainer.fit(distillation(random_family, students=FEW), datamodule=data_for(held_out))
     assert dict(trainer.logger.hparams) == {
         "max_steps": 2,
         "model.class_path": "X",
-        "model.huber_c": 0.5,
-        "model.lora.rank": 2,
+        "model.seed": 5,
+        "model.decoding.tau": 0.5,
         "data.batch_size": 2,
     }
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})

@@ -2,6 +2,7 @@ import logging
 import re
 import time
 
+import lightning
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from toy_case import Toy, toy_loader
@@ -51,6 +52,22 @@ def test_throughput_counts_from_where_a_run_went_on(monkeypatch):
     now[0] += 20
     assert throughput.rate == 4.0
     assert throughput.seconds_left(60, 100) == 80.0
+    throughput.pause()
+    now[0] += 20
+    throughput.go_on()
+    assert throughput.rate == 4.0
+    assert throughput.seconds_left(60, 100) == 160.0
+
+
+def test_a_validation_takes_no_time_from_images_a_second(tmp_path):
+    class Slow(lightning.Callback):
+        def on_validation_batch_end(self, *_) -> None:
+            time.sleep(1)
+
+    progress = TrainingProgress()
+    options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_progress_bar": True}
+    trainer_for(tmp_path, callbacks=[progress, Slow()], **options).fit(Toy(), toy_loader(), toy_loader())
+    assert progress._throughput.paused >= 2
 
 
 @pytest.mark.parametrize(

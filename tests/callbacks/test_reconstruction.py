@@ -1,4 +1,5 @@
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -45,10 +46,9 @@ def test_it_logs_what_the_pipeline_gives(random_family, scenes, held_out, tmp_pa
     ]
     (metrics,) = trainer_for(tmp_path, callbacks=callbacks).validate(task, data, verbose=False)
     pipeline, parts = pipeline_of(task), []
-    for seed, batch in zip((0, 3), data.val_dataloader(), strict=True):
-        count = min(3, 5 - seed)  # pictures 0 to 2, then 3 and 4
+    for count, batch in zip((3, 2), data.val_dataloader(), strict=True):  # pictures 0 to 2, then 3 and 4
         images, captions = batch.images[:count], batch.captions[:count]
-        noise = pipeline.invert(images, captions, seed=seed)
+        noise = pipeline.invert(images, captions, seed=[crc32(key.encode()) for key in batch.keys[:count]])
         guidances = (StepGuidance(1.0), DECODING, StepGuidance(1.5, 0.8))
         parts.append([images, noise, *(pipeline.generate(captions, noise, guidance=g) for g in guidances)])
     images, noise, *results = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -88,14 +88,14 @@ def test_pictures_and_captions_reach_tensorboard(random_family, scenes, held_out
         check_val_every_n_epoch=None,
         callbacks=[ReconstructionCallback(grid_columns=2)],
     )
-    trainer.fit(distillation(random_family, **FEW, decoding=DECODING), datamodule=data_for(scenes, held_out))
+    trainer.fit(distillation(random_family, students=FEW, decoding=DECODING), datamodule=data_for(scenes, held_out))
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     (name,) = events.Tags()["images"]
     assert name == "pictures/inversion"
     (grid,) = events.Images(name)
     assert grid.step == 1
-    assert grid.width == 72 + 2 * 128  # labels, and columns enlarged twice
+    assert grid.width == 8 + 150 + 2 * 135 + 8  # labels, and columns of pictures
     assert grid.height > 5 * 128  # rows: original, its noise, back, back guided, generated; and captions below
     assert "reconstruction/psnr" in events.Tags()["scalars"]
 
@@ -104,8 +104,8 @@ def test_unequal_batches_of_ranks_are_looked_at_equally_often(random_family, tmp
     """Rank 1 of 2 gets smaller batches: it must go on for as long as rank 0 does, and the other way round."""
 
     class Counting(ReconstructionCallback):
-        def look(self, trainer, task, batch, *, seed, draw) -> None:
-            self.looks.append((len(batch.captions), seed, draw))
+        def look(self, trainer, task, batch, *, seeds, draw) -> None:
+            self.looks.append((len(batch.captions), seeds, draw))
 
     class OtherRank:
         """Decides with one that has had enough, or has not."""
@@ -119,7 +119,7 @@ def test_unequal_batches_of_ranks_are_looked_at_equally_often(random_family, tmp
             assert not all
             return decision | next(self.others)
 
-    task, callback = distillation(random_family, **FEW), Counting(num_images=4)
+    task, callback = distillation(random_family, students=FEW), Counting(num_images=4)
     callback.looks = []
     callback.setup(None, task, "validate")
     batch = next(iter(SceneDataModule(val_count=3, val_batch_size=3).val_dataloader()))
@@ -127,13 +127,16 @@ def test_unequal_batches_of_ranks_are_looked_at_equally_often(random_family, tmp
     trainer = OtherRank([True, True, True, False])
     for index in range(4):
         callback.on_validation_batch_end(trainer, task, None, batch, index)
-    assert callback.looks == [(3, 3, True), (1, 7, False), (1, 9, False)]  # at one picture when it has enough
+    seeds = [crc32(key.encode()) for key in batch.keys]
+    # at one picture when it has enough
+    assert callback.looks == [(3, seeds, True), (1, seeds[:1], False), (1, seeds[:1], False)]
+    assert len(set(seeds)) == 3
 
 
 def test_a_missing_network_ends_the_run_before_it_trains(random_family, scenes, held_out, tmp_path, monkeypatch):
     for variable in ("ICD_METRICS_HOME", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path))
-    task, callback = distillation(random_family, **FEW), ReconstructionCallback(["psnr", "lpips"])
+    task, callback = distillation(random_family, students=FEW), ReconstructionCallback(["psnr", "lpips"])
     trainer = trainer_for(tmp_path, max_steps=1, callbacks=[callback])
     with pytest.raises(FileNotFoundError, match="metric lpips lacks its network: put https://"):
         trainer.fit(task, datamodule=data_for(scenes, held_out))
@@ -141,7 +144,7 @@ def test_a_missing_network_ends_the_run_before_it_trains(random_family, scenes, 
 
 
 def test_latents_instead_of_pictures_are_refused(random_family, tmp_path):
-    task, callback = distillation(random_family, **FEW), ReconstructionCallback()
+    task, callback = distillation(random_family, students=FEW), ReconstructionCallback()
     trainer = trainer_for(tmp_path)
     batch = Batch(None, ["a red star"], ["0"], [{}], torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="compares pictures, and the validation data holds latents"):

@@ -26,13 +26,13 @@ BATCH = 4
 
 
 class InterruptSecondRank(lightning.Callback):
-    """Ctrl-C in the second step; when both ranks are through with it, what they have is written down."""
+    """Ctrl-C in the first step; when both ranks are through with the second, what they have is written down."""
 
     def __init__(self, folder: Path, losses: Losses) -> None:
         self.folder, self.losses = folder, losses
 
     def on_after_backward(self, trainer, pl_module) -> None:
-        if trainer.global_rank == 1 and trainer.global_step == 1:
+        if trainer.global_rank == 1 and trainer.global_step == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:

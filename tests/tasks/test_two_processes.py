@@ -23,7 +23,7 @@ def alone(random_family, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["ddp", pytest.param("sharded", marks=pytest.mark.slow)])
 def pair(request, random_family, tmp_path_factory):
-    """Strategy and folder of two processes, of which the second was interrupted in its second step."""
+    """Strategy and folder of two processes, of which the second was interrupted in its first step."""
     folder = tmp_path_factory.mktemp(request.param)
     assert run_ranks(worker, random_family, folder, request.param) == [1, 1]
     assert (folder / "rank1.pt").is_file()
