@@ -8,7 +8,7 @@ from training_case import write_scenes
 from icd_lightning.commands.fit import FitCommand, micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
-from icd_lightning.editing.baselines.registry import METHODS
+from icd_lightning.editing.methods import OTHERS
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
@@ -112,7 +112,7 @@ def build(cli, names, *options: str):
 
 def test_no_configuration_is_forgotten():
     known = {name for names, _ in WHOLES.values() for name in names} | {f"ablation/{letter}" for letter in ABLATIONS}
-    known |= {f"method/{name}" for name in METHODS}  # tests/editing/test_baselines.py looks into them
+    known |= {f"method/{name}" for name in OTHERS}  # tests/editing/test_baselines.py looks into them
     assert {str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml")} == known
 
 

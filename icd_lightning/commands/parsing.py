@@ -13,8 +13,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
 
-SHORT = {"output": "-o", "cross_replace": "--cross", "self_replace": "--self"}
-"""Options with a short name."""
+SHORT = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace"}
+"""Short names of options."""
 
 
 class OneLineErrors:
@@ -67,8 +67,6 @@ def _parser(function: Callable, name: str) -> Parser:
             parser.add_argument(f"--{key}", action=ActionYesNo, default=parameter.default, **options)
         elif hint == list[str] | None:
             parser.add_argument(f"--{key}", nargs="+", type=str, metavar=key.upper(), default=None, **options)
-        elif key in SHORT:
-            parser.add_argument(f"--{key}", SHORT[key], type=hint, default=parameter.default, **options)
         else:
             continue
         ours.add(key)
@@ -77,8 +75,9 @@ def _parser(function: Callable, name: str) -> Parser:
 
 
 def _underscored(arg: str) -> str:
-    """An option's name as Python has it; what is no option, and a value after =, stays as it is."""
+    """An option's full name as Python has it; what is no option, and a value after =, stays as it is."""
     name, equals, value = arg.partition("=")
+    name = SHORT.get(name, name)
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[a-z][\w-]*", name) else arg
 
 

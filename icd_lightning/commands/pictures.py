@@ -24,21 +24,9 @@ def edit(
     source: str | None = None,
     target: str | None = None,
     output: str | None = None,
-    method: str = "icd",
-    guidance_scale: float | None = None,
-    tau: float | None = None,
-    swap_tau: float | None = None,
-    cross_replace: float | None = None,
-    self_replace: float | None = None,
-    amplify: str | None = None,
-    blend: str | None = None,
-    blend_threshold: float | None = None,
-    blend_from: float | None = None,
-    alignment: str | None = None,
     grid: list[str] | None = None,
     height: int | None = None,
     width: int | None = None,
-    seed: int = 0,
     overwrite: bool = False,
     **options: Any,
 ) -> None:
@@ -61,52 +49,18 @@ def edit(
             out, as large as the model's pictures are.
         source: What the picture shows; sdedit needs none.
         target: What it shall show.
-        output: PNG file to write, with prompts and settings in its metadata; by default photo-edited.png beside
+        output: (-o) PNG file to write, with prompts and settings in its metadata; by default photo-edited.png beside
             photo.jpg, or photo-grid.png. Of many edits a folder; by default NAME-edited beside folder or file.
-        method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
-            default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
-            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
-            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
-        guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
-        tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
-            model's own.
-        swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
-            by default as tau. Of edits without attention control.
-        cross_replace: Share of the steps with the source's cross-attention: more keeps more of the layout. This and the
-            next six ask for attention control.
-        self_replace: Share of the steps with the source's self-attention: more keeps more of the shapes.
-        amplify: Factor of the attention to the target's new words, 1 leaves it alone; or those of any of its words, as
-            in "lego=3 red=0".
-        blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
-            "cat dog"; none blends nothing. By default the words that differ.
-        blend_threshold: Attended to is what has more than this share of the strongest attention.
-        blend_from: Share of the steps after which blending begins.
-        alignment: Pair words one by one (replace) or by what the prompts have in common (refine); auto replaces where
-            both have as many words.
         grid: Try values, all combinations, and draw them as a sheet with labels, as in tau=0.6,0.8 cross=0.2,0.4.
         height: Pixels of the result; by default the model's.
         width: Pixels of the result; by default the model's.
-        seed: Of the slight noise with which the way to noise begins.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.edits import Edit, EditSettings, Size, parse_grid, several_edits, variants
+    from icd_lightning.commands.edits import Edit, Size, parse_grid, several_edits, variants
     from icd_lightning.data.images import read_picture
 
-    settings = EditSettings(
-        method,
-        guidance_scale,
-        tau,
-        swap_tau,
-        cross_replace,
-        self_replace,
-        amplify,
-        blend,
-        alignment,
-        blend_threshold,
-        blend_from,
-        seed,
-    )
-    size, weights, place = Size(height, width), load(**options), Path(image)
+    settings, weights = edit_settings(**options)
+    size, place = Size(height, width), Path(image)
     if place.is_dir() or place.suffix.lower() == ".csv":
         if grid:
             raise ValueError("grid is of one picture: leave it out, or name a picture")
@@ -120,18 +74,66 @@ def edit(
     one.check(settings)
     from icd_lightning.commands.session import open_editor, save_picture
 
-    made = list(open_editor(weights, settings).edit(one, cells, size))
+    edited = list(open_editor(weights, settings).edit(one, cells, size))
     if not grid:
-        save_picture(path, made[0].image, "edit", weights, {**one.about, **made[0].about})
-        log.info("%s: %s", path, made[0].cost)
+        save_picture(path, edited[0].image, "edit", weights, {**one.about, **edited[0].about})
+        log.info("%s: %s", path, edited[0].cost)
         return
     from icd_lightning.commands.sheet import contact_sheet
 
-    about = {**one.about, **made[0].about, "grid": " ".join(grid)}
-    save_picture(path, contact_sheet(one, values, [cell.image for cell in made]), "edit", weights, about)
-    for cell, result in zip(cells, made, strict=True):
+    about = {**one.about, **edited[0].about, "grid": " ".join(grid)}
+    save_picture(path, contact_sheet(one, values, [cell.image for cell in edited]), "edit", weights, about)
+    for cell, result in zip(cells, edited, strict=True):
         log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), result.cost)
     log.info("%s", path)
+
+
+def edit_settings(
+    *,
+    method: str = "icd",
+    guidance_scale: float | None = None,
+    tau: float | None = None,
+    swap_tau: float | None = None,
+    cross_replace: float | None = None,
+    self_replace: float | None = None,
+    amplify: str | None = None,
+    blend: str | None = None,
+    alignment: str | None = None,
+    blend_threshold: float | None = None,
+    blend_from: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Say how to edit.
+
+    Args:
+        method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
+            default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
+            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
+            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
+        guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
+        tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
+            model's own.
+        swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
+            by default as tau. Of edits without attention control.
+        cross_replace: (--cross) Share of the steps with the source's cross-attention: more keeps more of the layout.
+            This and the next six ask for attention control.
+        self_replace: (--self) Share of the steps with the source's self-attention: more keeps more of the shapes.
+        amplify: Factor of the attention to the target's new words, 1 leaves it alone; or those of any of its words, as
+            in "lego=3 red=0".
+        blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
+            "cat dog"; none blends nothing. By default the words that differ.
+        alignment: Pair words one by one (replace) or by what the prompts have in common (refine); auto replaces where
+            both have as many words.
+        blend_threshold: Attended to is what has more than this share of the strongest attention.
+        blend_from: Share of the steps after which blending begins.
+        seed: Of the slight noise with which the way to noise begins.
+    """
+    from icd_lightning.commands.edits import EditSettings
+
+    amounts = (guidance_scale, tau, swap_tau, cross_replace, self_replace, amplify)
+    settings = EditSettings(method, *amounts, blend, alignment, blend_threshold, blend_from, seed)
+    return settings, load(**options)
 
 
 def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite: bool) -> None:
