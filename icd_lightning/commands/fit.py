@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import signal
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import lightning
 import torch
@@ -36,8 +38,37 @@ NOT_NEWS = (
 INTERRUPTED = 128 + signal.SIGINT
 
 
+MOVED = {  # keys of stage 2's model.init_args before students and losses were parts of their own, and what they are now
+    "lora": "students.init_args.lora",
+    "gradient_checkpointing": "students.init_args.gradient_checkpointing",
+    "reverse_weights": "students.init_args.reverse",
+    "forward_weights": "students.init_args.forward",
+    "huber_c": "losses.<name>.init_args.huber_c, of each loss",
+    "train": "losses.<name>, null for each loss of the student that is not to be trained",
+    "allow_off_grid": "boundaries.allow_off_grid",
+}
+MOVED_KEY = re.compile(rf"(?:Option '|arguments: --)({'|'.join(MOVED)})(?:[.'= ]|$)")
+ENDS_ALONE = "arguments are required: boundaries.boundary_timesteps"
+WEIGHT_ALONE = re.compile(r'"losses\.(\w+)".*Given value: ([\d.eE+-]+)$', re.DOTALL)
+NO_LOSS = re.compile(r"(--model\.init_args\.losses)\.(\w+)[=\0]null(?=\0|$)")
+
+
 class FitParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with our errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Name the new spelling of an old configuration."""
+        if moved := MOVED_KEY.search(message):
+            key = moved[1]
+            message = f"model.init_args.{key} is not accepted: in stage 2 it is model.init_args.{MOVED[key]}"
+        elif ENDS_ALONE in message:
+            message = (
+                "model.init_args.boundaries is no list: the ends are model.init_args.boundaries.boundary_timesteps"
+            )
+        elif weight := WEIGHT_ALONE.search(message):
+            key = f"model.init_args.losses.{weight[1]}"
+            message = f"{key} is no number {weight[2]}: its weight is {key}.init_args.weight, and null leaves it out"
+        super().error(message, ex)
 
 
 class FitCommand(LightningCLI):
@@ -53,7 +84,8 @@ class FitCommand(LightningCLI):
             seed_everything_default=0,
             parser_class=FitParser,
             parser_kwargs={"prog": "icd"},
-            args=args,
+            # of a key so deep jsonargparse would hand on null as the text None
+            args=NO_LOSS.sub(r"\1={\2: null}", "\0".join(args)).split("\0"),
         )
 
     @staticmethod

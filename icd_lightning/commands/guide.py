@@ -24,8 +24,10 @@ Stage 1: the guidance-distilled UNet that stage 2 names in family.guided_unet
 
 Change a value
   --trainer.max_steps 500  --data.init_args.batch_size 8  --model.init_args.optimizer.lr 1e-4
-  --model.init_args.losses.forward_preservation 0      leave a loss out
-  --model.init_args.train forward --model.init_args.reverse_weights FOLDER      learn the inverse of a given model
+  --model.init_args.losses.forward_preservation null   leave a loss out
+  --model.init_args.losses.forward_preservation.init_args.weight 1              weigh it
+  --model.init_args.students.init_args.reverse FOLDER  begin with this model; with null for both of its losses, which
+    are reverse_cd and reverse_preservation, the forward model learns its inverse
   --trainer.callbacks+=icd_lightning.callbacks.averaging.ExponentialAverage     validate and export averaged weights
   --model.init_args.seed 1 --data.init_args.seed 1     other noise, and another order of the data
 Keys may stand in a file as well: that is an overlay.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_case import write_family
 from training_case import write_scenes
 
 from icd_lightning.commands.fit import micro_batches
@@ -36,7 +37,7 @@ def command(random_family, scenes):
     def words(folder: Path, *options: str) -> list[str]:
         settings = {
             "model.init_args.family.model": random_family,
-            "model.init_args.lora.rank": 4,
+            "model.init_args.students.init_args.lora.rank": 4,
             "data.init_args.urls": scenes,
             "data.init_args.val_urls": scenes,
             "data.init_args.batch_size": 2,
@@ -188,15 +189,21 @@ WRONG = {
     "a key of the task": ("--model.init_args.huber=3", "huber"),
     "a value": ("--trainer.max_steps=many", "many"),
     "a loss": ("--model.init_args.losses.backward_cd=1", "backward_cd"),
-    "a weight": ("--model.init_args.losses.reverse_cd=-1", "loss weights must be 0 or more"),
+    "a weight": (
+        "--model.init_args.losses.reverse_cd.init_args.weight=-1",
+        "weight -1.0 of a loss must be positive and finite; null leaves the loss out",
+    ),
     "a learning rate": ("--model.init_args.optimizer.lr=-1", "lr -1.0 must be positive"),
     "a class": ("--model=Missing", "Missing"),
     "a config": ("--config=nowhere.yaml", "nowhere.yaml"),
     "a model": ("--model.init_args.family.model=nowhere", "no model 'nowhere'"),
-    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled UNet (stage 1)"),
+    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled unet (stage 1)"),
     "shards": ("--data.init_args.urls=nowhere", "nowhere"),
-    "a student": ("--model.init_args.forward_weights=nowhere", "no student at nowhere"),
-    "boundaries": ("--model.init_args.boundaries=[249,499,699,999]", "boundary 249 is not on the 50-step solver grid"),
+    "a student": ("--model.init_args.students.init_args.forward=nowhere", "no student at nowhere"),
+    "boundaries": (
+        "--model.init_args.boundaries.boundary_timesteps=[249,499,699,999]",
+        "boundary 249 is not on the 50-step solver grid",
+    ),
     "a size": ("--data.init_args.resolution=60", "both sides must be multiples of 8"),
     "a batch": ("--data.init_args.batch_size=0", "batch_size 0 must be at least 1"),
     "a global batch": ("--global_batch_size=7", "global_batch_size 7 is not a multiple of 2"),
@@ -205,30 +212,97 @@ WRONG = {
 }
 
 
+def error_of(capsys, words: list[str]) -> str:
+    """The one line that a refused command says."""
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    console = capsys.readouterr().err
+    assert "Seed set to" not in console
+    (error,) = [line for line in console.splitlines() if line.startswith("icd: error:")]
+    return error
+
+
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_said_in_one_line(command, tmp_path, capsys, what):
+def test_a_mistake_is_one_line(command, tmp_path, capsys, what):
     option, said = WRONG[what]
     if what == "a device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as exit_:
-        main(command(tmp_path, option))
-    assert exit_.value.code == 2
-    said_in_all = capsys.readouterr().err
-    assert "Seed set to" not in said_in_all
-    errors = [line for line in said_in_all.splitlines() if line.startswith("icd: error:")]
-    assert len(errors) == 1
-    assert said in errors[0]
+    assert said in error_of(capsys, command(tmp_path, option))
 
 
-def test_a_run_does_not_go_on_as_another(command, run, tmp_path, capsys):
+OLD = {  # a key of earlier configurations, and what it is called now
+    "lora: {rank: 4}": "students.init_args.lora",
+    "gradient_checkpointing: true": "students.init_args.gradient_checkpointing",
+    "reverse_weights: here": "students.init_args.reverse",
+    "forward_weights: here": "students.init_args.forward",
+    "huber_c: 0.01": "losses.<name>.init_args.huber_c",
+    "train: forward": "losses.<name>, null for each loss of the student that is not to be trained",
+    "allow_off_grid: true": "boundaries.allow_off_grid",
+    "boundaries: [499, 999]": "boundaries.boundary_timesteps",
+    "losses: {forward_cd: 0.5}": "losses.forward_cd.init_args.weight, and null leaves it out",
+    "losses: {forward_cd: 0}": "losses.forward_cd.init_args.weight, and null leaves it out",
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_an_old_configuration_is_refused_with_the_new_spelling(command, tmp_path, capsys, old):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"model: {{init_args: {{{old}}}}}")
+    error = error_of(capsys, command(tmp_path, "--config", str(overlay)))
+    assert f"model.init_args.{OLD[old]}" in error
+    assert error.startswith(f"icd: error: model.init_args.{old.partition(':')[0]}")
+
+
+@pytest.mark.parametrize("old", ["lora.rank=4", "train=forward", "boundaries=[499,999]", "losses.forward_cd=0"])
+def test_an_old_key_of_the_command_line_is_refused_too(command, tmp_path, capsys, old):
+    new = next(new for key, new in OLD.items() if key.split(":")[0] == re.split(r"[.=]", old)[0])
+    assert f"model.init_args.{new}" in error_of(capsys, command(tmp_path, f"--model.init_args.{old}"))
+
+
+def test_a_loss_is_left_out_on_the_command_line(command, tmp_path):
+    losses = "--model.init_args.losses"
+    main(command(tmp_path, f"{losses}.forward_cd=null", f"{losses}.forward_preservation", "null"))
+    assert {name for name in read_scalars(tmp_path) if name.startswith("train/")} == {
+        *("train/loss", "train/reverse_cd", "train/reverse_preservation")
+    }
+    assert not (tmp_path / "forward").exists()
+
+
+# Going on
+
+
+OTHER_RUNS = {
+    "boundaries [0, 259, 519, 779, 999] (here [0, 499, 999])": "boundaries.boundary_timesteps=[499,999]",
+    "alpha 16.0 (here 64.0)": "students.init_args.lora.alpha=64",
+    "guidance_scales [1.0, 2.0, 3.0, 5.0] (here [1.0])": "guidance_scales=[1]",
+    "step_after sum (here each_loss)": "step_after=each_loss",
+}
+
+
+@pytest.mark.parametrize("told", OTHER_RUNS)
+def test_a_run_does_not_go_on_as_another(command, run, tmp_path, capsys, told):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(SystemExit) as exit_:
-        main(command(folder, "--model.init_args.boundaries=[499,999]", "--trainer.max_steps=3"))
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "was trained with boundaries [0, 259, 519, 779, 999] (here [0, 499, 999]): give this training" in error
+    error = error_of(capsys, command(folder, f"--model.init_args.{OTHER_RUNS[told]}", "--trainer.max_steps=3"))
+    assert f"the checkpoint of this run was trained with {told}: give this training another" in error
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_does_not_go_on_over_another_teacher(command, run, tmp_path, capsys):
+    other = write_family(tmp_path / "family", seed=1)
+    error = error_of(capsys, command(run, f"--model.init_args.family.model={other}", "--trainer.max_steps=3"))
+    assert "was trained with teacher " in error
+
+
+def test_a_changed_optimizer_goes_on_and_is_told_of(command, run, tmp_path, caplog):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    optimizer = "--model.init_args.optimizer"
+    options = ("--trainer.max_steps=3", f"{optimizer}.lr=5.0e-4", f"{optimizer}.decay=constant")
+    main(command(folder, *options, f"{optimizer}.weight_decay=0.1", f"{optimizer}.warmup_steps=0"))
+    assert "optimizer.lr was 0.001, and goes on as 0.0005" in caplog.messages
+    (group, _) = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (5e-4, 0.1)
 
 
 @pytest.mark.parametrize("action", ["fit", "validate"])
@@ -237,23 +311,20 @@ def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, n
     file = tmp_path / "checkpoints/last.ckpt"
     file.parent.mkdir()
     file.write_bytes((run / "checkpoints/last.ckpt").read_bytes()[:3000])
-    with pytest.raises(SystemExit) as exit_:
-        main([action, *command(tmp_path, *([f"--ckpt_path={file}"] if named else []))[1:]])
-    assert exit_.value.code == 2
-    assert f"icd: error: {file} cannot be read as a checkpoint" in capsys.readouterr().err
+    error = error_of(capsys, [action, *command(tmp_path, *([f"--ckpt_path={file}"] if named else []))[1:]])
+    assert f"icd: error: {file} cannot be read as a checkpoint" in error
     assert not (tmp_path / "config.yaml").exists()
 
 
 def test_nothing_is_validated_for_want_of_a_checkpoint(command, tmp_path, capsys):
     _, *rest = command(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        main(["validate", *rest])
-    assert exit_.value.code == 2
-    assert f"icd: error: there is no checkpoint in {tmp_path}: name the run's folder" in capsys.readouterr().err
+    error = error_of(capsys, ["validate", *rest])
+    assert f"icd: error: there is no checkpoint in {tmp_path}: name the run's folder" in error
 
 
 def test_boundaries_off_the_grid_are_trained_if_asked_for(command, tmp_path):
-    main(command(tmp_path, "--model.init_args.boundaries=[250,999]", "--model.init_args.allow_off_grid=true"))
+    ends = "--model.init_args.boundaries"
+    main(command(tmp_path, f"{ends}.boundary_timesteps=[250,999]", f"{ends}.allow_off_grid=true"))
     assert steps(tmp_path) == 2
 
 
