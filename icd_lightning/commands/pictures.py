@@ -153,9 +153,9 @@ def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite:
         editor = open_editor(weights, settings)
         for number, edit in fitting:
             with reported(f"{number} {edit.image}", failures):
-                made = next(editor.edit(edit, [settings], size))
-                save_picture(edit.output, made.image, "edit", weights, {**edit.about, **made.about})
-                log.info("%s %s: %s", number, edit.output, made.cost)
+                edited = next(editor.edit(edit, [settings], size))
+                save_picture(edit.output, edited.image, "edit", weights, {**edit.about, **edited.about})
+                log.info("%s %s: %s", number, edit.output, edited.cost)
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} edits failed, the first: {failures[0]}")
 
@@ -268,8 +268,8 @@ def generate(
 
     noise = None
     if latents is not None:
-        noise, found = read_latents(latents)
-        prompts = prompts or tuple(filter(None, [found.get("prompt")]))
+        noise, written = read_latents(latents)
+        prompts = prompts or tuple(filter(None, [written.get("prompt")]))
         if not prompts:
             raise ValueError(f"{latents} does not say its prompt: give one")
         count = len(noise)
@@ -284,11 +284,11 @@ def generate(
             if noise is None
             else {"latents": noise[[i % count for i in numbers]]}
         )
-        made, guidance, cost = session.generate([wanted[i] for i in numbers], guidance_scale, tau, size, begin)
-        for i, picture in zip(numbers, made, strict=True):
+        images, guidance, cost = session.generate([wanted[i] for i in numbers], guidance_scale, tau, size, begin)
+        for i, picture in zip(numbers, images, strict=True):
             drawn = {"seed": first + i} if latents is None else {"latents": Path(latents).name}
             save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **guidance})
-            log.info("%s: %s%s", paths[i], cost, f" for {len(made)} at once" if len(made) > 1 else "")
+            log.info("%s: %s%s", paths[i], cost, f" for {len(images)} at once" if len(images) > 1 else "")
 
 
 def load(

@@ -58,7 +58,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Made:
+class Edited:
     """An edited picture, the settings that made it, and what it cost."""
 
     image: Image.Image
@@ -89,7 +89,7 @@ class Session:
         """Height and width of the pictures."""
         return wanted.height or self.pipeline.resolution, wanted.width or self.pipeline.resolution
 
-    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
+    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Edited]:
         """One picture, with each of the settings in turn; those of one seed share the way to noise."""
         pipe, (height, width) = self.pipeline, self.size(size)
         picture = opened(edit.image, height, width)
@@ -101,9 +101,9 @@ class Session:
                 noises[seed] = pipe.invert(picture, edit.source, seed=seed, height=height, width=width)
                 cost.nfe += pipe.nfe
             options, about = self._options(one, edit)
-            made = pipe.edit(None, edit.source, edit.target, latents=noises[seed], **options)
+            result = pipe.edit(None, edit.source, edit.target, latents=noises[seed], **options)
             about |= {"seed": seed, "boundaries": self.boundaries}
-            yield Made(made.images[0], about, cost.of(pipe))
+            yield Edited(result.images[0], about, cost.of(pipe))
 
     def _options(self, settings: EditSettings, edit: Edit) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments of the pipeline's `edit`, none left to defaults, and the same for a file's metadata."""
@@ -146,8 +146,8 @@ class Session:
             "guidance_scale": config.guidance_scale if guidance_scale is None else guidance_scale,
             "tau": config.tau if tau is None else tau,
         }
-        made = self.pipeline.generate(prompts, **guidance, **begin, height=size.height, width=size.width)
-        return made.images, {**guidance, "boundaries": self.boundaries}, cost.of(self.pipeline)
+        result = self.pipeline.generate(prompts, **guidance, **begin, height=size.height, width=size.width)
+        return result.images, {**guidance, "boundaries": self.boundaries}, cost.of(self.pipeline)
 
     @property
     def boundaries(self) -> str:
@@ -164,7 +164,7 @@ class BaselineSession:
         self.method = self.models.load(self.name)
         self._check(settings)
 
-    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
+    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Edited]:
         """As of a `Session`."""
         resolution = self.models.resolution(self.method)
         height, width = size.height or resolution, size.width or resolution
@@ -190,7 +190,7 @@ class BaselineSession:
             control = options.pop("control", None)
             about = {"method": self.name, **options, **({} if control is None else vars(control)), "seed": one.seed}
             about |= {"guidance_scale": guidance.guidance_scale, "tau": guidance.tau}
-            yield Made(as_output(result, "pil")[0], about, str(cost))
+            yield Edited(as_output(result, "pil")[0], about, str(cost))
 
     def _check(self, settings: EditSettings) -> None:
         """ValueError for settings that the method has not."""
@@ -239,9 +239,9 @@ def opened(path: str | Path, height: int, width: int) -> Image.Image:
 
 def described(command: str, weights: Weights, values: dict[str, Any]) -> dict[str, str]:
     """What a file's metadata say: all it takes to make the file again."""
-    made = {"command": f"icd {command}", **vars(weights), **values}
-    made["Software"] = f"icd_lightning {__version__}"  # a keyword that the PNG specification knows
-    return {key: str(value) for key, value in made.items() if value is not None}
+    about = {"command": f"icd {command}", **vars(weights), **values}
+    about["Software"] = f"icd_lightning {__version__}"  # a keyword that the PNG specification knows
+    return {key: str(value) for key, value in about.items() if value is not None}
 
 
 def find_device(name: str) -> torch.device:

@@ -71,8 +71,8 @@ def batch_size(**parts: Sequence | Tensor | None) -> int:
     counts = {name: len(part) for name, part in parts.items() if part is not None}
     most = max(counts.values())
     if set(counts.values()) - {1, most}:
-        found = ", ".join(f"{count} of {name}" for name, count in counts.items())
-        raise ValueError(f"{found} do not go together: give one, or as many of each")
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise ValueError(f"{given} do not go together: give one, or as many of each")
     return most
 
 

@@ -179,8 +179,8 @@ class Untrained(InvertibleConsistency):
     ) -> Untrained:
         """Through the boundaries given, or those of the trained students."""
         paths = dict(students or {})
-        told = paths.pop("boundaries", None)
-        ends = Boundaries.parse(told, allow_off_grid=True) if told else _common(_student_files(family, **paths))
+        text = paths.pop("boundaries", None)
+        ends = Boundaries.parse(text, allow_off_grid=True) if text else _common(_student_files(family, **paths))
         return cls.of_teacher(family, ends)
 
     @classmethod

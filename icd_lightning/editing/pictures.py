@@ -62,8 +62,8 @@ def _opened(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:
 def _from_unit(images: Tensor, height: int, width: int) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] to [-1, 1]."""
     if images.shape[1:] != (3, height, width):
-        found = " x ".join(map(str, images.shape[1:]))
-        raise ValueError(f"images are {found}, not 3 x {height} x {width}: give height and width, or resize them")
+        size = " x ".join(map(str, images.shape[1:]))
+        raise ValueError(f"images are {size}, not 3 x {height} x {width}: give height and width, or resize them")
     if not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
             f"images lie between {float(images.min()):g} and {float(images.max()):g}: bring them to [0, 1], "

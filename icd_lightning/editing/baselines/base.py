@@ -208,8 +208,10 @@ class Baseline(PictureMethod):
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
     ) -> AttentionControl:
         """What lends the targets attention on their way down."""
-        told = (inversion.prompts, prompts, inversion.noise)
-        return PromptToPromptControl(control, *told, tokenizer=self.conditioner.tokenizer, num_steps=self.control_steps)
+        edits = (inversion.prompts, prompts, inversion.noise)
+        return PromptToPromptControl(
+            control, *edits, tokenizer=self.conditioner.tokenizer, num_steps=self.control_steps
+        )
 
     def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
         """How the source's branch is guided beside a target's guided by `guidance`."""
@@ -229,14 +231,14 @@ class Baseline(PictureMethod):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Decode an inversion under prompts to latents (B, C, h, w)."""
-        told = {"source": self.conditioner(inversion.prompts), "target": self.conditioner(prompts)}
+        conditioning = {"source": self.conditioner(inversion.prompts), "target": self.conditioner(prompts)}
         empty = self.conditioner.unconditional(len(prompts))
         followed = [self.followed(index, guidance, control) for index in range(len(self.steps))]
         counts = [len(each) for each in followed] or [1]
 
         def branches(index: int) -> list[Branch]:
-            negative = self.negative(index, inversion, told["source"], empty)
-            return [Branch(told[whose], negative, w) for whose, w in followed[index]]
+            negative = self.negative(index, inversion, conditioning["source"], empty)
+            return [Branch(conditioning[whose], negative, w) for whose, w in followed[index]]
 
         def move(x: Tensor, eps: Tensor, index: int) -> Tensor:
             x = self.move(x, eps, index, inversion)

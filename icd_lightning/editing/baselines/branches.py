@@ -73,8 +73,8 @@ def predict_branches(
         return network(x, times, positive), nfe
     parts = x.chunk(len(branches))
     rows = torch.cat([*(parts[i] for i in guided), x])
-    told = Conditioning.cat([*(branches[i].negative for i in guided), positive])
-    eps = network(rows, torch.full((len(rows),), t, dtype=torch.long, device=x.device), told)
+    conditioning = Conditioning.cat([*(branches[i].negative for i in guided), positive])
+    eps = network(rows, torch.full((len(rows),), t, dtype=torch.long, device=x.device), conditioning)
     eps_uncond, eps_cond = eps[: -len(x)].chunk(len(guided)), list(eps[-len(x) :].chunk(len(branches)))
     for i, uncond in zip(guided, eps_uncond, strict=True):
         eps_cond[i] = classifier_free_guidance(uncond, eps_cond[i], scales[i])

@@ -90,5 +90,5 @@ class InfEdit(Baseline):
     ) -> UnifiedAttentionControl:
         """Between all three branches."""
         alphas = [float(self.process.alpha(t)) for t, _ in self.steps]
-        told = (inversion.prompts, prompts, inversion.noise)
-        return UnifiedAttentionControl(control, *told, tokenizer=self.conditioner.tokenizer, alphas=alphas)
+        edits = (inversion.prompts, prompts, inversion.noise)
+        return UnifiedAttentionControl(control, *edits, tokenizer=self.conditioner.tokenizer, alphas=alphas)

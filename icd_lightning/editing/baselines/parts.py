@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel, Network
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import Students
 from icd_lightning.models.text import Conditioner
 
 log = logging.getLogger(__name__)
@@ -55,44 +53,40 @@ class Parts:
         if guided:
             log.info("%s is no LCM or Turbo; its guidance-distilled network stands in for one", family.model)
         model = family.load_model(guided=guided)
-        parts = model, family.load_autoencoder(), family.load_conditioner()
-        return cls._of(_without_w(model), *parts, takes_guidance=False) if few_step and not guided else cls.of(*parts)
+        parts = cls.of(model, family.load_autoencoder(), family.load_conditioner())
+        return replace(parts, network=_without_w(model)) if few_step and not guided else parts
 
     @classmethod
-    def of(cls, model: DiffusionModel, autoencoder: LatentAutoencoder, conditioner: Conditioner) -> Parts:
-        """From loaded parts."""
-        return cls._of(model.predict, model, autoencoder, conditioner, takes_guidance=model.takes_guidance)
-
-    @classmethod
-    def of_student(cls, students: Students, autoencoder: LatentAutoencoder, conditioner: Conditioner) -> Parts:
-        """With iCD's reverse student as the network."""
-        predict = partial(students.predict, "reverse")
-        return cls._of(predict, students.model, autoencoder, conditioner, takes_guidance=True)
-
-    @classmethod
-    def _of(
+    def of(
         cls,
-        predict: Network,
         model: DiffusionModel,
         autoencoder: LatentAutoencoder,
         conditioner: Conditioner,
         *,
-        takes_guidance: bool,
+        predict: Network | None = None,
     ) -> Parts:
-        def eps(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
-            return model.process.split(predict(x, t, conditioning, w), x, t).eps
+        """From loaded parts; `predict` runs in the place of the model's own network, for instance a student's."""
+        network = ConditionalNetwork(_eps(model, predict or model.predict), model.takes_guidance)
+        return cls(network, autoencoder, conditioner, model)
 
-        return cls(ConditionalNetwork(eps, takes_guidance), autoencoder, conditioner, model)
+
+def _eps(model: DiffusionModel, predict: Network) -> Network:
+    """A network whose output is eps, whatever it was trained to output."""
+
+    def eps(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+        return model.process.split(predict(x, t, conditioning, w), x, t).eps
+
+    return eps
 
 
-def _without_w(model: DiffusionModel) -> Network:
+def _without_w(model: DiffusionModel) -> ConditionalNetwork:
     """A model's network, told no w even if it takes one."""
 
     def predict(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
         time = model.process.network_time(t)
         return model.backbone.predict(model.network, x, time, conditioning, None).to(x.dtype)
 
-    return predict
+    return ConditionalNetwork(_eps(model, predict))
 
 
 def has_guided_network(family: Family) -> bool:

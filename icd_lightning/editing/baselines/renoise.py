@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -35,8 +35,8 @@ from icd_lightning.models.family import Family
 
 log = logging.getLogger(__name__)
 
-LOW_TIMESTEP = 250
-"""Steps from below here have fewer re-noisings and an average of their own."""
+EARLY_TIMESTEP = 250
+"""Steps from below here, the first on the way up, have fewer re-noisings and an average of their own."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,23 @@ class Sampler:
 class Renoising:
     """Re-noisings of a step and which predictions count, [first, last): the average of those, or else the last alone.
 
-    Prediction 0 is plain inversion's, at x_s; each re-noising makes one more. `low_*` are for steps from t < 250.
+    Prediction 0 is plain inversion's, at x_s; each re-noising makes one more. `early_*` are for steps from t < 250,
+    the first on the way up.
     """
 
     count: int = 9
     average: tuple[int, int] = (8, 10)
-    low_count: int = 5
-    low_average: tuple[int, int] = (0, 5)
+    early_count: int = 5
+    early_average: tuple[int, int] = (0, 5)
 
     def __post_init__(self) -> None:
-        if min(self.count, self.low_count) < 0:
-            raise ValueError(f"re-noisings {self.count} and {self.low_count} must be 0 or more")
+        if min(self.count, self.early_count) < 0:
+            raise ValueError(f"re-noisings {self.count} and {self.early_count} must be 0 or more")
 
     def at(self, t: int) -> tuple[int, tuple[int, int]]:
         """Re-noisings of a step from t, and the range that is averaged."""
-        if t < LOW_TIMESTEP:
-            return min(self.count, self.low_count), self.low_average
+        if t < EARLY_TIMESTEP:
+            return min(self.count, self.early_count), self.early_average
         return self.count, self.average
 
 
@@ -188,7 +189,8 @@ class ReNoise(Baseline):
             return cls(Parts.load(family, few_step=sampler.draws), sampler=sampler, **settings)
         log.info("%s is no Turbo or LCM; iCD's reverse student stands in for one", family.model)
         icd = InvertibleConsistency.from_pretrained(family, **(students or {}))
-        parts = Parts.of_student(icd.students, icd.autoencoder, icd.conditioner)
+        predict = partial(icd.students.predict, "reverse")
+        parts = Parts.of(icd.students.model, icd.autoencoder, icd.conditioner, predict=predict)
         ends = icd.boundaries.boundary_timesteps[1:]
         return cls(parts, sampler=Sampler("jumps", len(ends), ends), **{**settings, "correction": 0.0})
 

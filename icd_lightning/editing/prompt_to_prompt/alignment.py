@@ -62,13 +62,13 @@ class PromptTokens:
 
         Case and punctuation around words do not matter.
         """
-        found = []
+        places: list[int] = []
         for wanted in words.split():
             here = [i for i, word in enumerate(self.words) if _bare(word) == _bare(wanted)]
             if not here:
                 raise ValueError(f"{wanted!r} is no word of the prompt {self.prompt!r}: name one of its words")
-            found += [place for i in here for place in self.places[i]]
-        return found
+            places += [place for i in here for place in self.places[i]]
+        return places
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,19 +100,19 @@ def replacement(source: PromptTokens, target: PromptTokens, length: int) -> Toke
     Otherwise each of a word's n tokens gets 1/n of the attention of all tokens of the word it replaces.
     """
     mapper = torch.zeros(length, length)
-    i = j = 0  # the first tokens of source and target that are not paired yet
+    source_start = target_start = 0  # the first tokens that are not paired yet
     words = zip(source.words, target.words, source.places, target.places, strict=True)
     for old, new in [(old, new) for word, other, old, new in words if word != other and old and new]:
-        mapper[i : old[0], j : new[0]].diagonal().fill_(1)
+        mapper[source_start : old[0], target_start : new[0]].diagonal().fill_(1)
         pairs = mapper[old[0] : old[-1] + 1, new[0] : new[-1] + 1]
         if len(old) == len(new):
             pairs.diagonal().fill_(1)
         else:
             pairs.fill_(1 / len(new))
-        i, j = old[-1] + 1, new[-1] + 1
+        source_start, target_start = old[-1] + 1, new[-1] + 1
     # As published: what follows the last new word is paired by its place in the prompt, also where words of several
     # tokens have shifted it. Released results, and the golden tensors, depend on it.
-    mapper.diagonal()[j:] = 1
+    mapper.diagonal()[target_start:] = 1
     return TokenAlignment(mapper, torch.ones(length))
 
 

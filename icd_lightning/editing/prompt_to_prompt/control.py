@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,22 +24,6 @@ from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers, choose_layers
 from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement
 from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
-
-
-class Blend(Protocol):
-    """What becomes of the targets after each step, by where the branches have looked."""
-
-    any: bool
-    """Whether any pair is blended."""
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-
-    def observe(self, probabilities: Tensor, grid: Grid) -> None:
-        """See the cross-attention (2 P, heads, h' w', L) of a layer whose grid is (h', w')."""
-
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        """x, P targets last, with the targets blended after the given number of steps."""
 
 
 class AttentionControl(ABC):
@@ -85,7 +69,7 @@ class AttentionControl(ABC):
         self._evaluated: set[str] = set()
 
     @abstractmethod
-    def parts(self) -> tuple[CrossReplacement, SelfReplacement, Blend]:
+    def parts(self) -> tuple[CrossReplacement, SelfReplacement, LocalBlend]:
         """Whose cross-attention the targets have at each step, whose self-attention all have, and how targets blend."""
 
     @abstractmethod

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from icd_lightning.editing.prompt_to_prompt.attention import Rows
+from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers
 from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement, self_counts
@@ -38,16 +39,16 @@ class UnifiedAttentionControl(AttentionControl):
     """What goes between the branches of P edits.
 
     Args:
-        told: settings, sources, targets and noise, as of `AttentionControl`.
+        edits: settings, sources, targets and noise, as of `AttentionControl`.
         tokenizer: the text encoder's.
         alphas: the process's alpha at the t of each step.
     """
 
     both_halves = True
 
-    def __init__(self, *told: Any, tokenizer: Any, alphas: Sequence[float]) -> None:
+    def __init__(self, *edits: Any, tokenizer: Any, alphas: Sequence[float]) -> None:
         self._alphas = alphas
-        super().__init__(*told, tokenizer=tokenizer, num_steps=len(alphas))
+        super().__init__(*edits, tokenizer=tokenizer, num_steps=len(alphas))
 
     def parts(self) -> tuple[CrossReplacement, MutualSelfAttention, MutualBlend]:
         """From the mutual branch across and where blending, within as `MutualSelfAttention` says."""
@@ -89,7 +90,7 @@ class MutualSelfAttention(SelfReplacement):
         )
 
 
-class MutualBlend:
+class MutualBlend(LocalBlend):
     """The mutual branch's attention to the target's changed words, summed over steps, layers and heads; its masks.
 
     Nothing is blended after the first step, whose maps say little, nor after the last, whose result is the picture.
@@ -104,10 +105,6 @@ class MutualBlend:
         thresholds = torch.tensor([pair.settings.blend_threshold for pair in pairs])
         self._thresholds = [thresholds.clamp(min=BLUR / alpha).to(device) for alpha in alphas]
         self.reset()
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        self._maps: Tensor | None = None
 
     def observe(self, probabilities: Tensor, grid: Grid) -> None:
         """Add the cross-attention (2 P, heads, h' w', L) of a layer whose grid is (h', w'), of which the targets'."""
