@@ -10,7 +10,7 @@ from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.methods import OTHERS
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
-from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation, LossWeights
+from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
 from icd_lightning.tiny.train_guidance_aware import GuidanceAwareTraining
 from icd_lightning.tiny.train_scene_network import SceneNetworkTraining
@@ -50,14 +50,26 @@ WHOLES = {  # what is composed of which files, and the task that comes out
 
 GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128}
 
-TWO, THREE, FOUR = ({"boundaries": ends} for ends in ([499, 999], [339, 679, 999], [259, 519, 699, 999]))
-WITHOUT_LF, WITHOUT_LR = {"losses.forward_preservation": 0.0}, {"losses.reverse_preservation": 0.0}
+TWO, THREE, FOUR = (
+    {"boundaries.boundary_timesteps": ends} for ends in ((499, 999), (339, 679, 999), (259, 519, 699, 999))
+)
+LOSS_KEYS = ("class_path", "trains", "weight", "huber_c")
+
+
+def without(loss: str) -> dict:
+    """What is changed where a loss is null: its keys are gone."""
+    return {f"losses.{loss}": None, **{f"losses.{loss}.{key}": GONE for key in LOSS_KEYS}}
+
+
+LOSSES = ("reverse_cd", "forward_cd", "reverse_preservation", "forward_preservation")
+GONE = "not there"
+WITHOUT_LF, WITHOUT_LR = without("forward_preservation"), without("reverse_preservation")
 UNGUIDED, CONSTANT, DYNAMIC = {"decoding.guidance_scale": 1.0}, {"decoding.tau": 1.0}, {"decoding.tau": 0.7}
 ABLATIONS = {  # Table 2, arXiv:2406.14539; there is no D
     "A": TWO | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
     "B": THREE | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
     "C": FOUR | WITHOUT_LF | WITHOUT_LR | UNGUIDED,
-    "E": FOUR | WITHOUT_LR | UNGUIDED | {"losses.forward_cd": 0.0},
+    "E": FOUR | WITHOUT_LR | UNGUIDED | without("forward_cd"),
     "F": FOUR | WITHOUT_LR | UNGUIDED,
     "G": FOUR | UNGUIDED,
     "H": FOUR | WITHOUT_LF | WITHOUT_LR | CONSTANT,
@@ -140,12 +152,16 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
 @pytest.mark.parametrize("letter", ABLATIONS)
 def test_an_ablation_changes_what_it_says_and_nothing_else(cli, base, random_family, letter):
     ablation = compose(cli, (*TINY, f"ablation/{letter}"))
-    assert ablation.keys() == base.keys()
-    changed = {key: value for key, value in ablation.items() if value != base[key]}
+    keys = ablation.keys() | base.keys()
+    changed = {key: ablation.get(key, GONE) for key in keys if ablation.get(key, GONE) != base.get(key, GONE)}
     assert changed == {f"model.{key}": value for key, value in ABLATIONS[letter].items()}
-    small = (f"--model.init_args.family.model={random_family}", "--model.init_args.lora.target_modules=[to_q]")
+    small = (
+        f"--model.init_args.family.model={random_family}",
+        "--model.init_args.students.init_args.lora.target_modules=[to_q]",
+    )
     task, *_ = build(cli, (*TINY, f"ablation/{letter}"), *small)
-    assert task.boundaries.boundary_timesteps == (0, *ABLATIONS[letter]["boundaries"])
+    assert task.boundaries.boundary_timesteps == (0, *ABLATIONS[letter]["boundaries.boundary_timesteps"])
+    assert task.losses.keys() == {name for name in LOSSES if ABLATIONS[letter].get(f"losses.{name}", name) is not None}
 
 
 def test_the_defaults_are_the_papers_recipe(cli):
@@ -153,13 +169,13 @@ def test_the_defaults_are_the_papers_recipe(cli):
     task = {key.removeprefix("model."): value for key, value in composed.items() if key.startswith("model.")}
     expected = {
         "guidance_scales": [1, 8, 12, 16, 20],
-        "huber_c": 0.001,
-        "losses.reverse_cd": 1.0,
-        "losses.forward_cd": 1.0,
-        "losses.reverse_preservation": 1.5,
-        "losses.forward_preservation": 1.5,
-        "lora.rank": 64,
-        "lora.alpha": 8,
+        **{f"losses.{name}.huber_c": 0.001 for name in LOSSES},
+        **{f"losses.{name}.trains": name.partition("_")[0] for name in LOSSES},
+        **{f"losses.{name}.weight": 1.5 if name.endswith("preservation") else 1.0 for name in LOSSES},
+        "step_after": "sum",
+        "students.lora.rank": 64,
+        "students.lora.alpha": 8,
+        "students.gradient_checkpointing": True,
         "optimizer.lr": 8e-6,
         "optimizer.weight_decay": 0.0,
         "optimizer.clip": 1.0,
@@ -173,9 +189,10 @@ def test_the_defaults_are_the_papers_recipe(cli):
 
 def test_the_last_word_on_the_command_line_wins(cli, random_family):
     family = f"--model.init_args.family.model={random_family}"
-    options = ("--model.init_args.losses.reverse_cd=0.5", "--model.init_args.decoding.tau=1.0", "--trainer.max_steps=7")
+    weight = "--model.init_args.losses.reverse_cd.init_args.weight=0.5"
+    options = (weight, "--model.init_args.decoding.tau=1.0", "--trainer.max_steps=7")
     task, _, trainer = build(cli, TINY, family, *options)
-    assert task.weights == vars(LossWeights(reverse_cd=0.5))
+    assert [loss.weight for loss in task.losses.values()] == [0.5, 1.0, 1.5, 1.5]
     assert task.decoding == StepGuidance(3.0, 1.0)
     assert trainer.max_steps == 7
 
@@ -190,7 +207,7 @@ def test_a_callback_is_added_as_the_guide_says(cli, random_family):
 
 def test_a_typo_in_an_overlay_is_one_line_and_exit_code_2(cli, tmp_path, capsys):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("model: {init_args: {losses: {forward_preservatoin: 0.0}}}")
+    overlay.write_text("model: {init_args: {losses: {forward_preservatoin: null}}}")
     with pytest.raises(SystemExit) as stop:
         cli.parser.parse_args([*arguments(TINY), "--config", str(overlay)])
     assert stop.value.code == 2
@@ -217,10 +234,10 @@ def test_sd15_trains_a_half_precision_base(cli, random_family, tmp_path):
         f"--trainer.default_root_dir={tmp_path}",
         *ONE_DEVICE,
         *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--global_batch_size=null"),
-        *("--trainer.val_check_interval=1", "--model.init_args.lora.rank=4"),
+        *("--trainer.val_check_interval=1", "--model.init_args.students.init_args.lora.rank=4"),
         *(f"--data.init_args.{key}={value}" for key, value in data.items()),
     )
     trainer.fit(task, datamodule=data)
-    assert task.students.unet.conv_out.weight.dtype.itemsize == 2
+    assert task.students.network.conv_out.weight.dtype.itemsize == 2
     assert trainer.callback_metrics["reconstruction/psnr"] > 0
     assert (tmp_path / "forward").is_dir()
