@@ -173,6 +173,8 @@ class Task(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration's optimizer settings apply to a run that goes on, whose checkpoint holds the old."""
+        if self.trainer.ckpt_path is None:
+            return
         settings = self.optimizer_settings
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             scheduler.base_lrs = [settings.lr] * len(scheduler.base_lrs)

@@ -244,6 +244,7 @@ def test_one_student_alone_is_trained_from_given_weights(random_family, scenes, 
     task = distillation(random_family, losses=Losses(**{f"{other}_cd": None, f"{other}_preservation": None}))
     before, frozen = student_weights(task), frozen_weights(task)
     assert task.parameter_groups().keys() == {direction}
+    assert not any(parameter.requires_grad for parameter in task.students.parameters_of(other))
     trainer_for(tmp_path, max_steps=1).fit(task, datamodule=scenes_data(scenes))
     after = student_weights(task)
     assert same(after[other], before[other])
