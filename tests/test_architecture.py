@@ -4,6 +4,7 @@ diffusion <- models <- tasks, editing <- callbacks, evaluation <- apps, commands
 """
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import icd_lightning
 
+ARCHITECTURE = re.compile(r"^diffusers\..*(UNet\w*Model|Transformer2DModel|BasicTransformerBlock|ResnetBlock2D)$")
 PACKAGE = Path(icd_lightning.__file__).parent
 LAYERS = (
     {"diffusion", "files", "registry"},
@@ -82,9 +84,40 @@ def users_of(library: str) -> set[str]:
 
 
 def test_lightning_stays_with_what_it_runs():
-    elsewhere = {name for name in users_of("lightning") if name.split("/")[0] not in ("tasks", "callbacks", "commands")}
-    assert elsewhere <= {"data/datamodule.py", "data/scenes.py"}
+    parts = ("tasks/", "callbacks/", "commands/", "tiny/", "data/datamodule.py")
+    assert not {name for name in users_of("lightning") if not name.startswith(parts)}
+
+
+def test_the_tiny_world_is_a_guest():
+    users = {name for name, path in MODULES.items() if "tiny" in map(part_of, imports(path))}
+    own = ("tiny/", "commands/tiny.py", "commands/demo.py", "commands/data.py")  # `icd data shapes` draws its pictures
+    assert not {name for name in users if not name.startswith(own)}
 
 
 def test_adapters_are_handled_in_one_place():
-    assert users_of("peft") == {"models/students.py"}
+    assert users_of("peft") == {"models/students/lora.py"}
+
+
+def test_architectures_are_known_in_one_place():
+    """Who trains, samples or edits does not ask what kind of network it is."""
+    users = {name for name, path in MODULES.items() if any(ARCHITECTURE.search(found) for found in imports(path))}
+    signature = "editing/loading.py"  # of diffusers' `from_pipe`, which hands over parts of the types it names
+    assert {name for name in users if not name.startswith("tiny/")} == {"models/backbones/unet.py", signature}
+
+
+def modules_at_the_top(path: Path) -> set[str]:
+    """The package's modules that a file imports as it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("icd_lightning"):
+            for full in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                stem = full.removeprefix("icd_lightning").lstrip(".").replace(".", "/")
+                found |= {name for name in (f"{stem}.py", f"{stem}/__init__.py".lstrip("/")) if name in MODULES}
+    return found - {"__init__.py"}  # the package's own, which comes before all
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    uses = {name: modules_at_the_top(path) for name, path in MODULES.items()}
+    while leaves := {name for name, others in uses.items() if not others & uses.keys()}:
+        uses = {name: others for name, others in uses.items() if name not in leaves}
+    assert not uses

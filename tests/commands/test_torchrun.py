@@ -43,8 +43,8 @@ def test_a_whole_network_is_trained_in_parts_and_exported_whole(random_family, t
     assert done.returncode == 0, done.stderr[:5000]
     assert done.stderr.count("global batch 8 = 2 samples x 2 devices x 2 accumulated micro-batches") == 1
 
-    student = Family(str(random_family), guided_unet=str(run)).load_unet(guided=True)
-    teacher = Family(str(random_family)).load_unet(guided=False)
+    student = Family(str(random_family), guided_unet=str(run)).load_model(guided=True).network
+    teacher = Family(str(random_family)).load_model(guided=False).network
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == {f"student.{name}" for name in student.state_dict()}
     assert all(torch.equal(saved[f"student.{name}"], weight) for name, weight in student.state_dict().items())
