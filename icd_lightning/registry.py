@@ -41,7 +41,7 @@ class Entry:
         module, _, name = self.class_path.rpartition(".")
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of names such as ../x
             raise ValueError(f"there is no class {self.class_path} ({error})") from error
 
     def build(self, **parts: Any) -> Any:

@@ -543,6 +543,7 @@ def write_bomb(path: str) -> None:
         (edit("--forward", "nowhere"), "no student at nowhere"),
         (edit("--method", "infedit", "--guided_unet", "nowhere"), "nowhere"),
         (edit("--method", "conf.yaml"), "conf.yaml must hold class_path and init_args"),
+        (edit("--method", "../mine"), "there is no class ../mine"),
         (edit("--method", "subprocess.Popen"), "subprocess.Popen is no PictureMethod: derive it from Baseline"),
         (edit("--lora_alpha", "0"), "lora_alpha 0.0 must be a positive number"),
         (["edit", "leaves.csv"], "output '../x.png' leaves leaves-edited: name a file in it"),
