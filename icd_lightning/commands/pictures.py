@@ -305,6 +305,7 @@ def load(
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction"] | None = None,
     config: str | None = None,
+    style: str | None = None,
 ) -> Any:
     """Say which model and students to load, and where.
 
@@ -322,10 +323,11 @@ def load(
         variant: Of the model's files, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors.
         prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
+        style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
     """
     from icd_lightning.commands.weights import Weights
 
-    students, details = (forward, reverse, boundaries, lora_alpha), (variant, prediction_type, config)
+    students, details = (forward, reverse, boundaries, lora_alpha), (variant, prediction_type, config, style)
     return Weights(model, guided_unet, vae, *students, precision, device, *details)
 
 

@@ -30,6 +30,7 @@ class Weights:
     variant: str | None = None
     prediction_type: str | None = None
     config: str | None = None
+    style: str | None = None
 
     def __post_init__(self) -> None:
         named = self.model == "tiny" or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
@@ -53,7 +54,7 @@ class Weights:
         """The model; this loads torch."""
         from icd_lightning.models.family import Family
 
-        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config")
+        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style")
         options = {name: getattr(self, name) for name in names}
         return Family(self.model, **{name: value for name, value in options.items() if value is not None})
 

@@ -31,6 +31,7 @@ from icd_lightning.models.sources import (
     read_weights,
     shipped,
 )
+from icd_lightning.models.style import merge_style
 from icd_lightning.models.text import Conditioner
 
 __all__ = ["EditingDefaults", "Family", "load_autoencoder", "shipped"]
@@ -70,6 +71,7 @@ class Family:
             as the released `sd15_cfg_distill.pt`, or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
             is kept in float32, `madebyollin/sdxl-vae-fp16-fix` is not.
+        style: a style LoRA to merge into the network, FILE or FILE:SCALE.
         precision: type of the frozen weights.
         variant: of the model's files, e.g. fp16 for `diffusion_pytorch_model.fp16.safetensors`.
         prediction_type: what the UNet predicts, where the model's scheduler config is wrong or a single file has none.
@@ -84,6 +86,7 @@ class Family:
     variant: str | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
+    style: str | None = None
     backbone: Backbone = UNet()  # noqa: RUF009  (frozen)
 
     @property
@@ -132,6 +135,8 @@ class Family:
         load = self._guided_network() if guided else partial(self.source.network, part, cls, self.dtype)
         network = load().requires_grad_(False).eval()
         self._check_channels(network)
+        if self.style is not None:
+            merge_style(network, self.style)
         return DiffusionModel(network, self.load_process(), self.backbone)
 
     def _check_channels(self, network: nn.Module) -> None:

@@ -125,6 +125,16 @@ def test_edit_by_a_method_of_one_s_own(icd, folder, caplog):
     assert "photo-edited.png: 4 evaluations" in caplog.text
 
 
+def test_a_style_beneath_the_students(icd, random_family, folder):
+    style = str(random_family / "students/forward/pytorch_lora_weights.safetensors")
+    icd(*edit())
+    icd(*edit("--style", f"{style}:0", "-o", "none.png"))
+    icd(*edit("--style", f"{style}:0.5", "-o", "half.png"))
+    assert np.abs(read("photo-edited.png").astype(int) - read("none.png")).max() <= 1
+    assert np.abs(read("photo-edited.png").astype(int) - read("half.png")).max() > 5
+    assert about("half.png")["style"] == f"{style}:0.5"
+
+
 OUTSIDE = """
 from icd_lightning.editing.baselines.base import Baseline, Inversion
 
@@ -558,6 +568,7 @@ def write_bomb(path: str) -> None:
         (edit("--alignment", "words"), "alignment 'words' is none of: auto, replace, refine"),
         (edit("--blend_threshold", "2"), "blend_threshold 2.0 is no fraction"),
         (edit("--device", "gpu"), "device 'gpu' cannot be used here"),
+        (edit("--style", "none.safetensors"), "there is no .safetensors file none.safetensors"),
         (edit("--variant", "fp16"), "has no weights of variant fp16 that can be read"),
         (["generate", "a", "--latents", "photo.png", "--seed", "3"], "latents are noise of one size: leave out height"),
         (["generate", "a", "--seed", "-1"], "seed -1 must be 0 or more"),
