@@ -9,21 +9,20 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import Boundaries, NoisedData, consistency, preservation
-from icd_lightning.models.backbone import guided_denoiser
+from icd_lightning.diffusion import Boundaries, DDIMJump, Draws, NoisedData, consistency, preservation
 from icd_lightning.models.family import Family
-from icd_lightning.models.students import ADAPTERS, LoraSettings
-from icd_lightning.tasks.base import Draws
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 
 BOUNDARIES = (259, 519, 779, 999)
@@ -63,9 +62,9 @@ class Ours:
         self.setting = setting
         self.task = InvertibleConsistencyDistillation(
             setting.load_family(),
-            BOUNDARIES,
+            partial(LoraStudents, lora=LoraSettings(setting.rank, setting.rank)),
+            boundaries=Boundaries(BOUNDARIES),
             guidance_scales=GUIDANCE_SCALES,
-            lora=LoraSettings(setting.rank, setting.rank),
         ).to(setting.device)
         autoencoder, conditioner = self.task.autoencoder, self.task.conditioner
         made_by = {"autoencoder": autoencoder.fingerprint, "text_encoder": conditioner.fingerprint}
@@ -81,23 +80,26 @@ class Ours:
         )
         for part in (autoencoder, conditioner):  # what they make comes from disk: they wait for validation
             part.to("cpu")
-        self.losses, self.share = self.task.losses, {}
+        self.loss, self.share = self._loss, {}
         groups = self.task.parameter_groups()
         self.optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=LR, fused=True)
 
     def __call__(self, number: int) -> None:
         with self.setting.autocast():
-            losses = self.losses(self.batch, Draws(0, number, device=self.setting.device, **self.share))
-            total = sum(self.task.weights[name] * loss.mean() for name, loss in losses.items())
-        total.backward()
+            loss = self.loss(self.batch, Draws(0, number, device=self.setting.device, **self.share))
+        loss.backward()
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _loss(self, batch: Batch, draws: Draws) -> Tensor:
+        losses = self.task.evaluate(self.task.losses, self.task.inputs(batch, draws), draws)
+        return sum(self.task.losses[name].weight * loss.values.mean() for name, loss in losses.items())
+
     def networks(self) -> list[nn.Module]:
         """The UNets it holds."""
-        return [self.task.students.unet]
+        return [self.task.students.network]
 
     def modules(self) -> list[nn.Module]:
         """All networks that it keeps where it computes."""
@@ -106,8 +108,8 @@ class Ours:
     def distribute(self) -> None:
         """Train together with the other processes of torch.distributed's group, each on a batch of its own."""
         self.share = {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
-        self.task.forward = self.task.losses  # what DistributedDataParallel calls
-        self.losses = nn.parallel.DistributedDataParallel(self.task, init_sync=False)  # weights are of one seed
+        self.task.forward = self._loss  # what DistributedDataParallel calls
+        self.loss = nn.parallel.DistributedDataParallel(self.task, init_sync=False)  # weights are of one seed
 
 
 class ReferenceStyle:
@@ -118,14 +120,16 @@ class ReferenceStyle:
         self.process = family.load_process().to(setting.device)
         self.autoencoder = family.load_autoencoder().to(setting.device)
         self.conditioner = family.load_conditioner().to(setting.device)
-        self.teacher = family.load_unet(guided=True).to(setting.device)
+        self.model = family.load_model(guided=True)
+        self.teacher = self.model.network.to(setting.device)
         self.students, self.optimizers = {}, {}
-        for adapter in ADAPTERS:
+        targets = list(self.model.backbone.lora_targets)
+        for direction in DIRECTIONS:
             unet = copy.deepcopy(self.teacher).float()
-            unet.add_adapter(LoraSettings(setting.rank, setting.rank).config())
-            self.students[adapter] = unet
+            unet.add_adapter(LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=targets))
+            self.students[direction] = unet
             trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-            self.optimizers[adapter] = torch.optim.AdamW(trained, lr=LR)
+            self.optimizers[direction] = torch.optim.AdamW(trained, lr=LR)
         self.boundaries = Boundaries((0, *BOUNDARIES))
         size = setting.latent * self.autoencoder.downsampling
         self.images = torch.zeros(setting.batch, 3, size, size, device=setting.device)
@@ -137,38 +141,28 @@ class ReferenceStyle:
         conditioning = self.conditioner([CAPTION] * count)
         data = NoisedData(latents, draws.normal(*latents.shape), self.process)
         w = draws.choice(count, GUIDANCE_SCALES)
-        ends, segments = self.boundaries, self.boundaries.num_segments
-        denoiser = partial(self._denoiser, conditioning)
-        reverse_pairs = ends.reverse_pairs[draws.integers(count, len(ends.reverse_pairs))]
-        self._step("cd", lambda: consistency(denoiser("cd", w), denoiser(None, w), data, reverse_pairs, **options), 1.0)
-        forward_pairs = ends.forward_pairs[draws.integers(count, len(ends.forward_pairs))]
-        self._step(
-            "fcd", lambda: consistency(denoiser("fcd", 1.0), denoiser(None, 1.0), data, forward_pairs, **options), 1.0
-        )
-        down = ends.forward_preservation[draws.integers(count, segments)]
-        self._step(
-            "fcd",
-            lambda: preservation(denoiser("cd", 1.0), denoiser("fcd", 1.0), data, down, **options),
-            PRESERVATION_WEIGHT,
-        )
-        up = ends.reverse_preservation[draws.integers(count, segments)]
-        self._step(
-            "cd",
-            lambda: preservation(denoiser("fcd", 1.0), denoiser("cd", 1.0), data, up, **options),
-            PRESERVATION_WEIGHT,
-        )
+        jump, ends = partial(self._jump, conditioning), self.boundaries
+        for direction, guidance in (("reverse", w), ("forward", 1.0)):
+            pairs = ends.pairs[direction][draws.integers(count, len(ends.pairs[direction]))]
+            student, solver = jump(direction, guidance), jump("teacher", guidance)
+            self._step(direction, partial(consistency, student, solver, data, pairs, **options), 1.0)
+        for direction, other in (("forward", "reverse"), ("reverse", "forward")):
+            trips = ends.trips[direction][draws.integers(count, ends.num_segments)]
+            away, back = jump(other, 1.0), jump(direction, 1.0)
+            self._step(direction, partial(preservation, away, back, data, trips, **options), PRESERVATION_WEIGHT)
 
-    def _denoiser(self, conditioning: Any, adapter: str | None, guidance: float | Tensor) -> Any:
-        unet = self.teacher if adapter is None else self.students[adapter]
-        return guided_denoiser(unet, self.process, conditioning, guidance)
+    def _jump(self, conditioning: Any, role: str, guidance: float | Tensor) -> DDIMJump:
+        model = replace(self.model, network=self.students.get(role, self.teacher))
+        denoise = model.denoiser(conditioning, guidance)
+        return DDIMJump(denoise, self.process, set_alpha_to_one=role != "teacher")
 
-    def _step(self, adapter: str, loss: Any, weight: float) -> None:
+    def _step(self, direction: str, loss: Any, weight: float) -> None:
         with self.setting.autocast():
             value = weight * loss().mean()
         value.backward()
-        nn.utils.clip_grad_norm_(self.students[adapter].parameters(), CLIP)
-        self.optimizers[adapter].step()
-        self.optimizers[adapter].zero_grad(set_to_none=True)
+        nn.utils.clip_grad_norm_(self.students[direction].parameters(), CLIP)
+        self.optimizers[direction].step()
+        self.optimizers[direction].zero_grad(set_to_none=True)
 
     def networks(self) -> list[nn.Module]:
         """The UNets it holds."""
@@ -233,21 +227,22 @@ class Peer(ReferenceStyle):
         count, device = self.setting.batch, self.setting.device
         draws = Draws(0, number, device=device)
         latents = self.autoencoder.encode(self.images, normal=draws.normal)
-        embeds = self.conditioner([CAPTION] * count).prompt_embeds
+        embeds = self.conditioner([CAPTION] * count).tensors["prompt_embeds"]
         noise = draws.normal(*latents.shape)
         w = torch.tensor(random.choices([w - 1 for w in GUIDANCE_SCALES], k=count), device=device).view(-1, 1, 1, 1)
         first = (self.args, self.accelerator, latents, noise, embeds, embeds, {})
-        reverse, forward = self.students["cd"], self.students["fcd"]
+        reverse, forward = self.students["reverse"], self.students["forward"]
         last = {
-            adapter: (self.noise_scheduler, optimizer, self.no_schedule, self.setting.dtype, device)
-            for adapter, optimizer in self.optimizers.items()
+            direction: (self.noise_scheduler, optimizer, self.no_schedule, self.setting.dtype, device)
+            for direction, optimizer in self.optimizers.items()
         }
         none = torch.zeros_like(w)
         with self.setting.autocast():
-            self.functions.reverse_train_step(*first, reverse, self.teacher, self.solver, w, *last["cd"])
-            self.functions.forward_train_step(*first, forward, self.teacher, self.solver, none, *last["fcd"])
-            self.functions.forward_preserve_train_step(*first, forward, reverse, self.solver, w, none, *last["fcd"])
-            self.functions.reverse_preserve_train_step(*first, forward, reverse, self.solver, w, none, *last["cd"])
+            self.functions.reverse_train_step(*first, reverse, self.teacher, self.solver, w, *last["reverse"])
+            self.functions.forward_train_step(*first, forward, self.teacher, self.solver, none, *last["forward"])
+            both = (*first, forward, reverse, self.solver, w, none)
+            self.functions.forward_preserve_train_step(*both, *last["forward"])
+            self.functions.reverse_preserve_train_step(*both, *last["reverse"])
 
 
 def _moments(autoencoder: Any) -> int:
