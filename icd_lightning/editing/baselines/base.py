@@ -100,7 +100,7 @@ class Baseline(PictureMethod):
 
     @property
     def process(self) -> Process:
-        """The noise schedule of the network."""
+        """The noise process of the network."""
         return self.parts.process
 
     @property

@@ -21,8 +21,8 @@ from icd_lightning.models.conditioning import Conditioning
 class ConditionalNetwork:
     """eps (N, C, h, w) = network(x (N, C, h, w), t (N,), conditioning of N): unguided.
 
-    `predict` also takes w (N,). With `takes_guidance` (a guidance-distilled UNet, an LCM) w is an input of the network
-    and guiding costs nothing; else w is None, and guiding costs a second evaluation.
+    `predict` also takes w (N,). With `takes_guidance` (guidance-distilled networks) w is an input of the network and
+    guiding costs nothing; else w is None, and guiding costs a second evaluation.
     """
 
     predict: Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]

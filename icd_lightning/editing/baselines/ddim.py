@@ -71,7 +71,7 @@ class DDIMInversion(EditingMethod):
 
     @property
     def process(self) -> Process:
-        """The noise schedule of the teacher."""
+        """The noise process of the teacher."""
         return self.model.process
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
