@@ -26,7 +26,7 @@ import icd_lightning  # noqa: F401  first: it mends torchvision beside a CPU bui
 import torch  # isort: skip
 from edits import BASE, REFERENCE, Edit, Edited, ReferenceEdit, Setting  # isort: skip
 from measuring import bytes_of, in_turns, measure_memory, peak_memory, run, table, threads_or_gpu  # isort: skip
-from icd_lightning.evaluation.methods import all_methods, check_names
+from icd_lightning.editing.methods import METHODS
 
 NULL_TEXT = "nti"
 BARS = {REFERENCE: 1.8, NULL_TEXT: 10.0}
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="tiny", help="tiny, random:sd15, or a model's folder")
     parser.add_argument("--latent", type=int, help="side of the latents; by default as the family was trained")
-    parser.add_argument("--methods", default="all", help=f"all, or some of: {', '.join(all_methods())}")
+    parser.add_argument("--methods", default="all", help=f"all, or some of: {', '.join(METHODS.entries)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=10)
@@ -70,8 +70,9 @@ def parse() -> argparse.Namespace:
 
 def chosen(methods: str) -> list[str]:
     """The names asked for, after iCD with Prompt-to-Prompt."""
-    names = all_methods() if methods == "all" else methods.split(",")
-    check_names(names)
+    names = list(METHODS.entries) if methods == "all" else methods.split(",")
+    for name in names:
+        METHODS.find(name)
     return list(dict.fromkeys([BASE, *names]))
 
 

@@ -23,17 +23,19 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from icd_lightning.data.images import to_images
-from icd_lightning.diffusion import Boundaries, Process
-from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.diffusion import Boundaries, Direction, Process
+from icd_lightning.editing.consistency import InvertibleConsistency, Untrained
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, choose_layers
-from icd_lightning.evaluation.benchmarks import Clock
-from icd_lightning.evaluation.examples import Example, scene_edits, stack
-from icd_lightning.evaluation.methods import Models, untrained_pipeline
+from icd_lightning.evaluation.bench import Clock
+from icd_lightning.evaluation.examples import Example, stack
+from icd_lightning.evaluation.methods import Models
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.family import Family
 from icd_lightning.models.sources import Folder
+from icd_lightning.models.students import ADAPTERS
+from icd_lightning.tiny.benchmarks import scene_edits
 from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 BASE = "icd_p2p"
@@ -75,12 +77,13 @@ class Edited:
 class WithStudents(Models):
     """Models of a family that may bring no students, as random:sd15 does: new ones, which begin as the teacher."""
 
-    def students(self, cls: type[InvertibleConsistency] = InvertibleConsistency) -> InvertibleConsistency:
-        """The family's own, or else new ones for the paper's four segments; they take as long."""
-        if isinstance(self.family.source, Folder):
-            return super().students(cls)
-        new = untrained_pipeline(self.family, Boundaries.uniform(4))
-        return cls(new.students, new.autoencoder, new.conditioner, new.boundaries, merge=True)
+    def load(self, name: str, **settings: float) -> PictureMethod:
+        """With the family's own, or else new ones for the paper's four segments; they take as long."""
+        cls = self.method_class(name)
+        if isinstance(self.family.source, Folder) or not issubclass(cls, InvertibleConsistency):
+            return super().load(name, **settings)
+        new = Untrained.of_teacher(self.family, Boundaries.uniform(4))
+        return cls(new.students, new.autoencoder, new.conditioner, new.boundaries, merge=True).to(self.device)
 
 
 def recolourings() -> list[Example]:
@@ -95,7 +98,7 @@ class Edit:
     def __init__(self, name: str, setting: Setting) -> None:
         models = setting.models()
         self.method, self.device = models.load(name), models.device
-        self.guidance = models.guidance(name, self.method, None, None, edit=True)
+        self.guidance = models.guidance(name, self.method, edit=True)
         self.slow = self.method.nfe(guidance=self.guidance) > SLOW_NFE
         resolution = setting.resolution(models, self.method)
         self.examples = [(edit, stack([edit], resolution).to(self.device)) for edit in recolourings()]
@@ -138,19 +141,19 @@ class ReferenceEdit:
         method = models.load(BASE)
         resolution = setting.resolution(models, method)
         self.device, self.examples = models.device, [(edit, edit.array(resolution)) for edit in recolourings()]
-        self.guidance, self.settings = models.guidance(BASE, method, None, None, edit=True), PromptToPrompt()
+        self.guidance, self.settings = models.guidance(BASE, method, edit=True), PromptToPrompt()
         self.p2p, self.inversion, self.generation = reference_modules(checkout, method, setting.device)
         latents = method.latent_shape(1, resolution, resolution)
-        (self.grid,) = set(choose_layers(method.students.unet, latents[2:]).blend.values())
-        self.width, self.rows = int(method.students.unet.config.time_cond_proj_dim), 0
+        (self.grid,) = set(choose_layers(method.students.network, latents[2:]).blend.values())
+        self.width, self.rows = int(method.students.network.config.time_cond_proj_dim), 0
         self.teacher, self.reverse, self.forward = self._three_models(models, method)
         self.solver = self._solver(method.boundaries, models.family.source.config("scheduler"))
 
     def _three_models(self, models: Models, method: InvertibleConsistency) -> list[SimpleNamespace]:
         """What the reference's code calls a model: teacher, reverse and forward, with all that surrounds a UNet."""
-        family, unet = models.family, method.students.unet
+        family, unet = models.family, method.students.network
         config = {**family.source.config("scheduler"), "prediction_type": "epsilon"}
-        plain = family.load_unet(guided=True).to(models.device)
+        plain = family.load_model(guided=True).network.to(models.device)
         around = SimpleNamespace(
             vae=ReferenceAutoencoder(method.autoencoder),
             text_encoder=method.conditioner.text_encoder,
@@ -160,7 +163,7 @@ class ReferenceEdit:
             dtype=plain.dtype,
         )
         found = []
-        for network in (plain, merged(copy.deepcopy(unet), "cd"), merged(unet, "fcd")):
+        for network in (plain, merged(copy.deepcopy(unet), "reverse"), merged(unet, "forward")):
             network.register_forward_hook(partial(self._as_eps, method.process), with_kwargs=True)
             found.append(SimpleNamespace(**vars(copy.deepcopy(around)), unet=network))
         return found
@@ -169,7 +172,7 @@ class ReferenceEdit:
         """Count the evaluations of a UNet, and return what its output means as eps."""
         x, t = args
         self.rows += len(x)
-        output.sample = schedule.eps_from_output(output.sample, x, t.expand(len(x)))
+        output.sample = process.split(output.sample, x, t.expand(len(x))).eps
         return output
 
     def _solver(self, ends: Boundaries, scheduler: Mapping[str, Any]) -> Any:
@@ -257,9 +260,9 @@ def reference_modules(checkout: Path, method: InvertibleConsistency, device: str
     return p2p, inversion, generation
 
 
-def merged(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionModel:
-    """A UNet of `Students` with one of them added to its weights, and the other gone."""
-    unet.fuse_lora(adapter_names=[adapter])
+def merged(unet: UNet2DConditionModel, direction: Direction) -> UNet2DConditionModel:
+    """A UNet of `LoraStudents` with one of them added to its weights, and the other gone."""
+    unet.fuse_lora(adapter_names=[ADAPTERS[direction]])
     unet.unload_lora()
     return unet
 

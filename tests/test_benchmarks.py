@@ -67,12 +67,12 @@ def test_an_edit_counts_what_it_takes_and_is_the_same_every_time(random_family, 
 
 @torch.no_grad()
 def test_students_merged_for_the_reference_are_those_of_ours(random_family):
-    method = Models(Family(str(random_family))).students()
+    method = Models(Family(str(random_family))).load("icd_swap")
     x, t, w = torch.randn(2, 16, 8, 8), torch.tensor([259, 999]), torch.tensor([1.0, 3.0])
     told = method.conditioner(["a large red circle", "a green ring"])
-    expected = MergedStudent(method.students, "cd")(x, t, told, w)
-    unet = merged(method.students.unet, "cd")
-    found = unet(x, t, timestep_cond=guidance_embedding(w), encoder_hidden_states=told.prompt_embeds).sample
+    expected = MergedStudent(method.students, "reverse")(x, t, told, w)
+    unet = merged(method.students.network, "reverse")
+    found = unet(x, t, timestep_cond=guidance_embedding(w), encoder_hidden_states=told.tensors["prompt_embeds"]).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not any(".lora_" in name for name in unet.state_dict())
 
