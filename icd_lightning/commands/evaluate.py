@@ -75,7 +75,7 @@ def evaluate(
     usual = Benchmark.find(benchmark)
     weights = load(**options)
     models = Models(weights.family(), **weights.students, device=find_device(weights.device))
-    every = all_methods(by_attention=models.edits_by_attention) if method == "all" else None
+    every = all_methods(models.family) if method == "all" else None
     methods = tuple(every or (_names(method) if method else usual.methods))
     settings = Settings(
         benchmark,

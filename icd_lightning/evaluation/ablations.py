@@ -67,7 +67,7 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
         decoding = changes.pop("decoding")
         students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
         tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
-        ablations[letter] = Ablation(letter, students, tau, (0, *changes["boundaries"]["boundary_timesteps"]))
+        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]["boundary_timesteps"]))
     return ablations
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,15 +24,13 @@ from torch.nn.functional import interpolate
 
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
+from icd_lightning.editing.prompt_to_prompt import BlendedWords
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
 from icd_lightning.evaluation.tables import csv_rows, edit_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
 
 log = logging.getLogger(__name__)
-
-BlendedWords = tuple[str, str] | Literal[False] | None
-"""By which words of source and target an edit blends; False: by none; None: nobody says."""
 
 PHOTOGRAPH_SIDE = 512
 """Pixels of a side at which photographs are scored, of every family: metrics are compared at one size."""
@@ -138,10 +136,9 @@ DEFAULT_DATA = "scenes"
 
 def read_data(data: Path | None, images: Path | None, count: int | None) -> DataSet:
     """Pictures with captions: of a file, or a data set by its name."""
-    name = str(data or DEFAULT_DATA)
-    if name in DATA_SETS:
-        return DATA_SETS.find(name).load()(count)
-    return of_file(read_captions(Path(name), images), Path(name), count)
+    if data is None or str(data) in DATA_SETS:
+        return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(count)
+    return of_file(read_captions(data, images), data, count)
 
 
 def of_file(examples: Sequence[Example], file: Path, count: int | None, records: Path | None = None) -> DataSet:
@@ -172,7 +169,7 @@ def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
     for number, row in enumerate(edit_rows(file)):
         where = f"{file}, row {number + 1}"
         image, source, target = (_cell(row, name, where) for name in ("image", "source", "target"))
-        words = _blended(row["blended_words"], source, target, where) if "blended_words" in row else None
+        words = read_blended(row["blended_words"], source, target, where) if "blended_words" in row else None
         key = f"{number:05d}-{Path(image).stem}"
         examples.append(Example(key, source, folder / image, target, blended_words=words))
     return _checked(examples, file)
@@ -205,7 +202,7 @@ def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Exam
         if any(start + length > PIE_BENCH_SIDE**2 for start, length in zip(runs[::2], runs[1::2], strict=False)):
             log.warning("%s: the mask leaves the picture and is cut there", where)
         decode_mask(runs, PIE_BENCH_SIDE)
-        words = _blended(entry.get("blended_word", ""), source, target, where)
+        words = read_blended(entry.get("blended_word", ""), source, target, where)
         picture = folder / "annotation_images" / entry["image_path"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"{where} is not as PIE-Bench's are ({error!r})") from error
@@ -224,7 +221,7 @@ def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _blended(text: str, source: str, target: str, where: str) -> BlendedWords:
+def read_blended(text: str, source: str, target: str, where: str) -> BlendedWords:
     """The first two of "cat dog" or "('cat', 'dog')"; False for none, and with a warning for words of no prompt."""
     try:
         listed = ast.literal_eval(text) if text.startswith(("(", "[")) else text.replace(",", " ").split()

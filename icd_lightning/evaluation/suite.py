@@ -16,7 +16,7 @@ from icd_lightning.evaluation.bench import Bench, Outcome
 from icd_lightning.evaluation.benchmark import Benchmark, Measured, Settings, Task
 from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
-from icd_lightning.evaluation.methods import Models, check_names, guided_as_told
+from icd_lightning.evaluation.methods import Models, guided_as_told
 from icd_lightning.evaluation.report import (
     Curve,
     Panel,
@@ -51,7 +51,6 @@ class Suite:
 
     def __post_init__(self) -> None:
         self.benchmark.check(self.settings)
-        check_names(self.methods)
         for task in self.tasks:
             for name in task.methods or self.methods:
                 task.check_grid(self.settings, name, self.models.method_class(name))
@@ -111,7 +110,6 @@ class Suite:
             determinants={
                 **{"benchmark": settings.benchmark, "what": task.name, "seed": bench.seed, "data": self.data.identity},
                 "decodings": {one.name: f"{one.guidance} {one.edit} {one.constructor}" for one in decodings},
-                "version": getattr(type(method), "version", 1),
                 **self.models.determinants(name, method),
             },
             resolution=bench.resolution,

@@ -184,7 +184,7 @@ class DemoReport:
 
     @torch.no_grad()
     def _generations(self, examples: Sequence[Example]) -> Panel:
-        prompts, trained = [example.caption for example in examples], self.models.students()
+        prompts, trained = [example.caption for example in examples], self.models.load("icd_swap")
         noise = seeded_noise(trained.latent_shape(len(examples), 64, 64), 0)
         guidance = StepGuidance(self._about["guidance_scale"], self._about["edit_tau"])
         columns = {DDIM: to_pictures(self.models.load("ddim").generate(prompts, noise, guidance=guidance))}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ranks_case import run_ranks
 
 from icd_lightning.commands.main import main
 
@@ -21,14 +22,12 @@ def test_a_benchmark_prints_its_table_and_says_where_everything_is(random_family
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--method ddim --grid tau=0.5", "benchmark scenes has no method, grid: leave it out"),
-        ("--batch_size 4 --natural", "benchmark scenes has no natural, batch_size: leave it out"),
+        ("--metrics psnr --grid tau=0.5", "benchmark scenes does not read metrics, grid: leave it out"),
+        ("--natural", "benchmark scenes does not read natural: leave it out"),
         ("--seed 3", "seed 3 is of pictures that tiny was trained with (0 to 6)"),
-        ("--device cuda", "benchmark scenes has no device: leave it out"),
-        ("--benchmark inversion --no_ddim", "no_ddim is of benchmark scenes"),
         ("--guidance_scale 0", "guidance_scale 0.0 must be 1 (unguided) or more"),
         ("--benchmark tiny_edit --grid swop_tau=0.5", "grid option 'swop_tau' is none of w, tau, "),
-        ("--benchmark fid", "benchmark: Expected "),
+        ("--benchmark fid", "no benchmark 'fid'; there is: inversion"),
         ("--benchmark inversion --method magic", "no method 'magic'; there is: icd"),
         ("--benchmark inversion --metrics magic", "no metric 'magic'; there is: psnr"),
         ("--benchmark inversion --data nowhere.csv", "there is no file nowhere.csv"),
@@ -44,3 +43,38 @@ def test_a_mistake_is_one_line_and_code_2(random_family, tmp_path, capsys, args,
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("icd: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("metric", ["edits", "attributes", "tiny-agreement", "mse-unedited", "tiny-fd"])
+def test_each_metric_of_edits_works_alone(random_family, tmp_path, metric):
+    args = f"eval --benchmark tiny_edit --model {random_family} --count 2 --out {tmp_path} --metrics {metric}"
+    main([*args.split(), "--method", "icd_swap"])
+    (means,) = json.loads((tmp_path / "tiny_edit.json").read_text())["methods"]["icd_swap"].values()
+    assert len(means["all"]) > 2  # nfe, seconds and the metric's
+
+
+def two_ranks(rank, family, out):
+    grid = ["--metrics", "tiny-fd", "--grid", "tau=0.6,1"]
+    main(
+        [
+            "eval",
+            "--benchmark",
+            "generation",
+            "--model",
+            family,
+            "--count",
+            "3",
+            "--batch_size",
+            "1",
+            "--out",
+            out,
+            *grid,
+        ]
+    )
+
+
+def test_two_ranks_share_a_benchmark_and_write_its_tables_once(random_family, tmp_path):
+    assert run_ranks(two_ranks, str(random_family), str(tmp_path)) == [0, 0]
+    results = json.loads((tmp_path / "generation.json").read_text())["methods"]
+    assert results["icd"]["tau 1"]["all"]["tiny-fd"] >= 0
+    assert list(results) == ["icd", "icd, to noise and back"]

@@ -5,23 +5,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from icd_lightning.data.images import save_png
 from icd_lightning.evaluation.ablation_report import write_study
 from icd_lightning.evaluation.ablations import AblationStudy, read_ablations
+from icd_lightning.evaluation.benchmarks.guidance import TURN_ON
 from icd_lightning.evaluation.curves import write_scalars
 from icd_lightning.evaluation.published import GUIDANCES
 from icd_lightning.evaluation.rows import write_rows
 from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, Results, places, slug
-from icd_lightning.evaluation.suite import TURN_ON
+from icd_lightning.evaluation.scoring import RECORDED, Style
+from icd_lightning.files import write_json
 from icd_lightning.tiny.scenes import HELD_OUT_SEED
-from icd_lightning.tiny.study import write_json
 
 CONF = Path(__file__).parents[2] / "conf"
 PICTURES = 24
 LEVELS = {"A": 20.0, "B": 20.8, "C": 21.6, "E": 19.0, "F": 22.4, "G": 24.0}
 GUIDED = {"w 1": 0.0, "w 3": -6.0, "w 3, tau 0.7": -3.0, "w 5": -8.0, "w 5, tau 0.7": -4.5}
 """Decodings, and what each loses in PSNR."""
+STYLES = {**RECORDED, "psnr": Style(2, "max"), "ssim": Style(None, "max"), "tiny-agreement": Style(1, "max", 100.0)}
+
+
+def options_of(decoding: str) -> dict[str, float]:
+    """Of a decoding that is named by its options."""
+    if decoding.startswith("encoder"):
+        return {}
+    return {name: float(value) for name, value in (pair.split(" ") for pair in decoding.split(", "))}
 
 
 def write_results(name: str, folder: Path, means: Mapping[str, Mapping[str, float]], *, sets=None, seed=0) -> Results:
@@ -40,10 +50,12 @@ def write_results(name: str, folder: Path, means: Mapping[str, Mapping[str, floa
             rows.append({**about, "nfe": 8, "seconds": 0.1, **values})
             if decoding == "w 1":
                 save_png(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8), folder / image, about={})
-    results = Results(name, rows, sets or {}, folder)
+    options = {decoding: options_of(decoding) for decoding in means}
+    results = Results(name, pd.DataFrame(rows), sets or {}, folder, options, STYLES)
     write_rows(folder / ROWS, rows)
     write_json(folder / MEANS, results.as_dict())
-    write_json(folder / CONFIG, {"run": name})
+    columns = {column: style._asdict() for column, style in STYLES.items()}
+    write_json(folder / CONFIG, {"run": name, "options": options, "columns": columns})
     return results
 
 

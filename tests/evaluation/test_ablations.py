@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from icd_lightning.commands.ablations import ablations
 from icd_lightning.evaluation.ablation_report import place_of_e, table_2, verdict_table, write_study
-from icd_lightning.evaluation.ablations import Ablation, AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations import AblationStudy, read_ablations
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.runs import Results
 
@@ -22,7 +23,7 @@ def results(name: str, level: float, decodings=("w 1",), seed: int = 0) -> Resul
     own = np.random.default_rng(abs(hash((name, seed))) % 2**32).normal(0, 0.01, PICTURES)
     return Results(
         name,
-        [
+        pd.DataFrame(
             {
                 "key": f"{i}",
                 "decoding": decoding,
@@ -35,7 +36,7 @@ def results(name: str, level: float, decodings=("w 1",), seed: int = 0) -> Resul
             }
             for index, decoding in enumerate(decodings)
             for i in range(PICTURES)
-        ],
+        ),
     )
 
 
@@ -124,8 +125,9 @@ def test_a_verdict_table_says_what_the_paper_has():
     assert rows["A < B"][4:] == ("2 of 2", "found")
 
 
-def test_an_unguided_row_has_no_tau():
-    assert not Ablation("A", "A", None, (499, 999)).guided
+def test_a_verdict_says_whether_it_is_of_these_trainings_alone():
+    assert "Verdicts are of these 2 trainings: others may differ." in verdict_table(study(ASCENDING)).note
+    assert "other pictures and other trainings" in verdict_table(study(ASCENDING, seeds=(0, 1, 2))).note
 
 
 @pytest.mark.slow

@@ -14,11 +14,10 @@ from icd_lightning.evaluation.examples import (
     read_captions,
     read_coco_edits,
     read_pie_bench,
-    scene_edits,
-    scene_examples,
     stack,
 )
-from icd_lightning.tiny.rendering import render
+from icd_lightning.evaluation.tables import edit_rows
+from icd_lightning.tiny.benchmarks import scene_edits, scene_examples
 from icd_lightning.tiny.scenes import EDITS, HELD_OUT_SEED
 
 
@@ -35,7 +34,6 @@ def entry(path, **changes):
         "image_path": path,
         "original_prompt": "a [cat] on a [wooden] bench",
         "editing_prompt": "a [dog] on a [wooden] bench",
-        "editing_instruction": "turn the cat into a dog",
         "editing_type_id": "1",
         "blended_word": "cat dog",
         "mask": [512 * 10 + 5, 20],
@@ -71,75 +69,62 @@ def test_pie_bench_is_read_without_brackets_with_words_masks_and_types(pie_bench
     assert [example.key for example in read_pie_bench(folder, natural=True)] == ["000"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "warning"),
+    [
+        ({"mask": [512 * 512 - 100, 101]}, ("cat", "dog"), "the mask leaves the picture and is cut there"),
+        ({"blended_word": "cat dog bench"}, ("cat", "dog"), "blended by the first two"),
+        ({"blended_word": "cat"}, False, "without a blend by the words 'cat': they are not two"),
+        ({"blended_word": "cow dog"}, False, "'cow' is no word of the prompt"),
+    ],
+)
+def test_what_its_authors_read_is_read_and_named(pie_bench, caplog, changes, words, warning):
+    (example,) = read_pie_bench(pie_bench({"7": entry("7.jpg", **changes)}))
+    assert example.blended_words == words
+    assert warning in caplog.text
+    assert "entry '7'" in caplog.text
+    assert example.editable(512).shape == (1, 512, 512)
+
+
+def test_an_entry_of_no_type_is_left_out(pie_bench, caplog):
+    folder = pie_bench({"1": entry("1.jpg"), "2": entry("2.jpg", editing_type_id="12")})
+    assert [example.key for example in read_pie_bench(folder)] == ["1"]
+    assert "entry '2': left out, there is no type '12'" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"mask": "5 3"}, {"mask": [3]}, {"original_prompt": None}, {"blended_word": 7}])
+def test_a_broken_entry_is_named(pie_bench, changes):
+    with pytest.raises(ValueError, match="entry '1' is not as PIE-Bench's are"):
+        read_pie_bench(pie_bench({"1": entry("1.jpg", **changes)}))
+
+
 def test_a_mask_is_runs_over_rows_and_the_border():
-    mask = decode_mask([8 * 2 + 3, 2, 8 * 4 + 6, 3], 8)
-    inside = {(2, 3), (2, 4), (4, 6)}  # the second run goes on in the next row, on the border
+    mask = decode_mask([8 * 2 + 3, 2, 8 * 4 + 6, 3, 8 * 6 + 5, 100], 8)
+    inside = {(2, 3), (2, 4), (4, 6), (6, 5), (6, 6)}  # the second and third go on in the next row, on the border
     border = {(r, c) for r in range(8) for c in range(8) if r in (0, 7) or c in (0, 7)}
     assert {(int(r), int(c)) for r, c in np.argwhere(mask)} == inside | border
 
 
 def test_a_mask_is_resized_with_its_picture():
-    example = Example("a", "", None, "b", runs=tuple(x for row in range(256) for x in (512 * row, 256)))
-    mask = example.editable(64)
-    assert mask.shape == (1, 64, 64)
+    mask = Example("a", "", runs=tuple(x for row in range(256) for x in (512 * row, 256))).editable(64)
     expected = torch.zeros(64, 64)
     expected[:32, :32] = 1  # the border is one pixel of 512, and lost but for the first row and column
     expected[0] = expected[:, 0] = 1
-    assert torch.equal(mask[0], expected)
+    assert torch.equal(mask, expected[None])
 
 
-@pytest.mark.parametrize(("runs", "message"), [([3], "pairs"), ([60, 10], "leaves the 8 x 8"), ([-1, 2], "leaves")])
-def test_a_broken_mask_is_refused(runs, message):
-    with pytest.raises(ValueError, match=message):
-        decode_mask(runs, 8)
+# Captions and edits
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"editing_type_id": "12"}, "entry '1' is not as PIE-Bench's are"),
-        ({"mask": "5 3"}, "entry '1' is not"),
-        ({"original_prompt": None}, "entry '1' is not"),
-        ({"blended_word": 7}, "entry '1' is not"),
-    ],
-)
-def test_a_broken_entry_is_named(pie_bench, changes, message):
-    with pytest.raises(ValueError, match=message):
-        read_pie_bench(pie_bench({"1": entry("1.jpg", **changes)}))
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"), [("cat", "they are not two"), ("cat wolf", "'wolf' is no word of the prompt 'a dog on")]
-)
-def test_an_edit_goes_on_without_a_blend_by_words_that_are_not_there(pie_bench, caplog, words, reason):
-    (example,) = read_pie_bench(pie_bench({"1": entry("1.jpg", blended_word=words)}))
-    assert example.blended_words is False
-    assert f", 1: edited without a blend by the words '{words}': {reason}" in caplog.text
-
-
-def test_another_folder_is_not_pie_bench(tmp_path):
-    with pytest.raises(ValueError, match="is not PIE-Bench: there is no"):
-        read_pie_bench(tmp_path)
-
-
-# Captions
-
-
-def test_coco_gives_each_picture_its_first_caption(tmp_path):
-    for name in ("b.png", "a.png"):
+def test_coco_gives_each_pictures_first_caption(tmp_path):
+    for name in ("a.png", "b.png"):
         picture(tmp_path / "val" / name)
-    (tmp_path / "captions.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
-                "annotations": [
-                    {"id": 12, "image_id": 7, "caption": "second"},
-                    {"id": 11, "image_id": 7, "caption": " first "},
-                    {"id": 13, "image_id": 3, "caption": "only"},
-                ],
-            }
-        )
-    )
+    notes = [(12, 7, "second"), (11, 7, " first "), (13, 3, "only")]
+    content = {
+        "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
+        "annotations": [{"id": i, "image_id": image, "caption": caption} for i, image, caption in notes],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
     examples = read_captions(tmp_path / "captions.json", tmp_path / "val")
     assert [(e.key, e.caption) for e in examples] == [("a.png", "only"), ("b.png", "first")]
     assert examples[0].array(32).shape == (32, 32, 3)
@@ -153,58 +138,51 @@ def test_a_csv_of_captions_needs_no_pictures(tmp_path):
         examples[0].array(64)
 
 
-def test_the_order_of_lines_changes_nothing(tmp_path):
-    for name in ("a.png", "b.png"):
-        picture(tmp_path / name)
-    for file, lines in (("one.csv", ("a.png,x", "b.png,y")), ("two.csv", ("b.png,y", "a.png,x"))):
-        (tmp_path / file).write_text("\n".join(("image,caption", *lines)))
-    one, two = (read_captions(tmp_path / file) for file in ("one.csv", "two.csv"))
-    assert one == two
-    assert [e.seed(0) for e in one] == [e.seed(0) for e in two]
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ("image,text\na.png,x\n", "no column 'caption', only image, text"),
-        ("image,caption\na.png,\n", "row 1: caption is empty"),
-        ("image,caption\nmissing.png,x\n", "names .*missing.png, which is not there"),
-        ("image,caption\na.png,x\na.png,y\n", "'a.png' comes 2 times"),
-        ("image,caption\n", "holds no examples"),
-        ("", "no column 'caption', only none"),
+        ("x.csv", "image,text\na.png,x\n", "no column 'caption', only image, text"),
+        ("x.csv", "image,caption\na.png,\n", "row 1: caption is empty"),
+        ("x.csv", "image,caption\nmissing.png,x\n", "names .*missing.png, which is not there"),
+        ("x.csv", "image,caption\na.png,x\na.png,y\n", "'a.png' comes 2 times"),
+        ("x.csv", "image,caption\n", "has no rows"),
+        ("x.json", "{", "is no JSON"),
+        ("x.json", "[]", "not a JSON object"),
+        ("x.json", "{}", "not as COCO's caption annotations"),
+        ("y.csv", "", "there is no file"),
     ],
 )
-def test_a_broken_csv_is_refused(tmp_path, content, message):
+def test_broken_captions_are_refused(tmp_path, name, content, message):
     picture(tmp_path / "a.png")
-    (tmp_path / "x.csv").write_text(content)
+    (tmp_path / name.replace("y", "x")).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_captions(tmp_path / "x.csv")
+        read_captions(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "cannot be read as JSON"), ("[]", "is not a JSON object"), ("{}", "not as COCO's caption annotations")],
-)
-def test_broken_annotations_are_refused(tmp_path, content, message):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_captions(tmp_path / "x.json")
+EDITS_CSV = """,Unnamed: 0,file_name,old_caption,edited_caption,blended_words
+0,0,a.png,a small cat on a bench.,a small dog on a bench. ,"('cat', 'dog')"
+1,1,a.png,A CAT ON A RED BENCH.,A CAT ON A BLUE BENCH.,"('BENCH.', 'BENCH.')"
+2,2,a.png,a cat,a cow,
+"""
 
 
-def test_no_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="there is no file"):
-        read_captions(tmp_path / "x.csv")
-
-
-def test_coco_edits_may_repeat_a_picture(tmp_path):
+def test_the_references_table_of_edits_is_read(tmp_path):
     picture(tmp_path / "a.png")
-    (tmp_path / "edits.csv").write_text(
-        'file_name,old_caption,edited_caption,blended_words\na.png,a cat,a dog,"cat,dog"\na.png,a cat,a cow,\n'
-    )
-    first, second = read_coco_edits(tmp_path / "edits.csv")
-    assert (first.caption, first.target, first.blended_words) == ("a cat", "a dog", ("cat", "dog"))
-    assert (second.target, second.blended_words) == ("a cow", None)
-    assert first.key != second.key
+    (tmp_path / "edits.csv").write_text(EDITS_CSV)
+    first, second, third = read_coco_edits(tmp_path / "edits.csv")
+    assert (first.target, first.blended_words) == ("a small dog on a bench.", ("cat", "dog"))
+    assert second.blended_words == ("BENCH.", "BENCH.")
+    assert third.blended_words is False  # an empty cell: no blend
+    assert len({first.key, second.key, third.key}) == 3
+    (tmp_path / "ours.csv").write_text("image,source,target,output\na.png,a cat,a cow,b.png\n")
+    (ours,) = read_coco_edits(tmp_path / "ours.csv")
+    assert (ours.target, ours.blended_words) == ("a cow", None)  # nobody says
+    assert edit_rows(tmp_path / "ours.csv") == [
+        {"image": "a.png", "source": "a cat", "target": "a cow", "output": "b.png"}
+    ]
+    (tmp_path / "none.csv").write_text("picture,source,target\na.png,a cat,a cow\n")
+    with pytest.raises(ValueError, match=r"no column image \(or file_name\), only picture"):
+        read_coco_edits(tmp_path / "none.csv")
 
 
 # Scenes
@@ -214,19 +192,29 @@ def test_scene_edits_take_turns_and_each_differs_from_its_scene_where_it_says():
     examples = scene_edits(24, HELD_OUT_SEED)
     assert Counter(example.kind for example in examples) == dict.fromkeys(EDITS, 3)
     for example in examples:
-        changed = (render(example.picture) != render(example.truth)).any(-1)
+        changed = (example.picture.draw() != example.truth.draw()).any(-1)
         assert np.array_equal(example.editable(64)[0].numpy(), changed)
         assert changed.any()
         assert example.caption != example.target
+    assert scene_edits(9, HELD_OUT_SEED) == examples[:9]
 
 
-def test_more_scenes_begin_with_the_same_ones():
-    assert scene_edits(24, 5)[:9] == scene_edits(9, 5)
-    assert scene_examples(9, 5)[:4] == scene_examples(4, 5)
-
-
-def test_a_seed_depends_on_the_key_alone():
+def test_a_seed_depends_on_the_key_alone_or_is_a_number():
     first, second = scene_examples(2, HELD_OUT_SEED)
     assert first.seed(0) == Example(first.key, "other").seed(0)
     assert len({first.seed(0), first.seed(1), second.seed(0)}) == 3
     assert 0 <= first.seed(0) < 2**63
+    assert Example("a", "", number=7).seed(3) == 7
+
+
+def test_examples_are_told_apart_by_all_that_they_are(tmp_path):
+    picture(tmp_path / "a.png")
+    one = Example("a", "a cat", tmp_path / "a.png")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "b" / "a.png")
+    moved = Example("a", "a cat", tmp_path / "b" / "a.png")
+    picture(tmp_path / "a.png")
+    assert one.identity == moved.identity  # a folder may be moved
+    picture(tmp_path / "b" / "a.png", (64, 96))
+    others = [Example("a", "a cat", tmp_path / "b" / "a.png"), Example("a", "a dog", tmp_path / "a.png")]
+    assert len({one.identity, *(other.identity for other in others)}) == 3

@@ -10,7 +10,7 @@ from icd_lightning.evaluation.report.ablations import distribution_plot, dynamic
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.report.guidance import table_1_plot, threshold_plot, trade_off_plot
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles
-from icd_lightning.evaluation.summaries import options_of, trade_off
+from icd_lightning.evaluation.summaries import trade_off
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,6 @@ def test_table_1_is_drawn_with_the_encoders_across(tmp_path):
     values = ours.images[0].get_array()
     assert values[0, 3] == pytest.approx(result.set_scores["tiny-fd"]["encoder full, decoder none"])
     assert paper.images[0].get_array()[1].tolist() == list(TABLE_1["tau 0.6"])
-
-
-def test_options_are_read_from_names():
-    assert options_of("tau1 0.4, tau2 0.8") == {"tau1": 0.4, "tau2": 0.8}
-    assert options_of("w 3, tau 0.7") == {"w": 3.0, "tau": 0.7}
 
 
 def test_percentiles_hold_their_value_and_agree_with_numpy():

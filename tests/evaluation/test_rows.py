@@ -1,12 +1,13 @@
 """Rows gathered in one go, after a kill, and by two processes are the same rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from ranks_case import run_ranks
 
 from icd_lightning.evaluation.examples import Example
-from icd_lightning.evaluation.rows import Ranks, gather_rows, read_rows, write_rows
+from icd_lightning.evaluation.rows import Gathering, Ranks, gather_rows, read_rows, write_rows
 
 EXAMPLES = [Example(f"picture/{i}", f"caption {i}") for i in range(11)]
 
@@ -15,80 +16,73 @@ def measure(batch):
     return [{"key": example.key, "seed": example.seed(0), "size": len(batch), "none": None} for example in batch]
 
 
-def gather(folder, examples=EXAMPLES, measure=measure, ranks=None):
-    return gather_rows(folder, examples, measure, batch_size=3, ranks=ranks or Ranks())
+def gather(folder, examples=EXAMPLES, measure=measure, ranks=Ranks(), **options):  # noqa: B008  (frozen)
+    return gather_rows(folder, examples, measure, Gathering(3, ranks), **options)
 
 
-def test_rows_come_in_the_order_of_their_examples(tmp_path):
-    rows = gather(tmp_path)
-    assert [row["key"] for row in rows] == [example.key for example in EXAMPLES]
-    assert [row["size"] for row in rows] == [3] * 9 + [2] * 2
+def remembering(batches):
+    return lambda batch: batches.append(batch) or measure(batch)
 
 
 def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path):
-    measured = []
+    measured, again = [], []
 
     def dies(batch):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append(batch)
-        return measure(batch)
+        return remembering(measured)(batch)
 
     with pytest.raises(KeyboardInterrupt):
         gather(tmp_path / "killed", measure=dies)
-    again = []
-    rows = gather(tmp_path / "killed", measure=lambda batch: again.append(batch) or measure(batch))
+    rows = gather(tmp_path / "killed", measure=remembering(again))
     assert rows == gather(tmp_path / "unbroken")
+    assert [row["key"] for row in rows] == [example.key for example in EXAMPLES]
+    assert [row["size"] for row in rows] == [3] * 9 + [2] * 2
     assert [example for batch in (*measured, *again) for example in batch] == EXAMPLES
 
 
-def test_a_batch_that_dies_in_writing_leaves_nothing_behind(tmp_path):
-    with pytest.raises(Exception, match="object"):
-        write_rows(tmp_path / "rows.parquet", [{"value": object()}])
-    assert not list(tmp_path.iterdir())
-
-
-def test_more_examples_measure_only_what_is_new(tmp_path):
+def test_what_is_new_or_now_says_otherwise_is_measured_and_nothing_else(tmp_path):
     gather(tmp_path, EXAMPLES[:6])
     again = []
-    rows = gather(tmp_path, measure=lambda batch: again.append(batch) or measure(batch))
-    assert rows == measure(EXAMPLES[:3]) + measure(EXAMPLES[3:6]) + measure(EXAMPLES[6:9]) + measure(EXAMPLES[9:])
+    gather(tmp_path, measure=remembering(again))
     assert [example for batch in again for example in batch] == EXAMPLES[6:]
-
-
-def test_other_examples_are_never_mixed_up_with_those_before(tmp_path):
-    gather(tmp_path)
-    other = [Example(f"other/{i}", "") for i in range(11)]
-    assert [row["key"] for row in gather(tmp_path, other)] == [example.key for example in other]
-
-
-def test_what_a_file_now_says_otherwise_is_measured_anew(tmp_path):
-    gather(tmp_path)
-    changed = [*EXAMPLES[:4], Example("picture/4", "another caption"), *EXAMPLES[5:]]
-    again = []
-    gather(tmp_path, changed, lambda batch: again.append(batch) or measure(batch))
+    changed = [*EXAMPLES[:4], replace(EXAMPLES[4], caption="another"), *EXAMPLES[5:]]
+    again.clear()
+    gather(tmp_path, changed, remembering(again))
     assert again == [changed[3:6]]
 
 
-def test_rows_survive_a_file(tmp_path):
+def test_a_picture_that_was_replaced_under_its_name_is_another_example(tmp_path):
+    file, again = tmp_path / "a.png", []
+    for content in (b"1", b"2"):
+        file.write_bytes(content)
+        gather(tmp_path / "rows", [Example("a", "", file)], remembering(again))
+    assert len(again) == 2
+
+
+def test_another_version_and_rows_that_are_not_whole_are_measured_again(tmp_path):
+    gather(tmp_path, version="1")
+    again = []
+    gather(tmp_path, measure=remembering(again), version="2")
+    assert len(again) == 4
+    again.clear()
+    gather(tmp_path, measure=remembering(again), version="2", is_whole=lambda rows, batch: len(rows) == 3)
+    assert again == [EXAMPLES[9:]]
+
+
+def test_rows_survive_a_file_and_a_failed_one_leaves_nothing(tmp_path):
+    with pytest.raises(Exception, match="object"):
+        write_rows(tmp_path / "rows.parquet", [{"value": object()}])
+    assert not list(tmp_path.iterdir())
     rows = [{"a": 1.5, "b": None, "c": "x"}, {"a": float("inf"), "b": 2.0, "c": "ü"}]
     write_rows(tmp_path / "x.parquet", rows)
     assert read_rows(tmp_path / "x.parquet") == rows
 
 
-def test_a_batch_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="batch_size 0 must be 1 or more"):
-        gather_rows(tmp_path, EXAMPLES, measure, batch_size=0)
-
-
 def worker(rank, folder):
     mine = []
-    rows = gather(
-        folder / "rows",
-        measure=lambda batch: mine.append(batch[0].key) or measure(batch),
-        ranks=Ranks.from_environment(),
-    )
-    (folder / f"rank{rank}.json").write_text(json.dumps([mine, rows]))
+    rows = gather(folder / "rows", measure=remembering(mine), ranks=Ranks.from_environment())
+    (folder / f"rank{rank}.json").write_text(json.dumps([[batch[0].key for batch in mine], rows]))
 
 
 def test_two_processes_share_the_batches_and_both_get_all_rows(tmp_path):

@@ -2,28 +2,33 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.diffusion import StepGuidance
-from icd_lightning.editing.baselines.registry import build
-from icd_lightning.editing.method import UNGUIDED
-from icd_lightning.evaluation import benchmarks
-from icd_lightning.evaluation.benchmarks import Bench, Outcome
-from icd_lightning.evaluation.examples import scene_edits, scene_examples, stack
+from icd_lightning.evaluation.bench import Bench, Outcome
+from icd_lightning.evaluation.benchmarks.generation import generate
+from icd_lightning.evaluation.benchmarks.guidance import guide_both_ways
+from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK, to_noise_and_back
+from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
+from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.rows import read_rows
 from icd_lightning.evaluation.runs import Results, Run, perform, read_results, slug
 from icd_lightning.evaluation.scoring import Scoring
+from icd_lightning.metrics.reconstruction import PSNR
 from icd_lightning.models.family import Family
+from icd_lightning.tiny.benchmarks import data_set, scene_edits, scene_examples
 from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 EXAMPLES = scene_examples(6, HELD_OUT_SEED)
-GUIDANCES = {"w 1": UNGUIDED, "w 3, tau 0.8": StepGuidance(3.0, 0.8)}
+DECODINGS = [UNGUIDED, Decoding.step(3.0, 0.8)]
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +36,23 @@ def bench(random_family) -> Bench:
     return Bench(Models(Family(str(random_family))).load("icd"), 64)
 
 
-def run_of(bench, root, examples=EXAMPLES, measure=None, **changes) -> Run:
-    scoring = Scoring.choose(["psnr", "tiny-fd"], "inversion", examples)
+def run_of(bench, root, examples=EXAMPLES, measure=None, metrics=("psnr", "tiny-fd"), **changes) -> Run:
     return Run(
         "icd",
         root,
         examples,
-        measure or partial(benchmarks.inversion, bench, guidances=GUIDANCES),
+        measure or partial(to_noise_and_back, bench, decodings=DECODINGS),
         {"seed": 0, **changes},
         resolution=64,
         batch_size=2,
-        scorers=scoring.scorers,
-        set_scorers=scoring.set_scorers,
+        scoring=Scoring.choose(metrics, TO_NOISE_AND_BACK, data_set(examples)),
+        decodings={one.name: one.options for one in DECODINGS},
     )
 
 
 def comparable(results: Results):
     """All figures but seconds, which are never the same twice."""
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in results.rows]
-    return rows, results.set_scores
+    return results.frame.drop(columns="seconds").to_dict("records"), results.set_scores
 
 
 @pytest.fixture(scope="module")
@@ -58,47 +61,48 @@ def unbroken(bench, tmp_path_factory):
     return run, perform(run)
 
 
-def test_a_run_writes_a_row_and_a_picture_for_each_and_says_how(unbroken):
+def test_a_run_writes_a_row_and_a_picture_for_each_and_is_read_back(unbroken):
     run, results = unbroken
-    assert results.decodings == list(GUIDANCES)
-    assert len(results.rows) == len(EXAMPLES) * len(GUIDANCES)
-    assert {row["nfe"] for row in results.rows} == {8}
-    assert read_rows(run.folder / "rows.parquet") == list(results.rows)
-    assert all((run.folder / row["image"]).is_file() for row in results.rows)
+    assert results.decodings == ["w 1", "w 3, tau 0.8"]
+    assert len(results.frame) == len(EXAMPLES) * 2
+    assert set(results.frame.nfe) == {8}
+    assert all((run.folder / image).is_file() for image in results.frame.image)
     config = json.loads((run.folder / "config.json").read_text())
     assert config["seed"] == 0
     assert config["versions"]["torch"]
     means = json.loads((run.folder / "results.json").read_text())["w 1"]["all"]
     assert means["psnr"]["low"] <= means["psnr"]["mean"] <= means["psnr"]["high"]
-    assert means["seconds"]["mean"] > 0
     assert means["tiny-fd"] > 0
+    again = Results.read("icd", run.folder)
+    assert comparable(again) == comparable(results)
+    assert again.options == {"w 1": {"w": 1.0}, "w 3, tau 0.8": {"w": 3.0, "tau": 0.8}}
+    assert (again.style("psnr").best, again.style("psnr").digits, again.style("tiny-fd").best) == ("max", 2, "min")
 
 
 def test_what_is_scored_is_what_the_files_hold(bench, unbroken):
     run, _ = unbroken
-    (first, *_) = benchmarks.inversion(bench, EXAMPLES[:2], GUIDANCES)
+    (first, *_) = to_noise_and_back(bench, EXAMPLES[:2], DECODINGS)
     shown = read_results(run.folder, "w 1", EXAMPLES[:2])
     assert np.array_equal(to_pictures(shown), to_pictures(first.images))
 
 
 @pytest.mark.parametrize("place", ["pictures", "psnr"])
-def test_a_killed_run_gives_the_table_of_an_unbroken_one(bench, unbroken, tmp_path, monkeypatch, place):
+def test_a_killed_run_gives_the_table_of_an_unbroken_one(bench, unbroken, tmp_path, place):
     run, calls = run_of(bench, tmp_path), []
 
     def dying(function):
-        def call(*args):
+        def call(*args, **options):
             calls.append(args)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return function(*args)
+            return function(*args, **options)
 
         return call
 
-    if place == "pictures":
-        dies = run_of(bench, tmp_path, measure=dying(run.measure))
-    else:
-        dies = run_of(bench, tmp_path)
-        dies.scorers["psnr"] = dying(dies.scorers["psnr"])
+    dies = run_of(bench, tmp_path, measure=dying(run.measure) if place == "pictures" else None)
+    if place == "psnr":
+        scorer = dies.scoring.scorers["psnr"]
+        scorer.metric.per_image = dying(scorer.metric.per_image)
     with pytest.raises(KeyboardInterrupt):
         perform(dies)
     assert not (run.folder / "rows.parquet").exists()
@@ -107,11 +111,8 @@ def test_a_killed_run_gives_the_table_of_an_unbroken_one(bench, unbroken, tmp_pa
 
 def test_a_picture_comes_out_the_same_among_others(bench, unbroken, tmp_path):
     results = perform(run_of(bench, tmp_path, list(reversed(EXAMPLES))))
-    for decoding in GUIDANCES:
-        ours, others = (
-            {row["key"]: row["latent_mse"] for row in r.rows if row["decoding"] == decoding}
-            for r in (results, unbroken[1])
-        )
+    for decoding in results.decodings:
+        ours, others = (r.of(decoding).set_index("key").latent_mse.to_dict() for r in (results, unbroken[1]))
         assert ours == pytest.approx(others, rel=1e-3)
 
 
@@ -120,12 +121,35 @@ def test_other_determinants_have_another_folder(bench, tmp_path):
     assert run_of(bench, tmp_path).folder != run_of(bench, tmp_path, seed=1).folder
 
 
-def test_noise_that_is_noise_has_the_likelihood_of_noise(bench):
-    (outcome, *_) = benchmarks.inversion(bench, EXAMPLES[:2], {"w 1": UNGUIDED})
-    assert outcome.values["nll"].shape == (2,)
-    from icd_lightning.metrics.latents import LatentNLL
+def as_they_are(batch):
+    yield Outcome("as is", stack(batch, 64), 1, 0.5)
 
-    assert float(LatentNLL().values(torch.randn(4, 16, 32, 32)).mean()) == pytest.approx(1.419, abs=0.01)
+
+def test_two_data_sets_of_the_same_names_do_not_corrupt_each_other(tmp_path):
+    def examples(folder, brightness):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (brightness,) * 3).save(tmp_path / folder / "a.png")
+        return [Example("a.png", "a square", tmp_path / folder / "a.png")]
+
+    def measured(examples, *metrics):
+        results = perform(run_of(None, tmp_path / "out", examples, as_they_are, metrics))
+        return {metric: results.frame[metric].tolist() for metric in metrics}
+
+    first, second = examples("a", 10), examples("b", 200)
+    assert measured(first, "psnr") == measured(second, "psnr") == {"psnr": [math.inf]}
+    assert measured(first, "psnr", "mse") == {"psnr": [math.inf], "mse": [0.0]}
+    run = run_of(None, tmp_path / "out", second, as_they_are, ("psnr",))
+    with pytest.raises(ValueError, match="is not a result of a.png: run it again"):
+        read_results(run.folder, "as is", second)
+
+
+def test_a_metric_of_another_version_scores_again(tmp_path, monkeypatch):
+    run = run_of(None, tmp_path, EXAMPLES[:2], as_they_are, ("psnr",))
+    assert perform(run).frame.psnr.tolist() == [math.inf, math.inf]
+    monkeypatch.setattr(PSNR, "values", lambda self, images, reference: torch.full((len(images),), 7.0))
+    assert perform(run).frame.psnr.tolist() == [math.inf, math.inf]  # the same version
+    monkeypatch.setattr(PSNR, "version", PSNR.version + 1)
+    assert perform(run).frame.psnr.tolist() == [7.0, 7.0]
 
 
 def test_edits_are_averaged_by_type(tmp_path):
@@ -142,35 +166,44 @@ def test_edits_are_averaged_by_type(tmp_path):
 
 
 def test_a_value_that_no_picture_has_is_a_gap():
-    rows = [{"key": "a", "decoding": "x", "kind": "", "image": "", "changed": math.nan}]
+    rows = pd.DataFrame([{"key": "a", "decoding": "x", "kind": "", "image": "", "changed": math.nan}])
     assert Results("icd", rows).mean("changed", "x") is None
 
 
 def test_drawn_noise_needs_a_method_that_takes_it(random_family):
     sdedit = Bench(Models(Family(str(random_family))).load("sdedit"), 64)
     with pytest.raises(ValueError, match="SDEdit edits pictures and makes none from drawn noise"):
-        list(benchmarks.generation(sdedit, EXAMPLES[:1], GUIDANCES))
+        list(generate(sdedit, EXAMPLES[:1], DECODINGS))
 
 
-def test_each_encoders_noise_is_decoded_in_each_way(random_family):
-    method = build("ddim", Family(str(random_family)), num_inference_steps=2)  # at t 0 and 500
-    guidances = {"none": UNGUIDED, "full": StepGuidance(3.0)}
-    found = {o.decoding: o for o in benchmarks.guided_inversion(Bench(method, 64), EXAMPLES[:2], guidances)}
-    assert {name: outcome.nfe for name, outcome in found.items()} == {
+def test_each_encoders_noise_is_decoded_in_each_way(random_family, bench):
+    models = Models(Family(str(random_family)))
+    ddim = replace(bench, method=models.variant("ddim", models.load("ddim"), {"num_inference_steps": 2.0}))
+    both = [replace(UNGUIDED, label="none"), Decoding(StepGuidance(3.0), label="full")]
+    outcomes = {outcome.decoding: outcome for outcome in guide_both_ways(ddim, EXAMPLES[:2], both)}
+    assert {name: outcome.nfe for name, outcome in outcomes.items()} == {
         "encoder none, decoder none": 4,
         "encoder none, decoder full": 6,
         "encoder full, decoder none": 6,
         "encoder full, decoder full": 8,
     }
-    (plain, *_) = benchmarks.inversion(Bench(method, 64), EXAMPLES[:2], {"none": UNGUIDED})
-    assert torch.equal(found["encoder none, decoder none"].images, plain.images)
-    nll = [found[f"encoder {name}, decoder none"].values["nll"] for name in guidances]
-    assert not torch.equal(*nll)
-
-
-def test_guided_encoding_is_ddims(bench):
+    (plain, *_) = to_noise_and_back(ddim, EXAMPLES[:2], both)
+    assert torch.equal(outcomes["encoder none, decoder none"].images, plain.images)
+    assert not torch.equal(*(outcomes[f"encoder {name}, decoder none"].values["nll"] for name in ("none", "full")))
     with pytest.raises(ValueError, match="guided encoding is measured on DDIM inversion"):
-        list(benchmarks.guided_inversion(bench, EXAMPLES[:1], GUIDANCES))
+        list(guide_both_ways(bench, EXAMPLES[:1], both))
+
+
+def test_what_is_fit_to_a_guidance_is_fit_to_each(random_family):
+    models = Models(Family(str(random_family)))
+    method = models.variant("nti", models.load("nti"), {"num_inference_steps": 3.0})
+    bench, batch = Bench(method, 64), EXAMPLES[:1]
+    images, prompts = bench.images(batch), [batch[0].caption]
+    unfit = method.generate(prompts, method.invert(images, prompts), guidance=StepGuidance(2.0))
+    made = {one.decoding: one.images for one in to_noise_and_back(bench, batch, steps(2.0, (1.0,)))}
+    fit = method.guided_by(StepGuidance(2.0))
+    torch.testing.assert_close(made["w 2"], fit.generate(prompts, fit.invert(images, prompts)))
+    assert (made["w 2"] - unfit).abs().max() > 1e-3
 
 
 def test_a_name_for_a_folder_is_plain():

@@ -7,22 +7,21 @@ import pytest
 import torch
 
 from icd_lightning.data.images import to_images
-from icd_lightning.evaluation.examples import Example, scene_edits, scene_examples, stack
-from icd_lightning.evaluation.scoring import (
-    ByMetric,
-    OfSets,
-    SceneAttributes,
-    SceneEdits,
-    Scoring,
-)
+from icd_lightning.evaluation.benchmarks.editing import EDITING
+from icd_lightning.evaluation.benchmarks.generation import FROM_NOISE
+from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
+from icd_lightning.evaluation.examples import DataSet, Example, stack
+from icd_lightning.evaluation.scoring import ByMetric, OfSet, Scoring, Style
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.attributes import label_tensor
-from icd_lightning.tiny.rendering import render
+from icd_lightning.tiny.benchmarks import data_set, scene_edits, scene_examples
 from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
+from icd_lightning.tiny.scoring import SceneAttributes, SceneEdits
 
 EXAMPLES = scene_edits(16, HELD_OUT_SEED)
 ORIGINALS = stack(EXAMPLES, 64)
-TRUTHS = to_images([render(example.truth) for example in EXAMPLES])
+TRUTHS = to_images([example.truth.draw(64) for example in EXAMPLES])
+EDITS, CAPTIONS = data_set(EXAMPLES), DataSet([Example("a", "a red star")], "1 of a.csv", "0")
 
 
 class Oracle:
@@ -39,30 +38,30 @@ def score(results):
     return {name: value.tolist() for name, value in SceneEdits(Oracle())(EXAMPLES, results, ORIGINALS).items()}
 
 
-def test_the_true_result_has_full_marks():
-    scores = score(TRUTHS)
-    assert set(scores["changed"]) == set(scores["kept"]) == {1.0}
-    assert all(math.isinf(value) for name in ("psnr_truth", "psnr_edited", "psnr_outside") for value in scores[name])
+def test_the_true_result_has_full_marks_and_an_untouched_picture_its_own():
+    truth, untouched = score(TRUTHS), score(ORIGINALS)
+    assert set(truth["changed"]) == set(truth["kept"]) == set(untouched["kept"]) == {1.0}
+    assert set(untouched["changed"]) == {0.0}
+    assert all(math.isinf(value) for name in ("psnr_truth", "psnr_edited", "psnr_outside") for value in truth[name])
+    assert all(math.isinf(value) for value in untouched["psnr_outside"])
+    assert all(e <= t < 45 for e, t in zip(untouched["psnr_edited"], untouched["psnr_truth"], strict=True))
 
 
-def test_an_untouched_picture_keeps_everything_and_reaches_nothing():
-    scores = score(ORIGINALS)
-    assert set(scores["changed"]) == {0.0}
-    assert set(scores["kept"]) == {1.0}
-    assert all(math.isinf(value) for value in scores["psnr_outside"])
-    assert all(value < 45 for value in scores["psnr_edited"])
-    assert all(e <= t for e, t in zip(scores["psnr_edited"], scores["psnr_truth"], strict=True))
+def test_harm_outside_of_the_edit_is_not_harm_inside():
+    regions = torch.stack([example.editable(64) for example in EXAMPLES])
+    scores = score(torch.where(regions == 1, TRUTHS, (TRUTHS + 0.2).clamp(-1, 1)))
+    assert all(math.isinf(value) for value in scores["psnr_edited"])
+    finite = [value for value, region in zip(scores["psnr_outside"], regions, strict=True) if region.mean() < 1]
+    assert all(10 < value < 35 for value in finite)
 
 
 def test_an_object_added_before_another_is_new_and_the_other_kept():
     before = [e for e in scene_edits(400, HELD_OUT_SEED) if e.truth.things[1:] == e.picture.things]
-    assert {e.kind for e in before} == {"add"}
     truths, originals = label_tensor([e.truth for e in before]), label_tensor([e.picture for e in before])
     pictures = stack(before, 64)
 
-    def scored(found):
-        network = SimpleNamespace(read=lambda images: found)
-        columns = SceneEdits(network)(before, pictures, pictures)
+    def scored(labels):
+        columns = SceneEdits(SimpleNamespace(read=lambda images: labels))(before, pictures, pictures)
         return [columns[name].tolist() for name in ("changed", "kept")]
 
     every, none = [1.0] * len(before), [0.0] * len(before)
@@ -75,74 +74,70 @@ def test_an_object_added_before_another_is_new_and_the_other_kept():
     assert kept == pytest.approx([2 / 6] * len(before))  # the background's two of six
 
 
-def test_harm_outside_of_the_edit_is_not_harm_inside():
-    regions = torch.stack([example.editable(64) for example in EXAMPLES])
-    harmed = torch.where(regions == 1, TRUTHS, (TRUTHS + 0.2).clamp(-1, 1))
-    scores = score(harmed)
-    assert all(math.isinf(value) for value in scores["psnr_edited"])
-    finite = [value for value, region in zip(scores["psnr_outside"], regions, strict=True) if region.mean() < 1]
-    assert all(10 < value < 35 for value in finite)
-
-
-def test_attributes_of_a_generated_scene_are_shares_of_those_that_are_there():
+def test_attributes_are_shares_of_those_that_are_there():
     scores = SceneAttributes(Oracle())(EXAMPLES, ORIGINALS, None)
     assert all(value == 1 for column in scores.values() for value in column.tolist())
-    assert set(scores) >= {"layout", "object color"}
+    mixed = SceneAttributes(Oracle())(EXAMPLES, ORIGINALS.roll(1, 0), None)
+    shares = [value for value in mixed["object color"].tolist() if not math.isnan(value)]
+    assert {0.0, 0.5, 1.0} >= set(shares) > {1.0}
 
 
-def test_a_metric_scores_each_picture_by_itself():
+def test_a_metric_scores_each_picture_by_itself_and_a_set_in_any_batches():
     psnr = ByMetric("psnr", build_metrics(["psnr"])["psnr"])
     damaged = torch.cat([ORIGINALS[:1], (ORIGINALS[1:] + 0.1).clamp(-1, 1)])
     together = psnr(EXAMPLES, damaged, ORIGINALS)["psnr"]
     alone = [psnr([e], d[None], o[None])["psnr"] for e, d, o in zip(EXAMPLES, damaged, ORIGINALS, strict=True)]
     assert torch.equal(together, torch.cat(alone))
-    assert math.isinf(together[0])
+    distance, shifted = OfSet(build_metrics(["tiny-fd"])["tiny-fd"]), ORIGINALS.flip(0)
+    parts = distance([(TRUTHS[:5], shifted[:5]), (TRUTHS[5:], shifted[5:])])
+    assert parts == pytest.approx(distance([(TRUTHS, shifted)]), rel=1e-3)
 
 
-def test_a_masked_metric_takes_the_edits_region_and_names_the_example_without_one():
-    inside = ByMetric("mse-edited", build_metrics(["mse-edited"])["mse-edited"])
-    outside = ByMetric("mse-unedited", build_metrics(["mse-unedited"])["mse-unedited"])
-    assert all(value > 0 for value in inside(EXAMPLES, TRUTHS, ORIGINALS)["mse-edited"])
-    assert all(
-        value in (0.0,) or math.isnan(value) for value in outside(EXAMPLES, TRUTHS, ORIGINALS)["mse-unedited"].tolist()
-    )
-    with pytest.raises(ValueError, match="masks"):
-        inside(scene_examples(1, 0), ORIGINALS[:1], ORIGINALS[:1])
+def test_an_edit_is_scored_by_its_target_and_a_picture_by_its_caption():
+    agreement = build_metrics(["tiny-agreement"])["tiny-agreement"]
+    edits, generation = (ByMetric("x", agreement, edits)(EXAMPLES, TRUTHS, None)["x"].mean() for edits in (True, False))
+    assert edits > generation + 0.02
 
 
-def test_a_set_is_scored_in_any_batches():
-    metric = OfSets(build_metrics(["tiny-fd"])["tiny-fd"])
-    shifted = ORIGINALS.flip(0)
-    whole = metric([(TRUTHS, shifted)])
-    parts = metric([(TRUTHS[:5], shifted[:5]), (TRUTHS[5:], shifted[5:])])
-    assert parts == pytest.approx(whole, rel=1e-3)
+def test_a_masked_metric_takes_the_edits_region():
+    scoring = Scoring.choose(["mse-edited", "mse-unedited"], EDITING, EDITS)
+    inside, outside = (score(EXAMPLES, TRUTHS, ORIGINALS) for score in scoring.scorers.values())
+    assert all(value > 0 for value in inside["mse-edited"])
+    assert all(value == 0 or math.isnan(value) for value in outside["mse-unedited"].tolist())
 
 
-def test_the_defaults_suit_the_examples():
-    edits = Scoring.choose(None, "editing", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", ["edits", "attributes", "psnr", "ssim", "mse-unedited", "tiny-agreement", "tiny-perceptual", "tiny-fd"]
+)
+def test_each_name_works_by_itself(name):
+    scoring = Scoring.choose([name], EDITING, EDITS)
+    assert [*scoring.scorers, *scoring.set_scorers] == [name]
+    for scorer in scoring.scorers.values():
+        columns = scorer(EXAMPLES[:2], TRUTHS[:2], ORIGINALS[:2])
+        assert columns.keys() == scorer.styles.keys()
+    assert all(score([(TRUTHS, ORIGINALS)]) >= 0 for score in scoring.set_scorers.values())
+
+
+def test_the_defaults_suit_the_examples_and_styles_are_the_metrics_own():
+    edits = Scoring.choose(None, EDITING, EDITS)
     assert set(edits.scorers) == {"edits", "tiny-agreement"}
-    assert set(Scoring.choose(None, "guidance", scene_examples(1, 0)).set_scorers) == {"tiny-fd"}
+    assert edits.styles["changed"] == edits.styles["tiny-agreement"] == Style(1, "max", 100)
+    assert edits.styles["psnr_outside"] == Style(2, "max")
+    back = Scoring.choose(None, TO_NOISE_AND_BACK, data_set(scene_examples(1, 0)))
+    assert back.styles["tiny-perceptual"].best == back.styles["latent_mse"].best == "min"
+    assert set(Scoring.choose(["psnr", "latent-nll"], TO_NOISE_AND_BACK, EDITS).scorers) == {"psnr"}  # it is recorded
 
 
-def test_what_is_recorded_anyway_is_not_asked_for_twice():
-    assert set(Scoring.choose(["psnr", "latent-nll"], "inversion", EXAMPLES).scorers) == {"psnr"}
-
-
-def test_scores_of_scenes_are_refused_for_photographs(tmp_path):
-    with pytest.raises(ValueError, match="metric 'edits' is for scenes"):
-        Scoring.choose(["edits"], "editing", [Example("a", "", tmp_path / "a.png")])
-
-
-def test_pictures_that_are_not_there_are_not_compared_with():
-    with pytest.raises(ValueError, match="metric 'psnr' compares with pictures, and the data hold captions alone"):
-        Scoring.choose(["psnr"], "generation", [Example("a", "a red star")])
-
-
-def test_noise_that_is_not_measured_has_no_likelihood():
-    with pytest.raises(ValueError, match=r"'latent-nll' is of noise .* which editing does not measure"):
-        Scoring.choose(["latent-nll"], "editing", EXAMPLES)
-
-
-def test_an_unknown_metric_is_named():
-    with pytest.raises(ValueError, match="no metric 'psnrr'"):
-        Scoring.choose(["psnrr"], "inversion", EXAMPLES)
+@pytest.mark.parametrize(
+    ("name", "task", "data", "message"),
+    [
+        ("edits", EDITING, CAPTIONS, "no metric 'edits'"),
+        ("psnrr", TO_NOISE_AND_BACK, EDITS, "no metric 'psnrr'"),
+        ("psnr", FROM_NOISE, CAPTIONS, "metric 'psnr' compares with pictures, and the data hold captions alone"),
+        ("latent-nll", EDITING, EDITS, r"'latent-nll' is of noise .* which editing does not measure"),
+        ("mse-edited", TO_NOISE_AND_BACK, data_set(scene_examples(2, 0)), "'mse-edited' is of a part of the picture"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_anything_is_measured(name, task, data, message):
+    with pytest.raises(ValueError, match=message):
+        Scoring.choose([name], task, data)

@@ -7,19 +7,20 @@ import torch
 
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.ddim import DDIMInversion
-from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.editing.consistency import InvertibleConsistency, Untrained
 from icd_lightning.editing.method import seeded_noise
+from icd_lightning.evaluation.examples import stack
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
-from icd_lightning.tiny.bars import stage_one_bars
-from icd_lightning.tiny.measuring import autoencoder_psnr, held_out, images_of
+from icd_lightning.tiny.bars import autoencoder_bars, stage_one_bars
+from icd_lightning.tiny.benchmarks import scene_examples
 from icd_lightning.tiny.packaging import STAGES
 from icd_lightning.tiny.scene_network import SceneNetwork
-from icd_lightning.tiny.scenes import LABELS
-from icd_lightning.tiny.tour import untrained_pipeline
+from icd_lightning.tiny.scenes import HELD_OUT_SEED, LABELS
 
-SCENES = held_out(24)
+SCENES = scene_examples(24, HELD_OUT_SEED)
+PROMPTS = [example.caption for example in SCENES]
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +47,30 @@ def test_its_students_and_cards_name_the_family_as_users_do(family):
 
 
 def test_the_autoencoder_reaches_its_bar(family):
-    assert autoencoder_psnr(family.load_autoencoder(), SCENES) >= 31
+    assert all(bar.passed for bar in autoencoder_bars(DDIMInversion(family), SCENES))
 
 
 def test_the_scene_network_reads_true_scenes(family):
     network = SceneNetwork.from_pretrained(family.root / "scene_network")
-    found = network.read(images_of(SCENES))
+    found = network.read(stack(SCENES, 64))
     assert found.shape == (len(SCENES), len(LABELS))
-    assert all(share >= 0.95 for share in attribute_accuracy(found, label_tensor(SCENES)).values())
+    assert all(
+        share >= 0.95
+        for share in attribute_accuracy(found, label_tensor([example.picture for example in SCENES])).values()
+    )
 
 
 def test_stage_one_stands_in_for_its_guided_teacher(family):
-    bars = stage_one_bars(family, DDIMInversion(family), held_out(64))
+    bars = stage_one_bars(family, DDIMInversion(family), scene_examples(64, HELD_OUT_SEED))
     assert len(bars) == 4
     for bar in bars:  # the bars are of 512 scenes, as in the model card
         assert bar.value <= 1.2 * bar.limit, bar.name
 
 
 def test_trained_students_come_back_nearer_than_untrained_ones(family, students):
-    images, prompts = images_of(SCENES[:12]), [scene.caption() for scene in SCENES[:12]]
+    images, prompts = stack(SCENES[:12], 64), PROMPTS[:12]
     quality = {}
-    for name, pipeline in (("trained", students), ("untrained", untrained_pipeline(family, students.boundaries))):
+    for name, pipeline in (("trained", students), ("untrained", Untrained.of_teacher(family, students.boundaries))):
         quality[name] = psnr(pipeline.generate(prompts, pipeline.invert(images, prompts)), images).mean()
     assert quality["trained"] > quality["untrained"] + 1
 
