@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 from functools import partial
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from families_case import NAMES
-from training_case import trainer_for, write_scenes
+from training_case import distillation, scenes_data, student_weights, trainer_for, write_scenes
 
 import icd_lightning._torchvision
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.data.datamodule import ShardDataModule
+from icd_lightning.data.shards import write_shards
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
@@ -130,3 +133,36 @@ def test_stage_one_leaves_the_teacher_of_stage_two(layouts, tmp_path):
     card = (tmp_path / "run" / "unet_guided" / "README.md").read_text()
     assert "w = 1, 8," in card
     assert model in card
+
+
+def write_latents(folder, autoencoder: str, bad: int):
+    """Eight samples of latents, of which the first `bad` are no numbers; as after a bug of whatever wrote them."""
+    about = {
+        "moments": {"autoencoder": autoencoder, "resolution": 64},
+        "original_size": [64, 64],
+        "crop_top_left": [0, 0],
+    }
+    samples = []
+    for index in range(8):
+        stream = BytesIO()
+        np.save(stream, np.full((16, 8, 8), np.nan if index < bad else 0.1 * index, np.float16))
+        files = {"moments.npy": stream.getvalue(), "json": json.dumps(about).encode(), "txt": b"a red star"}
+        samples.append({"__key__": f"{index:05d}", **files})
+    write_shards(samples, folder, shard_size=8, parameters={})
+
+
+@pytest.mark.parametrize("bad", [1, 8])
+def test_latents_that_are_no_numbers_never_reach_the_students(random_family, tmp_path, bad):
+    task = distillation(random_family, optimizer=OptimizerSettings(lr=1e-3, max_skipped_steps=3))
+    write_latents(tmp_path / "shards", task.autoencoder.fingerprint, bad)
+    data = scenes_data(tmp_path / "shards")
+    trainer = trainer_for(tmp_path / "run", max_steps=4, callbacks=[ExportWeights()])  # an epoch, in batches of two
+    if bad == 1:
+        trainer.fit(task, datamodule=data)
+        assert task.skipped_steps == 1
+        weights = StudentFile.read(tmp_path / "run" / "reverse").weights  # which it refuses if they are not finite
+        assert any((weights[n] != w).any() for n, w in student_weights(distillation(random_family))["reverse"].items())
+    else:
+        with pytest.raises(ValueError, match=r"4 steps had gradients that are not finite, .* samples 0000"):
+            trainer.fit(task, datamodule=data)
+        assert not (tmp_path / "run" / "reverse").exists()
