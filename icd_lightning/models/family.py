@@ -31,7 +31,7 @@ from icd_lightning.models.sources import (
     read_weights,
     shipped,
 )
-from icd_lightning.models.style import merge_style
+from icd_lightning.models.style import parse_style
 from icd_lightning.models.text import Conditioner
 
 __all__ = ["EditingDefaults", "Family", "load_autoencoder", "shipped"]
@@ -136,7 +136,7 @@ class Family:
         network = load().requires_grad_(False).eval()
         self._check_channels(network)
         if self.style is not None:
-            merge_style(network, self.style)
+            self.backbone.merge_lora(network, *parse_style(self.style))
         return DiffusionModel(network, self.load_process(), self.backbone)
 
     def _check_channels(self, network: nn.Module) -> None:

@@ -63,6 +63,10 @@ class Backbone(ABC):
     def require_guidance(self, network: nn.Module) -> None:  # noqa: B027  (most libraries complain themselves)
         """Make it an error that the network is called without its guidance embedding, where a library runs on."""
 
+    def merge_lora(self, network: nn.Module, file: Path, scale: float) -> None:
+        """Merge a style's LoRA, `scale` times, into the network for good; ValueError for a file that fits no layer."""
+        raise ValueError(f"style {file} cannot be merged: styles are of UNets, this is a {type(network).__name__}")
+
     def latent_channels(self, network: nn.Module) -> int:
         """C of the latents that the network takes."""
         return int(network.config["in_channels"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -16,6 +19,8 @@ from icd_lightning.models.backbones.base import Backbone
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import Conditioner, clip_conditioner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,23 @@ class UNet(Backbone):
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
         """CLIP, once or twice."""
         return clip_conditioner(source, dtype)
+
+    def merge_lora(self, network: UNet2DConditionModel, file: Path, scale: float) -> None:
+        """By diffusers, whose own or kohya's scripts wrote it; what it holds for text encoders is left out."""
+        options = {"weight_name": file.name, "local_files_only": True, "unet_config": network.config}
+        try:
+            weights, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+                str(file.parent), return_lora_metadata=True, **options
+            )
+            StableDiffusionLoraLoaderMixin.load_lora_into_unet(weights, alphas, network, "style", metadata=metadata)
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            raise ValueError(f"{file} is no LoRA of this network ({' '.join(str(error).split())[:200]})") from error
+        if not any(".lora_A." in name for name, _ in network.named_parameters()):
+            raise ValueError(f"{file} is no LoRA of this network: none of its weights is of a layer of the UNet")
+        if any(name.startswith("text_encoder") for name in weights):
+            log.warning("%s also changes the text encoder, which is left as it is", file)
+        network.fuse_lora(lora_scale=scale)
+        network.unload_lora()
 
     def weight(self, network: UNet2DConditionModel) -> Tensor:
         """The first convolution's, which no student adapts."""
