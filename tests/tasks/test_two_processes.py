@@ -7,9 +7,10 @@ import pytest
 import torch
 from ddp_case import train, worker
 from ranks_case import run_ranks
-from training_case import distillation, same, student_weights
+from training_case import distillation, same
 
-from icd_lightning.models.students import ADAPTERS
+from icd_lightning.models.student_file import StudentFile
+from icd_lightning.models.students import ADAPTERS, DIRECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -122,8 +123,7 @@ def test_what_one_process_saved_goes_on_in_two(random_family, alone, pair, longe
     assert run_ranks(worker, random_family, tmp_path, pair[0], 3) == [0, 0]
     assert_same_step(tmp_path, longer, start)
     exported, expected = (
-        student_weights(distillation(random_family, **{f"{d}_weights": str(folder / d) for d in ADAPTERS.values()}))
-        for folder in (tmp_path, longer)
+        {d: StudentFile.read(folder / d).weights for d in DIRECTIONS} for folder in (tmp_path, longer)
     )
     for direction, weights in exported.items():
         assert all((w - expected[direction][name]).abs().max() < 2e-3 for name, w in weights.items())
