@@ -64,7 +64,8 @@ def ablations(
     from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
     from icd_lightning.evaluation.ablations import AblationSettings, measure_study, read_ablations
-    from icd_lightning.evaluation.methods import teacher_hash
+    from icd_lightning.evaluation.benchmark import Settings
+    from icd_lightning.evaluation.methods import Models, teacher_hash
     from icd_lightning.evaluation.report import print_table, wide_console
 
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
@@ -74,16 +75,15 @@ def ablations(
         )
     weights, root = Weights(model, guided_unet, device=device), Path(out)
     family = weights.family()
-    settings = AblationSettings(
-        root,
-        family,
-        scales,
-        tuple(metrics.split(",")) if metrics else None,
-        *(Path(path) if path else None for path in (data, images)),
+    measured = Settings(
+        "inversion",
+        metrics=tuple(metrics.split(",")) if metrics else None,
+        data=Path(data) if data else None,
+        images=Path(images) if images else None,
         count=count,
         batch_size=batch_size,
-        device=find_device(device),
     )
+    settings = AblationSettings(root, Models(family, device=find_device(device)), scales, measured)
     rows = read_ablations(Path(conf) / "ablation")
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
-from icd_lightning.evaluation.bench import CPU
 from icd_lightning.evaluation.benchmark import Settings
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
@@ -26,7 +24,6 @@ from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
 from icd_lightning.evaluation.statistics import Verdict, compare
 from icd_lightning.evaluation.suite import Suite
-from icd_lightning.models.family import Family
 
 LETTERS = "ABCEFGHIJK"
 ORDERINGS = {False: "ABCFG", True: "HIJK"}
@@ -127,32 +124,19 @@ class AblationStudy:
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """What to measure a study on, and where to write it."""
+    """What to measure a study on, `settings` of the benchmark inversion, and where to write it."""
 
     root: Path
-    family: Family
+    models: Models
     guidance_scales: tuple[float, ...] = (3.0, 5.0)
-    metrics: tuple[str, ...] | None = None
-    data: Path | None = None
-    images: Path | None = None
-    count: int | None = 128
-    batch_size: int = 16
-    device: torch.device = field(default=CPU)
+    settings: Settings = field(default=Settings("inversion", count=128))
 
-    def measure(self, name: str, method: str, *, guided: bool, **models: str) -> Results:
+    def measure(self, name: str, method: str, *, guided: bool, **students: str) -> Results:
         """A method to noise and back, unguided and, if asked for, at every w throughout and dynamically."""
-        settings = Settings(
-            "inversion",
-            (method,),
-            metrics=self.metrics,
-            data=self.data,
-            images=self.images,
-            count=self.count,
-            batch_size=self.batch_size,
-        )
+        settings, models = replace(self.settings, methods=(method,)), replace(self.models, **students)
         scales = self.guidance_scales if guided else ()
         decodings = [UNGUIDED, *(one for w in scales for one in steps(w, (1.0, TAU))[1:])]
-        suite = Suite(settings, Models(self.family, device=self.device, **models), self.root / "runs" / name)
+        suite = Suite(settings, models, self.root / "runs" / name)
         (results,) = suite.perform(replace(TO_NOISE_AND_BACK, decodings=lambda *_: decodings))["inversion"]
         return results
 

@@ -139,7 +139,7 @@ def test_two_data_sets_of_the_same_names_do_not_corrupt_each_other(tmp_path):
     assert measured(first, "psnr") == measured(second, "psnr") == {"psnr": [math.inf]}
     assert measured(first, "psnr", "mse") == {"psnr": [math.inf], "mse": [0.0]}
     run = run_of(None, tmp_path / "out", second, as_they_are, ("psnr",))
-    with pytest.raises(ValueError, match="is not a result of a.png: run it again"):
+    with pytest.raises(ValueError, match=r"is not a result of a\.png: run it again"):
         read_results(run.folder, "as is", second)
 
 
