@@ -59,13 +59,13 @@ class Registry:
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every entry by name; ValueError where two packages register one name."""
-        found = dict(self.own)
+        entries = dict(self.own)
         for point in entry_points(group=self.group):
             registered = point.load()
-            if twice := found.keys() & registered.keys():
+            if twice := entries.keys() & registered.keys():
                 raise ValueError(f"{self.kind} {min(twice)!r} is registered twice, the second time by {point.value}")
-            found |= registered
-        return found
+            entries |= registered
+        return entries
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries

@@ -72,10 +72,10 @@ class ExponentialAverage(lightning.Callback):
         """Save the averages beside the weights; all processes come here."""
         if not self._averages:
             return
-        held, kept = checkpoint["state_dict"], gathered(self._averages)
-        averages, current = (held, kept) if self._in_place else (kept, held)
-        checkpoint["state_dict"] = {**held, **averages}
-        checkpoint["current_model_state"] = {**held, **current}
+        in_task, aside = checkpoint["state_dict"], gathered(self._averages)
+        averages, current = (in_task, aside) if self._in_place else (aside, in_task)
+        checkpoint["state_dict"] = {**in_task, **averages}
+        checkpoint["current_model_state"] = {**in_task, **current}
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averaged_step)}
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:

@@ -25,13 +25,13 @@ class FinalMetrics(lightning.Callback):
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log once the last validation is over."""
-        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        kept = {f"final/{name}": value for name, value in found.items() if name.split("/")[0] in self.groups}
-        if not kept or not trainer.is_global_zero:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in self.groups}
+        if not metrics or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings_of(trainer), kept, trainer.global_step)
+                logger.log_hyperparams(settings_of(trainer), metrics, trainer.global_step)
 
 
 def settings_of(trainer: lightning.Trainer) -> dict[str, Any]:
@@ -48,4 +48,4 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {key.replace(".init_args", ""): value}
     parts = (_flat(below, f"{key}.{name}") for name, below in value.items())
-    return {name: found for part in parts for name, found in part.items()}
+    return {name: value for part in parts for name, value in part.items()}

@@ -50,12 +50,12 @@ def gather_weights(module: nn.Module) -> None:
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process, nothing on the others; all must call it, for the same names."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    found = {}
+    tensors_here = {}
     for name, tensor in tensors.items():
         whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         if first:
-            found[name] = whole.cpu()
-    return found
+            tensors_here[name] = whole.cpu()
+    return tensors_here
 
 
 def part_like(whole: Tensor, like: Tensor) -> Tensor:

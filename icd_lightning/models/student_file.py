@@ -66,22 +66,22 @@ class StudentFile:
         tensors, header = _read(file)
         part = next((p for p in PARTS if any(name.startswith((f"{p}.", f"lora_{p}_")) for name in tensors)), "unet")
         if kohya := any(name.startswith(f"lora_{part}_") for name in tensors):
-            weights, said = _from_kohya(tensors, f"lora_{part}_", file)
+            weights, options = _from_kohya(tensors, f"lora_{part}_", file)
         else:
             weights = {_without_prefix(name): tensor for name, tensor in tensors.items()}
-            said = _read_json(header.get("lora_adapter_metadata", "{}"), file)
-            said = {key.removeprefix(f"{part}."): value for key, value in said.items()}
-        beside = {**_beside(file, PEFT_CONFIG), **said}
+            options = _read_json(header.get("lora_adapter_metadata", "{}"), file)
+            options = {key.removeprefix(f"{part}."): value for key, value in options.items()}
+        beside = {**_beside(file, PEFT_CONFIG), **options}
         about = _read_json(header["icd"], file) if "icd" in header else _beside(file, "icd.json")
         if refused := [key for key in NOT_HAD if beside.get(key)]:
             raise ValueError(f"{file} uses {refused[0]}, which students do not have")
         modules = beside.get("target_modules")
         released = not kohya and all(name.startswith(RELEASED) for name in tensors)
-        told = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None, alpha)
+        alphas = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None, alpha)
         return cls(
             weights,
             _rank(weights, file),
-            _alpha(told, file),
+            _alpha(alphas, file),
             about,
             tuple(modules) if isinstance(modules, list) else None,
             part,
@@ -154,8 +154,8 @@ def write_kohya(file: StudentFile, path: str | Path) -> Path:
     weights = {}
     for name, weight in file.weights.items():
         module, part, _ = _kohya_name(name).split(".")
-        theirs = next(theirs for theirs, ours in KOHYA_PARTS.items() if ours == part)
-        weights[f"lora_{file.part}_{module}.{theirs}.weight"] = weight
+        kohya_part = next(kohya for kohya, usual in KOHYA_PARTS.items() if usual == part)
+        weights[f"lora_{file.part}_{module}.{kohya_part}.weight"] = weight
         weights[f"lora_{file.part}_{module}.alpha"] = torch.tensor(float(file.alpha))
     sizes = {"ss_network_dim": str(file.rank), "ss_network_alpha": str(file.alpha)}
     header = {"format": "pt", "ss_network_module": "networks.lora", **sizes, "icd": _described(file)}
@@ -201,7 +201,7 @@ def sorted_metadata(data: bytes) -> bytes:
 def _described(file: StudentFile) -> str:
     """What a student's file says of it, as JSON."""
     if clash := {"rank", "alpha"} & file.about.keys():
-        raise ValueError(f"what is said of a student may not set {sorted(clash)}: the student itself says so")
+        raise ValueError(f"`about` of a student may not set {sorted(clash)}: the student itself says so")
     return json.dumps({"rank": file.rank, "alpha": file.alpha, **file.about}, indent=2, default=_plain)
 
 
@@ -274,9 +274,9 @@ def _rank(weights: Mapping[str, Tensor], file: Path) -> int:
     return ranks.pop()
 
 
-def _alpha(told: tuple[Any, ...], file: Path) -> float:
-    """The first alpha that is told: by the weights' own header, by a file beside them, by the caller."""
-    alpha = next((value for value in told if value is not None), None)
+def _alpha(alphas: tuple[Any, ...], file: Path) -> float:
+    """The first alpha that somebody says: the weights' own header, a file beside them, the caller."""
+    alpha = next((value for value in alphas if value is not None), None)
     if alpha is None:
         raise ValueError(
             f"{file} does not say its alpha: its header is lost, and neither icd.json nor {PEFT_CONFIG} lies beside "

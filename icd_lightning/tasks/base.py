@@ -151,17 +151,19 @@ class Task(lightning.LightningModule):
             return
         for model in self.diffusion_models():
             shard(model, self.device_mesh["data_parallel"])
-        if whole := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
+        if unspread := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
             raise ValueError(
-                f"{type(self).__name__} trains more than its networks ({whole[0]}, ...), which this strategy cannot "
+                f"{type(self).__name__} trains more than its networks ({unspread[0]}, ...), which this strategy cannot "
                 "spread: take strategy ddp"
             )
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
-        if low := next((n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None):
+        if coarse := next(
+            (n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None
+        ):
             raise ValueError(
-                f"{low} would be trained in half precision, which loses small steps, under trainer.precision "
+                f"{coarse} would be trained in half precision, which loses small steps, under trainer.precision "
                 f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"
             )
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
@@ -289,13 +291,13 @@ class Task(lightning.LightningModule):
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.check_recipe(checkpoint)
-        trained, found = self._trained_keys(), checkpoint["state_dict"].keys()
+        trained, saved = self._trained_keys(), checkpoint["state_dict"].keys()
         shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        other = {name for name in trained & found if checkpoint["state_dict"][name].shape != shapes[name]}
-        if wrong := sorted((trained ^ found) | other):
+        other = {name for name in trained & saved if checkpoint["state_dict"][name].shape != shapes[name]}
+        if wrong := sorted((trained ^ saved) | other):
             raise ValueError(
-                f"checkpoint does not fit this task: {len(trained - found)} trained tensors missing, "
-                f"{len(found - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
+                f"checkpoint does not fit this task: {len(trained - saved)} trained tensors missing, "
+                f"{len(saved - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
                 "was it made with another model or LoRA rank?"
             )
         frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
