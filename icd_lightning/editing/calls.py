@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from icd_lightning.diffusion import Step
+from icd_lightning.diffusion import OnStep, Step
 from icd_lightning.editing.pictures import OUTPUT_TYPES
 
 OnStepEnd = Callable[..., dict[str, Any] | None]
 """callback(pipe, index, t, {"latents": ...}); latents that it returns replace those of the step."""
 
 
-class Watch:
-    """Follows a call's steps: counts evaluations, moves the progress bar, calls the callback; at the end, offloads."""
+@contextmanager
+def followed(
+    pipe: DiffusionPipeline, total: int, callback: OnStepEnd | None, output_type: str = OUTPUT_TYPES[0]
+) -> Iterator[OnStep]:
+    """What follows a call's steps: counts evaluations, moves the progress bar, calls the callback; then offloads."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+    pipe.nfe, bar, numbers = 0, pipe.progress_bar(total=total), count()
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        total: int,
-        callback: OnStepEnd | None,
-        output_type: str = OUTPUT_TYPES[0],
-    ) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
-        self.pipe, self.total, self.callback = pipe, total, callback
-        self.branches = 1  # rows of one picture in the network
-        self.index = 0
+    def on_step(step: Step) -> None:
+        pipe.nfe += step.nfe
+        bar.update()
+        changed = callback(pipe, next(numbers), step.t, {"latents": step.x}) if callback is not None else None
+        if changed and "latents" in changed:
+            given, expected = tuple(changed["latents"].shape), tuple(step.x.shape)
+            if given != expected:
+                raise ValueError(f"the callback returned latents of shape {given} for those of {expected}")
+            step.x.copy_(changed["latents"])  # the loop goes on from it
 
-    def __enter__(self) -> Watch:
-        self.pipe.nfe = 0
-        self.bar = self.pipe.progress_bar(total=self.total)
-        return self
-
-    def __call__(self, step: Step) -> None:
-        self.pipe.nfe += step.nfe * self.branches
-        self.bar.update()
-        if self.callback is not None:
-            changed = self.callback(self.pipe, self.index, step.t, {"latents": step.x}) or {}
-            if "latents" in changed:
-                if changed["latents"].shape != step.x.shape:
-                    raise ValueError(
-                        f"the callback returned latents of shape {tuple(changed['latents'].shape)} for those of "
-                        f"{tuple(step.x.shape)}"
-                    )
-                step.x.copy_(changed["latents"])  # the loop goes on from it
-        self.index += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.close()
-        self.pipe.maybe_free_model_hooks()
+    try:
+        yield on_step
+    finally:
+        bar.close()
+        pipe.maybe_free_model_hooks()
 
 
 def as_texts(prompt: str | Sequence[str], name: str) -> list[str]:

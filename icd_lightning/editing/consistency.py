@@ -18,7 +18,6 @@ from icd_lightning.diffusion import (
     GuidanceSchedule,
     OnStep,
     Process,
-    Step,
     generate,
     invert,
 )
@@ -113,9 +112,11 @@ class InvertibleConsistency(EditingMethod):
         """The reverse model."""
         return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
 
-    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None = None) -> Tensor:
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `seed`."""
-        return self.climb(latents, prompts, seeded_noise(latents.shape, seed, latents.device), on_step=on_step)
+        return self.climb(x0, prompts, seeded_noise(x0.shape, seed, x0.device), on_step=on_step)
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
@@ -145,27 +146,24 @@ class AttentionControlled(InvertibleConsistency):
 
     def edit(
         self,
-        images: Tensor,
+        images: Tensor | None,
         source_prompts: Sequence[str],
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
         blended_words: Sequence[BlendedWords] | None = None,
+        noise: Tensor | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
         **control: Any,
     ) -> Tensor:
         """As `InvertibleConsistency.edit`, with settings of `PromptToPrompt` and the words that each edit blends by."""
         usual = PromptToPrompt().changed(control)
-        settings = [usual.blending(words) for words in blended_words or [None] * len(images)]
+        settings = [usual.blending(words) for words in blended_words or [None] * len(source_prompts)]
         decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
-        noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
-
-        def count_both(step: Step) -> None:
-            if on_step is not None:
-                on_step(step._replace(nfe=2 * step.nfe))  # of the source's branch and the target's
-
-        return decode(noise, source_prompts, target_prompts, guidance=guidance, on_step=count_both)
+        if noise is None:
+            noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
+        return decode(noise, source_prompts, target_prompts, guidance=guidance, on_step=on_step)
 
 
 class Untrained(InvertibleConsistency):

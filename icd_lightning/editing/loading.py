@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +15,7 @@ from icd_lightning.diffusion import Boundaries, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, suitable_tau
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
+from icd_lightning.files import replaced_folder, write_json
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
@@ -95,7 +93,8 @@ class StudentPipeline(DiffusionPipeline):
         self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
         _PLANTED[id(unet)] = self.students
         autoencoder = LatentAutoencoder(vae)
-        self.method = InvertibleConsistency(self.students, autoencoder, self._conditioner(autoencoder), ends)
+        parts = (self.students, autoencoder, self._conditioner(autoencoder))
+        self.method = InvertibleConsistency(*parts, ends, merge=True)
         self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
 
     def _conditioner(self, autoencoder: LatentAutoencoder) -> Conditioner:
@@ -154,29 +153,19 @@ class StudentPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a folder for `from_pretrained`, and for `--model` of the commands: every part, and both students."""
-        folder = Path(save_directory).absolute()
-        if folder.is_file():
-            raise ValueError(f"cannot save to {folder}: that is a file, give a folder")
-        temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")
-        try:
+        with replaced_folder(save_directory) as folder:
             for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
                 if getattr(self, name) is not None:
-                    getattr(self, name).save_pretrained(temporary / name)
+                    getattr(self, name).save_pretrained(folder / name)
             bare = self.students.backbone.bare(self.unet)
-            bare.save_pretrained(temporary / "unet_guided")
-            bare.save_config(temporary / "unet")  # sizes of the family; the plain teacher is not known here
+            bare.save_pretrained(folder / "unet_guided")
+            bare.save_config(folder / "unet")  # sizes of the family; the plain teacher is not known here
             for direction in DIRECTIONS:
                 file = self.students.file(direction, {"boundaries": self.config.boundaries})
-                write_diffusers(file, temporary / "students" / direction)
+                write_diffusers(file, folder / "students" / direction)
             defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
-            (temporary / "icd.json").write_text(json.dumps(asdict(defaults)) + "\n")
-            self.save_config(temporary)
-            for file in [path for path in temporary.rglob("*") if path.is_file()]:
-                place = folder / file.relative_to(temporary)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            write_json(folder / "icd.json", asdict(defaults))
+            self.save_config(folder)
 
     @property
     def _execution_device(self) -> torch.device:

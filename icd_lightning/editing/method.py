@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, Split, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.family import Family
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
@@ -48,28 +47,6 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
 def usual_swap_tau(guidance: GuidanceSchedule) -> float:
     """Until when edits follow the source's prompt, unless told otherwise: the guidance's tau, or 1, never."""
     return getattr(guidance, "tau", 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Framed:
-    """A conditioner for whole pictures of one size."""
-
-    conditioner: Conditioner
-    height: int
-    width: int
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.conditioner.tokenizer
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        return self.conditioner(prompts, self._framing(len(prompts)))
-
-    def unconditional(self, batch_size: int) -> Conditioning:
-        return self.conditioner.unconditional(batch_size, self._framing(batch_size))
-
-    def _framing(self, count: int) -> Framing:
-        return Framing.whole(count, (self.height, self.width))
 
 
 @dataclass(eq=False)
@@ -110,7 +87,7 @@ class PictureMethod(ABC):
     """Runs on iCD's students, so that its results depend on them."""
 
     autoencoder: LatentAutoencoder
-    conditioner: Conditioner | Framed
+    conditioner: Conditioner
 
     @classmethod
     @abstractmethod
@@ -137,9 +114,17 @@ class PictureMethod(ABC):
             part.to(device)
         return self
 
-    @abstractmethod
+    @torch.no_grad()
     def invert(self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None) -> Any:
         """Encode pictures (B, 3, H, W) with the prompts that describe them to what an edit descends from."""
+        latents = self.autoencoder.encode(images)
+        return self.framed_for(latents).invert_latents(latents, prompts, seed=seed, on_step=on_step)
+
+    @abstractmethod
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
+    ) -> Any:
+        """From latents (B, C, h, w) to what an edit descends from."""
 
     @abstractmethod
     def edit(
@@ -159,20 +144,28 @@ class PictureMethod(ABC):
 
     def framed_for(self: Method, latents: Tensor) -> Method:
         """This method for whole pictures of latents (B, C, h, w), whose size SDXL is told; all else is shared."""
+        channels, factor = self.autoencoder.latent_channels, self.autoencoder.downsampling
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            shape = tuple(latents.shape)
+            raise ValueError(f"latents are of shape {shape}; this model's are (B, {channels}, h, w)")
         if not isinstance(self.conditioner, DualCLIPConditioner):
             return self
-        method, factor = copy(self), self.autoencoder.downsampling
-        method.conditioner = Framed(self.conditioner, *(side * factor for side in latents.shape[-2:]))
+        method = copy(self)
+        method.conditioner = self.conditioner.for_size(*(side * factor for side in latents.shape[-2:]))
         return method
 
     def latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Shape of the latents of `count` pictures of height x width pixels."""
+        """Shape of the latents of `count` pictures; ValueError for a height or width that they cannot have."""
         factor = self.autoencoder.downsampling
+        for name, side in (("height", height), ("width", width)):
+            if side < factor or side % factor:
+                near = max(factor, round(side / factor) * factor)
+                raise ValueError(f"{name} {side} must be a multiple of {factor}, for example {near}")
         return (count, self.autoencoder.latent_channels, height // factor, width // factor)
 
 
 class EditingMethod(PictureMethod):
-    """A way to noise and back. Latents are (B, C, h, w), scaled; guidance is any `GuidanceSchedule`, w = 1 unguided.
+    """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided.
 
     `on_step` is called after each step with the evaluations that it took (see `diffusion.jumps`).
     """
@@ -182,20 +175,8 @@ class EditingMethod(PictureMethod):
         """The network that decodes, bound to prompts and guidance."""
 
     @abstractmethod
-    def to_noise(self, latents: Tensor, prompts: Sequence[str], *, seed: Seed, on_step: OnStep | None) -> Tensor:
-        """Latents (B, C, h, w) to noise (B, C, h, w), unguided."""
-
-    @abstractmethod
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
         """Noise (B, C, h, w) to latents (B, C, h, w)."""
-
-    @torch.no_grad()
-    def invert(
-        self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
-    ) -> Tensor:
-        """Encode pictures (B, 3, H, W) with their prompts to noise (B, C, h, w)."""
-        latents = self.autoencoder.encode(images)
-        return self.framed_for(latents).to_noise(latents, prompts, seed=seed, on_step=on_step)
 
     @torch.no_grad()
     def generate(
@@ -216,43 +197,35 @@ class EditingMethod(PictureMethod):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        swap_tau: float,
+        swap_tau: float | None,
     ) -> PromptSwap:
-        """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided."""
+        """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided.
+
+        By default swap_tau is the guidance's tau, or 1, never, where it has none.
+        """
         source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
+        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
         return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 
     @torch.no_grad()
-    def swap(
-        self,
-        noise: Tensor,
-        source_prompts: Sequence[str],
-        target_prompts: Sequence[str],
-        *,
-        guidance: GuidanceSchedule,
-        swap_tau: float,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Decode inverted noise (B, C, h, w) to pictures (B, 3, H, W), by `swapping`."""
-        method = self.framed_for(noise)
-        denoise = method.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
-        return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
-
     def edit(
         self,
-        images: Tensor,
+        images: Tensor | None,
         source_prompts: Sequence[str],
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
         swap_tau: float | None = None,
+        noise: Tensor | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Edit pictures (B, 3, H, W): invert with the source prompts, decode with the target's.
+        """Edit pictures (B, 3, H, W): invert with the source prompts, decode by `swapping` to the target's.
 
-        swap_tau: follow the source prompt while t > swap_tau T; by default the guidance's tau, or 1 where it has none.
+        noise: what `invert` returned for the pictures, to be decoded in their place.
         """
-        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
-        noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
-        return self.swap(noise, source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau, on_step=on_step)
+        if noise is None:
+            noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
+        method = self.framed_for(noise)
+        denoise = method.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
+        return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))

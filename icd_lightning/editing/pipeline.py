@@ -17,12 +17,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, StepGuidance
-from icd_lightning.editing.calls import OnStepEnd, Watch, as_texts, batch_size, one_for_each
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, StepGuidance
+from icd_lightning.editing.calls import OnStepEnd, as_texts, batch_size, followed, one_for_each
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
-from icd_lightning.editing.method import UNGUIDED, Framed, Seed, seeded_noise, usual_swap_tau
+from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
 
@@ -77,8 +77,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         prompts = [text for text in as_texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
         if latents is None:
             latents = self._noise(len(prompts), *self._size(height, width), generator, seed)
-        with Watch(self, self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
-            return self._output(self._fall(latents, prompts, guided, watch), output_type)
+        with followed(self, self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
+            return self._output(self._fall(latents, prompts, guided, on_step), output_type)
 
     @torch.no_grad()
     def invert(
@@ -101,8 +101,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             height, width, callback_on_step_end: see `generate`.
         """
         images = as_images(image, *self._size(height, width))
-        with Watch(self, self.boundaries.num_segments, callback_on_step_end) as watch:
-            return self._climb(images, as_texts(prompt, "prompt"), generator, seed, watch)
+        with followed(self, self.boundaries.num_segments, callback_on_step_end) as on_step:
+            return self._climb(images, as_texts(prompt, "prompt"), generator, seed, on_step)
 
     @torch.no_grad()
     def reconstruct(
@@ -119,9 +119,9 @@ class InvertibleConsistencyPipeline(StudentPipeline):
     ) -> ImagePipelineOutput:
         """Take pictures to noise and back, unguided. Arguments as of `invert` and `generate`."""
         images, prompts = as_images(image, *self._size(height, width)), as_texts(prompt, "prompt")
-        with Watch(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as watch:
-            noise = self._climb(images, prompts, generator, seed, watch)
-            return self._output(self._fall(noise, prompts, UNGUIDED, watch), output_type)
+        with followed(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
+            noise = self._climb(images, prompts, generator, seed, on_step)
+            return self._output(self._fall(noise, prompts, UNGUIDED, on_step), output_type)
 
     @torch.no_grad()
     def edit(
@@ -160,29 +160,29 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         """
         control = self._control(control, swap_tau)
         guided = self._guidance(guidance_scale, tau, guidance, edit=control is not None)
-        swap_tau = usual_swap_tau(guided) if swap_tau is None else check_fraction(swap_tau, "swap_tau")
+        if swap_tau is not None:
+            check_fraction(swap_tau, "swap_tau")
         sources, targets = as_texts(source_prompt, "source_prompt"), as_texts(target_prompt, "target_prompt")
         if (image is None) == (latents is None):
             raise ValueError("give either an image to edit, or latents, the noise that it was inverted to")
         images = None if image is None else as_images(image, *self._size(height, width))
         steps = self.boundaries.num_segments
-        with Watch(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as watch:
-            noise = latents if images is None else self._climb(images, sources, generator, seed, watch)
+        with followed(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as on_step:
+            noise = latents if images is None else self._climb(images, sources, generator, seed, on_step)
             count = batch_size(image=noise, source_prompt=sources, target_prompt=targets)
             method, noise = self._bound(noise, count)
             sources, targets = one_for_each(sources, count), one_for_each(targets, count)
             if control is None:
                 denoise = method.swapping(sources, targets, guidance=guided, swap_tau=swap_tau)
-                return self._output(method.from_noise(denoise, noise, on_step=watch), output_type)
-            watch.branches = 2
+                return self._output(method.from_noise(denoise, noise, on_step=on_step), output_type)
             editing = PromptToPromptEditing(method, self.unet, steps, control)
-            both = editing.decode(noise, sources, targets, guidance=guided, on_step=watch)
+            both = editing.decode(noise, sources, targets, guidance=guided, on_step=on_step)
             return self._output(both[count:], output_type)
 
     # Parts of a call
 
     def _climb(
-        self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, watch: Watch
+        self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, on_step: OnStep
     ) -> Tensor:
         """Images (B, 3, H, W) to noise (B, C, h, w)."""
         count = batch_size(image=images, prompt=prompts)
@@ -190,39 +190,24 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             seed = [seed or 0] * count if seed is None or isinstance(seed, Integral) else seed
         method, noise = self._bound(self._noise(count, *images.shape[-2:], generator, seed), count)
         latents = method.autoencoder.encode(images.to(noise.device))
-        return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=watch)
+        return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=on_step)
 
-    def _fall(self, latents: Tensor, prompts: list[str], guidance: GuidanceSchedule, watch: Watch) -> Tensor:
+    def _fall(self, latents: Tensor, prompts: list[str], guidance: GuidanceSchedule, on_step: OnStep) -> Tensor:
         """Noise to latents (B, C, h, w), each under its prompt."""
         count = batch_size(prompt=prompts, latents=latents)
         method, noise = self._bound(latents, count)
         denoise = method.denoiser(one_for_each(prompts, count), guidance)
-        return method.from_noise(denoise, noise, on_step=watch)
+        return method.from_noise(denoise, noise, on_step=on_step)
 
     def _bound(self, latents: Tensor, count: int) -> tuple[InvertibleConsistency, Tensor]:
-        """The method for latents (B or 1, C, h, w) on the device that runs, and these as (count, C, h, w).
-
-        Networks that ask are told of their size.
-        """
-        if latents.ndim != 4 or latents.shape[1] != self.method.autoencoder.latent_channels:
-            raise ValueError(
-                f"latents are of shape {tuple(latents.shape)}; this model's are "
-                f"(B, {self.method.autoencoder.latent_channels}, h, w)"
-            )
+        """The method for latents (B or 1, C, h, w) on the device that runs, and these as (count, C, h, w)."""
         self.students.process.to(self._execution_device)
-        height, width = (side * self.method.autoencoder.downsampling for side in latents.shape[-2:])
-        framed = Framed(self.method.conditioner, height, width)
-        method = InvertibleConsistency(self.students, self.method.autoencoder, framed, self.boundaries, merge=True)
-        return method, one_for_each(latents, count)
+        return self.method.framed_for(latents), one_for_each(latents, count)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels of the pictures; ValueError if the autoencoder cannot have them."""
-        factor = self.method.autoencoder.downsampling
         size = (self.resolution if height is None else height, self.resolution if width is None else width)
-        for name, side in zip(("height", "width"), size, strict=True):
-            if side < factor or side % factor:
-                near = max(factor, round(side / factor) * factor)
-                raise ValueError(f"{name} {side} must be a multiple of {factor}, for example {near}")
+        self.method.latent_shape(1, *size)
         return size
 
     def _noise(self, count: int, height: int, width: int, generator: Generators, seed: Seed | None) -> Tensor:

@@ -26,7 +26,7 @@ from icd_lightning.models.student_file import weights_file
 from icd_lightning.models.style import parse_style
 from icd_lightning.registry import typed
 
-EVERY_EDIT = ("guidance", "seed", "on_step")
+EVERY_EDIT = ("guidance", "noise", "seed", "on_step")
 """Keywords of `edit` that are no options of a method."""
 
 

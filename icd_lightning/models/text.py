@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -85,13 +86,19 @@ class DualCLIPConditioner(nn.Module):
 
     Args:
         first, second: the encoders; the second one's has a projection (`CLIPTextModelWithProjection`).
-        resolution: pixels of a side of a picture of unknown framing.
+        resolution: pixels of a side of a picture of unknown framing; see `for_size`.
     """
 
     def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int) -> None:
         super().__init__()
-        self.first, self.second, self.resolution = first, second, resolution
+        self.first, self.second, self.size = first, second, (resolution, resolution)
         second._reported = first._reported  # both cut a prompt alike: say it once
+
+    def for_size(self, height: int, width: int) -> DualCLIPConditioner:
+        """The same encoders for pictures of another size, where no framing is given."""
+        other = copy(self)
+        other.size = (height, width)
+        return other
 
     @property
     def tokenizer(self) -> Any:
@@ -106,7 +113,7 @@ class DualCLIPConditioner(nn.Module):
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D1 + D2) and pooled ones (B, P); an empty prompt is all zeros.
 
-        Without framing the pictures are whole, and `resolution` pixels large.
+        Without framing the pictures are whole, and of the usual size.
         """
         first, second = (side.encode(prompts, output_hidden_states=True) for side in (self.first, self.second))
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -128,7 +135,7 @@ class DualCLIPConditioner(nn.Module):
         return Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled, time_ids=ids)
 
     def _time_ids(self, batch_size: int, framing: Framing | None) -> Tensor:
-        framing = framing or Framing.whole(batch_size, (self.resolution, self.resolution))
+        framing = framing or Framing.whole(batch_size, self.size)
         return framing.time_ids().to(next(self.second.parameters()).device)
 
 

@@ -82,9 +82,9 @@ def test_an_edit_to_the_same_prompt_is_a_reconstruction(pipeline, images):
 
 def test_a_swap_at_the_ends_is_no_swap(pipeline, images):
     noise = pipeline.invert(images, SOURCES)
-    never = pipeline.swap(noise, SOURCES, TARGETS, guidance=GUIDED, swap_tau=0.0)
+    never = pipeline.edit(None, SOURCES, TARGETS, noise=noise, guidance=GUIDED, swap_tau=0.0)
     close(never, pipeline.generate(SOURCES, noise))
-    at_once = pipeline.swap(noise, SOURCES, TARGETS, guidance=GUIDED, swap_tau=1.0)
+    at_once = pipeline.edit(None, SOURCES, TARGETS, noise=noise, guidance=GUIDED, swap_tau=1.0)
     close(at_once, pipeline.generate(TARGETS, noise, guidance=GUIDED))
 
 

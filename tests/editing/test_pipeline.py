@@ -91,7 +91,7 @@ def test_it_gives_what_the_method_and_prompt_to_prompt_give(pipe, random_family,
     guidance, seeds = StepGuidance(3.0, 0.8), [0] * 4
     inverted = method.invert(images * 2 - 1, SOURCES, seed=seeds)
     torch.testing.assert_close(noise, inverted, rtol=0, atol=0)
-    swapped = method.swap(inverted, SOURCES, TARGETS, guidance=guidance, swap_tau=0.8)
+    swapped = method.edit(None, SOURCES, TARGETS, noise=inverted, guidance=guidance, swap_tau=0.8)
     close(edited(pipe, images) * 2 - 1, swapped)
     editing = PromptToPromptEditing(method, method.students.network, 4, CONTROL)
     close(edited(pipe, images, control=CONTROL) * 2 - 1, editing(inverted, SOURCES, TARGETS, guidance=guidance))

@@ -185,7 +185,7 @@ def test_an_edit_takes_four_evaluations_of_two_rows(method, noise):
     result = editing(method)(noise[:1], SOURCES[:1], TARGETS[:1], guidance=GUIDED, on_step=steps.append)
     hook.remove()
     assert rows == [2, 2, 2, 2]
-    assert sum(step.nfe for step in steps) == 4
+    assert sum(step.nfe for step in steps) == 8
     assert result.shape == (1, 3, 64, 64)
 
 

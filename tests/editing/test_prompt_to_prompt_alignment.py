@@ -9,7 +9,9 @@ from golden_case import SHIPPED, load_json, load_tensors
 from transformers import CLIPTokenizer
 
 from icd_lightning.editing.baselines.base import PIE_CONTROL
+from icd_lightning.editing.limits import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.alignment import (
+    Pair,
     PromptTokens,
     align,
     changed_words,
@@ -18,7 +20,6 @@ from icd_lightning.editing.prompt_to_prompt.alignment import (
     replacement,
     stop_words,
 )
-from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
 
 CASES = load_json("p2p.json")["cases"]
 

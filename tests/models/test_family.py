@@ -139,7 +139,7 @@ def test_two_encoders_are_told_the_size_of_the_pictures_of_either_autoencoder(la
     (tmp_path / "model" / "vae").symlink_to(random_family / "vae")
     for model in (layouts["sdxl"], tmp_path / "model"):
         family = Family(str(model))
-        assert family.load_conditioner().resolution == 8 * family.load_autoencoder().downsampling == 64
+        assert family.load_conditioner().size[0] == 8 * family.load_autoencoder().downsampling == 64
 
 
 # Variants, overrides

@@ -128,14 +128,6 @@ class Baseline(PictureMethod):
         return method
 
     @torch.no_grad()
-    def invert(
-        self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
-    ) -> Inversion:
-        """Encode pictures (B, 3, H, W) with the prompts that describe them to what edits descend from."""
-        latents = self.autoencoder.encode(images)
-        return self.framed_for(latents).invert_latents(latents, prompts, seed=seed, on_step=on_step)
-
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -273,7 +265,12 @@ class DDIMBaseline(Baseline):
     """Changes the prompt that guidance leads away from, which a network that takes w as an input does not have."""
 
     def __init__(
-        self, parts: Parts, num_inference_steps: int, guidance_scale: float, control: PromptToPrompt | None
+        self,
+        parts: Parts,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        control: PromptToPrompt | None = PIE_CONTROL,
     ) -> None:
         super().__init__(parts, guidance_scale, control)
         if self.leads_from_prompts and parts.network.takes_guidance:

@@ -20,10 +20,8 @@ from icd_lightning.diffusion import (
     ddim_invert,
     ddim_timesteps,
 )
-from icd_lightning.editing.baselines.base import PIE_CONTROL, DDIMBaseline
-from icd_lightning.editing.baselines.parts import Parts
-from icd_lightning.editing.method import UNGUIDED, EditingMethod, usual_swap_tau
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
+from icd_lightning.editing.baselines.base import DDIMBaseline
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, usual_swap_tau
 from icd_lightning.models.family import Family
 
 
@@ -59,7 +57,7 @@ class DDIMInversion(EditingMethod):
 
     def edit(
         self,
-        images: Tensor,
+        images: Tensor | None,
         source_prompts: Sequence[str],
         target_prompts: Sequence[str],
         *,
@@ -79,11 +77,11 @@ class DDIMInversion(EditingMethod):
         unconditional = self.conditioner.unconditional(len(prompts))
         return self.model.denoiser(self.conditioner(prompts), guidance, unconditional)
 
-    def to_noise(
-        self, latents: Tensor, prompts: Sequence[str], *, seed: int = 0, on_step: OnStep | None = None
+    def invert_latents(
+        self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Tensor:
         """Climb the solver's grid, unguided; nothing is drawn, so `seed` has no effect."""
-        return ddim_invert(self.denoiser(prompts, UNGUIDED), latents, self.timesteps, self.process, on_step=on_step)
+        return ddim_invert(self.denoiser(prompts, UNGUIDED), x0, self.timesteps, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Descend it."""
@@ -96,16 +94,6 @@ class DDIMPromptToPrompt(DDIMBaseline):
     num_inference_steps evaluations to noise; back, four a step: the source's branch is guided too, and so leaves the
     path by which inversion came.
     """
-
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        control: PromptToPrompt | None = PIE_CONTROL,
-    ) -> None:
-        super().__init__(parts, num_inference_steps, guidance_scale, control)
 
     def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
         """As the target's."""

@@ -30,7 +30,7 @@ class NegativePromptInversion(DDIMBaseline):
         guidance_scale: float = 8.0,
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
-        super().__init__(parts, num_inference_steps, guidance_scale, control)
+        super().__init__(parts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, control=control)
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The source prompt, always."""

@@ -61,7 +61,7 @@ class NullTextInversion(DDIMBaseline):
         optimization: NullTextOptimization = OPTIMIZATION,
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
-        super().__init__(parts, num_inference_steps, guidance_scale, control)
+        super().__init__(parts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, control=control)
         self.optimization = optimization
 
     @property

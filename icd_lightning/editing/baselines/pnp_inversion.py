@@ -13,27 +13,15 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep
-from icd_lightning.editing.baselines.base import PIE_CONTROL, DDIMBaseline, Inversion
+from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
 from icd_lightning.editing.baselines.branches import Branch, descend
-from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 
 class PnPInversion(DDIMBaseline):
     """num_inference_steps evaluations to noise, two a step for the differences, and four a step for both branches."""
 
     needs_source, fits_guidance = True, True
-
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        control: PromptToPrompt | None = PIE_CONTROL,
-    ) -> None:
-        super().__init__(parts, num_inference_steps, guidance_scale, control)
 
     @property
     def inversion_nfe(self) -> int:

@@ -23,7 +23,7 @@ class SDEdit(DDIMBaseline):
     def __init__(
         self, parts: Parts, *, num_inference_steps: int = 50, strength: float = 0.5, guidance_scale: float = 7.5
     ) -> None:
-        super().__init__(parts, num_inference_steps, guidance_scale, None)
+        super().__init__(parts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, control=None)
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} must lie between 0 (keep the picture) and 1 (ignore it)")
         self.steps = self.steps[num_inference_steps - round(strength * num_inference_steps) :]

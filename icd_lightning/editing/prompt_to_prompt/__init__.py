@@ -16,9 +16,9 @@ unconditional ones of classifier-free guidance, are left alone. So a guidance em
 guidance 4 P, or 3 P where the sources are unguided, and the control need not be told which. One evaluation is one step.
 """
 
+from icd_lightning.editing.limits import BlendedWords, PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
 from icd_lightning.editing.prompt_to_prompt.editing import PairedGuidance, PromptToPromptEditing
-from icd_lightning.editing.prompt_to_prompt.settings import BlendedWords, PromptToPrompt
 
 __all__ = [
     "AttentionControl",

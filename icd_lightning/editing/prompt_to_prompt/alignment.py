@@ -12,20 +12,19 @@ number, *refine* the tokens by the longest common subsequence. L tokens, as many
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import punctuation
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ARTICLES = {"a", "an", "the"}
+from icd_lightning.editing.limits import AlignmentKind, PromptToPrompt
 
-AlignmentKind = Literal["auto", "replace", "refine"]
-"""How prompts are aligned; auto replaces where both have as many words, and refines otherwise."""
+ARTICLES = {"a", "an", "the"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,39 @@ def common_subsequence(source: Sequence, target: Sequence) -> list[int | None]:
             i, j = i - 1, j - 1
             matches[j] = i
     return matches
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One edit: its two prompts in tokens, and its settings. L tokens, as many as the text encoder takes."""
+
+    source: PromptTokens
+    target: PromptTokens
+    settings: PromptToPrompt
+
+    def factors(self, length: int) -> Tensor:
+        """The factor (L,) of the attention to each of the target's tokens."""
+        amplify, factors = self.settings.amplify, torch.ones(length)
+        if isinstance(amplify, Mapping):
+            for words, factor in amplify.items():
+                factors[self.target.places_of(words)] = factor
+        elif self.settings.amplified == "blended":
+            factors[self.blend_words(length)[1].bool()] = amplify
+        else:
+            factors[absent_words(self.source, self.target)] = amplify
+        return factors
+
+    def blend_words(self, length: int) -> Tensor:
+        """The tokens (2, L) of source and target that the local blend looks at, 1 or 0; none for no blend."""
+        blend, words = self.settings.blend, torch.zeros(2, length)
+        if isinstance(blend, bool):
+            gone, new = changed_words(self.source, self.target)
+            places = (gone, new) if blend and gone else ([], [])
+        else:
+            places = self.source.places_of(blend[0]), self.target.places_of(blend[1])
+        for row, chosen in zip(words, places, strict=True):
+            row[chosen] = 1
+        return words
 
 
 def _places(tokens: PromptTokens, words: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from icd_lightning.editing.prompt_to_prompt.settings import Pair
+from icd_lightning.editing.prompt_to_prompt.alignment import Pair
 
 
 class LocalBlend:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from icd_lightning.diffusion import Step
-from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
+from icd_lightning.editing.limits import PromptToPrompt
+from icd_lightning.editing.prompt_to_prompt.alignment import Pair, PromptTokens
 from icd_lightning.editing.prompt_to_prompt.attention import (
     CrossAttention,
     Rewrite,
@@ -23,7 +24,6 @@ from icd_lightning.editing.prompt_to_prompt.attention import (
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers, choose_layers
 from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement
-from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
 
 
 class AttentionControl(ABC):

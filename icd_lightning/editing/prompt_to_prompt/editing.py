@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step
+from icd_lightning.editing.limits import PromptToPrompt
 from icd_lightning.editing.method import UNGUIDED, EditingMethod
 from icd_lightning.editing.prompt_to_prompt.control import PromptToPromptControl
-from icd_lightning.editing.prompt_to_prompt.settings import PromptToPrompt
 
 DEFAULTS = PromptToPrompt()
 
@@ -58,7 +58,7 @@ class PromptToPromptEditing:
         def end(step: Step) -> None:
             control.on_step(step)
             if on_step is not None:
-                on_step(step)
+                on_step(step._replace(nfe=2 * step.nfe))  # of the source's branch and the target's
 
         denoise = self.method.framed_for(noise).denoiser(prompts, PairedGuidance(self.source_guidance, guidance))
         with control.attached(self.network):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icd_lightning.editing.prompt_to_prompt.alignment import align
+from icd_lightning.editing.limits import PromptToPrompt
+from icd_lightning.editing.prompt_to_prompt.alignment import Pair, align
 from icd_lightning.editing.prompt_to_prompt.attention import Rows
-from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
 
 
 def self_counts(settings: Sequence[PromptToPrompt], num_steps: int) -> list[int]:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from icd_lightning.editing.limits import PromptToPrompt
+from icd_lightning.editing.prompt_to_prompt.alignment import Pair
 from icd_lightning.editing.prompt_to_prompt.attention import Rows
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers
 from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement, self_counts
-from icd_lightning.editing.prompt_to_prompt.settings import Pair, PromptToPrompt
 
 BLUR = 0.15
 """The blend's threshold is at least this over alpha(t): where noise is high, maps are vague and no place is changed."""
