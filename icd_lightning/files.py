@@ -8,24 +8,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
+T = TypeVar("T")
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     """Let `write` make a file under another name, then rename it: nobody ever finds half a file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
     try:
-        write(temporary)
+        result = write(temporary)
         os.replace(temporary, path)
+        return result
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder whose files, if all goes well, go into `folder`, whose other files stay.
+    """An empty folder whose files and folders, if all goes well, go into `folder`, whose other files stay.
 
     No reader ever finds half a file.
     """
@@ -39,8 +42,10 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
         if not folder.exists():
             os.rename(temporary, folder)
             return
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
+        for file in [path for path in temporary.rglob("*") if path.is_file()]:
+            place = folder / file.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
