@@ -54,14 +54,16 @@ def make_joined(calls: Sequence[Call]) -> list[Tensor]:
     for places in groups.values():
         own = [calls[place] for place in places]
         joined = own[0] if len(own) == 1 else _join(own)
-        results.update(zip(places, joined.make().split([len(call.x) for call in own]), strict=True))
+        parts = torch.split(joined.make(), [len(call.x) for call in own])
+        results.update(zip(places, parts, strict=True))
     return [results[place] for place in range(len(calls))]
 
 
 def _join(calls: Sequence[Call]) -> Call:
     first: Any = calls[0].jump
     jump = first.join([call.jump for call in calls], [call.t for call in calls])
-    return Call(jump, *(torch.cat([getattr(call, name) for call in calls]) for name in ("x", "t", "s")), calls[0].turn)
+    x, t, s = (torch.cat(column) for column in zip(*((call.x, call.t, call.s) for call in calls), strict=True))
+    return Call(jump, x, t, s, calls[0].turn)
 
 
 def together(plans: Mapping[Name, Plan[Value]]) -> dict[Name, Value]:

@@ -89,7 +89,7 @@ class Models:
 
     def resolution(self, method: PictureMethod) -> int:
         """Pixels of a side of the pictures that the family was trained on."""
-        return int(self.family.source.config("unet")["sample_size"]) * method.autoencoder.downsampling
+        return self.family.resolution
 
     def family_guidance(self) -> StepGuidance:
         """The family's own."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from icd_lightning.diffusion import Process
 from icd_lightning.files import read_object
-from icd_lightning.models.autoencoder import LatentAutoencoder
+from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.sources import (
@@ -106,6 +106,11 @@ class Family:
                 f"model {self.model!r} is not a folder, so it brings no students: name both (--forward and --reverse)"
             )
         return Path(self.source.location)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the pictures that the network was trained on."""
+        return int(self.source.config(self.backbone.part)["sample_size"]) * downsampling_of(self.source.config("vae"))
 
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from icd_lightning.diffusion import Direction
 from icd_lightning.files import read_object, replaced_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name `load_lora_weights` looks for in a folder
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -77,11 +80,13 @@ class StudentFile:
             raise ValueError(f"{file} uses {refused[0]}, which students do not have")
         modules = beside.get("target_modules")
         released = not kohya and all(name.startswith(RELEASED) for name in tensors)
-        alphas = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None, alpha)
+        stated = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None)
+        if alpha is not None and not any(value is not None for value in stated):
+            log.warning("%s does not say its alpha: it is taken to be %g", file, alpha)
         return cls(
             weights,
             _rank(weights, file),
-            _alpha(alphas, file),
+            _alpha((*stated, alpha), file),
             about,
             tuple(modules) if isinstance(modules, list) else None,
             part,

@@ -159,11 +159,11 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
-        if coarse := next(
+        if half := next(
             (n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None
         ):
             raise ValueError(
-                f"{coarse} would be trained in half precision, which loses small steps, under trainer.precision "
+                f"{half} would be trained in half precision, which loses small steps, under trainer.precision "
                 f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"
             )
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
