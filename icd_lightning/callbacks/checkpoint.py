@@ -46,19 +46,19 @@ class RunCheckpoint(ModelCheckpoint):
         self._trained = True
         self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
         if threading.current_thread() is threading.main_thread():
-            heard = [
-                n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
+            signals = [
+                s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN
             ]  # nohup, cmd &
             if callable(signal.getsignal(signal.SIGUSR1)):  # by Lightning, under SLURM
-                heard.append(signal.SIGUSR1)
-            self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in heard}
+                signals.append(signal.SIGUSR1)
+            self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Save if it is time to, or time to stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        done, stop = trainer.global_step == trainer.max_steps, self._any_asked_to_stop(trainer)
+        done, stop = 0 <= trainer.max_steps <= trainer.global_step, self._any_asked_to_stop(trainer)
         self._stopping = stop and not done
         if done or stop:
             self._save(trainer)
