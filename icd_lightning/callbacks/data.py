@@ -8,7 +8,7 @@ import math
 import lightning
 import torch
 
-from icd_lightning.data.tally import Tally
+from icd_lightning.data.tally import Tally, left_out
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,8 @@ class DataReport(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say what was left out, if anything was."""
         for split, counts in _counts(trainer, pl_module).items():
-            passed = counts.pop("passed")
-            if trainer.is_global_zero and any(counts.values()):
-                skipped = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
-                log.warning("%s data: %d samples passed, left out: %s", split, passed, skipped)
+            if trainer.is_global_zero and (skipped := left_out(counts)):
+                log.warning("%s data: %d samples passed, left out: %s", split, counts["passed"], skipped)
 
 
 def _counts(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, dict[str, int]]:

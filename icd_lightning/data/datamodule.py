@@ -102,12 +102,12 @@ class ShardDataModule(lightning.LightningDataModule):
         self.stream: TrainStream | None = None
         self.validation_set: ValidationSet | None = None
         self._loader: TrainLoader | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._offset = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._resumed = None  # Lightning loads a checkpoint after this
+        self._offset = 0  # Lightning loads a checkpoint after this
         # here, not when it is made: ranks that are forked would count in the same memory
         self.train_tally, self.val_tally = (Tally(self.num_workers, self.limits) for _ in range(2))
         if stage in (None, "fit"):
@@ -122,7 +122,7 @@ class ShardDataModule(lightning.LightningDataModule):
     def _open_stream(self, rank: int, world_size: int) -> TrainStream:
         shards = open_shards(self.urls, verify=self.verify)
         tally = Tally(limits=self.limits)
-        raws = chain.from_iterable(Piece(shard.url, 0, None).read(tally) for shard in shards[:PROBED_SHARDS])
+        raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
         _probe(raws, self.decoder, "urls", tally)
         batches = self._count_batches(shards, world_size)
         return TrainStream(
@@ -202,8 +202,9 @@ class ShardDataModule(lightning.LightningDataModule):
         """Continue after the batches a checkpoint's run had finished; warn if this run orders samples otherwise."""
         if self.stream is None or not state_dict:  # the checkpoint is only evaluated
             return
-        self._resumed = state_dict
         before, now = state_dict["order"], self._order()
+        samples = state_dict["position"] * before["batch_size"] * before["world_size"]
+        self._offset = samples // (now["batch_size"] * now["world_size"]) - state_dict["finished"]
         if different := [
             f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value
         ]:
@@ -218,11 +219,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def _position(self) -> int:
         """The next batch of this rank, counted from the start of training, in batches of this run's size."""
-        if self._resumed is None:
-            return self._finished()
-        before, now = self._resumed["order"], self._order()
-        samples = self._resumed["position"] * before["batch_size"] * before["world_size"]
-        return samples // (now["batch_size"] * now["world_size"]) + self._finished() - self._resumed["finished"]
+        return self._finished() + self._offset
 
     def _next_batch(self) -> int:
         """Where an epoch begins: with `overfit_batches`, each with the same batches."""

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice
@@ -32,15 +32,16 @@ from icd_lightning.data.manifest import (
     ShardRecord,
     check_shard,
     load_own_manifest,
+    manifests_beside,
     remove_shards,
     write_shard,
 )
 from icd_lightning.data.shards import Shard, open_shards, with_progress
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
-from icd_lightning.data.tally import Limits, Tally
+from icd_lightning.data.tally import Limits, Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT
-from icd_lightning.files import write_whole
+from icd_lightning.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ def cache_latents(
     settings |= {"buckets": True} if decoder.buckets else {}
     settings |= {"text_encoder": text[0]} if text else {}
     parameters = {"latents": settings, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
-    parameters["source"] = _sources(shards.values())
+    parameters["source"] = [
+        manifest.parameters for manifest in manifests_beside(shard.url for shard in shards.values()).values()
+    ]
     if overwrite:
         _clear(folder, part)
     load_own_manifest(folder, parameters)
@@ -86,8 +89,8 @@ def cache_latents(
             if Manifest.load(folder) is None:
                 Manifest(parameters, complete=False).save(folder)
             _cache_shard(shards[name], folder / name, encoder, tally)
-    if skipped := {reason: n for reason, n in tally.counts().items() if n and reason != "passed"}:
-        logger.warning("left out: %s", ", ".join(f"{reason} {n}" for reason, n in skipped.items()))
+    if skipped := left_out(tally.counts()):
+        logger.warning("left out: %s", skipped)
     return _completed(folder, parameters, list(shards))
 
 
@@ -99,8 +102,7 @@ def _cache_shard(shard: Shard, path: Path, encoder: _Encoder, tally: Tally) -> N
     record = write_shard(encoder.samples(shard, tally), path)
     if not is_local(shard.url) and tally.counts()["broken_shard"] > broken:
         return  # it may read better another time
-    text = json.dumps(asdict(record))
-    write_whole(path.parent / PROGRESS / f"{path.name}.json", lambda temporary: temporary.write_text(text))
+    write_json(path.parent / PROGRESS / f"{path.name}.json", asdict(record))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class _Encoder:
 
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
-        raws = with_progress(Piece(shard.url, 0, None).read(tally), f"encoding {shard.url}", shard.samples)
+        raws = with_progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
         attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
         decoded = (sample for sample in attempts if sample is not None)
         while True:
@@ -176,12 +178,6 @@ def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
             raise ValueError(f"two shards are named {name}: cache their latents to different folders")
         named[name] = shard
     return named
-
-
-def _sources(shards: Iterable[Shard]) -> list[dict[str, Any]]:
-    """What the pictures were made with, where manifests say so."""
-    folders = dict.fromkeys(Path(shard.url).parent for shard in shards if is_local(shard.url))
-    return [manifest.parameters for folder in folders if (manifest := Manifest.load(folder))]
 
 
 def _clear(folder: Path, part: tuple[int, int]) -> None:

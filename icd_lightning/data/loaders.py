@@ -33,12 +33,60 @@ class TrainDataset(IterableDataset):
         info = get_worker_info()
         slot, slots = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self.stream.batches_from(self.position, slot=slot, slots=slots, tally=self.tally)
+            yield from self.stream.batches_from(self.position, self.tally, slot=slot, slots=slots)
         except NothingToReadError as error:
             yield error
 
 
-class TrainLoader:
+class _Loader:
+    """Starts a DataLoader on a dataset that makes the batches, and waits for them as long as samples are found."""
+
+    def __init__(self, tally: Tally, num_workers: int) -> None:
+        self.tally, self.num_workers = tally, num_workers
+        # Lightning looks for this name to stop the workers when a run ends. Left to the garbage collector, which takes
+        # the queues first, each worker would be waited for in vain for five seconds.
+        self._iterator: Iterator[Batch | Exception] | None = None
+
+    def close(self) -> None:
+        """Stop the workers, whoever else still holds the iterator (a traceback, for one)."""
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
+        self._iterator = None
+
+    def _start(self, dataset: Dataset) -> None:
+        patience = self.tally.limits.stall_timeout
+        self.tally.awaited(by_all=True)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,  # the dataset makes the batches
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=self.tally.count_as,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every start of the workers draws from the global generator
+            timeout=patience if self.num_workers and math.isfinite(patience) else 0,
+        )
+        self._iterator = iter(loader)
+
+    def _next(self) -> Batch:
+        """The next batch, however long it takes while workers find samples; an error if they find none any more."""
+        while True:
+            try:
+                item = next(self._iterator)
+            except RuntimeError as error:
+                if "timed out" not in str(error):  # a DataLoader's timeout has no class of its own
+                    raise
+                patience = self.tally.limits.stall_timeout
+                if self.tally.silence() >= patience:
+                    what = f"no worker found a sample that can be used for {patience:g} s; is the storage slow or gone?"
+                    raise self.tally.nothing(what) from None
+            else:
+                if isinstance(item, Exception):
+                    raise item
+                return item
+
+
+class TrainLoader(_Loader):
     """Yields epochs of a TrainStream, keeping its workers from one to the next; starts them anew at `position()`.
 
     Without `position` it goes on where it was left.
@@ -47,11 +95,9 @@ class TrainLoader:
     def __init__(
         self, stream: TrainStream, tally: Tally, *, num_workers: int = 0, position: Callable[[], int] | None = None
     ) -> None:
-        self.stream, self.tally, self.num_workers, self.position = stream, tally, num_workers, position
+        super().__init__(tally, num_workers)
+        self.stream, self.position = stream, position
         self._reached = 0
-        # Lightning looks for this name to stop the workers when a run ends. Left to the garbage collector, which takes
-        # the queues first, each worker would be waited for in vain for five seconds.
-        self._iterator: Iterator[Batch | Exception] | None = None
 
     def __len__(self) -> int:
         return self.stream.batches_per_epoch
@@ -60,18 +106,11 @@ class TrainLoader:
         # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
         position = self._reached if self.position is None else self.position()
         if self._iterator is None or position != self._reached:
-            dataset = TrainDataset(self.stream, position, self.tally)
-            self._iterator = iter(_loader(dataset, self.num_workers, self.tally))
+            self._start(TrainDataset(self.stream, position, self.tally))
             self._reached = position
         for _ in range(len(self)):
             self._reached += 1
-            yield _next(self._iterator, self.tally)
-
-    def close(self) -> None:
-        """Stop the workers, whoever else still holds the iterator (a traceback, for one)."""
-        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
-            self._iterator._shutdown_workers()
-        self._iterator = None
+            yield self._next()
 
     def state_dict(self) -> dict[str, Any]:
         """Empty, as is loading it: the data module keeps the state. Tells Lightning that the data can be resumed."""
@@ -111,73 +150,39 @@ class ValidationSet(Dataset):
         return self.own[first:last]
 
     def __getitem__(self, batch: int) -> Batch | NothingToReadError:
-        info = get_worker_info()
-        worker = info.id if info else 0
-        self.tally.awaited(worker)
+        self.tally.awaited()
         samples = []
         try:
             for index in self.indices(batch):
-                self.tally.add("read", worker=worker)
-                sample = self.tally.attempt(self.decoder.decode, self.entries[index].read(), worker)
+                self.tally.add("read")
+                sample = self.tally.attempt(self.decoder.decode, self.entries[index].read())
                 samples += [] if sample is None else [sample]
         except NothingToReadError as error:
             return error
         if not samples:
             return self.tally.nothing(f"no sample of validation batch {batch} could be used")
+        self.tally.add("passed", len(samples))
         return collate(samples)
 
 
-class ValidationLoader:
+class ValidationLoader(_Loader):
     """Yields the batches of a ValidationSet in order."""
 
     def __init__(self, validation_set: ValidationSet, num_workers: int = 0) -> None:
-        self.validation_set, self.num_workers = validation_set, num_workers
-        self._iterator: Iterator[Batch | Exception] | None = None  # named as in TrainLoader
+        super().__init__(validation_set.tally, num_workers)
+        self.validation_set = validation_set
 
     def __len__(self) -> int:
         return len(self.validation_set)
 
     def __iter__(self) -> Iterator[Batch]:
-        tally = self.validation_set.tally
-        self._iterator = iter(_loader(self.validation_set, self.num_workers, tally))
-        for place in range(len(self)):
-            batch = _next(self._iterator, tally)
-            if place == len(self) - 1:
+        self._start(self.validation_set)
+        for index in range(len(self)):
+            batch = self._next()
+            if index == len(self) - 1:
                 self._iterator = None  # nobody asks for more than there is: let the workers go now
             yield batch
 
 
-def _loader(dataset: Dataset, num_workers: int, tally: Tally) -> DataLoader:
-    patience = tally.limits.stall_timeout
-    tally.awaited()
-    return DataLoader(
-        dataset,
-        batch_size=None,  # the dataset makes the batches
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else every start of the workers draws from the global generator
-        timeout=patience if num_workers and math.isfinite(patience) else 0,
-    )
-
-
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def _next(iterator: Iterator[Batch | Exception], tally: Tally) -> Batch:
-    """The next batch, however long it takes while workers find samples; an error if they find none any more."""
-    while True:
-        try:
-            item = next(iterator)
-        except RuntimeError as error:
-            if "timed out" not in str(error):  # a DataLoader's timeout has no class of its own
-                raise
-            patience = tally.limits.stall_timeout
-            if tally.silence() >= patience:
-                what = f"no worker found a sample that can be used for {patience:g} s; is the storage slow or gone?"
-                raise tally.nothing(what) from None
-        else:
-            if isinstance(item, Exception):
-                raise item
-            return item

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from icd_lightning.data.sources import is_local
 from icd_lightning.data.tars import index_shard, write_tar
-from icd_lightning.files import write_whole
+from icd_lightning.files import write_text, write_whole
 
 MANIFEST = "manifest.json"
 Verify = Literal["off", "bytes", "count", "sha256"]
@@ -55,8 +56,13 @@ class Manifest:
             raise ValueError(f"{path} cannot be read ({error!r}); remove it or write the shards again") from error
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_whole(folder / MANIFEST, lambda temporary: temporary.write_text(text))
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def manifests_beside(shards: Iterable[str]) -> dict[Path, Manifest]:
+    """By folder, the manifests that lie beside local shards."""
+    folders = dict.fromkeys(Path(url).parent for url in shards if is_local(url))
+    return {folder: manifest for folder in folders if (manifest := Manifest.load(folder))}
 
 
 def load_own_manifest(folder: Path, parameters: dict[str, Any]) -> Manifest | None:
@@ -82,20 +88,12 @@ def remove_shards(folder: Path) -> None:
 
 def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
     """Write one shard, which gets its name only when it is whole."""
-    records: list[ShardRecord] = []
-
-    def write(temporary: Path) -> None:
-        count = write_tar(samples, temporary)
-        records.append(ShardRecord(count, temporary.stat().st_size, sha256(temporary)))
-
-    write_whole(path, write)
-    return records[0]
+    count = write_whole(path, lambda temporary: write_tar(samples, temporary))
+    return ShardRecord(count, path.stat().st_size, sha256(path))
 
 
 def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None:
     """Compare a local shard with its record, up to `level`; say what is wrong with it, if anything."""
-    if level == "off":
-        return None
     if not path.exists():
         return f"{path} is missing ({MANIFEST} says {record.samples} samples)"
     size = path.stat().st_size

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,15 @@ from PIL import Image
 from icd_lightning.data.manifest import (
     MANIFEST,
     Manifest,
+    ShardRecord,
     Verify,
     check_shard,
     load_own_manifest,
+    manifests_beside,
     remove_shards,
     write_shard,
 )
-from icd_lightning.data.sources import check_driver, expand, is_local
+from icd_lightning.data.sources import expand, is_local
 from icd_lightning.data.tars import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -103,19 +105,16 @@ def write_shards(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     remove_shards(folder)
-    manifest = Manifest(parameters, complete=False)
-    manifest.save(folder)
+    records: dict[str, ShardRecord] = {}
+    Manifest(parameters, records, complete=False).save(folder)
     remaining = with_progress(samples, f"writing {folder}", total)
-    for index in count():
-        if (first := next(remaining, None)) is None:
-            break
-        name = f"{index:05d}.tar"
-        record = write_shard(chain([first], islice(remaining, shard_size - 1)), folder / name)
-        manifest = replace(manifest, shards={**manifest.shards, name: record})
-        manifest.save(folder)
-    if not manifest.shards:
+    while (first := next(remaining, None)) is not None:
+        name = f"{len(records):05d}.tar"
+        records[name] = write_shard(chain([first], islice(remaining, shard_size - 1)), folder / name)
+        Manifest(parameters, records, complete=False).save(folder)
+    if not records:
         raise ValueError(f"there are no samples to write to {folder}")
-    manifest = replace(manifest, complete=True)
+    manifest = Manifest(parameters, records)
     manifest.save(folder)
     return manifest
 
@@ -123,16 +122,10 @@ def write_shards(
 def with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
     """Yield the samples and draw a bar on the terminal, if stderr is one."""
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn, Task, TextColumn
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> str:
-            return f"{task.finished_speed or task.speed or 0:.0f} samples/s"
+    from rich.progress import track
 
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), TextColumn("{task.completed}"), Rate())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield from progress.track(samples, total=total, description=label)
+    yield from track(samples, label, total, console=console, disable=not console.is_terminal)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -154,7 +147,6 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
     for url in [urls] if isinstance(urls, str) else urls:
         url = os.path.expanduser(url.removeprefix("file://"))
         for name in _in_folder(Path(url)) if os.path.isdir(url) else expand_urls(url):
-            check_driver(name)
             if not (matches := expand(name)):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
             shards += matches
@@ -178,13 +170,12 @@ def _in_folder(folder: Path) -> list[str]:
     return [str(folder / name) for name in sorted(names)]
 
 
-def find_problems(shards: Sequence[str], *, verify: Verify = "count") -> list[str]:
-    """Hold shards against the manifests beside them, where there are any; say what is wrong."""
-    manifests = {folder: Manifest.load(folder) for folder in {Path(url).parent for url in shards if is_local(url)}}
+def _compare(shards: Sequence[str], manifests: Mapping[Path, Manifest], *, verify: Verify) -> list[str]:
+    """What is wrong with shards, to the manifests beside them."""
     problems = [
         f"{folder} holds an unfinished set: let the command that writes it finish"
         for folder, manifest in manifests.items()
-        if manifest is not None and not manifest.complete
+        if not manifest.complete
     ]
     for path in map(Path, shards):
         if (manifest := manifests.get(path.parent)) is not None:
@@ -204,18 +195,19 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
     shards = find_shards(urls)
     if verify == "off":
         return tuple(Shard(url, None) for url in shards)
-    if problems := find_problems(shards, verify=verify):
+    manifests = manifests_beside(shards)
+    if problems := _compare(shards, manifests, verify=verify):
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(
             f"{problems[0]}{more}; write or copy the shards again, or "
             "give verify=off and batches_per_epoch to read them as they are"
         )
-    return tuple(Shard(url, _count(Path(url)) if is_local(url) else None) for url in shards)
+    return tuple(Shard(url, _count(Path(url), manifests) if is_local(url) else None) for url in shards)
 
 
-def _count(path: Path) -> int:
-    if (manifest := Manifest.load(path.parent)) is not None:
-        return manifest.shards[path.name].samples
+def _count(path: Path, manifests: Mapping[Path, Manifest]) -> int:
+    if path.parent in manifests:
+        return manifests[path.parent].shards[path.name].samples
     entries, problem = index_shard(path)
     if problem:
         logger.warning("%s: %s", path, problem)
@@ -231,8 +223,9 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
     if remote := [url for url in paths if not is_local(url)]:
         raise ValueError(f"{remote[0]} is not a local file; copy it to this machine to describe it")
     samples, files, sizes, captions = 0, Counter[str](), Counter[str](), list[str]()
-    problems = find_problems(paths, verify="sha256")
-    bare = [path for path in paths if Manifest.load(Path(path).parent) is None]
+    manifests = manifests_beside(paths)
+    problems = _compare(paths, manifests, verify="sha256")
+    bare = [path for path in paths if Path(path).parent not in manifests]
     manifest = "does not agree" if problems else "agrees"
     for path in paths:
         entries, damage = index_shard(path)

@@ -38,28 +38,25 @@ def open_url(url: str, *, patience: float = 60.0) -> Readable:
 
 
 def expand(url: str) -> list[str]:
-    """Replace `*` by what is there, in order; [url] where there is none, as in a command."""
-    if "*" not in url or url.startswith("pipe:"):
-        return [url]
+    """Replace `*` by what is there, in order; [url] where there is none, as in a command.
+
+    ValueError if no installed package reads urls of this kind, naming the one that would.
+    """
     if is_local(url):
-        return sorted(glob.glob(url))
+        return sorted(glob.glob(url)) if "*" in url else [url]
+    if url.startswith("pipe:"):
+        return [url]
+    from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs
 
-    system, pattern = url_to_fs(url)
-    return sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
-
-
-def check_driver(url: str) -> None:
-    """Raise ValueError if no installed package reads urls of this kind, naming the one that would."""
-    scheme = url.partition(":")[0]
-    if is_local(url) or scheme == "pipe":
-        return
-    from fsspec import get_filesystem_class
-
     try:
-        get_filesystem_class(scheme)
+        get_filesystem_class(url.partition(":")[0])
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be read here: {error}; or copy it to this machine") from error
+    if "*" not in url:
+        return [url]
+    system, pattern = url_to_fs(url)
+    return sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
 
 
 def _options(url: str, patience: float) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, chain, cycle, islice
 from typing import NamedTuple, TypeVar
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import MIXED, Decoded, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
 from icd_lightning.data.sources import open_url
-from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
+from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import MOMENTS, TEXT, Raw, read_samples
 
 Size = tuple[int, int]
@@ -29,17 +29,17 @@ class Piece(NamedTuple):
     """Samples `start` to `stop` (None: all) of one shard."""
 
     url: str
-    start: int
-    stop: int | None
+    start: int = 0
+    stop: int | None = None
 
-    def read(self, tally: Tally, worker: int = 0) -> Iterator[Raw]:
+    def read(self, tally: Tally) -> Iterator[Raw]:
         """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left."""
-        tally.add("shards", worker=worker)
+        tally.add("shards")
         problem, given = None, 0
         try:
             with contextlib.closing(open_url(self.url, patience=tally.limits.stall_timeout)) as file:
                 for raw in islice(read_samples(file, self.url), self.start, self.stop):
-                    tally.add("read", worker=worker)
+                    tally.add("read")
                     given += 1
                     yield raw
         except Exception as error:  # whatever the scheme's opener raises
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
             problem = f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})"
         missing = None if self.stop is None else self.stop - self.start - given
         if problem or missing:
-            tally.broke(problem or f"{self.url} holds {missing} samples fewer than were counted", missing, worker)
+            tally.broke(problem or f"{self.url} holds {missing} samples fewer than were counted", missing)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TrainStream:
         """The share of a worker in an epoch."""
         if any(shard.samples is None for shard in self.shards):  # deal whole shards
             reader, readers = self.rank * num_workers + worker, self.world_size * num_workers
-            return [Piece(shard.url, 0, None) for shard in self._order(epoch)[reader::readers]]
+            return [Piece(shard.url) for shard in self._order(epoch)[reader::readers]]
         rank_size, total = self.batch_size * self.batches_per_epoch, sum(shard.samples or 0 for shard in self.shards)
         epochs_per_pass = max(1, total // (rank_size * self.world_size))
         full_pass, part = divmod(epoch, epochs_per_pass)
@@ -89,7 +89,7 @@ class TrainStream:
         return _cut(self._order(full_pass), begin, end)
 
     def batches(
-        self, epoch: int, *, worker: int = 0, num_workers: int = 1, skip: int = 0, tally: Tally | None = None
+        self, epoch: int, tally: Tally, *, worker: int = 0, num_workers: int = 1, skip: int = 0
     ) -> Iterator[Batch]:
         """Yield the batches of a worker in an epoch, all samples of one size, but for the first `skip` batches.
 
@@ -97,28 +97,25 @@ class TrainStream:
         batch does not depend on those before it, and skipping needs no decoding. A batch of nothing but corrupt ones
         repeats the next.
         """
-        tally = tally or Tally(num_workers)
-        reader = _Reader(self, tally, worker, self.pieces(epoch, worker=worker, num_workers=num_workers))
+        reader = _Reader(self, tally, self.pieces(epoch, worker=worker, num_workers=num_workers))
         seed = f"{self.seed} {epoch} {self.rank}/{self.world_size} {worker}/{num_workers}"
         groups = _grouped(reader.admitted(random.Random(seed)), self.batch_size)
         for _ in range(skip):
-            tally.passed(len(next(groups)), worker)
+            tally.add("passed", len(next(groups)))
         ahead: deque[list[Decoded]] = deque()
         for _ in range(skip, len(range(worker, self.batches_per_epoch, num_workers))):
-            tally.awaited(worker)
+            tally.awaited()
             while not (good := next(filter(None, ahead), None)):
                 ahead.append(reader.decode(next(groups)))
             ahead.popleft()
             yield collate(list(islice(cycle(good), self.batch_size)))
 
-    def batches_from(
-        self, position: int, *, slot: int = 0, slots: int = 1, tally: Tally | None = None
-    ) -> Iterator[Batch]:
+    def batches_from(self, position: int, tally: Tally, *, slot: int = 0, slots: int = 1) -> Iterator[Batch]:
         """Yield every `slots`-th batch from `position` + `slot` on, without end; `position` counts from epoch 0."""
         position += slot
         while True:
             epoch, index = divmod(position, self.batches_per_epoch)
-            for batch in self.batches(epoch, worker=index % slots, num_workers=slots, skip=index // slots, tally=tally):
+            for batch in self.batches(epoch, tally, worker=index % slots, num_workers=slots, skip=index // slots):
                 yield batch
                 position += slots
 
@@ -143,8 +140,8 @@ def _cut(shards: list[Shard], begin: int, end: int) -> list[Piece]:
 class _Reader:
     """Reads the share of one worker over and over, each time in another order."""
 
-    def __init__(self, stream: TrainStream, tally: Tally, worker: int, pieces: list[Piece]) -> None:
-        self.stream, self.tally, self.worker, self.pieces = stream, tally, worker, pieces
+    def __init__(self, stream: TrainStream, tally: Tally, pieces: list[Piece]) -> None:
+        self.stream, self.tally, self.pieces = stream, tally, pieces
         self.corrupt_in_a_row = 0
         self.kinds: set[tuple[bool, bool]] = set()
 
@@ -155,29 +152,26 @@ class _Reader:
                 count += 1
                 yield sample
             if count == 0 or self.corrupt_in_a_row >= count:
-                reader = f"worker {self.worker} of rank {self.stream.rank}"
+                reader = f"worker {self.tally.worker} of rank {self.stream.rank}"
                 raise self.tally.nothing(f"none of the samples for {reader} could be used")
             rng.shuffle(self.pieces)
 
     def decode(self, raws: Iterable[Raw]) -> list[Decoded]:
-        samples = [self.tally.attempt(self.stream.decoder.decode, raw, self.worker) for raw in raws]
+        """Decode, all of them, those that can be."""
+        samples = [self.tally.attempt(self.stream.decoder.decode, raw) for raw in raws]
         good = [sample for sample in samples if sample is not None]
+        self.tally.add("passed", len(good))
         self.corrupt_in_a_row = 0 if good else self.corrupt_in_a_row + len(samples)
         return good
 
     def _checked(self) -> Iterator[tuple[Size, Raw]]:
-        for piece in self.pieces:
-            for raw in piece.read(self.tally, self.worker):
-                try:
-                    size = self.stream.decoder.admit(raw)
-                except RejectedError as error:
-                    self.tally.skipped(error.reason, error.detail, self.worker)
-                    continue
-                self.kinds.add((MOMENTS in raw, TEXT in raw))
-                if len(self.kinds) > 1:
-                    raise NothingToReadError(MIXED)
-                self.tally.awaited(self.worker)
-                yield size, raw
+        for raw in chain.from_iterable(piece.read(self.tally) for piece in self.pieces):
+            if (size := self.tally.attempt(self.stream.decoder.admit, raw)) is None:
+                continue
+            self.kinds.add((MOMENTS in raw, TEXT in raw))
+            if len(self.kinds) > 1:
+                raise NothingToReadError(MIXED)
+            yield size, raw
 
 
 def _grouped(samples: Iterable[tuple[Size, Raw]], count: int) -> Iterator[list[Raw]]:

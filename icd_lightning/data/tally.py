@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -70,68 +70,43 @@ class Tally:
     """
 
     def __init__(self, num_workers: int = 1, limits: Limits = NO_LIMITS) -> None:
-        self.limits = limits
+        self.limits, self.worker = limits, 0
         # each worker has a row of its own: no two write to one place
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
         self._alive = torch.zeros(max(1, num_workers), dtype=torch.float64).share_memory_()
         self._details: dict[str, str] = {}
-        self.awaited()
+        self.awaited(by_all=True)
 
-    def awaited(self, worker: int | None = None) -> None:
-        """Begin to wait for samples: silence counts from now."""
-        self._alive.numpy()[slice(None) if worker is None else worker] = time.monotonic()
+    def count_as(self, worker: int) -> None:
+        """Count in this worker's row from now on; each process has its own copy."""
+        self.worker = worker
+
+    def awaited(self, *, by_all: bool = False) -> None:
+        """Begin to wait for samples, as this worker or all of them: silence counts from now."""
+        self._alive.numpy()[slice(None) if by_all else self.worker] = time.monotonic()
 
     def silence(self) -> float:
         """For how many seconds no worker has found a sample that can be used."""
         return time.monotonic() - self._alive.max().item()
 
-    def add(self, column: str, count: int = 1, worker: int = 0) -> None:
-        """Count up one of COLUMNS: a shard opened, a sample read (whatever becomes of it) ..."""
-        self._counts.numpy()[worker, COLUMNS.index(column)] += count  # the same memory, at a tenth of the time
+    def add(self, column: str, count: int = 1) -> None:
+        """Count up one of COLUMNS: a shard opened, a sample read (whatever becomes of it), one passed into a batch."""
+        self._counts.numpy()[self.worker, COLUMNS.index(column)] += count  # the same memory, at a tenth of the time
 
-    def passed(self, count: int = 1, worker: int = 0) -> None:
-        """Count samples that go into a batch."""
-        self.add("passed", count, worker)
-        self.awaited(worker)
-
-    def skipped(self, reason: str, detail: str, worker: int = 0) -> None:
-        """Count a sample left out."""
-        self._skip(reason, detail, 1, worker)
-
-    def broke(self, detail: str, missing: int | None, worker: int = 0) -> None:
-        """Count a shard that cannot be read to its end, with the samples thus lost, or None if nobody knows."""
-        if missing is None:  # as many as others have, on average
-            good = self._sum("shards") - self._sum("broken_shard") - 1
-            missing = self._sum("read") // good if good > 0 else 1
-        self.add("read", missing, worker)
-        self._skip("broken_shard", detail, missing, worker)
-
-    def attempt(self, decode: Callable[[dict[str, Any]], T], raw: dict[str, Any], worker: int = 0) -> T | None:
-        """Decode and count a sample; None if it cannot be used."""
+    def attempt(self, decode: Callable[[dict[str, Any]], T], raw: dict[str, Any]) -> T | None:
+        """What `decode` makes of a sample; None, which is counted, if it cannot be used."""
         try:
             sample = decode(raw)
         except RejectedError as error:
-            self.skipped(error.reason, error.detail, worker)
+            self.skipped(error.reason, error.detail)
             return None
-        self.passed(1, worker)
+        self.awaited()
         return sample
 
-    def counts(self) -> dict[str, int]:
-        """How many samples "passed", and how many were skipped for each of REASONS (shards, for "broken_shard")."""
-        return {name: self._sum(name) for name in ("passed", *REASONS)}
-
-    def nothing(self, what: str) -> NothingToReadError:
-        """Make an error that says `what` is wrong and why samples were skipped."""
-        skipped = ", ".join(f"{reason} {n}" for reason, n in self.counts().items() if n and reason != "passed")
-        first = next(iter(self._details.values()), None)
-        example = f"; for one, {first}" if first else ""
-        return NothingToReadError(
-            f"{what} (skipped: {skipped or 'none'}{example}); look at local shards with `icd data describe`"
-        )
-
-    def _skip(self, reason: str, detail: str, samples: int, worker: int) -> None:
-        self.add(reason, 1, worker)
-        self.add("lost", samples, worker)
+    def skipped(self, reason: str, detail: str, samples: int = 1) -> None:
+        """Count what was left out, a sample or a shard of so many; NothingToReadError if that is too much."""
+        self.add(reason)
+        self.add("lost", samples)
         if reason not in self._details:
             self._details[reason] = detail
             logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
@@ -139,8 +114,32 @@ class Tally:
         if read >= MIN_READ and lost > self.limits.max_skipped * read:
             allowed = f"max_skipped {self.limits.max_skipped:g} allows"
             raise self.nothing(f"{lost} of {read} samples could not be used, more than {allowed}")
-        if time.monotonic() - self._alive[worker].item() > self.limits.stall_timeout:
+        if time.monotonic() - self._alive[self.worker].item() > self.limits.stall_timeout:
             raise self.nothing(f"no sample that can be used was found for {self.limits.stall_timeout:g} s")
+
+    def broke(self, detail: str, missing: int | None) -> None:
+        """Count a shard that cannot be read to its end, with the samples thus lost, or None if nobody knows."""
+        if missing is None:  # as many as others have, on average
+            good = self._sum("shards") - self._sum("broken_shard") - 1
+            missing = self._sum("read") // good if good > 0 else 1
+        self.add("read", missing)
+        self.skipped("broken_shard", detail, missing)
+
+    def counts(self) -> dict[str, int]:
+        """How many samples "passed", and how many were skipped for each of REASONS (shards, for "broken_shard")."""
+        return {name: self._sum(name) for name in ("passed", *REASONS)}
+
+    def nothing(self, what: str) -> NothingToReadError:
+        """An error that says `what` is wrong and why samples were skipped."""
+        skipped = left_out(self.counts()) or "none"
+        if self._details:
+            skipped += f"; for one, {next(iter(self._details.values()))}"
+        return NothingToReadError(f"{what} (skipped: {skipped}); look at local shards with `icd data describe`")
 
     def _sum(self, name: str) -> int:
         return int(self._counts[:, COLUMNS.index(name)].sum())
+
+
+def left_out(counts: Mapping[str, int]) -> str:
+    """What was skipped of `counts`, as text: "no_caption 1, too_small 3"; empty if nothing was."""
+    return ", ".join(f"{reason} {counts[reason]}" for reason in REASONS if counts[reason])

@@ -115,7 +115,7 @@ def stream_over(urls, **options) -> TrainStream:
 
 
 def test_a_batch_holds_one_size_and_all_sizes_come(mixed):
-    batches = list(stream_over(mixed).batches(0))
+    batches = list(stream_over(mixed).batches(0, Tally()))
     assert len(batches) == 30
     sizes = Counter(tuple(batch.images.shape) for batch in batches)
     assert set(sizes) == {(4, 3, *form) for form in FORMS}
@@ -136,7 +136,7 @@ def test_ranks_and_workers_share_buckets_without_overlap(mixed):
                 *(
                     b.keys
                     for b in stream_over(mixed, batches_per_epoch=20, rank=rank, world_size=2).batches(
-                        0, worker=w, num_workers=2
+                        0, Tally(), worker=w, num_workers=2
                     )
                 )
             )
@@ -151,7 +151,7 @@ def test_ranks_and_workers_share_buckets_without_overlap(mixed):
 @pytest.mark.parametrize("position", [0, 1, 17, 30, 41])
 def test_a_bucketed_stream_entered_anywhere_goes_on_as_if_read_from_the_start(mixed, slots, position):
     def keys(start, count):
-        workers = [stream_over(mixed).batches_from(start, slot=slot, slots=slots) for slot in range(slots)]
+        workers = [stream_over(mixed).batches_from(start, Tally(), slot=slot, slots=slots) for slot in range(slots)]
         return [next(workers[place % slots]).keys for place in range(count)]
 
     assert keys(position, 12) == keys(0, position + 12)[position:]
@@ -162,7 +162,7 @@ def test_skipping_a_bucketed_stream_decodes_nothing(mixed, monkeypatch):
     decode = SampleDecoder.decode
     monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw["__key__"]) or decode(self, raw))
     tally = Tally()
-    next(stream_over(mixed).batches(0, skip=20, tally=tally))
+    next(stream_over(mixed).batches(0, tally, skip=20))
     assert len(decoded) == 4
     assert tally.counts()["passed"] >= 83
 

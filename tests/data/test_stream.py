@@ -25,7 +25,7 @@ def readers(urls, world_size: int, num_workers: int, epoch: int = 0, **options) 
     return [
         seen(
             stream_over(urls, rank=rank, world_size=world_size, **options).batches(
-                epoch, worker=worker, num_workers=num_workers
+                epoch, Tally(), worker=worker, num_workers=num_workers
             )
         )
         for rank in range(world_size)
@@ -54,7 +54,7 @@ def test_ranks_get_equal_shares_and_what_is_over_changes_with_the_epoch(shards):
 
 def test_short_epochs_walk_through_the_shards_without_repeats(shards):
     stream = stream_over(shards, batches_per_epoch=4)
-    epochs = [seen(stream.batches(epoch)) for epoch in range(6)]
+    epochs = [seen(stream.batches(epoch, Tally())) for epoch in range(6)]
     assert sorted(chain(*epochs[:3])) == list(range(60))
     assert sorted(chain(*epochs[3:])) == list(range(60))
     assert epochs[0] != epochs[3]
@@ -74,20 +74,20 @@ def test_shards_that_cannot_be_counted_are_dealt_out_whole(shards):
         TrainStream(open_shards(pipes), SampleDecoder(8), 5, 4, shuffle_buffer=8, rank=rank, world_size=3)
         for rank in range(3)
     ]
-    assert sorted(chain(*(seen(stream.batches(0)) for stream in streams))) == list(range(60))
+    assert sorted(chain(*(seen(stream.batches(0, Tally())) for stream in streams))) == list(range(60))
     assert [piece.stop for piece in streams[0].pieces(0)] == [None, None]
 
 
 def test_the_seed_decides_the_order(shards):
-    first, again, other = (seen(stream_over(shards, seed=seed).batches(0)) for seed in (0, 0, 1))
+    first, again, other = (seen(stream_over(shards, seed=seed).batches(0, Tally())) for seed in (0, 0, 1))
     assert first == again
     assert first != other
     assert first != sorted(first)
-    assert seen(stream_over(shards).batches(1)) != first
+    assert seen(stream_over(shards).batches(1, Tally())) != first
 
 
 def test_no_buffer_keeps_the_order_within_a_shard(shards):
-    order = seen(stream_over(shards, shuffle_buffer=0).batches(0))
+    order = seen(stream_over(shards, shuffle_buffer=0).batches(0, Tally()))
     assert all(order[i + 1] == order[i] + 1 for i in range(59) if (i + 1) % 10)
 
 
@@ -97,7 +97,7 @@ def test_a_stream_entered_anywhere_goes_on_as_if_read_from_the_start(shards, slo
     stream = stream_over(shards)
 
     def interleaved(start):  # as a DataLoader collects from its workers
-        workers = [stream.batches_from(start, slot=slot, slots=slots) for slot in range(slots)]
+        workers = [stream.batches_from(start, Tally(), slot=slot, slots=slots) for slot in range(slots)]
         while True:
             for worker in workers:
                 yield numbers(next(worker))
@@ -111,12 +111,12 @@ def test_a_corrupt_picture_is_replaced_by_a_good_one_of_the_same_share(tmp_path)
     bad = {3, 17, 18, 19, 59}
     with_corrupt(tmp_path, bad)
     stream, tally = stream_over(tmp_path), Tally()
-    batches = list(stream.batches(0, tally=tally))
+    batches = list(stream.batches(0, tally))
     assert [len(batch.keys) for batch in batches] == [5] * 12
     assert set(seen(batches)) == set(range(60)) - bad
     assert tally.counts()["corrupt_image"] >= 5
     for skip in range(12):
-        later = list(stream.batches(0, skip=skip))
+        later = list(stream.batches(0, Tally(), skip=skip))
         assert [numbers(batch) for batch in later] == [numbers(batch) for batch in batches[skip:]]
 
 
@@ -124,7 +124,7 @@ def test_skipping_decodes_nothing(shards, monkeypatch):
     decoded = []
     decode = SampleDecoder.decode
     monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw["__key__"]) or decode(self, raw))
-    next(stream_over(shards).batches(0, skip=10))
+    next(stream_over(shards).batches(0, Tally(), skip=10))
     assert len(decoded) == 5
 
 
@@ -137,7 +137,7 @@ def test_samples_are_skipped_for_a_reason_and_counted(tmp_path):
     del samples[5]["png"]
     write_shards(samples, tmp_path, shard_size=10, parameters={})
     tally = Tally()
-    assert set(seen(stream_over(tmp_path, batches_per_epoch=11).batches(0, tally=tally))) <= {0, *range(6, 60)}
+    assert set(seen(stream_over(tmp_path, batches_per_epoch=11).batches(0, tally))) <= {0, *range(6, 60)}
     counts = tally.counts()
     assert [counts[r] for r in ("no_caption", "too_small", "corrupt_json", "corrupt_image", "no_image")] == [1] * 5
     assert counts["passed"] == 55
@@ -148,7 +148,7 @@ def test_a_damaged_tar_gives_what_it_still_holds(shards):
     (shards / "00002.tar").write_bytes((shards / "00002.tar").read_bytes()[:7000])
     (shards / "00003.tar").write_bytes(b"no tar at all, only text" * 100)
     tally = Tally()
-    found = set(seen(stream_over(shards, verify="off").batches(0, tally=tally)))
+    found = set(seen(stream_over(shards, verify="off").batches(0, tally)))
     assert found > {*range(20), *range(40, 60)}
     assert not found & set(range(30, 40))
     assert tally.counts()["broken_shard"] >= 2
@@ -157,7 +157,7 @@ def test_a_damaged_tar_gives_what_it_still_holds(shards):
 def test_a_shard_that_goes_away_is_counted(shards):
     stream, tally = stream_over(shards), Tally()
     (shards / "00001.tar").unlink()
-    assert set(seen(stream.batches(0, tally=tally))) == set(range(60)) - set(range(10, 20))
+    assert set(seen(stream.batches(0, tally))) == set(range(60)) - set(range(10, 20))
     assert tally.counts()["broken_shard"] >= 1
 
 
@@ -170,7 +170,7 @@ def test_only_bad_samples_end_in_an_error(tmp_path, spoil, reason):
     with pytest.raises(
         NothingToReadError, match=f"none of the samples for worker 0 of rank 0 could be used .*{reason}"
     ):
-        next(stream_over(tmp_path).batches(0))
+        next(stream_over(tmp_path).batches(0, Tally()))
 
 
 def test_a_piece_reads_a_part_of_a_shard(shards):

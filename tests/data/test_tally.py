@@ -8,12 +8,13 @@ from icd_lightning.data.tally import Limits, NothingToReadError, RejectedError, 
 
 
 def read(tally: Tally, good: int, bad: int = 0, worker: int = 0, reason: str = "too_small") -> None:
-    for _ in range(good):
-        tally.add("read", worker=worker)
-        tally.passed(1, worker)
+    """Count as `worker` what `attempt` would."""
+    tally.count_as(worker)
+    tally.add("read", good)
+    tally.add("passed", good)
     for _ in range(bad):
-        tally.add("read", worker=worker)
-        tally.skipped(reason, f"a picture of worker {worker}", worker)
+        tally.add("read")
+        tally.skipped(reason, f"a picture of worker {worker}")
 
 
 def test_counts_go_by_reason_over_all_workers_and_each_reason_is_said_once(caplog):
@@ -26,15 +27,15 @@ def test_counts_go_by_reason_over_all_workers_and_each_reason_is_said_once(caplo
     assert "no_caption 1, too_small 3; for one, a picture of worker 0" in str(tally.nothing("x"))
 
 
-def test_attempts_are_counted():
+def test_attempts_that_fail_are_counted():
     def decode(raw):
         if raw["n"] > 2:
             raise RejectedError("corrupt_image", "n > 2")
         return raw["n"]
 
     tally = Tally()
-    assert [tally.attempt(decode, {"n": n}) for n in range(4)] == [0, 1, 2, None]
-    assert (tally.counts()["passed"], tally.counts()["corrupt_image"]) == (3, 1)
+    assert [tally.attempt(decode, {"n": n}) for n in range(5)] == [0, 1, 2, None, None]
+    assert tally.counts()["corrupt_image"] == 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -68,10 +69,11 @@ def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
 def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
     tally = Tally(num_workers=2, limits=Limits(1, stall_timeout=0.2))
     time.sleep(0.3)
-    tally.awaited(1)  # training or validation went on meanwhile; a batch is asked for only now
+    tally.count_as(1)
+    tally.awaited()  # training or validation went on meanwhile; a batch is asked for only now
     read(tally, 0, 1, worker=1)
     time.sleep(0.15)
-    tally.awaited(1)
+    tally.awaited()
     time.sleep(0.15)
     read(tally, 0, 1, worker=1)
     time.sleep(0.1)
