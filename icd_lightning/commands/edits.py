@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from icd_lightning.editing.limits import SHORT_NAMES, check_factor, check_fraction, check_guidance_scale, check_seed
+from icd_lightning.commands.weights import Weights
+from icd_lightning.editing.limits import SHORT_NAMES, PromptToPrompt, check_fraction, check_guidance_scale, check_seed
 from icd_lightning.editing.methods import METHODS, class_of
 from icd_lightning.evaluation.tables import edit_rows
 
@@ -16,8 +18,32 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
-class EditSettings:
-    """How to edit; None is the method's or the model's own."""
+class EditSettings(Weights):
+    """How to edit, and with which weights; ValueError for what contradicts itself.
+
+    Args:
+        method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
+            default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
+            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
+            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
+        guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
+        tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
+            model's own.
+        swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
+            by default as tau. Of edits without attention control.
+        cross_replace: (--cross) Share of the steps with the source's cross-attention: more keeps more of the layout.
+            This and the next six ask for attention control.
+        self_replace: (--self) Share of the steps with the source's self-attention: more keeps more of the shapes.
+        amplify: Factor of the attention to the target's new words, 1 leaves it alone; or those of any of its words, as
+            in "lego=3 red=0".
+        blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
+            "cat dog"; none blends nothing. By default the words that differ.
+        alignment: Pair words one by one (replace) or by what the prompts have in common (refine); auto replaces where
+            both have as many words.
+        blend_threshold: Attended to is what has more than this share of the strongest attention.
+        blend_from: Share of the steps after which blending begins.
+        seed: Of the slight noise with which the way to noise begins.
+    """
 
     method: str = "icd"
     guidance_scale: float | None = None
@@ -25,7 +51,7 @@ class EditSettings:
     swap_tau: float | None = None
     cross_replace: float | None = None
     self_replace: float | None = None
-    amplify: float | str | dict[str, float] | None = None
+    amplify: float | str | None = None
     blend: str | None = None
     alignment: str | None = None
     blend_threshold: float | None = None
@@ -33,46 +59,31 @@ class EditSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
+        for name in ("tau", "swap_tau"):
+            if (value := getattr(self, name)) is not None:
+                check_fraction(value, name)
+        check_seed(self.seed)
+        given = self.control
+        PromptToPrompt(**given)
+        if given and self.swap_tau is not None:
+            raise ValueError(f"swap_tau is of edits without {', '.join(given)}: leave out one or the other")
         named = self.method.lower().replace("-", "_")
+        if named == "icd" and (given or self.swap_tau is not None):
+            named = "icd_p2p" if given else "icd_swap"  # they ask for this way
         if named in METHODS:
             object.__setattr__(self, "method", named)
         METHODS.find(self.method)
-        if self.guidance_scale is not None:
-            check_guidance_scale(self.guidance_scale)
-        for name in ("tau", "swap_tau", "cross_replace", "self_replace", "blend_threshold", "blend_from"):
-            if (value := getattr(self, name)) is not None:
-                check_fraction(value, name)
-        if isinstance(self.amplify, str):
-            object.__setattr__(self, "amplify", factors(self.amplify))
-        for factor in self.amplify.values() if isinstance(self.amplify, dict) else [self.amplify or 0.0]:
-            check_factor(factor)
-        if self.blend is not None and self.blend != "none" and len(self.blend.split()) != 2:
-            raise ValueError(f"blend {self.blend!r} must be a word of the source and one of the target, or none")
-        if self.alignment not in (None, "auto", "replace", "refine"):
-            raise ValueError(f"alignment {self.alignment!r} is none of: auto, replace, refine")
-        check_seed(self.seed)
-        self._check_control()
-
-    def _check_control(self) -> None:
-        """Only what the method reads may be given."""
-        given = list(self.control)
-        if given and self.method == "icd_swap":
-            raise ValueError(f"method icd_swap borrows no attention: leave out {', '.join(given)}, or take icd_p2p")
-        if self.swap_tau is None:
-            return
-        if given:
-            raise ValueError(f"swap_tau is of edits without {', '.join(given)}: leave out one or the other")
-        if self.method == "icd_p2p":
-            raise ValueError("method icd_p2p swaps no prompt: leave out swap_tau, or take icd_swap")
 
     @property
-    def control(self) -> dict[str, float | bool | str | dict[str, float] | tuple[str, ...]]:
+    def control(self) -> dict[str, Any]:
         """The settings given of a `PromptToPrompt`."""
-        names = ("cross_replace", "self_replace", "amplify", "alignment", "blend_threshold", "blend_from")
+        names = ("cross_replace", "self_replace", "amplify", "blend", "alignment", "blend_threshold", "blend_from")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.blend is not None:
-            given["blend"] = False if self.blend == "none" else tuple(self.blend.split())
-        return given
+        readers = {"amplify": read_factors, "blend": read_blend}
+        return {name: readers[name](value) if name in readers else value for name, value in given.items()}
 
     @property
     def reads_source(self) -> bool:
@@ -80,10 +91,18 @@ class EditSettings:
         return bool(self.control) or class_of(self.method).reads_source
 
 
-def factors(text: str) -> float | dict[str, float]:
-    """A factor of attention, "4", or those of words, "lego=3 red=0"; ValueError for anything else."""
+def read_blend(text: str) -> tuple[str, ...] | Literal[False]:
+    """Two words, "cat dog", or none; ValueError for anything else."""
+    words = tuple(text.split())
+    if text != "none" and len(words) != 2:
+        raise ValueError(f"blend {text!r} must be a word of the source and one of the target, or none")
+    return words if text != "none" else False
+
+
+def read_factors(text: float | str) -> float | dict[str, float]:
+    """A factor of attention, 4 or "4", or those of words, "lego=3 red=0"; ValueError for anything else."""
     try:
-        if "=" not in text:
+        if isinstance(text, float) or "=" not in text:
             return float(text)
         words = [pair.rpartition("=") for pair in text.split()]
         if all(word for word, _, _ in words):
@@ -107,7 +126,9 @@ class Size:
 
 
 GRID_KEYS = {"w": "guidance_scale", **SHORT_NAMES} | {
-    field.name: field.name for field in fields(EditSettings) if field.name not in ("method", "blend", "alignment")
+    field.name: field.name
+    for field in fields(EditSettings)[len(fields(Weights)) :]
+    if field.name not in ("method", "blend", "alignment")
 }
 """What a grid may vary, by its names on the command line."""
 

@@ -65,15 +65,15 @@ def evaluate(
     """
     from pathlib import Path
 
-    from icd_lightning.commands.pictures import load
     from icd_lightning.commands.session import find_device
+    from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.benchmark import Benchmark, Settings
     from icd_lightning.evaluation.decodings import parse_grid
     from icd_lightning.evaluation.methods import Models, all_methods
     from icd_lightning.evaluation.suite import Suite
 
     usual = Benchmark.find(benchmark)
-    weights = load(**options)
+    weights = Weights(**options)
     models = Models(weights.family(), **weights.students, device=find_device(weights.device))
     every = all_methods(models.family) if method == "all" else None
     methods = tuple(every or (_names(method) if method else usual.methods))

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -56,87 +56,38 @@ def edit(
         width: Pixels of the result; by default the model's.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.edits import Edit, Size, parse_grid, several_edits, variants
+    from icd_lightning.commands.edits import Edit, EditSettings, Size, parse_grid, several_edits, variants
     from icd_lightning.data.images import read_picture
 
-    settings, weights = edit_settings(**options)
-    size, place = Size(height, width), Path(image)
+    settings, size, place = EditSettings(**options), Size(height, width), Path(image)
     if place.is_dir() or place.suffix.lower() == ".csv":
         if grid:
             raise ValueError("grid is of one picture: leave it out, or name a picture")
-        edit_many(several_edits(place, source, target, output), settings, size, weights, overwrite=overwrite)
+        edit_many(several_edits(place, source, target, output), settings, size, overwrite=overwrite)
         return
     values = parse_grid(grid or [])
     cells = variants(settings, values)
     read_picture(place)
     path = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
     one = Edit(place, source or "", target or "", path)
-    one.check(settings)
+    one.check(cells[0])
     from icd_lightning.commands.session import open_editor, save_picture
 
-    edited = list(open_editor(weights, settings).edit(one, cells, size))
+    edited = list(open_editor(cells[0]).edit(one, cells, size))
     if not grid:
-        save_picture(path, edited[0].image, "edit", weights, {**one.about, **edited[0].about})
+        save_picture(path, edited[0].image, "edit", settings, {**one.about, **edited[0].about})
         log.info("%s: %s", path, edited[0].cost)
         return
     from icd_lightning.commands.sheet import contact_sheet
 
     about = {**one.about, **edited[0].about, "grid": " ".join(grid)}
-    save_picture(path, contact_sheet(one, values, [cell.image for cell in edited]), "edit", weights, about)
+    save_picture(path, contact_sheet(one, values, [cell.image for cell in edited]), "edit", settings, about)
     for cell, result in zip(cells, edited, strict=True):
         log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), result.cost)
     log.info("%s", path)
 
 
-def edit_settings(
-    *,
-    method: str = "icd",
-    guidance_scale: float | None = None,
-    tau: float | None = None,
-    swap_tau: float | None = None,
-    cross_replace: float | None = None,
-    self_replace: float | None = None,
-    amplify: str | None = None,
-    blend: str | None = None,
-    alignment: str | None = None,
-    blend_threshold: float | None = None,
-    blend_from: float | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Any:
-    """Say how to edit.
-
-    Args:
-        method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
-            default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
-            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
-            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
-        guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
-        tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
-            model's own.
-        swap_tau: Follow the source prompt while t > swap_tau T, the target from then on: less keeps more of the layout;
-            by default as tau. Of edits without attention control.
-        cross_replace: (--cross) Share of the steps with the source's cross-attention: more keeps more of the layout.
-            This and the next six ask for attention control.
-        self_replace: (--self) Share of the steps with the source's self-attention: more keeps more of the shapes.
-        amplify: Factor of the attention to the target's new words, 1 leaves it alone; or those of any of its words, as
-            in "lego=3 red=0".
-        blend: Keep the picture outside of these two words' attention, one of the source and one of the target, as in
-            "cat dog"; none blends nothing. By default the words that differ.
-        alignment: Pair words one by one (replace) or by what the prompts have in common (refine); auto replaces where
-            both have as many words.
-        blend_threshold: Attended to is what has more than this share of the strongest attention.
-        blend_from: Share of the steps after which blending begins.
-        seed: Of the slight noise with which the way to noise begins.
-    """
-    from icd_lightning.commands.edits import EditSettings
-
-    amounts = (guidance_scale, tau, swap_tau, cross_replace, self_replace, amplify)
-    settings = EditSettings(method, *amounts, blend, alignment, blend_threshold, blend_from, seed)
-    return settings, load(**options)
-
-
-def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite: bool) -> None:
+def edit_many(edits: list, settings: Any, size: Any, *, overwrite: bool) -> None:
     """Make the edits whose outputs are not there; report those that fail, and raise ValueError at the end."""
     todo = [edit for edit in edits if overwrite or not edit.output.exists()]
     if len(todo) < len(edits):
@@ -150,11 +101,11 @@ def edit_many(edits: list, settings: Any, size: Any, weights: Any, *, overwrite:
     if fitting:
         from icd_lightning.commands.session import open_editor, save_picture
 
-        editor = open_editor(weights, settings)
+        editor = open_editor(settings)
         for number, edit in fitting:
             with reported(f"{number} {edit.image}", failures):
                 edited = next(editor.edit(edit, [settings], size))
-                save_picture(edit.output, edited.image, "edit", weights, {**edit.about, **edited.about})
+                save_picture(edit.output, edited.image, "edit", settings, {**edit.about, **edited.about})
                 log.info("%s %s: %s", number, edit.output, edited.cost)
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} edits failed, the first: {failures[0]}")
@@ -196,19 +147,20 @@ def invert(
         overwrite: Replace outputs that exist.
     """
     from icd_lightning.commands.edits import Size
+    from icd_lightning.commands.weights import Weights
     from icd_lightning.data.images import read_picture
     from icd_lightning.editing.limits import check_seed
 
     check_seed(seed)
-    size, weights = Size(height, width), load(**options)
+    size, weights = Size(height, width), Weights(**options)
     read_picture(image)
     path = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
     shown = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
     from icd_lightning.commands.session import Session, described, save_latents, save_picture
+    from icd_lightning.editing.method import UNGUIDED
 
-    session = Session.open(weights)
-    about = {"image": Path(image).name, "prompt": prompt, "seed": seed, "guidance_scale": 1.0}
-    about["boundaries"] = session.boundaries
+    session = Session(weights)
+    about = {"image": Path(image).name, "prompt": prompt, "seed": seed, **session.about(UNGUIDED)}
     noise, cost = session.invert(image, prompt, seed, size)
     save_latents(path, noise, described("invert", weights, about))
     log.info("%s: %s", path, cost)
@@ -250,9 +202,10 @@ def generate(
         overwrite: Replace outputs that exist.
     """
     from icd_lightning.commands.edits import EditSettings, Size
+    from icd_lightning.commands.weights import Weights
 
-    EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed or 0)
-    size, weights = Size(height, width), load(**options)
+    settings = EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed or 0)
+    size, weights = Size(height, width), Weights(**options)
     if count < 1 or (latents is not None and count != 1):
         raise ValueError(f"count {count} must be 1 or more, and cannot be given with --latents, one picture each")
     if latents is None and not prompts:
@@ -261,74 +214,30 @@ def generate(
         raise ValueError(f"there are no latents at {latents}; icd invert writes them")
     if latents is not None and (height or width or seed is not None):
         raise ValueError("latents are noise of one size: leave out height, width and seed")
-    first = seed or 0
-    if latents is None:
-        paths = free_numbered(output, Path("generated.png"), len(prompts) * count, overwrite=overwrite)
-    from icd_lightning.commands.session import Session, read_latents, save_picture
-
-    noise = None
+    inverted, default = None, Path("generated.png")
     if latents is not None:
-        noise, written = read_latents(latents)
+        from icd_lightning.commands.session import read_latents
+
+        inverted, written = read_latents(latents)
         prompts = prompts or tuple(filter(None, [written.get("prompt")]))
         if not prompts:
             raise ValueError(f"{latents} does not say its prompt: give one")
-        count = len(noise)
-        paths = free_numbered(output, beside(latents, "generated.png"), len(prompts) * count, overwrite=overwrite)
+        count, default = len(inverted), beside(latents, "generated.png")
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    session = Session.open(weights)
+    paths = free_numbered(output, default, len(wanted), overwrite=overwrite)
+    from icd_lightning.commands.session import Session, save_picture
+
+    session = Session(weights)
     session.warn_of_unknown_words(*prompts)
     for start in range(0, len(wanted), BATCH_SIZE):
         numbers = range(start, min(start + BATCH_SIZE, len(wanted)))
-        begin = (
-            {"seed": [first + i for i in numbers]}
-            if noise is None
-            else {"latents": noise[[i % count for i in numbers]]}
-        )
-        images, guidance, cost = session.generate([wanted[i] for i in numbers], guidance_scale, tau, size, begin)
+        seeds = [settings.seed + i for i in numbers]
+        noise = session.noise(seeds, size) if inverted is None else inverted[[i % count for i in numbers]]
+        images, about, cost = session.generate([wanted[i] for i in numbers], noise, settings)
         for i, picture in zip(numbers, images, strict=True):
-            drawn = {"seed": first + i} if latents is None else {"latents": Path(latents).name}
-            save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **guidance})
+            drawn = {"seed": settings.seed + i} if latents is None else {"latents": Path(latents).name}
+            save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **about})
             log.info("%s: %s%s", paths[i], cost, f" for {len(images)} at once" if len(images) > 1 else "")
-
-
-def load(
-    *,
-    model: str = "tiny",
-    guided_unet: str | None = None,
-    vae: str | None = None,
-    forward: str | None = None,
-    reverse: str | None = None,
-    boundaries: str | None = None,
-    lora_alpha: float | None = None,
-    precision: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str = "auto",
-    variant: str | None = None,
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None,
-    config: str | None = None,
-    style: str | None = None,
-) -> Any:
-    """Say which model and students to load, and where.
-
-    Args:
-        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, or a hub id.
-        guided_unet: The guidance-distilled UNet, a folder or a file such as the released sd15_cfg_distill.pt; by
-            default the model's own.
-        vae: Another autoencoder, a folder or hub id; by default the model's own.
-        forward: The forward student, a folder or file of ours, peft's or a released one; by default the model's own.
-        reverse: The reverse student; by default the model's own.
-        boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
-        lora_alpha: Alpha of students whose files do not say it, as casts and conversions lose it.
-        precision: Of the weights.
-        device: auto, cpu, cuda, cuda:1 ...
-        variant: Of the model's files, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors.
-        prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
-        config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
-        style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
-    """
-    from icd_lightning.commands.weights import Weights
-
-    students, details = (forward, reverse, boundaries, lora_alpha), (variant, prediction_type, config, style)
-    return Weights(model, guided_unet, vae, *students, precision, device, *details)
 
 
 def beside(file: str, ending: str) -> Path:

@@ -1,22 +1,39 @@
-"""Which weights a command is to run, where: named and checked before torch is loaded."""
+"""Which weights a command is to run, where: named and checked before torch is loaded.
+
+Nothing that loads torch is imported here, for type checkers neither: jsonargparse would follow them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from icd_lightning.models.family import Family
+from typing import Any, Literal
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model, its two students (by default its own), and the device; ValueError for what cannot exist."""
+    """Which model and students to load, and where; ValueError for what cannot exist.
+
+    Args:
+        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, or a hub id.
+        guided_unet: The guidance-distilled UNet, a folder or a file such as the released sd15_cfg_distill.pt; by
+            default the model's own.
+        vae: Another autoencoder, a folder or hub id; by default the model's own.
+        forward: The forward student, a folder or file of ours, peft's or a released one; by default the model's own.
+        reverse: The reverse student; by default the model's own.
+        boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
+        lora_alpha: Alpha of students whose files do not say it, as casts and conversions lose it.
+        precision: Of the weights.
+        device: auto, cpu, cuda, cuda:1 ...
+        variant: Of the model's files, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors.
+        prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
+        config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
+        style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
+    """
 
     model: str = "tiny"
     guided_unet: str | None = None
@@ -25,10 +42,10 @@ class Weights:
     reverse: str | None = None
     boundaries: str | None = None
     lora_alpha: float | None = None
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     variant: str | None = None
-    prediction_type: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
     style: str | None = None
 
@@ -46,12 +63,17 @@ class Weights:
         check_device(self.device)
 
     @property
+    def about(self) -> dict[str, Any]:
+        """For a result's metadata."""
+        return {field.name: getattr(self, field.name) for field in fields(Weights)}
+
+    @property
     def students(self) -> dict[str, Any]:
         """As `InvertibleConsistency.from_pretrained` takes them."""
         return {name: getattr(self, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
 
-    def family(self) -> Family:
-        """The model; this loads torch."""
+    def family(self) -> Any:
+        """The model, a `Family`; this loads torch."""
         from icd_lightning.models.family import Family
 
         names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style")

@@ -140,6 +140,8 @@ class InvertibleConsistency(EditingMethod):
 class AttentionControlled(InvertibleConsistency):
     """iCD whose edits borrow attention from the picture that they edit."""
 
+    control = PromptToPrompt()
+
     def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
         """Network evaluations of an edit: to noise once, and back with the source beside the target."""
         return 3 * self.boundaries.num_segments
@@ -151,14 +153,18 @@ class AttentionControlled(InvertibleConsistency):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
+        control: PromptToPrompt | None = None,
         blended_words: Sequence[BlendedWords] | None = None,
         noise: Tensor | None = None,
         seed: Seed = 0,
         on_step: OnStep | None = None,
-        **control: Any,
+        **options: Any,
     ) -> Tensor:
-        """As `InvertibleConsistency.edit`, with settings of `PromptToPrompt` and the words that each edit blends by."""
-        usual = PromptToPrompt().changed(control)
+        """As `InvertibleConsistency.edit`, with `control` or its own, and the words that each edit blends by.
+
+        options: fields of `PromptToPrompt`, in the place of the control's.
+        """
+        usual = (control or self.control).changed(options)
         settings = [usual.blending(words) for words in blended_words or [None] * len(source_prompts)]
         decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
         if noise is None:

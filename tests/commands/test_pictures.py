@@ -525,6 +525,8 @@ def write_bomb(path: str) -> None:
         (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
         (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),
         (edit("--method", "sdedit", "--swap_tau", "0.5"), "sdedit swaps no prompt: leave out swap_tau"),
+        (edit("--method", "ddim", "--grid", "cross=0.2,0.4"), "ddim borrows no attention: leave out cross_replace"),
+        (edit("--method", "sdedit", "--height", "60"), "height 60 must be a multiple of 8, for example 64"),
         (edit("--cross", "0.5", "--swap_tau", "0.5"), "swap_tau is of edits without cross_replace"),
         (edit("--height", "60"), "height 60 must be a multiple of 8, for example 64"),
         (edit("--width", "-8"), "width -8 must be 1 or more"),
