@@ -62,8 +62,8 @@ def ablations(
 
     from icd_lightning.commands.session import find_device
     from icd_lightning.commands.weights import Weights
-    from icd_lightning.evaluation.ablation_report import table_2, verdict_table, write_study
-    from icd_lightning.evaluation.ablations import AblationSettings, measure_study, read_ablations
+    from icd_lightning.evaluation.ablations.study import AblationSettings, measure_study, read_ablations
+    from icd_lightning.evaluation.ablations.tables import table_2, verdict_table, write_study
     from icd_lightning.evaluation.benchmark import Settings
     from icd_lightning.evaluation.methods import Models, teacher_hash
     from icd_lightning.evaluation.report import print_table, wide_console
@@ -88,14 +88,14 @@ def ablations(
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
     options = {k: v for k, v in {**options, "model.init_args.family.guided_unet": guided_unet}.items() if v is not None}
-    names, frozen, students = overlays.split(","), teacher_hash(family), {}
+    names, frozen, trainings = overlays.split(","), teacher_hash(family), {}
     for seed in numbers:  # seed by seed: whole ones come first
         seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
         for letter in dict.fromkeys(row.students for row in rows.values()):
             configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
-            folder = train(root / "trainings", f"{letter}-{seed}", configs, seeded, frozen)
-            students.setdefault(letter, {})[seed] = folder
-    study = measure_study(settings, rows, students)
+            name = f"{letter}-{seed}"
+            trainings[name] = train(root / "trainings", name, configs, seeded, frozen)
+    study = measure_study(settings, rows, numbers, trainings)
     console = wide_console()
     for table in (*table_2(study), verdict_table(study)):
         print_table(table, console)

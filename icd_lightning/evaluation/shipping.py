@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from icd_lightning.evaluation.ablations import TABLE_2_JSON, read_study
+from icd_lightning.evaluation.ablations.study import TABLE_2_JSON, UNGUIDED_ROWS, read_study
+from icd_lightning.evaluation.ablations.tables import result_files, telling
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.effects import UNGUIDED_ROWS, result_files, telling
 from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, read_runs
 from icd_lightning.files import write_whole
 
@@ -38,12 +38,11 @@ def condense(source: Path, target: Path) -> list[Path]:
 def _condense_trainings(source: Path, target: Path) -> None:
     """Scalars of all trainings; pictures of those that the notebook shows."""
     study = read_study(source / "ablations")
-    for trainings in study.trainings.values():
-        for folder in trainings.values():
-            write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
+    for folder in study.trainings.values():
+        write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
     keys = telling(study)
     for letter in UNGUIDED_ROWS:
-        folder = study.students[letter][study.seeds[0]].folder
+        folder = study.first_run(letter).folder
         _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
 
 

@@ -1,10 +1,8 @@
-"""Means with their uncertainty, by resampling pictures, and what may be said of two that are compared."""
+"""Means with their uncertainty, by resampling pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,8 +36,8 @@ class Estimate(float):
         return {"mean": float(self), **{name: None if math.isnan(x) else x for name, x in limits.items()}}
 
 
-def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Mean of one value a picture, with percentiles of the means of `resamples` samples drawn with replacement.
+def bootstrap(values: ArrayLike) -> Estimate:
+    """Mean of one value a picture, with percentiles of the means of RESAMPLES samples drawn with replacement.
 
     NaN stands for a picture on which the value means nothing, and is left out; one picture alone has no interval.
     Raises ValueError without any value.
@@ -50,20 +48,20 @@ def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -
         raise ValueError("there is no value to average: the metric means nothing on any of these pictures")
     if array.size == 1:
         return Estimate(array[0], math.nan, math.nan)
-    low, high = _limits(_resampled(array, resamples, seed).mean(1))
+    low, high = _limits(_resampled(array).mean(1))
     return Estimate(array.mean(), low, high)
 
 
 def percentiles(values: ArrayLike, shares: ArrayLike) -> list[Estimate]:
     """Percentiles of one value a picture at `shares` from 0 to 100, each with the limits that resampling gives it."""
     array = np.asarray(values, dtype=np.float64)
-    resampled = np.percentile(_resampled(array, RESAMPLES, 0), shares, axis=1)
+    resampled = np.percentile(_resampled(array), shares, axis=1)
     return [Estimate(value, *_limits(row)) for value, row in zip(np.percentile(array, shares), resampled, strict=True)]
 
 
-def _resampled(array: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Samples drawn with replacement, (resamples, pictures)."""
-    return array[np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))]
+def _resampled(array: np.ndarray) -> np.ndarray:
+    """Samples drawn with replacement, (RESAMPLES, pictures); every time the same ones."""
+    return array[np.random.default_rng(0).integers(array.size, size=(RESAMPLES, array.size))]
 
 
 def _limits(means: np.ndarray) -> np.ndarray:
@@ -76,46 +74,17 @@ MIN_SEEDS = 3
 """Trainings from which their scatter is taken into account; fewer tell little of it."""
 
 
-class Verdict(NamedTuple):
-    """Whether `better` really is above `worse`: the difference over the same pictures, and the seeds that agree.
-
-    The difference's interval is over resampled pictures and, with MIN_SEEDS or more, over trainings as well; with fewer
-    the verdict is of these trainings only.
-    """
-
-    worse: str
-    better: str
-    difference: Estimate
-    seeds_agreeing: int
-    seeds: int
-
-    @property
-    def word(self) -> str:
-        """found, reversed, or undecided where the interval of the difference holds 0."""
-        if self.difference.low > 0:
-            return "found"
-        return "reversed" if self.difference.high < 0 else "undecided"
-
-
-def compare(worse: str, better: str, values: dict[str, Sequence[ArrayLike]]) -> Verdict:
-    """Judge `worse` < `better` from values[name][seed], one value for each picture, the same pictures in all."""
-    lower, upper = (np.asarray(values[name], dtype=np.float64) for name in (worse, better))  # (seeds, pictures)
-    if lower.shape != upper.shape:
-        raise ValueError(f"{worse} and {better} differ in seeds or pictures: {lower.shape} and {upper.shape}")
-    difference = upper - lower
-    agreeing = int((difference.mean(1) > 0).sum())
-    estimate = bootstrap(difference.mean(0)) if len(difference) < MIN_SEEDS else _over_seeds(difference)
-    return Verdict(worse, better, estimate, agreeing, len(difference))
-
-
-def _over_seeds(difference: np.ndarray) -> Estimate:
-    """Mean of (seeds, pictures), with limits over resampled pictures and over other trainings.
+def bootstrap_trainings(values: ArrayLike) -> Estimate:
+    """Mean of (trainings, pictures), with limits over resampled pictures and, from MIN_SEEDS, over other trainings.
 
     A mean over so few trainings is off by their scatter times Student's t: drawing them with replacement would make
     intervals too narrow.
     """
-    seeds = len(difference)
-    pictures = _resampled(difference.mean(0), RESAMPLES, 0).mean(1)
-    scatter = difference.mean(1).std(ddof=1) / math.sqrt(seeds)
-    others = scatter * np.random.default_rng(1).standard_t(seeds - 1, RESAMPLES)
-    return Estimate(difference.mean(), *_limits(pictures + others))
+    array = np.asarray(values, dtype=np.float64)
+    trainings = len(array)
+    if trainings < MIN_SEEDS:
+        return bootstrap(array.mean(0))
+    pictures = _resampled(array.mean(0)).mean(1)
+    scatter = array.mean(1).std(ddof=1) / math.sqrt(trainings)
+    others = scatter * np.random.default_rng(1).standard_t(trainings - 1, RESAMPLES)
+    return Estimate(array.mean(), *_limits(pictures + others))

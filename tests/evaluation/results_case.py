@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from icd_lightning.data.images import save_png
-from icd_lightning.evaluation.ablation_report import write_study
-from icd_lightning.evaluation.ablations import AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations.study import AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations.tables import write_study
 from icd_lightning.evaluation.benchmarks.guidance import TURN_ON
 from icd_lightning.evaluation.curves import write_scalars
 from icd_lightning.evaluation.published import GUIDANCES
@@ -69,20 +69,19 @@ def back(level: float, decodings=GUIDED) -> dict[str, dict[str, float]]:
 
 def write_ablations(root: Path, seeds=(0, 1)) -> AblationStudy:
     """outputs/ablations: runs, trainings with their logs, table2.json."""
-    students, trainings = {}, {}
+    runs, trainings = {}, {}
     for letter, level in LEVELS.items():
         decodings = GUIDED if letter in "CFG" else {"w 1": 0.0}
         for seed in seeds:
             name = f"{letter}-{seed}"
-            run = write_results("icd", root / "runs" / name / "icd-1a2b3c4d", back(level, decodings), seed=seed)
-            students.setdefault(letter, {})[seed] = run
-            trainings.setdefault(letter, {})[seed] = write_log(root / "trainings" / f"{name}-9f8e7d6c", level, letter)
-    untrained = {
-        n: write_results("untrained", root / "runs" / f"untrained-{n}" / "untrained-0", back(14.0 + n))
-        for n in (2, 3, 4)
-    }
-    ddim = write_results("ddim", root / "runs" / "ddim" / "ddim-0", back(27.0))
-    study = AblationStudy(read_ablations(CONF / "ablation"), (3.0, 5.0), seeds, students, untrained, ddim, trainings)
+            folder = root / "runs" / name / "icd-1a2b3c4d"
+            runs[name] = write_results("icd", folder, back(level, decodings), seed=seed)
+            trainings[name] = write_log(root / "trainings" / f"{name}-9f8e7d6c", level, letter)
+    for n in (2, 3, 4):
+        name = f"untrained-{n}"
+        runs[name] = write_results("untrained", root / "runs" / name / "untrained-0", back(14.0 + n))
+    runs["ddim"] = write_results("ddim", root / "runs" / "ddim" / "ddim-0", back(27.0))
+    study = AblationStudy(read_ablations(CONF / "ablation"), (3.0, 5.0), seeds, runs, trainings)
     write_study(study, root, {"model": "tiny", "pictures": PICTURES})
     return study
 

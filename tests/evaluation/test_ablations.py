@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from icd_lightning.commands.ablations import ablations
-from icd_lightning.evaluation.ablation_report import place_of_e, table_2, verdict_table, write_study
-from icd_lightning.evaluation.ablations import AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations.comparison import Comparison, Row
+from icd_lightning.evaluation.ablations.study import AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations.tables import place_of_e, table_2, verdict_table, write_study
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.runs import Results
 
@@ -46,12 +47,13 @@ ALL = ("w 1", "w 3", "w 3, tau 0.7")
 def study(levels: dict[str, float], seeds=(0, 1)) -> AblationStudy:
     rows = read_ablations(CONF / "ablation")
     guided = ("C", "F", "G")
-    students = {
-        letter: {seed: results(letter, level, ALL if letter in guided else ("w 1",), seed) for seed in seeds}
+    runs = {
+        f"{letter}-{seed}": results(letter, level, ALL if letter in guided else ("w 1",), seed)
         for letter, level in levels.items()
+        for seed in seeds
     }
-    untrained = {n: results(f"untrained {n}", 15.0 + n, ALL if n == 4 else ("w 1",)) for n in (2, 3, 4)}
-    return AblationStudy(rows, (3.0,), seeds, students, untrained, results("ddim", 30.0, ALL))
+    runs |= {f"untrained-{n}": results(f"untrained {n}", 15.0 + n, ALL if n == 4 else ("w 1",)) for n in (2, 3, 4)}
+    return AblationStudy(rows, (3.0,), seeds, runs | {"ddim": results("ddim", 30.0, ALL)})
 
 
 ASCENDING = {"A": 20.0, "B": 21.0, "C": 22.0, "E": 22.5, "F": 23.0, "G": 24.0}
@@ -76,20 +78,18 @@ def test_missing_rows_are_named(tmp_path):
 
 
 def test_the_papers_orderings_are_found_where_they_are():
-    verdicts = {(v.worse, v.better): v.word for _, v in study(ASCENDING).verdicts()}
-    assert verdicts == dict.fromkeys(
-        [("A", "B"), ("B", "C"), ("C", "F"), ("F", "G"), ("I", "J"), ("J", "K")], "found"
-    ) | {
-        ("H", "I"): "reversed"  # these figures have dynamic guidance lose 2 dB
+    verdicts = {v.rows: v.verdict for v in study(ASCENDING).verdicts()}
+    assert verdicts == dict.fromkeys(["AB", "BC", "CF", "FG", "IJ", "JK"], "found") | {
+        "HI": "reversed"  # these figures have dynamic guidance lose 2 dB
     }
 
 
 def test_an_ordering_is_not_found_where_it_is_not():
-    verdicts = {(v.worse, v.better): v for _, v in study(ASCENDING | {"B": 19.0, "F": 22.0}).verdicts()}
-    assert verdicts["A", "B"].word == "reversed"
-    assert verdicts["A", "B"].seeds_agreeing == 0
-    assert abs(verdicts["C", "F"].difference) < 0.02
-    assert verdicts["F", "G"].word == "found"
+    verdicts = {v.rows: v for v in study(ASCENDING | {"B": 19.0, "F": 22.0}).verdicts()}
+    assert verdicts["AB"].verdict == "reversed"
+    assert verdicts["AB"].seeds_agreeing == 0
+    assert abs(verdicts["CF"].difference) < 0.02
+    assert verdicts["FG"].verdict == "found"
 
 
 def test_the_papers_figures_stand_beside_ours_and_are_not_ours():
@@ -128,6 +128,43 @@ def test_a_verdict_table_says_what_the_paper_has():
 def test_a_verdict_says_whether_it_is_of_these_trainings_alone():
     assert "Verdicts are of these 2 trainings: others may differ." in verdict_table(study(ASCENDING)).note
     assert "other pictures and other trainings" in verdict_table(study(ASCENDING, seeds=(0, 1, 2))).note
+
+
+def compared(worse: list, better: list) -> Comparison:
+    """From values[training][picture] of two rows."""
+    rows = []
+    for name, trainings in (("A", worse), ("B", better)):
+        frames = [pd.DataFrame({"key": "", "decoding": "w 1", "kind": "", "psnr": values}) for values in trainings]
+        rows.append(Row(name, "", "w 1", [Results("icd", frame) for frame in frames]))
+    return Comparison(*rows)
+
+
+def test_a_difference_in_every_picture_is_found_however_much_pictures_differ():
+    pictures = np.random.default_rng(0).normal(20.0, 5.0, 50)  # far more spread than the difference
+    comparison = compared([pictures, pictures], [pictures + 0.3, pictures + 0.1])
+    assert comparison.verdict == "found"
+    assert comparison.difference == pytest.approx(0.2)
+    assert comparison.seeds_agreeing == 2
+    assert compared([pictures + 0.3], [pictures]).verdict == "reversed"
+
+
+def test_three_trainings_that_differ_by_chance_seldom_give_a_verdict():
+    random, verdicts = np.random.default_rng(0), []
+    for _ in range(300):
+        pictures = random.normal(30, 4, 64)
+        rows = [[pictures + random.normal(0, 0.1) + random.normal(0, 0.2, 64) for _ in range(3)] for _ in "AB"]
+        verdicts.append(compared(*rows).verdict)
+    assert verdicts.count("undecided") >= 0.92 * len(verdicts)  # by resampled pictures alone: 31 %
+
+
+def test_a_difference_beyond_the_scatter_of_trainings_is_found():
+    random = np.random.default_rng(0)
+    pictures = random.normal(30, 4, 64)
+    worse, better = ([pictures + level + random.normal(0, 0.1) for _ in range(4)] for level in (0, 1))
+    assert compared(worse, better).verdict == "found"
+    better[3] = pictures - 1  # one training of four disagrees
+    assert compared(worse, better).seeds_agreeing == 3
+    assert compared(worse, better).verdict == "undecided"
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import pytest
 from results_case import write_ablations, write_generation, write_guidance, write_results
 from test_architecture import users_of
 
+from icd_lightning.evaluation.ablations.figures import distribution_plot, dynamics_plot, rows_plot, verdict_plot
 from icd_lightning.evaluation.published import TABLE_1, TABLE_2
-from icd_lightning.evaluation.report.ablations import distribution_plot, dynamics_plot, rows_plot, verdict_plot
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.report.guidance import table_1_plot, threshold_plot, trade_off_plot
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles
@@ -52,22 +52,22 @@ def test_a_sheet_is_a_png_and_leaves_the_settings_of_matplotlib_alone():
 def test_every_row_stands_at_its_mean_beside_the_papers(study):
     ours, paper = rows_plot(study, guided=False).axes
     x, _ = series(ours)["w 1"]
-    assert x == pytest.approx([study.values(letter, 1.0).mean() for letter in "ABCEFG"])
+    assert x == pytest.approx([study.row(letter, 1.0).values().mean() for letter in "ABCEFG"])
     (papers,) = series(paper).values()
     assert papers[0].tolist() == [TABLE_2[letter][2] for letter in "ABCEFG"]
     x, _ = series(ours)["untrained, w 1"]
-    assert x[2:] == pytest.approx([study.untrained[4].values("psnr", "w 1").mean()] * 4)
+    assert x[2:] == pytest.approx([study.untrained(4).values().mean()] * 4)
     guided, _ = rows_plot(study, guided=True).axes
-    assert series(guided)["w 5"][0] == pytest.approx([study.values(letter, 5.0).mean() for letter in "HIJK"])
+    assert series(guided)["w 5"][0] == pytest.approx([study.row(letter, 5.0).values().mean() for letter in "HIJK"])
 
 
 def test_verdicts_stand_at_their_differences(study):
     (axes,) = verdict_plot(study).axes
-    verdicts = [verdict for _, verdict in study.verdicts()]
+    verdicts = study.verdicts()
     shown = {name: sorted(x) for name, (x, _) in series(axes).items()}
     assert shown == {
-        word: sorted(float(v.difference) for v in verdicts if v.word == word)
-        for word in dict.fromkeys(v.word for v in verdicts)
+        word: sorted(float(v.difference) for v in verdicts if v.verdict == word)
+        for word in dict.fromkeys(v.verdict for v in verdicts)
     }
 
 
@@ -75,7 +75,7 @@ def test_distributions_are_of_pictures_in_their_units(study):
     unguided, guided = distribution_plot(study).axes
     lines = {line.get_label(): line.get_data() for line in unguided.get_lines()}
     x, shares = lines["G"]
-    assert x[20] == pytest.approx(np.median(study.values("G", 1.0).mean(0)))
+    assert x[20] == pytest.approx(np.median(study.row("G", 1.0).values().mean(0)))
     assert shares[20] == 50
     assert [line.get_label() for line in guided.get_lines()] == list("HIJK")
     assert unguided.get_xlabel() == "PSNR (dB)"

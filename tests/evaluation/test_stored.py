@@ -5,10 +5,16 @@ import pytest
 from results_case import PICTURES, write_ablations, write_generation, write_guidance, write_outputs
 
 from icd_lightning.commands.condense import condense as icd_condense
-from icd_lightning.evaluation.ablation_report import place_of_e, table_2, verdict_table
-from icd_lightning.evaluation.ablations import read_examples, read_study
+from icd_lightning.evaluation.ablations.study import read_examples, read_study
+from icd_lightning.evaluation.ablations.tables import (
+    effect_panel,
+    place_of_e,
+    result_files,
+    table_2,
+    telling,
+    verdict_table,
+)
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.effects import effect_panel, effects, result_files, telling
 from icd_lightning.evaluation.runs import read_runs
 from icd_lightning.evaluation.shipping import condense
 
@@ -52,7 +58,7 @@ def test_a_study_comes_back(tmp_path):
         name: as_plain(run) for name, run in written.runs.items()
     }
     assert table_2(found) == table_2(written)
-    assert found.verdicts() == written.verdicts()
+    assert verdict_table(found) == verdict_table(written)
 
 
 def test_the_pictures_of_a_study_are_known_by_key(outputs):
@@ -68,9 +74,8 @@ def test_what_ships_says_the_same_in_little_room(outputs, tmp_path):
     assert table_2(after) == table_2(before)
     assert verdict_table(after) == verdict_table(before)
     assert place_of_e(after) == place_of_e(before)
-    for letter, folders in before.trainings.items():
-        for seed, folder in folders.items():
-            assert read_scalars(after.trainings[letter][seed]) == read_scalars(folder)
+    for name, folder in before.trainings.items():
+        assert read_scalars(after.trainings[name]) == read_scalars(folder)
     keys, examples = telling(before), read_examples(outputs / "ablations")
     shown = [effect_panel(study, examples, keys) for study in (before, after)]
     assert all(np.array_equal(a, b) for rows in zip(*(p.rows for p in shown), strict=True) for a, b in _pictures(*rows))
@@ -112,22 +117,22 @@ def test_thinned_scalars_end_where_the_training_did():
 
 def test_effects_are_differences_over_the_same_pictures(outputs):
     study = read_study(outputs / "ablations")
-    found = {effect.rows: effect for effect in effects(study, guided=False)}
+    found = {effect.rows: effect for effect in study.comparisons(guided=False)}
     assert list(found) == ["AB", "BC", "CF", "FG"]
-    expected = study.values("G", 1.0).mean(0) - study.values("F", 1.0).mean(0)
+    expected = study.row("G", 1.0).pictures() - study.row("F", 1.0).pictures()
     assert np.array_equal(found["FG"].gain, expected)
     best, worst = found["FG"].extremes(1)
     assert found["FG"].keys.index(best) == expected.argmax()
     assert found["FG"].keys.index(worst) == expected.argmin()
-    guided = {effect.rows: effect for effect in effects(study, guided=True, guidance_scale=5.0)}
+    guided = {effect.rows: effect for effect in study.comparisons(guided=True, guidance_scale=5.0)}
     assert guided["HI"].gain.mean() == pytest.approx(
-        study.values("I", 5.0).mean() - study.values("H", 5.0).mean(), abs=1e-9
+        study.row("I", 5.0).values().mean() - study.row("H", 5.0).values().mean(), abs=1e-9
     )
 
 
 def test_gain_by_hardness_parts_all_pictures(outputs):
     study = read_study(outputs / "ablations")
-    effect = effects(study, guided=False)[-1]
+    effect = study.comparisons(guided=False)[-1]
     groups = effect.by_hardness(study.ddim.values("psnr", "w 1"))
     assert [x for x, _ in groups] == sorted(x for x, _ in groups)
     assert np.mean([gain for _, gain in groups]) == pytest.approx(effect.gain.mean())

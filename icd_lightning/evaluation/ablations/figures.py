@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-from icd_lightning.evaluation.ablation_report import DESCRIPTIONS
-from icd_lightning.evaluation.ablations import ORDERINGS, TAU, AblationStudy
+from icd_lightning.evaluation.ablations.comparison import Comparison
+from icd_lightning.evaluation.ablations.study import DESCRIPTIONS, ORDERINGS, TAU, UNGUIDED_ROWS, AblationStudy
+from icd_lightning.evaluation.ablations.tables import papers_difference
 from icd_lightning.evaluation.curves import read_scalars
-from icd_lightning.evaluation.decodings import Decoding
-from icd_lightning.evaluation.effects import UNGUIDED_ROWS, Effect
+from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
 from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
 from icd_lightning.evaluation.statistics import bootstrap, percentiles
@@ -56,32 +57,30 @@ def _draw_rows(
 ) -> None:
     """Each row's mean at its place, its trainings below, the untrained students and the teacher's own DDIM-50."""
     guided = study.ablations[letters[0]].guided
-    values = [study.values(letter, w) for letter in letters]
-    points(axes, [bootstrap(row.mean(0)) for row in values], places, look, label=f"w {w:g}")
-    for place, row in zip(places, values, strict=True):
-        axes.plot(row.mean(1), [place + 0.16] * len(row), ".", color=look.color, markersize=2.5)
-    rows = [study.ablations[letter] for letter in letters]
-    untrained = [study.untrained[len(row.boundaries)].values("psnr", row.decoding(w)).mean() for row in rows]
-    points(axes, untrained, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
-    ddim = study.ddim.values("psnr", Decoding.step(w, TAU).name if guided else "w 1").mean()
+    rows = [study.row(letter, w) for letter in letters]
+    points(axes, [bootstrap(row.pictures()) for row in rows], places, look, label=f"w {w:g}")
+    for place, row in zip(places, rows, strict=True):
+        axes.plot(row.values().mean(1), [place + 0.16] * len(row.runs), ".", color=look.color, markersize=2.5)
+    untrained = [study.untrained(len(study.ablations[row.name].boundaries), row.decoding) for row in rows]
+    means = [row.pictures().mean() for row in untrained]
+    points(axes, means, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
+    ddim = study.ddim.values("psnr", Decoding.step(w, TAU).name if guided else UNGUIDED.name).mean()
     axes.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' * guided}, w {w:g}")
 
 
 @PRINTED
 def verdict_plot(study: AblationStudy) -> Sheet:
     """Differences of neighbouring rows with their intervals, and the paper's."""
-    verdicts = study.verdicts()
+    verdicts = list(enumerate(study.verdicts()))
     figure, (axes,) = sheet(height=0.8 + 0.24 * len(verdicts))
-    places = range(len(verdicts))
-    for word, look in {"found": LOOKS[0], "undecided": LOOKS[5], "reversed": LOOKS[1]}.items():
-        chosen = [place for place in places if verdicts[place][1].word == word]
+    for verdict, look in {"found": LOOKS[0], "undecided": LOOKS[5], "reversed": LOOKS[1]}.items():
+        chosen = [(one.difference, place) for place, one in verdicts if one.verdict == verdict]
         if chosen:
-            differences = [verdicts[place][1].difference for place in chosen]
-            points(axes, differences, chosen, look._replace(line=""), label=word)
-    papers = [TABLE_2[verdict.better][2] - TABLE_2[verdict.worse][2] for _, verdict in verdicts]
+            points(axes, *zip(*chosen, strict=True), look._replace(line=""), label=verdict)
+    places, papers = zip(*((place, papers_difference(one)) for place, one in verdicts), strict=True)
     axes.plot(papers, places, "D", color="none", markeredgecolor=PAPER.color, label="the paper's")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [f"{verdict.worse} < {verdict.better}, {where}" for where, verdict in verdicts])
+    axes.set_yticks(places, [f"{one.worse.name} < {one.better.name}, {one.where}" for _, one in verdicts])
     axes.invert_yaxis()
     axes.set_xlabel("difference in PSNR over the same pictures (dB)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -96,10 +95,10 @@ def distribution_plot(study: AblationStudy) -> Sheet:
     for axes, (guided, letters) in zip(panels, ORDERINGS.items(), strict=True):
         w = study.guidance_scales[0] if guided else 1.0
         for letter in letters if guided else UNGUIDED_ROWS:
-            row = study.ablations[letter]
-            look = LOOK_OF[row.students]
-            line = "--" if row.tau == 1.0 else look.line  # the same students, guided throughout
-            values = percentiles(study.values(letter, w).mean(0), shares)
+            ablation = study.ablations[letter]
+            look = LOOK_OF[ablation.students]
+            line = "--" if ablation.tau == 1.0 else look.line  # the same students, guided throughout
+            values = percentiles(study.row(letter, w).pictures(), shares)
             axes.plot(list(map(float, values)), shares, color=look.color, linestyle=line, label=letter)
             limits = [value.low for value in values], [value.high for value in values]
             axes.fill_betweenx(shares, *limits, color=look.color, alpha=0.12, linewidth=0)
@@ -116,7 +115,9 @@ def dynamics_plot(study: AblationStudy) -> Sheet:
     What came back of the same pictures and noise is shaded from the least to the most; losses are not: each seed draws
     its own noise for them.
     """
-    logs = {students: [read_scalars(x) for x in folders.values()] for students, folders in study.trainings.items()}
+    logs = defaultdict(list)
+    for name, folder in study.trainings.items():
+        logs[name.partition("-")[0]].append(read_scalars(folder))
     figure, panels = sheet(3, 2, height=4.2, sharex=True)
     for axes, (name, title) in zip(panels, CURVES.items(), strict=True):
         for students, runs in logs.items():
@@ -148,32 +149,33 @@ def _line_of_runs(
 
 
 @PRINTED
-def scatter_plot(effects: Sequence[Effect]) -> Sheet:
+def scatter_plot(comparisons: Sequence[Comparison]) -> Sheet:
     """Each picture without a part and with it; above the diagonal the part helped."""
-    figure, panels = sheet(len(effects), height=0.5 + 6.2 / len(effects))
-    for axes, effect in zip(panels, effects, strict=True):
-        worse, better = effect.rows
-        both = np.concatenate([effect.before, effect.after])
+    figure, panels = sheet(len(comparisons), height=0.5 + 6.2 / len(comparisons))
+    for axes, one in zip(panels, comparisons, strict=True):
+        before, after = one.worse.pictures(), one.better.pictures()
+        both = np.concatenate([before, after])
         limits = (both.min() - 0.5, both.max() + 0.5)
-        axes.plot(effect.before, effect.after, ".", color=LOOKS[0].color, markersize=3.5, alpha=0.55, markeredgewidth=0)
+        axes.plot(before, after, ".", color=LOOKS[0].color, markersize=3.5, alpha=0.55, markeredgewidth=0)
         axes.plot(limits, limits, color="black", linewidth=0.8)
-        gain = f"{bootstrap(effect.gain):.2f} dB\n{100 * (effect.gain > 0).mean():.0f} % gain"
+        gain = f"{bootstrap(one.gain):.2f} dB\n{100 * (one.gain > 0).mean():.0f} % gain"
         axes.text(0.97, 0.03, gain, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
-        axes.set_title(_name(effect), fontsize=8)
-        axes.set(xlabel=f"{worse}: {PSNR}", ylabel=f"{better}: {PSNR}", xlim=limits, ylim=limits, aspect="equal")
+        axes.set_title(_name(one), fontsize=8)
+        labels = {"xlabel": f"{one.worse.name}: {PSNR}", "ylabel": f"{one.better.name}: {PSNR}"}
+        axes.set(**labels, xlim=limits, ylim=limits, aspect="equal")
         axes.locator_params(nbins=4)
     return figure
 
 
 @PRINTED
-def gain_plot(study: AblationStudy, effects: Sequence[Effect]) -> Sheet:
+def gain_plot(study: AblationStudy, comparisons: Sequence[Comparison]) -> Sheet:
     """What each part adds to each picture, sorted; and by how hard a picture is for the teacher's own DDIM-50."""
     figure, (each, groups) = sheet(2, height=2.7)
-    hardness = study.ddim.values("psnr", "w 1")
-    for effect, look in zip(effects, LOOKS, strict=False):
-        gains = np.sort(effect.gain)
+    hardness = study.ddim.values("psnr", UNGUIDED.name)
+    for one, look in zip(comparisons, LOOKS, strict=False):
+        gains = np.sort(one.gain)
         each.plot(100 * (np.arange(len(gains)) + 0.5) / len(gains), gains, color=look.color, linestyle=look.line)
-        points(groups, *zip(*effect.by_hardness(hardness), strict=True), look, label=_name(effect))
+        points(groups, *zip(*one.by_hardness(hardness), strict=True), look, label=_name(one))
     for axes in (each, groups):
         axes.axhline(0, color="black", linewidth=0.8)
     each.set(title="Picture by picture", xlabel="pictures, by gain (%)", ylabel="gain in PSNR (dB)")
@@ -184,8 +186,8 @@ def gain_plot(study: AblationStudy, effects: Sequence[Effect]) -> Sheet:
     return figure
 
 
-def _name(effect: Effect) -> str:
-    return f"{effect.rows[0]} + {_mathematics(effect.part)}"
+def _name(comparison: Comparison) -> str:
+    return f"{comparison.worse.name} + {_mathematics(comparison.part)}"
 
 
 def _mathematics(text: str) -> str:

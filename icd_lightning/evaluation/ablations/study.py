@@ -1,0 +1,207 @@
+"""The study of ablations: its rows, its runs, and how it is measured, written and read back.
+
+The rows are conf/ablation/*.yaml. Rows that differ in their decoding only share their students, so that six trainings
+(A, B, C, E, F, G) give ten rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icd_lightning.evaluation.ablations.comparison import Comparison, Row
+from icd_lightning.evaluation.benchmark import Settings
+from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
+from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
+from icd_lightning.evaluation.examples import Example, read_data
+from icd_lightning.evaluation.methods import Models
+from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
+from icd_lightning.evaluation.suite import Suite
+
+DESCRIPTIONS = {
+    "A": "fCD2, CD2",
+    "B": "fCD3, CD3",
+    "C": "fCD4, CD4",
+    "E": "CD4, fCD4 by L_f alone",
+    "F": "C + L_f",
+    "G": "F + L_r",
+    "H": "C",
+    "I": "H + d.CFG",
+    "J": "I + L_f",
+    "K": "J + L_r",
+}
+"""Of each row; there is no D."""
+UNGUIDED_ROWS = "ABCEFG"
+ORDERINGS = {False: "ABCFG", True: "HIJK"}
+"""Unguided and guided rows that the paper finds in ascending order of PSNR."""
+TABLE_2_JSON = "table2.json"
+"""In a study's folder: its figures, and where the runs lie that they were made of."""
+TAU = 0.7
+"""Of dynamic guidance in the paper's Table 2, for DDIM too."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row: whose students, and how they are decoded."""
+
+    letter: str
+    students: str
+    tau: float | None  # None: unguided
+    boundaries: tuple[int, ...]
+
+    @property
+    def guided(self) -> bool:
+        return self.tau is not None
+
+    def decoding(self, guidance_scale: float) -> str:
+        """The name of its decoding at this w."""
+        return UNGUIDED.name if self.tau is None else Decoding.step(guidance_scale, self.tau).name
+
+
+def read_ablations(folder: Path) -> dict[str, Ablation]:
+    """The rows by letter, from conf/ablation; those equal but for their decoding share the students of the first."""
+    trainings: dict[str, str] = {}
+    ablations = {}
+    for letter in DESCRIPTIONS:
+        file = folder / f"{letter}.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"no ablation {letter}: there is no {file}; run this in the repository")
+        changes = dict(yaml.safe_load(file.read_text())["model"]["init_args"])
+        decoding = changes.pop("decoding")
+        students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
+        tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
+        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]["boundary_timesteps"]))
+    return ablations
+
+
+@dataclass(frozen=True)
+class AblationStudy:
+    """All that was measured: `runs` of students ("A-0", of A with seed 0), "untrained-4" (segments) and "ddim".
+
+    `trainings` are the students' folders with their logs.
+    """
+
+    ablations: Mapping[str, Ablation]
+    guidance_scales: Sequence[float]
+    seeds: Sequence[int]
+    runs: Mapping[str, Results]
+    trainings: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def ddim(self) -> Results:
+        """Of the teacher."""
+        return self.runs["ddim"]
+
+    @property
+    def columns(self) -> list[str]:
+        """Figures of every row that say how near the pictures came back."""
+        return [name for name in self.ddim.columns if name not in ("nfe", "seconds", "nll")]
+
+    def first_run(self, letter: str) -> Results:
+        """Of the row's first training."""
+        return self.runs[f"{self.ablations[letter].students}-{self.seeds[0]}"]
+
+    def row(self, letter: str, guidance_scale: float = 1.0) -> Row:
+        """An ablation at this w, with a run for each seed."""
+        ablation = self.ablations[letter]
+        runs = [self.runs[f"{ablation.students}-{seed}"] for seed in self.seeds]
+        return Row(letter, DESCRIPTIONS[letter], ablation.decoding(guidance_scale), runs)
+
+    def untrained(self, segments: int, decoding: str = UNGUIDED.name) -> Row:
+        """The teacher through the jumps of students with this many segments."""
+        label = f"{segments} + {segments} jumps" + (" + d.CFG" if "tau" in decoding else "")
+        return Row("untrained", label, decoding, [self.runs[f"untrained-{segments}"]])
+
+    def rows(self, guidance_scale: float | None) -> list[Row]:
+        """Of Table 2: the teacher, the untrained students and the ablations, guided at this w, or unguided."""
+        w, segments = guidance_scale, sorted({len(row.boundaries) for row in self.ablations.values()})
+        if w is None:
+            rows = [Row("DDIM-50", "teacher", UNGUIDED.name, [self.ddim])]
+            rows += [self.untrained(count) for count in segments]
+        else:
+            throughout, dynamic = (Decoding.step(w, tau).name for tau in (1.0, TAU))
+            rows = [Row("DDIM-50, guided", "teacher", throughout, [self.ddim])]
+            rows += [Row("DDIM-50 + d.CFG", "teacher", dynamic, [self.ddim])]
+            rows += [self.untrained(segments[-1], decoding) for decoding in (throughout, dynamic)]
+        chosen = [row.letter for row in self.ablations.values() if row.guided == (w is not None)]
+        return [*rows, *(self.row(letter, w or 1.0) for letter in chosen)]
+
+    def comparisons(self, *, guided: bool, guidance_scale: float = 1.0) -> list[Comparison]:
+        """Of neighbouring rows in the paper's ordering."""
+        rows = [self.row(letter, guidance_scale) for letter in ORDERINGS[guided]]
+        where = f"guided, w {guidance_scale:g}" if guided else "unguided"
+        return [Comparison(worse, better, where) for worse, better in pairwise(rows)]
+
+    def verdicts(self) -> list[Comparison]:
+        """On the paper's orderings, unguided and at every w."""
+        guided = [one for w in self.guidance_scales for one in self.comparisons(guided=True, guidance_scale=w)]
+        return [*self.comparisons(guided=False), *guided]
+
+    def record(self, root: Path) -> dict[str, Any]:
+        """Fit for JSON: all that `read_study` needs to put the study together again from its folder."""
+        return {
+            "ablations": [asdict(ablation) for ablation in self.ablations.values()],
+            "guidance_scales": list(self.guidance_scales),
+            "seeds": list(self.seeds),
+            "runs": places({name: results.folder for name, results in self.runs.items()}, root),
+            "trainings": places(self.trainings, root),
+        }
+
+
+def read_study(folder: Path) -> AblationStudy:
+    """The study that `icd ablations` wrote to its folder, or the part of it that ships."""
+    record, runs = read_summary(folder / TABLE_2_JSON), read_runs(folder / TABLE_2_JSON)
+    rows = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
+    trainings = {name: folder / place for name, place in record["trainings"].items()}
+    return AblationStudy({row.letter: row for row in rows}, record["guidance_scales"], record["seeds"], runs, trainings)
+
+
+def read_examples(folder: Path) -> dict[str, Example]:
+    """The pictures that a study was measured on, by key: of files, those that its command was given."""
+    facts = read_summary(folder / TABLE_2_JSON)["facts"]
+    data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
+    return {example.key: example for example in read_data(data, images, facts["pictures"]).examples}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """What to measure a study on, `settings` of the benchmark inversion, and where to write it."""
+
+    root: Path
+    models: Models
+    guidance_scales: tuple[float, ...] = (3.0, 5.0)
+    settings: Settings = field(default=Settings("inversion", count=128))
+
+    def measure(self, name: str, method: str, *, guided: bool, **students: str) -> Results:
+        """A method to noise and back, unguided and, if asked for, at every w throughout and dynamically."""
+        settings, models = replace(self.settings, methods=(method,)), replace(self.models, **students)
+        scales = self.guidance_scales if guided else ()
+        decodings = [UNGUIDED, *(one for w in scales for one in steps(w, (1.0, TAU))[1:])]
+        suite = Suite(settings, models, self.root / "runs" / name)
+        (results,) = suite.perform(replace(TO_NOISE_AND_BACK, decodings=lambda *_: decodings))["inversion"]
+        return results
+
+
+def measure_study(
+    settings: AblationSettings, ablations: Mapping[str, Ablation], seeds: Sequence[int], trainings: Mapping[str, Path]
+) -> AblationStudy:
+    """Measure the trained students ("A-0": their folder), the untrained ones of A, B and C, and DDIM-50."""
+    guided = {ablation.students for ablation in ablations.values() if ablation.guided}
+    runs = {}
+    for name, folder in trainings.items():
+        students = {part: str(folder / part) for part in ("forward", "reverse")}
+        runs[name] = settings.measure(name, "icd", guided=name[0] in guided, **students)
+    for ends in dict.fromkeys(ablation.boundaries for ablation in ablations.values()):
+        name, boundaries = f"untrained-{len(ends)}", ",".join(map(str, ends))
+        runs[name] = settings.measure(name, "untrained", guided=len(ends) == 4, boundaries=boundaries)
+    runs["ddim"] = settings.measure("ddim", "ddim", guided=True)
+    return AblationStudy(ablations, settings.guidance_scales, seeds, runs, trainings)
