@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +17,15 @@ CLIP = "openai/clip-vit-large-patch14"
 class _CLIPMetric(PerImage):
     """CLIP with its own processor and tokenizer."""
 
-    name: ClassVar[str]
     higher_is_better = True
 
     def __init__(self) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         super().__init__()
-        self.processor = load_part(self.name, CLIP, AutoImageProcessor, backend="pil")
-        self.tokenizer = load_part(self.name, CLIP, AutoTokenizer)
-        self.network = load_network(self.name, CLIP, CLIPModel)
+        self.processor = load_part(CLIP, AutoImageProcessor, backend="pil")
+        self.tokenizer = load_part(CLIP, AutoTokenizer)
+        self.network = load_network(CLIP, CLIPModel)
 
     def _embed_images(self, images: Tensor) -> Tensor:
         """Embeddings (B, D)."""
@@ -43,7 +41,7 @@ class _CLIPMetric(PerImage):
 class CLIPText(_CLIPMetric):
     """CLIP-T: mean cosine of pictures and their prompts."""
 
-    name, needs = "clip-t", ("images", "prompts")
+    needs = ("images", "prompts")
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.cosine_similarity(self._embed_images(images), self._embed_texts(prompts))
@@ -52,16 +50,12 @@ class CLIPText(_CLIPMetric):
 class CLIPImage(_CLIPMetric):
     """CLIP-I: mean cosine of pictures and references."""
 
-    name = "clip-i"
-
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return torch.cosine_similarity(self._embed_images(images), self._embed_images(reference))
 
 
 class CLIPScore(CLIPText):
     """CLIPScore as PIE-Bench counts it: 100 times the cosine of picture and prompt, 0 where that is negative."""
-
-    name = "clip-score"
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return 100 * super().values(images, prompts).clamp(min=0)

@@ -61,7 +61,7 @@ class PictureMetric(Metric):
 
     def _needed(self, **given: Any) -> list[Any]:
         name = type(self).__name__
-        if missing := [need for need in self.needs if given[need] is None]:
+        if missing := [need for need in self.needs if given.get(need) is None]:
             raise ValueError(f"{name} needs {' and '.join(missing)}: pass {missing[0]}=... to it")
         inputs = {need: given[need] for need in self.needs}
         for need, value in inputs.items():
@@ -106,8 +106,7 @@ class PerImage(PictureMetric):
     @torch.no_grad()
     def per_image(self, images: Tensor | None = None, reference: Tensor | None = None, **given: Any) -> Tensor:
         """The values (B,) of a batch as `update` takes it, which is left uncounted; NaN for an image without one."""
-        nothing = dict.fromkeys(("prompts", "masks", "noise"))
-        return self.values(*self._needed(images=images, reference=reference, **{**nothing, **given}))
+        return self.values(*self._needed(images=images, reference=reference, **given))
 
 
 def pillow_squares(images: Tensor, size: int, interpolation: InterpolationMode) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,9 +38,13 @@ class FrechetDistance(PictureMetric):
         self.add_state("products", torch.zeros(sides, num_features, num_features).double(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    def prepared(self, images: Tensor) -> Tensor:
+        """What the network is given of images."""
+        return images
+
     def features(self, images: Tensor) -> Tensor:
         """Features (B, F)."""
-        return self.network(images)
+        return self.network(self.prepared(images))
 
     def take(self, *inputs: Tensor) -> None:
         features = torch.stack([self.features(images) for images in inputs]).double()
@@ -90,17 +93,13 @@ def read_statistics(file: str | Path, num_features: int) -> tuple[Tensor, Tensor
 class FID(FrechetDistance):
     """FID as the paper's evaluation has it: pytorch-fid's, of pictures that Lanczos resized to 256."""
 
-    name: ClassVar[str] = "fid"
     version = 2  # 1 resized as `fid-tf`
 
     def __init__(self, reference_stats: str | None = None) -> None:
-        super().__init__(load_inception(self.name), NUM_FEATURES, reference_stats)
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.network(self.prepared(images))
+        super().__init__(load_inception(), NUM_FEATURES, reference_stats)
 
     def prepared(self, images: Tensor) -> Tensor:
-        """What the network is given, (B, 3, 299, 299)."""
+        """Pixels in [-1, 1] (B, 3, 299, 299)."""
         squares = pillow_squares(images, 256, InterpolationMode.LANCZOS) / 255
         return 2 * interpolate(squares, [INCEPTION_SIZE] * 2, mode="bilinear", align_corners=False) - 1
 
@@ -108,7 +107,7 @@ class FID(FrechetDistance):
 class FIDTensorFlow(FID):
     """FID of the same pictures of 256, which TensorFlow's and torch-fidelity's bilinear resizes for the network."""
 
-    name, version = "fid-tf", 1
+    version = 1
 
     def prepared(self, images: Tensor) -> Tensor:
         squares = pillow_squares(images, 256, InterpolationMode.LANCZOS)
@@ -118,7 +117,7 @@ class FIDTensorFlow(FID):
 class FIDClean(FID):
     """FID with the preprocessing of clean-fid (arXiv:2104.11222): antialiased bicubic, unrounded."""
 
-    name, version = "fid-clean", 1
+    version = 1
 
     def prepared(self, images: Tensor) -> Tensor:
         squares = center_crop(quantize(images), [min(images.shape[-2:])])

@@ -7,7 +7,7 @@ between them turn the first token into a reward.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, normalize
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from icd_lightning.metrics.base import PerImage, pillow_squares
 from icd_lightning.metrics.pretrained import find_hub_file, frozen, load_part, load_weights
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "bert-base-uncased"
-METRIC = "image-reward"
 
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # ViT-L
 VISION |= {"image_size": 224, "layer_norm_eps": 1e-6}
 TEXT = {"encoder_hidden_size": 1024, "num_attention_heads": 12}
 HEAD = (1024, 128, 64, 16, 1)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards of its training set
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_TOKENS = 35
 
 VISION_NAMES = {  # of the checkpoint -> of transformers
@@ -40,7 +39,6 @@ VISION_NAMES = {  # of the checkpoint -> of transformers
     r"\.attn\.proj\.": ".self_attn.projection.",
     r"^norm\.": "post_layernorm.",
 }
-UNUSED = ("vision_proj.", "text_proj.", "text_encoder.embeddings.position_ids")
 
 
 class ImageReward(PerImage):
@@ -52,7 +50,7 @@ class ImageReward(PerImage):
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
         self.network = network or ImageRewardNetwork(
-            load_weights(find_hub_file(REPOSITORY, FILE, METRIC)), load_part(METRIC, TOKENIZER, AutoTokenizer)
+            load_weights(find_hub_file(REPOSITORY, FILE)), load_part(TOKENIZER, AutoTokenizer)
         )
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -70,24 +68,23 @@ class ImageRewardNetwork(nn.Module):
         weights: dict[str, Tensor],
         tokenizer: Any,
         *,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        vision: dict[str, Any] = VISION,
+        text: dict[str, Any] = TEXT,
     ) -> None:
         super().__init__()
-        blip = {name[5:]: value for name, value in weights.items() if name.startswith("blip.")}
-        blip = {name: value for name, value in blip.items() if not name.startswith(UNUSED)}
-        vision_config = BlipVisionConfig(**(vision or VISION))
-        text_config = BlipTextConfig(**(text or TEXT))
+        vision_config = BlipVisionConfig(**vision, attn_implementation="eager")
+        text_config = BlipTextConfig(**text, attn_implementation="eager")
         with torch.device("meta"):  # every weight is then a loaded one
-            self.vision = BlipVisionModel._from_config(vision_config, attn_implementation="eager")
-            self.text = BlipTextModel._from_config(text_config, add_pooling_layer=False, attn_implementation="eager")
-            widths = (text_config.hidden_size, *HEAD)
-            self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
-        self.vision.load_state_dict(_renamed(_below("visual_encoder.", blip)), assign=True)
-        self.text.load_state_dict(dict(_below("text_encoder.", blip)), assign=True)
+            self.vision = BlipVisionModel(vision_config)
+            self.text = BlipTextModel(text_config, add_pooling_layer=False)
+            self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise((text_config.hidden_size, *HEAD))))
+        self.vision.load_state_dict(_renamed(_below("blip.visual_encoder.", weights)), assign=True)
+        text_weights = _below("blip.text_encoder.", weights)
+        text_weights.pop("embeddings.position_ids", None)
+        self.text.load_state_dict(text_weights, assign=True)
         layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("mlp.layers.")})
         for layer, index in zip(self.head, layers, strict=True):  # between them lie layers of dropout
-            layer.load_state_dict(dict(_below(f"mlp.layers.{index}.", weights)), assign=True)
+            layer.load_state_dict(_below(f"mlp.layers.{index}.", weights), assign=True)
         self.text.embeddings.position_ids = torch.arange(text_config.max_position_embeddings)[None]
         self.tokenizer = tokenizer
         frozen(self)
@@ -96,7 +93,7 @@ class ImageRewardNetwork(nn.Module):
         """Images (B, 3, H, W) in [-1, 1], B prompts."""
         device = self.head[0].weight.device
         squares = pillow_squares(images, self.vision.config.image_size, InterpolationMode.BICUBIC)
-        pixels = normalize(squares / 255, CLIP_MEAN, CLIP_STD)
+        pixels = normalize(squares / 255, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         seen = self.vision(pixel_values=pixels.to(device)).last_hidden_state
         settings = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
         tokens = self.tokenizer(list(prompts), **settings).to(device)
@@ -106,13 +103,13 @@ class ImageRewardNetwork(nn.Module):
         return (self.head(read[:, 0]).squeeze(1) - MEAN) / STD
 
 
-def _below(prefix: str, weights: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    return ((name.removeprefix(prefix), value) for name, value in weights.items() if name.startswith(prefix))
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _renamed(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     result = {}
-    for name, value in weights:
+    for name, value in weights.items():
         for pattern, replacement in VISION_NAMES.items():
             name = re.sub(pattern, replacement, name)
         result[name] = value

@@ -21,11 +21,8 @@ NUM_CLASSES = 1008  # of the head, which nothing uses
 # TensorFlow leaves the padding out of an average, and this network's last block takes the maximum.
 _average = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 _maximum = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
-POOLS = {
-    **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"), _average),
-    "Mixed_7b": _average,
-    "Mixed_7c": _maximum,
-}
+AVERAGING = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b")
+POOLS = {**dict.fromkeys(AVERAGING, _average), "Mixed_7c": _maximum}
 
 
 def inception_2015(weights: dict[str, Tensor]) -> nn.Module:
@@ -44,13 +41,14 @@ class _OtherPool(nn.Module):
 
     def __init__(self, block: nn.Module, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.block, self.pool = block, pool
+        self.block, self.convolution, self.pool = block, block.branch_pool, pool
+        block.branch_pool = nn.Identity()  # the block then ends with x itself, pooled as torchvision does it
 
     def forward(self, x: Tensor) -> Tensor:
-        *others, _ = self.block._forward(x)
-        return torch.cat([*others, self.block.branch_pool(self.pool(x))], dim=1)
+        others = self.block(x)[:, : -x.shape[1]]
+        return torch.cat([others, self.convolution(self.pool(x))], dim=1)
 
 
-def load_inception(metric: str) -> nn.Module:
-    """The network; FileNotFoundError, with what to fetch, where its weights are not on this machine."""
-    return inception_2015(load_weights(find_file(INCEPTION_URL, metric)))
+def load_inception() -> nn.Module:
+    """The network with the weights on this machine."""
+    return inception_2015(load_weights(find_file(INCEPTION_URL)))

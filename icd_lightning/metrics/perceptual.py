@@ -28,14 +28,15 @@ class LPIPS(PerImage):
     network: distances (B, 1, 1, 1) of two batches in [-1, 1], where it is not the one on this machine.
     """
 
-    name: ClassVar[str] = "lpips"
     net: ClassVar[Literal["vgg", "squeeze"]] = "vgg"
     version = 2  # 1 gave the network [0, 1]
     higher_is_better = False
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.network = frozen(network or self._load())
+        if network is None:
+            network = lpips_network(self.net, load_weights(find_file(LPIPS_TRUNKS[self.net])))
+        self.network = frozen(network)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return self.network(*(self.prepared(x) for x in (images, reference))).flatten()
@@ -44,14 +45,11 @@ class LPIPS(PerImage):
         """What the network is given."""
         return pillow_squares(images, 224, InterpolationMode.BICUBIC) / 127.5 - 1
 
-    def _load(self) -> nn.Module:
-        return lpips_network(self.net, load_weights(find_file(LPIPS_TRUNKS[self.net], self.name)))
-
 
 class SqueezeLPIPS(LPIPS):
     """LPIPS as PIE-Bench has it: with SqueezeNet, of pictures at their own size."""
 
-    name, net, version = "lpips-squeeze", "squeeze", 1
+    net, version = "squeeze", 1
 
     def prepared(self, images: Tensor) -> Tensor:
         return quantize(images) / 127.5 - 1
@@ -66,8 +64,8 @@ class DinoV2Similarity(PerImage):
         from transformers import AutoImageProcessor, AutoModel
 
         super().__init__()
-        self.processor = load_part("dinov2", DINOV2, AutoImageProcessor, backend="pil")
-        self.network = load_network("dinov2", DINOV2, AutoModel)
+        self.processor = load_part(DINOV2, AutoImageProcessor, backend="pil")
+        self.network = load_network(DINOV2, AutoModel)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return torch.cosine_similarity(self._embed(images), self._embed(reference))
@@ -92,7 +90,7 @@ class StructureDistance(PerImage):
 
         super().__init__()
         options = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}  # DINO's own; its config on the hub says 1e-12
-        self.network = load_network("structure-distance", DINO, ViTModel, **options)
+        self.network = load_network(DINO, ViTModel, **options)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         difference = self._self_similarity(images) - self._self_similarity(reference)

@@ -17,26 +17,27 @@ from torch import Tensor, nn
 
 from icd_lightning.data.manifest import sha256
 
+
+class MissingNetworkError(FileNotFoundError):
+    """A pretrained network is not on this machine; the message says what to put where."""
+
+
 _alive: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
-WITHOUT = "or go without, e.g. metrics: [psnr, ssim]"
 
 
-def find_file(url: str, metric: str) -> Path:
-    """The URL's file in ICD_METRICS_HOME or torch.hub's cache; its name ends in its own SHA-256, which must fit.
-
-    FileNotFoundError, with what to fetch, where there is none.
-    """
+def find_file(url: str) -> Path:
+    """The URL's file in ICD_METRICS_HOME or torch.hub's cache; its name ends in its own SHA-256, which must fit."""
     name = url.rsplit("/", 1)[1]
     folders = [*filter(None, [_home()]), Path(torch.hub.get_dir()) / "checkpoints"]
     file = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if file is None:
-        raise _missing(metric, url, name)
+        raise _missing(url, name)
     if not (digest := sha256(file)).startswith(file.stem.rsplit("-", 1)[1]):
         raise ValueError(f"{file} is damaged or not what its name says (SHA-256 {digest[:8]}); fetch {url} again")
     return file
 
 
-def find_hub_file(repository: str, name: str, metric: str) -> Path:
+def find_hub_file(repository: str, name: str) -> Path:
     """A file of a Hugging Face repository, in ICD_METRICS_HOME itself or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -44,19 +45,19 @@ def find_hub_file(repository: str, name: str, metric: str) -> Path:
         return home / name
     cached = try_to_load_from_cache(repository, name)
     if not isinstance(cached, str):
-        raise _missing(metric, f"{repository} (hf download {repository} {name})", name)
+        raise _missing(f"{repository} (hf download {repository} {name})", name)
     return Path(cached)
 
 
-def load_part(metric: str, repository: str, part: Any, **options: Any) -> Any:
+def load_part(repository: str, part: Any, **options: Any) -> Any:
     """A tokenizer or image processor of a Hugging Face repository; `part` is the class that reads it."""
     try:
         return part.from_pretrained(_source(repository), local_files_only=True, **options)
     except OSError as error:
-        raise _missing(metric, f"{repository} (hf download {repository})", f"{_folder(repository)}/") from error
+        raise _missing(f"{repository} (hf download {repository})", f"{_folder(repository)}/") from error
 
 
-def load_network(metric: str, repository: str, network: Any, **options: Any) -> nn.Module:
+def load_network(repository: str, network: Any, **options: Any) -> nn.Module:
     """A network of a Hugging Face repository, float32 and frozen; metrics that are alive share one.
 
     ValueError if it lacks any of its weights, which transformers would leave random.
@@ -64,8 +65,8 @@ def load_network(metric: str, repository: str, network: Any, **options: Any) -> 
     key = (str(_source(repository)), network.__name__)
     if key not in _alive:
         settings = {"output_loading_info": True, "dtype": torch.float32, **options}
-        loaded, found = load_part(metric, repository, network, **settings)
-        if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
+        loaded, info = load_part(repository, network, **settings)
+        if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
             raise ValueError(f"{key[0]} lacks {len(lacking)} weights, e.g. {lacking[0]}: fetch it again")
         _alive[key] = loaded = frozen(loaded)
     return _alive[key]
@@ -100,6 +101,6 @@ def _home() -> Path | None:
     return Path(folder) if folder else None
 
 
-def _missing(metric: str, source: str, name: str) -> FileNotFoundError:
-    place = _home() or "a folder named by ICD_METRICS_HOME"
-    return FileNotFoundError(f"metric {metric} lacks its network: put {source} as {name} into {place}, {WITHOUT}")
+def _missing(source: str, name: str) -> MissingNetworkError:
+    folder = _home() or "a folder named by ICD_METRICS_HOME"
+    return MissingNetworkError(f"put {source} as {name} into {folder}, or go without, e.g. metrics: [psnr, ssim]")

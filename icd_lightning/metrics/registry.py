@@ -82,10 +82,14 @@ def _entry(name: str) -> Entry:
 
 def _build(name: str) -> PictureMetric:
     from icd_lightning.metrics.base import PerImage, PictureMetric
+    from icd_lightning.metrics.pretrained import MissingNetworkError
     from icd_lightning.metrics.reconstruction import Within
 
     whole, part = _split(name)
-    metric = _entry(name).build()
+    try:
+        metric = _entry(name).build()
+    except MissingNetworkError as error:
+        raise FileNotFoundError(f"metric {whole} lacks its network: {error}") from error
     if not isinstance(metric, PictureMetric):
         raise ValueError(f"metric {name!r} is no PictureMetric: derive its class from icd_lightning.metrics.base")
     if part is None:

@@ -10,8 +10,9 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear, softmax
 from transformers import BertTokenizer
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.image_reward import CLIP_MEAN, CLIP_STD, HEAD, ImageReward, ImageRewardNetwork
+from icd_lightning.metrics.image_reward import HEAD, ImageReward, ImageRewardNetwork
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LAYERS, HEADS, SEEN, READ, WORDS = 2, 2, 24, 16, 12
 VISION = {"hidden_size": SEEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 VISION |= {"image_size": 32, "patch_size": 16, "layer_norm_eps": 1e-6}

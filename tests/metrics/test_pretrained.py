@@ -61,9 +61,9 @@ def test_torch_hub_s_cache_is_looked_into_after_home(metrics_home):
     cache = metrics_home.parent / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     (cache / name).write_bytes(content)
-    assert pretrained.find_file(f"https://host/{name}", "lpips") == cache / name
+    assert pretrained.find_file(f"https://host/{name}") == cache / name
     (metrics_home / name).write_bytes(content)
-    assert pretrained.find_file(f"https://host/{name}", "lpips") == metrics_home / name
+    assert pretrained.find_file(f"https://host/{name}") == metrics_home / name
 
 
 def test_a_folder_that_lacks_weights_is_refused_and_a_whole_one_shared(metrics_home):
@@ -72,8 +72,8 @@ def test_a_folder_that_lacks_weights_is_refused_and_a_whole_one_shared(metrics_h
     ViTModel(ViTConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder)
     ViTConfig(**sizes, num_hidden_layers=2).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"dino-vitb8 lacks \d+ weights, e.g. .*: fetch it again"):
-        pretrained.load_network("structure-distance", DINO, ViTModel)
+        pretrained.load_network(DINO, ViTModel)
     ViTModel(ViTConfig(**sizes, num_hidden_layers=2)).half().save_pretrained(folder)
-    first = pretrained.load_network("structure-distance", DINO, ViTModel)
-    assert pretrained.load_network("structure-distance", DINO, ViTModel) is first
+    first = pretrained.load_network(DINO, ViTModel)
+    assert pretrained.load_network(DINO, ViTModel) is first
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in first.parameters())
