@@ -13,28 +13,22 @@ from typing import NoReturn, TextIO
 
 from icd_lightning.commands.guide import GUIDES
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("icd_lightning.commands.fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
-    "validate": ("icd_lightning.commands.fit:run", "run a task's validation"),
-    "test": ("icd_lightning.commands.fit:run", "run a task's test"),
-    "edit": (
-        "icd_lightning.commands.pictures:edit",
-        "edit a picture: icd edit photo.png --source '...' --target '...'",
-    ),
-    "invert": ("icd_lightning.commands.pictures:invert", "encode a picture to noise, and check what comes back"),
-    "generate": ("icd_lightning.commands.pictures:generate", "make a picture from a prompt"),
-    "data shapes": ("icd_lightning.commands.data:shapes", "write shards of procedural captioned pictures"),
-    "data cache-latents": (
-        "icd_lightning.commands.data:cache_latents",
-        "encode shards of pictures once, to train without an encoder",
-    ),
-    "data describe": ("icd_lightning.commands.data:describe", "count and check shards"),
-    "eval": ("icd_lightning.commands.evaluate:evaluate", "measure methods: to noise and back, generation, edits"),
-    "ablations": ("icd_lightning.commands.ablations:ablations", "train and measure the paper's ablations A to K"),
-    "condense": ("icd_lightning.commands.condense:condense", "of results, keep what the notebooks read"),
-    "demo": ("icd_lightning.commands.demo:demo", "the whole method on this machine, in minutes, with a report"),
-    "tiny report": ("icd_lightning.commands.tiny:report", "measure the shipped tiny family against its bars"),
-    "tiny package": ("icd_lightning.commands.tiny:package", "turn the trained parts into the family that ships"),
+COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this one, and what it is for
+    "fit": ("fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
+    "validate": ("fit:run", "run a task's validation"),
+    "test": ("fit:run", "run a task's test"),
+    "edit": ("pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
+    "invert": ("pictures:invert", "encode a picture to noise, and check what comes back"),
+    "generate": ("pictures:generate", "make a picture from a prompt"),
+    "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),
+    "data cache-latents": ("data:cache_latents", "encode shards of pictures once, to train without an encoder"),
+    "data describe": ("data:describe", "count and check shards"),
+    "eval": ("evaluate:evaluate", "measure methods: to noise and back, generation, edits"),
+    "ablations": ("ablations:ablations", "train and measure the paper's ablations A to K"),
+    "condense": ("condense:condense", "of results, keep what the notebooks read"),
+    "demo": ("demo:demo", "the whole method on this machine, in minutes, with a report"),
+    "tiny report": ("tiny:report", "measure the shipped tiny family against its bars"),
+    "tiny package": ("tiny:package", "turn the trained parts into the family that ships"),
 }
 
 
@@ -138,7 +132,7 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
 def _load(name: str) -> Callable[[str, list[str]], None]:
     """Import a command's function and give it a parser made of its signature."""
     module, _, attribute = COMMANDS[name][0].partition(":")
-    function = getattr(importlib.import_module(module), attribute)
+    function = getattr(importlib.import_module(f"icd_lightning.commands.{module}"), attribute)
     if attribute == "run":  # LightningCLI parses by itself
         return lambda name, args: function([name, *("--help" if word == "--help_all" else word for word in args)])
     from icd_lightning.commands.parsing import call

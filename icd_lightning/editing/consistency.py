@@ -17,10 +17,10 @@ from icd_lightning.diffusion import (
     Direction,
     GuidanceSchedule,
     OnStep,
-    Process,
     generate,
     invert,
 )
+from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PromptToPrompt, PromptToPromptEditing
@@ -53,14 +53,13 @@ class InvertibleConsistency(EditingMethod):
         merge: bool = False,
     ) -> None:
         self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
-        self.boundaries, self.merge = boundaries, merge
+        self.process, self.boundaries, self.merge = students.process, boundaries, merge
         self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
 
     @classmethod
     def from_family(
         cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
     ) -> InvertibleConsistency:
-        """As `from_pretrained`."""
         return cls.from_pretrained(family, **(students or {}), **settings)
 
     @classmethod
@@ -91,7 +90,6 @@ class InvertibleConsistency(EditingMethod):
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
     def networks(self) -> Sequence[nn.Module]:
-        """The students."""
         return [self.students]
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
@@ -103,13 +101,7 @@ class InvertibleConsistency(EditingMethod):
         """Pixels of a side of the pictures that the network was trained on."""
         return self.students.backbone.sample_size(self.students.network) * self.autoencoder.downsampling
 
-    @property
-    def process(self) -> Process:
-        """The noise process of teacher and students."""
-        return self.students.process
-
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The reverse model."""
         return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
 
     def invert_latents(
@@ -125,7 +117,6 @@ class InvertibleConsistency(EditingMethod):
         return invert(jump, latents, noise, self.boundaries, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
-        """Jump down."""
         return generate(DDIMJump(denoise, self.process), noise, self.boundaries, on_step=on_step)
 
     def _sampling(self, direction: Direction, denoise: GuidedDenoiser) -> Denoiser:
@@ -164,8 +155,7 @@ class AttentionControlled(InvertibleConsistency):
 
         options: fields of `PromptToPrompt`, in the place of the control's.
         """
-        usual = (control or self.control).changed(options)
-        settings = [usual.blending(words) for words in blended_words or [None] * len(source_prompts)]
+        settings = for_each(control or self.control, len(source_prompts), options, blended_words)
         decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
         if noise is None:
             noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -100,3 +100,16 @@ class PromptToPrompt:
     def blending(self, words: BlendedWords) -> PromptToPrompt:
         """With a local blend by these words, unless it has none: they say where to blend, not whether."""
         return self if words is None or self.blend is False else replace(self, blend=words)
+
+
+def for_each(
+    settings: PromptToPrompt | Sequence[PromptToPrompt],
+    count: int,
+    options: Mapping[str, Any],
+    blended_words: Sequence[BlendedWords] | None,
+) -> list[PromptToPrompt]:
+    """Settings of each of `count` edits: for all or for each, with options in their place, blended by these words."""
+    each = [settings] * count if isinstance(settings, PromptToPrompt) else settings
+    return [
+        one.changed(options).blending(words) for one, words in zip(each, blended_words or [None] * count, strict=True)
+    ]

@@ -86,6 +86,7 @@ class PictureMethod(ABC):
     uses_students: bool = False
     """Runs on iCD's students, so that its results depend on them."""
 
+    process: Process
     autoencoder: LatentAutoencoder
     conditioner: Conditioner
 
@@ -98,11 +99,6 @@ class PictureMethod(ABC):
 
         students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
         """
-
-    @property
-    @abstractmethod
-    def process(self) -> Process:
-        """The noise process of the networks."""
 
     @abstractmethod
     def networks(self) -> Sequence[nn.Module]:

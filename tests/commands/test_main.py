@@ -24,7 +24,7 @@ def outcome(capsys, *args: str) -> tuple[int, str, str]:
 
 def load(target: str):
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"icd_lightning.commands.{module}"), name)
 
 
 # Help

@@ -20,7 +20,6 @@ from icd_lightning.diffusion import (
     Denoiser,
     GuidanceSchedule,
     OnStep,
-    Process,
     StepGuidance,
     ddim_path,
     ddim_timesteps,
@@ -28,6 +27,7 @@ from icd_lightning.diffusion import (
 )
 from icd_lightning.editing.baselines.branches import Branch, descend
 from icd_lightning.editing.baselines.parts import Parts
+from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
 from icd_lightning.editing.prompt_to_prompt import AttentionControl, BlendedWords, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.conditioning import Conditioning
@@ -85,7 +85,7 @@ class Baseline(PictureMethod):
     def __init__(self, parts: Parts, guidance_scale: float, control: PromptToPrompt | None = None) -> None:
         self.parts, self.control = parts, control
         self.guidance: GuidanceSchedule = StepGuidance(guidance_scale)
-        self.autoencoder, self.conditioner = parts.autoencoder, parts.conditioner
+        self.process, self.autoencoder, self.conditioner = parts.model.process, parts.autoencoder, parts.conditioner
 
     @classmethod
     def from_family(
@@ -95,13 +95,7 @@ class Baseline(PictureMethod):
         return cls(Parts.load(family, few_step=cls.few_step), **settings)
 
     def networks(self) -> Sequence[nn.Module]:
-        """One."""
         return [self.parts.model.network]
-
-    @property
-    def process(self) -> Process:
-        """The noise process of the network."""
-        return self.parts.process
 
     @property
     def control_steps(self) -> int:
@@ -164,12 +158,10 @@ class Baseline(PictureMethod):
         options: fields of `PromptToPrompt`, in the place of `control`'s; ValueError for any other.
         """
         method, borrowed = self.guided_by(guidance), self._control(control)
-        if options:
-            usual = PromptToPrompt() if borrowed is None else borrowed
-            borrowed = [one.changed(options) for one in _for_each(usual, len(images))]
-        if borrowed is not None and blended_words is not None:
-            each = _for_each(borrowed, len(images))
-            borrowed = [one.blending(words) for one, words in zip(each, blended_words, strict=True)]
+        if options and borrowed is None:
+            borrowed = PromptToPrompt()
+        if borrowed is not None:
+            borrowed = for_each(borrowed, len(images), options, blended_words)
         inversion = method.invert(images, source_prompts, seed=seed, on_step=on_step)
         return method.generate(target_prompts, inversion, control=borrowed, on_step=on_step)
 
@@ -252,10 +244,6 @@ class Baseline(PictureMethod):
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """The unguided network, bound to prompts."""
         return lambda x, t: self.process.split_by_eps(x, self.parts.network(x, t, conditioning), t)
-
-
-def _for_each(control: PromptToPrompt | Sequence[PromptToPrompt], count: int) -> Sequence[PromptToPrompt]:
-    return [control] * count if isinstance(control, PromptToPrompt) else control
 
 
 class DDIMBaseline(Baseline):

@@ -14,7 +14,6 @@ from icd_lightning.diffusion import (
     Denoiser,
     GuidanceSchedule,
     OnStep,
-    Process,
     StepGuidance,
     ddim_generate,
     ddim_invert,
@@ -32,6 +31,7 @@ class DDIMInversion(EditingMethod):
         self, family: Family, *, num_inference_steps: int = 50, guidance_scale: float = 8.0, tau: float = 1.0
     ) -> None:
         self.model = family.load_model(guided=False)
+        self.process = self.model.process
         self.autoencoder, self.conditioner = family.load_autoencoder(), family.load_conditioner()
         self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.guidance = StepGuidance(guidance_scale, tau)
@@ -40,11 +40,9 @@ class DDIMInversion(EditingMethod):
     def from_family(
         cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
     ) -> DDIMInversion:
-        """As the constructor."""
         return cls(family, **settings)
 
     def networks(self) -> Sequence[nn.Module]:
-        """The teacher's."""
         return [self.model.network]
 
     def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float | None = None) -> int:
@@ -67,11 +65,6 @@ class DDIMInversion(EditingMethod):
         """As `EditingMethod.edit`, by default under the method's own guidance."""
         return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
 
-    @property
-    def process(self) -> Process:
-        """The noise process of the teacher."""
-        return self.model.process
-
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         """The teacher, guided by two evaluations where it is guided."""
         unconditional = self.conditioner.unconditional(len(prompts))
@@ -84,7 +77,6 @@ class DDIMInversion(EditingMethod):
         return ddim_invert(self.denoiser(prompts, UNGUIDED), x0, self.timesteps, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
-        """Descend it."""
         return ddim_generate(denoise, noise, self.timesteps, self.process, on_step=on_step)
 
 

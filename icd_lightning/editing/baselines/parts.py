@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from icd_lightning.diffusion import Process
 from icd_lightning.editing.baselines.branches import ConditionalNetwork
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.conditioning import Conditioning
@@ -29,11 +28,6 @@ class Parts:
     autoencoder: LatentAutoencoder
     conditioner: Conditioner
     model: DiffusionModel
-
-    @property
-    def process(self) -> Process:
-        """The noise process of the network."""
-        return self.model.process
 
     @classmethod
     def load(cls, family: Family, *, few_step: bool = False) -> Parts:

@@ -8,6 +8,7 @@ Shapes: R rows touched, N queries, M keys (N of self-attention, L tokens of cros
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,21 +34,38 @@ class Rows(NamedTuple):
         return Rows(*(None if rows is None else torch.cat([rows, rows + len(rows)]) for rows in self))
 
 
-class _RowProcessor:
-    """Stands for the processor `original`."""
+class _RowProcessor(ABC):
+    """Stands for the processor `original`, and attends otherwise where `change()` says how; None: not now."""
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, original: Any, change: Callable[[], Any]) -> None:
+        self.original, self.change = original, change
 
-    def _free_rows(self, hidden_states: Tensor, attention_mask: Tensor | None, num_rows: int) -> int:
-        """How many rows come before the last `num_rows`, which are touched."""
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        change = self.change()
+        if change is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
         assert attention_mask is None, "nothing here masks attention"
-        if len(hidden_states) < num_rows:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return _output(attn, self.attend(attn, _project(attn, hidden_states, context), change))
+
+    @abstractmethod
+    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Any) -> Tensor:
+        """(B, heads, N, d) of queries (B, heads, N, d), keys and values (B, heads, M, d)."""
+
+    def free_rows(self, batch_size: int, num_rows: int) -> int:
+        """How many rows come before the last `num_rows`, which are touched."""
+        if batch_size < num_rows:
             raise ValueError(
-                f"the network got a batch of {len(hidden_states)} while attention of {num_rows} rows, sources and "
+                f"the network got a batch of {batch_size} while attention of {num_rows} rows, sources and "
                 "targets, is controlled: evaluate them together"
             )
-        return len(hidden_states) - num_rows
+        return batch_size - num_rows
 
 
 class CrossAttention(_RowProcessor):
@@ -57,27 +75,18 @@ class CrossAttention(_RowProcessor):
     """
 
     def __init__(self, original: Any, num_rows: int, rewrite: Callable[[], Rewrite | None]) -> None:
-        super().__init__(original)
-        self.num_rows, self.rewrite = num_rows, rewrite
+        super().__init__(original, rewrite)
+        self.num_rows = num_rows
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        rewrite = self.rewrite()
-        if rewrite is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        free = self._free_rows(hidden_states, attention_mask, self.num_rows)
-        query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Rewrite) -> Tensor:
+        query, key, value = projected
+        free = self.free_rows(len(query), self.num_rows)
         scores = (query[free:] * attn.scale) @ key[free:].transpose(-1, -2)
-        attended = rewrite(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
-        if free:
-            others = scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=attn.scale)
-            attended = torch.cat([others, attended])
-        return _output(attn, attended)
+        attended = change(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
+        if not free:
+            return attended
+        others = scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=attn.scale)
+        return torch.cat([others, attended])
 
 
 class SelfAttention(_RowProcessor):
@@ -88,25 +97,15 @@ class SelfAttention(_RowProcessor):
     """
 
     def __init__(self, original: Any, borrow: Callable[[], Rows | None], *, both_halves: bool = False) -> None:
-        super().__init__(original)
-        self.borrow, self.both_halves = borrow, both_halves
+        super().__init__(original, borrow)
+        self.both_halves = both_halves
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        rows = self.borrow()
-        if rows is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        free = self._free_rows(hidden_states, attention_mask, len(rows.query))
-        if self.both_halves and free == len(rows.query):
-            rows, free = rows.twice(), 0
-        projected = _project(attn, hidden_states, hidden_states)
-        query, key, value = (_lent(x, whose, free) for x, whose in zip(projected, rows, strict=True))
-        return _output(attn, scaled_dot_product_attention(query, key, value, scale=attn.scale))
+    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Rows) -> Tensor:
+        free = self.free_rows(len(projected[0]), len(change.query))
+        if self.both_halves and free == len(change.query):
+            change, free = change.twice(), 0
+        query, key, value = (_lent(x, whose, free) for x, whose in zip(projected, change, strict=True))
+        return scaled_dot_product_attention(query, key, value, scale=attn.scale)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ class PromptToPromptEditing:
     network: nn.Module
     num_steps: int
     settings: PromptToPrompt | Sequence[PromptToPrompt] = DEFAULTS
-    source_guidance: GuidanceSchedule = UNGUIDED
 
     @torch.no_grad()
     def decode(
@@ -60,7 +59,7 @@ class PromptToPromptEditing:
             if on_step is not None:
                 on_step(step._replace(nfe=2 * step.nfe))  # of the source's branch and the target's
 
-        denoise = self.method.framed_for(noise).denoiser(prompts, PairedGuidance(self.source_guidance, guidance))
+        denoise = self.method.framed_for(noise).denoiser(prompts, PairedGuidance(UNGUIDED, guidance))
         with control.attached(self.network):
             return self.method.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
 
