@@ -12,7 +12,7 @@ from typing import Any, Literal
 from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.limits import SHORT_NAMES, PromptToPrompt, check_fraction, check_guidance_scale, check_seed
 from icd_lightning.editing.methods import METHODS, class_of
-from icd_lightning.evaluation.tables import edit_rows
+from icd_lightning.evaluation.tables import csv_rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -202,7 +202,7 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
     if output is not None and (Path(output).is_file() or Path(output).suffix.lower() in SUFFIXES):
         raise ValueError(f"output {output} must be a folder, for the results of several edits")
     folder = Path(output) if output else place.with_name(f"{place.resolve().stem}-edited")
-    rows = _folder_rows(place) if place.is_dir() else edit_rows(place)
+    rows = _folder_rows(place) if place.is_dir() else csv_rows(place, ("image",))
     edits, seen = [], Counter[str]()
     for row in rows:
         image = place / row["image"] if place.is_dir() else place.parent / row["image"]

@@ -26,7 +26,7 @@ from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
-from icd_lightning.evaluation.tables import csv_rows, edit_rows
+from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
 
@@ -123,10 +123,6 @@ class DataSet:
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scorers: Mapping[str, Any] = field(default_factory=dict)
 
-    def first(self, count: int | None) -> DataSet:
-        """Its first `count` examples, or all."""
-        return replace(self, examples=self.examples[:count])
-
 
 DATA_SETS = Registry("data set", "icd_lightning.data_sets", {})
 """Functions of a number of examples, or None, that give a `DataSet`."""
@@ -164,9 +160,9 @@ def read_captions(file: Path, images: Path | None = None) -> list[Example]:
 
 
 def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
-    """Edits from a CSV as `edit_rows` reads it. An empty cell of a column blended_words means no blend."""
+    """Edits from a CSV of image, source, target and blended_words, where an empty cell means no blend."""
     folder, examples = file.parent if images is None else images, []
-    for number, row in enumerate(edit_rows(file)):
+    for number, row in enumerate(csv_rows(file, ("image", "source", "target"))):
         where = f"{file}, row {number + 1}"
         image, source, target = (_cell(row, name, where) for name in ("image", "source", "target"))
         words = read_blended(row["blended_words"], source, target, where) if "blended_words" in row else None
@@ -258,14 +254,14 @@ def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
 def _csv_pairs(file: Path) -> list[tuple[str, str, str]]:
     pairs = []
     for number, row in enumerate(csv_rows(file, ("caption",))):
-        name = row.get("image") or row.get("file_name") or ""
+        name = row.get("image", "")
         pairs.append((name or f"caption-{number:05d}", name, _cell(row, "caption", f"{file}, row {number + 1}")))
     return pairs
 
 
 def _cell(row: Mapping[str, str], column: str, where: str) -> str:
-    if not row.get(column):
-        raise ValueError(f"{where}: {column} is empty" if column in row else f"{where}: there is no column {column!r}")
+    if not row[column]:
+        raise ValueError(f"{where}: {column} is empty")
     return row[column]
 
 

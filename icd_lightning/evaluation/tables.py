@@ -10,19 +10,7 @@ ALIASES = {"file_name": "image", "old_caption": "source", "edited_caption": "tar
 """What the reference's table of edits calls our columns."""
 
 
-def edit_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a CSV of edits: image, source, target and, where there are such columns, blended_words and output.
-
-    The reference's names file_name, old_caption and edited_caption are as good.
-    """
-    rows = csv_rows(file, (), ALIASES)
-    columns = rows[0].keys()
-    if "image" not in columns:
-        raise ValueError(f"{file} has no column image (or file_name), only {', '.join(columns)}")
-    return rows
-
-
-def csv_rows(file: Path, columns: Sequence[str], aliases: dict[str, str] | None = None) -> list[dict[str, str]]:
+def csv_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a CSV with a heading, cells without spaces around them; ValueError where one of `columns` is missing."""
     if not file.is_file():
         raise ValueError(f"there is no file {file}: give a CSV, or COCO's annotations as JSON")
@@ -32,9 +20,11 @@ def csv_rows(file: Path, columns: Sequence[str], aliases: dict[str, str] | None 
             rows, heading = list(reader), reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as a CSV file in UTF-8 ({error})") from error
-    if missing := [name for name in columns if name not in heading]:
-        raise ValueError(f"{file} has no column {missing[0]!r}, only {', '.join(heading) or 'none'}")
+    names = {name: ALIASES.get(name, name) for name in heading}
+    for column in columns:
+        if column not in names.values():
+            also = "".join(f" (or {alias})" for alias, name in ALIASES.items() if name == column)
+            raise ValueError(f"{file} has no column {column}{also}, only {', '.join(heading) or 'none'}")
     if not rows:
         raise ValueError(f"{file} has no rows below its heading")
-    names = aliases or {}
-    return [{names.get(key, key): (row[key] or "").strip() for key in heading} for row in rows]
+    return [{name: (row[key] or "").strip() for key, name in names.items()} for row in rows]

@@ -16,7 +16,7 @@ from icd_lightning.evaluation.examples import (
     read_pie_bench,
     stack,
 )
-from icd_lightning.evaluation.tables import edit_rows
+from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.tiny.benchmarks import scene_edits, scene_examples
 from icd_lightning.tiny.scenes import EDITS, HELD_OUT_SEED
 
@@ -141,7 +141,7 @@ def test_a_csv_of_captions_needs_no_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "image,text\na.png,x\n", "no column 'caption', only image, text"),
+        ("x.csv", "image,text\na.png,x\n", "no column caption, only image, text"),
         ("x.csv", "image,caption\na.png,\n", "row 1: caption is empty"),
         ("x.csv", "image,caption\nmissing.png,x\n", "names .*missing.png, which is not there"),
         ("x.csv", "image,caption\na.png,x\na.png,y\n", "'a.png' comes 2 times"),
@@ -177,7 +177,7 @@ def test_the_references_table_of_edits_is_read(tmp_path):
     (tmp_path / "ours.csv").write_text("image,source,target,output\na.png,a cat,a cow,b.png\n")
     (ours,) = read_coco_edits(tmp_path / "ours.csv")
     assert (ours.target, ours.blended_words) == ("a cow", None)  # nobody says
-    assert edit_rows(tmp_path / "ours.csv") == [
+    assert csv_rows(tmp_path / "ours.csv", ("image",)) == [
         {"image": "a.png", "source": "a cat", "target": "a cow", "output": "b.png"}
     ]
     (tmp_path / "none.csv").write_text("picture,source,target\na.png,a cat,a cow\n")

@@ -16,13 +16,12 @@ from icd_lightning.evaluation.report import (
     Panel,
     Report,
     Table,
-    draw_png,
     draw_section,
     markdown_table,
     print_table,
     write_report,
 )
-from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, wrap
+from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, draw_report, wrap
 from icd_lightning.evaluation.report.figures import curve_figure, text_width
 from icd_lightning.evaluation.report.model import MISSING
 from icd_lightning.evaluation.statistics import Estimate
@@ -106,13 +105,13 @@ def test_writes_both_files_and_leaves_nothing_else(tmp_path):
 
 
 def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = draw_png(report(), tmp_path / "report.png")
-    before = path.read_bytes()
+    paths = write_report(report(), tmp_path)
+    before = paths[1].read_bytes()
     monkeypatch.setattr(Canvas, "png", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        draw_png(report(table()), path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        write_report(report(table()), tmp_path)
+    assert paths[1].read_bytes() == before
+    assert set(tmp_path.iterdir()) == set(paths)
 
 
 def test_importing_the_data_loads_no_drawing_library():
@@ -124,7 +123,7 @@ def test_importing_the_data_loads_no_drawing_library():
 def test_sections_may_be_chosen_for_the_picture(tmp_path):
     html, png = write_report(report(panel(rows=4), table()), tmp_path, png_sections=(panel(rows=1),))
     assert len(Reader(html.read_text()).all("img")) == 12
-    assert png.read_bytes() == draw_png(report(panel(rows=1)), tmp_path / "few.png").read_bytes()
+    assert png.read_bytes() == draw_report(report(panel(rows=1))).png()
 
 
 # The page
@@ -189,8 +188,8 @@ def test_tables_of_the_page_are_whole_and_numbers_stand_right(tmp_path):
 # The picture
 
 
-def drawn(*sections, tmp_path, **options):
-    return np.asarray(Image.open(draw_png(report(*sections, **options), tmp_path / "report.png")))
+def drawn(*sections, **options):
+    return np.asarray(Image.open(io.BytesIO(draw_report(report(*sections, **options)).png())))
 
 
 def where(picture, color):
@@ -199,8 +198,8 @@ def where(picture, color):
     return y.min(), y.max(), x.min(), x.max()
 
 
-def test_picture_is_a_sheet_with_clear_corners(tmp_path):
-    sheet = drawn(panel(), table(), curve(), tmp_path=tmp_path)
+def test_picture_is_a_sheet_with_clear_corners():
+    sheet = drawn(panel(), table(), curve())
     assert sheet.shape[1:] == (1600, 4)
     assert sheet[0, 0, 3] == 0
     assert sheet[sheet.shape[0] // 2, 800, 3] == 255
@@ -208,12 +207,12 @@ def test_picture_is_a_sheet_with_clear_corners(tmp_path):
     assert (margins == 255).all()
 
 
-def test_pictures_stand_under_one_another_and_never_overlap(tmp_path):
+def test_pictures_stand_under_one_another_and_never_overlap():
     colors = [(200, 30 * i, 7) for i in range(6)]
     rows = tuple(
         (" ".join(["a very long caption"] * n), tuple(map(solid, colors[i : i + 3]))) for i, n in ((0, 1), (3, 30))
     )
-    sheet = drawn(Panel("Pictures", "", ("a", "b", "c"), rows), tmp_path=tmp_path)
+    sheet = drawn(Panel("Pictures", "", ("a", "b", "c"), rows))
     boxes = np.array([where(sheet, color) for color in colors])
     assert len(set((boxes[:, 1] - boxes[:, 0]).tolist() + (boxes[:, 3] - boxes[:, 2]).tolist())) == 1  # equal squares
     np.testing.assert_array_equal(boxes[:3, 2:], boxes[3:, 2:])
@@ -224,9 +223,9 @@ def test_pictures_stand_under_one_another_and_never_overlap(tmp_path):
     assert np.nonzero(ink)[1].max() < boxes[0, 2] - 10  # the long caption keeps to its column
 
 
-def test_a_hole_stays_empty_and_ours_is_tinted(tmp_path):
+def test_a_hole_stays_empty_and_ours_is_tinted():
     rows = (("", (solid((10, 200, 10)), None)), ("", (solid((10, 10, 200)), solid((200, 10, 10)))))
-    sheet = drawn(Panel("Pictures", "", ("theirs", "ours"), rows, highlight=1), tmp_path=tmp_path)
+    sheet = drawn(Panel("Pictures", "", ("theirs", "ours"), rows, highlight=(1,)))
     row, column = where(sheet, (10, 200, 10)), where(sheet, (200, 10, 10))
     hole = sheet[row[0] : row[1], column[2] : column[3], :3]
     assert (hole == hole[0, 0]).all()
@@ -235,10 +234,10 @@ def test_a_hole_stays_empty_and_ours_is_tinted(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 14, 40])
-def test_wide_tables_stay_on_the_sheet(tmp_path, count):
+def test_wide_tables_stay_on_the_sheet(count):
     header = ("Method", *(f"quantity number {i}" for i in range(count)))
     rows = tuple((f"method {n} with a long description of itself", *range(1000, 1000 + count)) for n in range(3))
-    sheet = drawn(Table("Numbers", "", header, rows, highlight_rows=(1,)), tmp_path=tmp_path)
+    sheet = drawn(Table("Numbers", "", header, rows, highlight_rows=(1,)))
     assert (sheet[:, -40:, :3] == 255).all()
 
 
@@ -269,8 +268,8 @@ def test_little_data_makes_a_report_too(tmp_path, sections):
     assert Image.open(png).width == 1600
 
 
-def test_no_letter_that_reports_use_is_missing(tmp_path, recwarn):
-    drawn(Table("α β τ ε σ λ", "→ ← ↑ ↓ ≤ ≥ ± × · – ∞ ² ü é", ("ö",), (("Ł",),)), tmp_path=tmp_path)  # noqa: RUF001
+def test_no_letter_that_reports_use_is_missing(recwarn):
+    drawn(Table("α β τ ε σ λ", "→ ← ↑ ↓ ≤ ≥ ± × · – ∞ ² ü é", ("ö",), (("Ł",),)))  # noqa: RUF001
     assert [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)] == []
 
 
@@ -371,15 +370,9 @@ def test_terminal_table_shows_values_as_they_are():
     ("build", "message"),
     [
         (lambda: Panel("P", "", ("a", "b"), (("x", (None,)),)), "row 'x' has 1 pictures for 2 columns"),
-        (lambda: Panel("P", "", ("a",), (("x", (np.zeros((3, 8, 8), np.uint8),)),)), r"uint8 \(3, 8, 8\)"),
-        (lambda: Panel("P", "", ("a",), (("x", (np.zeros((8, 8, 3), np.float32),)),)), "is float32"),
-        (lambda: Panel("P", "", (), ()), "no columns"),
-        (lambda: panel(highlight=3), "highlight 3 is not one of 0 to 2"),
-        (lambda: Table("T", "", ("a", "b"), ((1,),)), "row 0 has 1 values for 2 columns"),
-        (lambda: table(digits=(1,)), "digits has 1 values for 4 columns"),
-        (lambda: table(best=("max",)), "best has 1 values for 4 columns"),
-        (lambda: table(highlight_rows=(3,)), "highlight_rows 3 is not one of 0 to 2"),
-        (lambda: Curve("C", "", "x", "y", {"a": ([1, 2], [1])}), "2 x values and 1 y values"),
+        (lambda: Table("T", "", ("a", "b"), ((1,),)), r"1 values for 2 columns: \(1,\)"),
+        (lambda: table(digits=(1,)), "1 values for 4 columns"),
+        (lambda: table(best=("max",)), "1 values for 4 columns"),
         (lambda: Curve("C", "", "x", "y", {}), "0 series"),
         (lambda: Curve("C", "", "x", "y", {str(i): ([], []) for i in range(7)}), "7 series; show 1 to 6"),
     ],

@@ -14,7 +14,7 @@ from icd_lightning.evaluation.report.model import (
     Value,
     markdown_table,
 )
-from icd_lightning.evaluation.report.output import draw_png, draw_section, print_table, wide_console, write_report
+from icd_lightning.evaluation.report.output import draw_section, print_table, wide_console, write_report
 
 __all__ = [
     "MAX_MARKED",
@@ -25,7 +25,6 @@ __all__ = [
     "Section",
     "Table",
     "Value",
-    "draw_png",
     "draw_section",
     "markdown_table",
     "print_table",

@@ -209,7 +209,7 @@ def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> floa
     label_width = (width + PICTURE_GAP - count * (side + PICTURE_GAP)) * labelled
     lefts = [x, *(x + label_width + index * (side + PICTURE_GAP) for index in range(count))]
     head_font = shrunk(HEAD, (word for column in panel.columns for word in column.partition("\n")[0].split()), side)
-    colors = ["accent" if index in panel.highlighted else "ink" for index in range(count)]
+    colors = ["accent" if index in panel.highlight else "ink" for index in range(count)]
     heads = [
         _two_sizes(column, head_font._replace(color=color), side)
         for column, color in zip(panel.columns, colors, strict=True)
@@ -218,8 +218,8 @@ def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> floa
     for label, pictures in panel.rows:
         cells = [_two_sizes(label, BODY, label_width - 28), *pictures]
         bottom = _row(canvas, bottom, lefts, cells, side=side) + PICTURE_GAP
-    for first in panel.highlighted:  # neighbours share a band
-        last, margin = first + (first + 1 in panel.highlighted), PICTURE_GAP // 2
+    for first in panel.highlight:  # neighbours share a band
+        last, margin = first + (first + 1 in panel.highlight), PICTURE_GAP // 2
         canvas.box((lefts[first + 1] - margin, y, lefts[last + 1] + side + margin, bottom - margin), "tint", 14)
     return bottom - PICTURE_GAP // 2
 

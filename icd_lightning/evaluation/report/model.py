@@ -31,27 +31,15 @@ class Panel:
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Picture | None, ...]], ...]
-    highlight: int | tuple[int, ...] = ()
+    highlight: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_columns(f"panel {self.title!r}", self.columns)
         for label, pictures in self.rows:
             if len(pictures) != len(self.columns):
                 raise ValueError(
                     f"panel {self.title!r}: row {label!r} has {len(pictures)} pictures for {len(self.columns)} "
                     "columns; use None for a hole"
                 )
-            for column, picture in zip(self.columns, pictures, strict=True):
-                if picture is not None and (picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3):
-                    raise ValueError(
-                        f"panel {self.title!r}: {column!r} of row {label!r} is {picture.dtype} {picture.shape}; "
-                        "pictures are uint8 (H, W, 3)"
-                    )
-        _check_indices(f"panel {self.title!r}: highlight", self.highlighted, len(self.columns))
-
-    @property
-    def highlighted(self) -> tuple[int, ...]:
-        return (self.highlight,) if isinstance(self.highlight, int) else self.highlight
 
 
 @dataclass(frozen=True)
@@ -77,15 +65,9 @@ class Table:
     best: tuple[Literal["max", "min"] | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_columns(f"table {self.title!r}", self.header)
-        lines = {f"row {index}": row for index, row in enumerate(self.rows)}
-        lines |= {name: values for name in ("digits", "best") if (values := getattr(self, name)) is not None}
-        for name, values in lines.items():
+        for values in filter(None, (*self.rows, self.digits, self.best)):
             if len(values) != len(self.header):
-                raise ValueError(
-                    f"table {self.title!r}: {name} has {len(values)} values for {len(self.header)} columns"
-                )
-        _check_indices(f"table {self.title!r}: highlight_rows", self.highlight_rows, len(self.rows))
+                raise ValueError(f"table {self.title!r}: {len(values)} values for {len(self.header)} columns: {values}")
 
     def is_numeric(self, index: int) -> bool:
         """True for a column of numbers, which is set flush right."""
@@ -146,9 +128,6 @@ class Curve:
         most = MAX_MARKED if self.marks else MAX_SERIES
         if not 1 <= len(self.series) <= most:
             raise ValueError(f"curve {self.title!r}: {len(self.series)} series; show 1 to {most} in one plot")
-        for name, (x, y) in self.series.items():
-            if len(x) != len(y):
-                raise ValueError(f"curve {self.title!r}: series {name!r} has {len(x)} x values and {len(y)} y values")
 
     def look(self, index: int) -> tuple[int, str]:
         """Number of its colour and mark of a series; no mark, "", on plain lines."""
@@ -192,14 +171,3 @@ def _digits(numbers: Sequence[float]) -> int:
     """Decimals that leave three significant digits of the largest number, at most six."""
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
     return 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
-
-
-def _check_columns(what: str, columns: tuple[str, ...]) -> None:
-    if not columns:
-        raise ValueError(f"{what} has no columns; leave it out of the report")
-
-
-def _check_indices(what: str, indices: tuple[int, ...], count: int) -> None:
-    for index in indices:
-        if not 0 <= index < count:
-            raise ValueError(f"{what} {index} is not one of 0 to {count - 1}")

@@ -22,20 +22,14 @@ def write_report(
 
     `png_sections` are drawn in the picture in place of the report's own: a README wants fewer rows than a page.
     """
+    from icd_lightning.evaluation.report.canvas import draw_report
     from icd_lightning.evaluation.report.page import page
 
-    html = Path(folder) / "report.html"
+    html, png = Path(folder) / "report.html", Path(folder) / "report.png"
+    drawn = report if png_sections is None else replace(report, sections=tuple(png_sections))
     write_whole(html, lambda temporary: temporary.write_text(page(report), encoding="utf-8"))
-    return html, draw_png(report, Path(folder) / "report.png", sections=png_sections)
-
-
-def draw_png(report: Report, path: str | Path, *, sections: Sequence[Section] | None = None) -> Path:
-    """Draw the report, or these sections in place of its own, as one PNG 1600 pixels wide; return its path."""
-    from icd_lightning.evaluation.report.canvas import draw_report
-
-    shown = report if sections is None else replace(report, sections=tuple(sections))
-    write_whole(Path(path), lambda temporary: temporary.write_bytes(draw_report(shown).png()))
-    return Path(path)
+    write_whole(png, lambda temporary: temporary.write_bytes(draw_report(drawn).png()))
+    return html, png
 
 
 def draw_section(section: Panel | Curve, path: Path) -> Path:
