@@ -85,15 +85,15 @@ def cache_latents(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     share = _part(part or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
-    place = find_device(device)
-    if device == "auto" and place.type == "cuda":
-        place = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    autoencoder = load_autoencoder(vae).to(place)
-    conditioner = Family(text).load_conditioner().to(place) if text else None
+    own_device = find_device(device)
+    if device == "auto" and own_device.type == "cuda":
+        own_device = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    autoencoder = load_autoencoder(vae).to(own_device)
+    conditioner = Family(text).load_conditioner().to(own_device) if text else None
     manifest = write(
         urls,
         out,
-        lambda images: autoencoder.moments(images.to(place)),
+        lambda images: autoencoder.moments(images.to(own_device)),
         autoencoder=autoencoder.fingerprint,
         text=conditioner and (conditioner.fingerprint, lambda captions: conditioner(captions).embeds()),
         decoder=SampleDecoder(resolution, caption_field, min_size, buckets),
@@ -103,12 +103,12 @@ def cache_latents(
     )
     shards = _counted(len(manifest.shards), "shard")
     if manifest.complete:
-        text = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
+        outcome = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
     elif share[1] > 1:
-        text = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
+        outcome = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
     else:
         raise ValueError(f"{out} holds {shards}, and some could not be read to their end: run the same command again")
-    Console().print(text, soft_wrap=True)
+    Console().print(outcome, soft_wrap=True)
 
 
 def describe(*urls: str, examples: int = 4) -> None:

@@ -174,8 +174,7 @@ class ShardDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Return an endless stream cut into epochs of `batches_per_epoch`."""
         assert self.stream is not None, "setup comes first"
-        if self._loader is not None:
-            self._loader.close()
+        self.teardown()
         position = self._next_batch if self.trainer else None
         self._loader = TrainLoader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
         return self._loader
@@ -183,8 +182,7 @@ class ShardDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> ValidationLoader | list:
         return [] if self.validation_set is None else ValidationLoader(self.validation_set, self.num_workers)
 
-    def test_dataloader(self) -> ValidationLoader | list:
-        return self.val_dataloader()
+    test_dataloader = val_dataloader
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop the workers."""

@@ -64,14 +64,16 @@ class SampleDecoder:
 
     def admit(self, raw: Raw) -> tuple[int, int]:
         """Return the sample's (height, width) in a batch; raise `RejectedError` for what is wrong before its pixels."""
-        metadata, _ = _read_metadata(raw), self._caption(raw)
+        metadata = _read_metadata(raw)
+        self._caption(raw, metadata)
         if MOMENTS in raw:
             return self._moments(raw, metadata).shape[1:]
         return self._open(raw)[1]
 
     def decode(self, raw: Raw) -> Decoded:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""
-        metadata, caption = _read_metadata(raw), self._caption(raw)
+        metadata = _read_metadata(raw)
+        caption = self._caption(raw, metadata)
         if MOMENTS in raw:
             moments = self._moments(raw, metadata)
             return Decoded(None, caption, raw["__key__"], metadata, moments, self._text(raw, metadata, caption))
@@ -138,9 +140,9 @@ class SampleDecoder:
             )
         return text
 
-    def _caption(self, raw: Raw) -> str:
+    def _caption(self, raw: Raw, metadata: dict) -> str:
         if self.caption_field is not None:
-            caption, source = _read_metadata(raw).get(self.caption_field), f"json field {self.caption_field!r}"
+            caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
         else:
             caption, source = text_caption(raw), ".txt or .caption file"
         if not isinstance(caption, str) or not caption.strip():

@@ -65,12 +65,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def resize_and_crop(image: Image.Image, height: int, width: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Resize to cover height x width, by default a square, and cut out the centre; return it and its (top, left)."""
     width = height if width is None else width
-    scale = max(width / image.width, height / image.height)
-    covering = (round(image.width * scale), round(image.height * scale))
-    if image.size != covering:
-        image = image.resize(covering, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height)), (top, left)
+    covering = ImageOps.cover(image, (width, height), Image.Resampling.LANCZOS)
+    left, top = (covering.width - width) // 2, (covering.height - height) // 2
+    return covering.crop((left, top, left + width, top + height)), (top, left)
 
 
 def to_images(

@@ -75,20 +75,19 @@ def cache_latents(
     settings |= {"buckets": True} if decoder.buckets else {}
     settings |= {"text_encoder": text[0]} if text else {}
     parameters = {"latents": settings, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
-    parameters["source"] = [
-        manifest.parameters for manifest in manifests_beside(shard.url for shard in shards.values()).values()
-    ]
+    sources = manifests_beside(shard.url for shard in shards.values())
+    parameters["source"] = [manifest.parameters for manifest in sources.values()]
     if overwrite:
         _clear(folder, part)
-    load_own_manifest(folder, parameters)
+    existing = load_own_manifest(folder, parameters)
     done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
+    missing = [name for name in list(shards)[part[0] :: part[1]] if name not in done]
+    if missing and existing is None:
+        Manifest(parameters, complete=False).save(folder)
     tally = Tally(limits=Limits(max_skipped=1.0))
     encoder = _Encoder(encode, text and text[1], decoder, settings, batch_size)
-    for name in list(shards)[part[0] :: part[1]]:
-        if name not in done:
-            if Manifest.load(folder) is None:
-                Manifest(parameters, complete=False).save(folder)
-            _cache_shard(shards[name], folder / name, encoder, tally)
+    for name in missing:
+        _cache_shard(shards[name], folder / name, encoder, tally)
     if skipped := left_out(tally.counts()):
         logger.warning("left out: %s", skipped)
     return _completed(folder, parameters, list(shards))
@@ -136,24 +135,23 @@ class _Encoder:
 
     def _moments(self, samples: list[Decoded]) -> list[NDArray[np.float16]]:
         """Encode pictures, those of one size together; one (C, h, w) for each."""
-        places = defaultdict(list)
-        for place, sample in enumerate(samples):
-            places[sample.picture.shape].append(place)
+        by_size = defaultdict(list)
+        for index, sample in enumerate(samples):
+            by_size[sample.picture.shape].append(index)
         moments: dict[int, NDArray[np.float16]] = {}
-        for group in places.values():
-            encoded = self.encode(collate([samples[place] for place in group]).images)
-            moments |= zip(group, _half(encoded, "the autoencoder gives latents", samples[group[0]]), strict=True)
-        return [moments[place] for place in range(len(samples))]
+        for indices in by_size.values():
+            encoded = self.encode(collate([samples[index] for index in indices]).images)
+            moments |= zip(indices, _half(encoded, "the autoencoder gives latents", samples[indices[0]]), strict=True)
+        return [moments[index] for index in range(len(samples))]
 
     def _texts(self, samples: list[Decoded]) -> list[dict[str, bytes]]:
         """Encode captions, where that is wanted; a file for each, by its extension."""
         if self.encode_text is None:
             return [{}] * len(samples)
         encoded = self.encode_text([sample.caption for sample in samples])
-        embeds = {
-            name: _half(values, "the text encoder gives embeddings", samples[0]) for name, values in encoded.items()
-        }
-        return [{TEXT: save({name: values[place] for name, values in embeds.items()})} for place in range(len(samples))]
+        source = "the text encoder gives embeddings"
+        embeds = {name: _half(values, source, samples[0]) for name, values in encoded.items()}
+        return [{TEXT: save({name: values[index] for name, values in embeds.items()})} for index in range(len(samples))]
 
 
 def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float16]:

@@ -439,6 +439,7 @@ def test_pictures_and_latents_do_not_mix(pictures, latents, num_workers):
     data.setup("fit")
     with pytest.raises(NothingToReadError, match="some shards hold pictures and some hold latents"):
         list(data.train_dataloader())
+    data.teardown()
 
 
 @pytest.mark.parametrize(
