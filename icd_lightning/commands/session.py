@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from icd_lightning import __version__
 from icd_lightning.commands.edits import Edit, EditSettings, Size
 from icd_lightning.commands.weights import Weights, check_device
 from icd_lightning.data.images import read_picture, save_png
-from icd_lightning.diffusion import Step, StepGuidance
+from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
@@ -29,7 +28,7 @@ from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.evaluation.bench import CPU
+from icd_lightning.evaluation.bench import CPU, Clock
 from icd_lightning.evaluation.examples import read_blended
 from icd_lightning.evaluation.methods import Models, guided_as_told
 from icd_lightning.files import write_whole
@@ -39,19 +38,8 @@ from icd_lightning.models.text import unknown_words
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Cost:
-    """Network evaluations of one picture, and when they began; as text, with the seconds since."""
-
-    nfe: int = 0
-    start: float = field(default_factory=time.perf_counter)
-
-    def count(self, step: Step) -> None:
-        """Add the evaluations of one step."""
-        self.nfe += step.nfe
-
-    def __str__(self) -> str:
-        return f"{self.nfe} evaluations, {time.perf_counter() - self.start:.2f} s"
+BORROWING = (Baseline, AttentionControlled)
+"""Methods that borrow attention, and swap no prompt."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +85,16 @@ class Session:
         prompts = [edit.source], [edit.target]
         inverted: dict[int, Tensor] = {}
         for one in settings:
-            cost, guidance = Cost(), self.guidance(one, edit=True)
+            clock, guidance = Clock(self.models.device), self.guidance(one, edit=True)
             options, about = self._options(one, edit, guidance)
             if isinstance(self.method, EditingMethod):
                 if one.seed not in inverted:
-                    inverted[one.seed] = self.method.invert(images, prompts[0], seed=one.seed, on_step=cost.count)
+                    inverted[one.seed] = self.method.invert(images, prompts[0], seed=one.seed, on_step=clock.count)
                 options["noise"] = inverted[one.seed]
-            result = self.method.edit(images, *prompts, guidance=guidance, seed=one.seed, on_step=cost.count, **options)
+            options |= {"guidance": guidance, "seed": one.seed, "on_step": clock.count}
+            result = self.method.edit(images, *prompts, **options)
             about |= {"method": self.name, "seed": one.seed, **self.about(guidance)}
-            yield Edited(as_output(result, "pil")[0], about, str(cost))
+            yield Edited(as_output(result, "pil")[0], about, spent(clock))
 
     def _options(
         self, settings: EditSettings, edit: Edit, guidance: StepGuidance
@@ -128,19 +117,20 @@ class Session:
         height, width = self.size(size)
         return as_images(opened(image, height, width), height, width).to(self.models.device)
 
-    def invert(self, image: str, prompt: str, seed: int, size: Size) -> tuple[Tensor, Cost]:
+    def invert(self, image: str, prompt: str, seed: int, size: Size) -> tuple[Tensor, str]:
         """A picture to noise (1, C, h, w), and what that cost."""
-        images, cost = self.images(image, size), Cost()
+        images, clock = self.images(image, size), Clock(self.models.device)
         self.warn_of_unknown_words(prompt)
-        return self.method.invert(images, [prompt], seed=seed, on_step=cost.count), cost
+        noise = self.method.invert(images, [prompt], seed=seed, on_step=clock.count)
+        return noise, spent(clock)
 
     def reconstruct(self, image: str, prompt: str, noise: Tensor) -> tuple[Image.Image, str, float]:
         """Noise (1, C, h, w) to a picture, unguided; what that cost, and its PSNR to the one that it was."""
-        cost = Cost()
-        back = self.method.generate([prompt], noise, on_step=cost.count)
-        spent, picture = str(cost), as_output(back, "pil")[0]
+        clock = Clock(self.models.device)
+        back = self.method.generate([prompt], noise, on_step=clock.count)
+        cost, picture = spent(clock), as_output(back, "pil")[0]
         images = as_images(read_picture(image), *back.shape[-2:]).to(back.device)
-        return picture, spent, float(psnr(back, images))
+        return picture, cost, float(psnr(back, images))
 
     def noise(self, seeds: Sequence[int], size: Size) -> Tensor:
         """Noise (B, C, h, w) of these seeds."""
@@ -148,11 +138,11 @@ class Session:
 
     def generate(
         self, prompts: list[str], noise: Tensor, settings: EditSettings
-    ) -> tuple[list[Image.Image], dict[str, Any], Cost]:
+    ) -> tuple[list[Image.Image], dict[str, Any], str]:
         """Noise (B, C, h, w) to pictures, what their metadata say of that, and what they cost."""
-        cost, guidance = Cost(), self.guidance(settings)
-        images = self.method.generate(prompts, noise.to(self.models.device), guidance=guidance, on_step=cost.count)
-        return as_output(images, "pil"), self.about(guidance), cost
+        clock, guidance = Clock(self.models.device), self.guidance(settings)
+        images = self.method.generate(prompts, noise.to(self.models.device), guidance=guidance, on_step=clock.count)
+        return as_output(images, "pil"), self.about(guidance), spent(clock)
 
     def about(self, guidance: StepGuidance) -> dict[str, Any]:
         """For a file's metadata: the guidance, and the students' boundaries as `--boundaries` takes them."""
@@ -160,10 +150,6 @@ class Session:
         if isinstance(self.method, InvertibleConsistency):
             told["boundaries"] = ",".join(map(str, self.method.boundaries.boundary_timesteps))
         return told
-
-
-BORROWING = (Baseline, AttentionControlled)
-"""Methods that borrow attention, and swap no prompt."""
 
 
 def open_editor(settings: EditSettings) -> Session:
@@ -175,6 +161,11 @@ def open_editor(settings: EditSettings) -> Session:
         given = ", ".join(settings.control)
         raise ValueError(f"method {settings.method} borrows no attention: leave out {given}, or take icd_p2p")
     return Session(settings, settings.method)
+
+
+def spent(clock: Clock) -> str:
+    """What a result cost, in words."""
+    return f"{clock.nfe} evaluations, {clock.seconds():.2f} s"
 
 
 def opened(path: str | Path, height: int, width: int) -> Image.Image:

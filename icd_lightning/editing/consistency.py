@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
@@ -17,13 +18,14 @@ from icd_lightning.diffusion import (
     Direction,
     GuidanceSchedule,
     OnStep,
+    Step,
     generate,
     invert,
 )
 from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.merging import MergedStudent
-from icd_lightning.editing.method import EditingMethod, Seed, seeded_noise
-from icd_lightning.editing.prompt_to_prompt import BlendedWords, PromptToPrompt, PromptToPromptEditing
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, seeded_noise
+from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
 from icd_lightning.models.family import Family
@@ -119,6 +121,31 @@ class InvertibleConsistency(EditingMethod):
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         return generate(DDIMJump(denoise, self.process), noise, self.boundaries, on_step=on_step)
 
+    @torch.no_grad()
+    def decode_pairs(
+        self,
+        noise: Tensor,
+        source_prompts: Sequence[str],
+        target_prompts: Sequence[str],
+        *,
+        guidance: GuidanceSchedule,
+        control: PromptToPrompt | Sequence[PromptToPrompt],
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Noise (B, C, h, w) to latents (2 B, C, h, w): the sources, unguided, and the targets that borrow of them."""
+        edits = (control, source_prompts, target_prompts, noise)
+        tokenizer, num_steps = self.conditioner.tokenizer, self.boundaries.num_segments
+        state = PromptToPromptControl(*edits, tokenizer=tokenizer, num_steps=num_steps)
+
+        def end(step: Step) -> None:
+            state.on_step(step)
+            if on_step is not None:
+                on_step(step._replace(nfe=2 * step.nfe))  # of the source's branch and the target's
+
+        denoise = self.denoiser([*source_prompts, *target_prompts], PairedGuidance(UNGUIDED, guidance))
+        with state.attached(self.students.network):
+            return self.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
+
     def _sampling(self, direction: Direction, denoise: GuidedDenoiser) -> Denoiser:
         """A student's denoiser as it samples: merged weights are shared by all denoisers that live at a time."""
         if not self.merge or not isinstance(self.students, LoraStudents):
@@ -155,11 +182,12 @@ class AttentionControlled(InvertibleConsistency):
 
         options: fields of `PromptToPrompt`, in the place of the control's.
         """
-        settings = for_each(control or self.control, len(source_prompts), options, blended_words)
-        decode = PromptToPromptEditing(self, self.students.network, self.boundaries.num_segments, settings)
         if noise is None:
             noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
-        return decode(noise, source_prompts, target_prompts, guidance=guidance, on_step=on_step)
+        each = for_each(control or self.control, len(source_prompts), options, blended_words)
+        prompts = (source_prompts, target_prompts)
+        latents = self.framed_for(noise).decode_pairs(noise, *prompts, guidance=guidance, control=each, on_step=on_step)
+        return self.autoencoder.decode(latents[len(noise) :])
 
 
 class Untrained(InvertibleConsistency):

@@ -24,7 +24,7 @@ from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -175,8 +175,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             if control is None:
                 denoise = method.swapping(sources, targets, guidance=guided, swap_tau=swap_tau)
                 return self._output(method.from_noise(denoise, noise, on_step=on_step), output_type)
-            editing = PromptToPromptEditing(method, self.unet, steps, control)
-            both = editing.decode(noise, sources, targets, guidance=guided, on_step=on_step)
+            both = method.decode_pairs(noise, sources, targets, guidance=guided, control=control, on_step=on_step)
             return self._output(both[count:], output_type)
 
     # Parts of a call

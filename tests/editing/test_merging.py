@@ -8,7 +8,7 @@ from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import seeded_noise
-from icd_lightning.editing.prompt_to_prompt import PromptToPromptEditing
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import DIRECTIONS, LoraStudents
@@ -87,9 +87,8 @@ def test_denoisers_that_live_at_a_time_share_the_weights_and_later_ones_follow_t
 
 def test_edits_are_the_same_merged_or_not(method):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    decode = PromptToPromptEditing(method, method.students.network, method.boundaries.num_segments)
     edited = {}
     for method.merge in (True, False):
         noise = method.invert(images, SOURCES)
-        edited[method.merge] = decode(noise, SOURCES, TARGETS, guidance=GUIDED)
+        edited[method.merge] = method.decode_pairs(noise, SOURCES, TARGETS, guidance=GUIDED, control=PromptToPrompt())
     torch.testing.assert_close(edited[True], edited[False], rtol=1e-3, atol=1e-4)

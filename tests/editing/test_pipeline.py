@@ -21,7 +21,7 @@ from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import suitable_tau
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt, PromptToPromptEditing
+from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import write_released
 
@@ -93,8 +93,8 @@ def test_it_gives_what_the_method_and_prompt_to_prompt_give(pipe, random_family,
     torch.testing.assert_close(noise, inverted, rtol=0, atol=0)
     swapped = method.edit(None, SOURCES, TARGETS, noise=inverted, guidance=guidance, swap_tau=0.8)
     close(edited(pipe, images) * 2 - 1, swapped)
-    editing = PromptToPromptEditing(method, method.students.network, 4, CONTROL)
-    close(edited(pipe, images, control=CONTROL) * 2 - 1, editing(inverted, SOURCES, TARGETS, guidance=guidance))
+    borrowed = method.decode_pairs(inverted, SOURCES, TARGETS, guidance=guidance, control=CONTROL)[4:]
+    close(edited(pipe, images, control=CONTROL) * 2 - 1, method.autoencoder.decode(borrowed))
     back = pipe.reconstruct(images, SOURCES, output_type="pt").images
     close(back * 2 - 1, method.generate(SOURCES, inverted))
     drawn = seeded_noise(method.latent_shape(4, 64, 64), 5)

@@ -18,7 +18,6 @@ from icd_lightning.editing.prompt_to_prompt import (
     PairedGuidance,
     PromptToPrompt,
     PromptToPromptControl,
-    PromptToPromptEditing,
 )
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import choose_layers
@@ -44,8 +43,8 @@ def noise(method) -> Tensor:
     return seeded_noise(method.latent_shape(3, 64, 64), 0)
 
 
-def editing(method, settings=PromptToPrompt(), **options) -> PromptToPromptEditing:  # noqa: B008
-    return PromptToPromptEditing(method, method.students.network, method.boundaries.num_segments, settings, **options)
+def pairs(method, noise, sources, targets, control=PromptToPrompt(), **options) -> Tensor:  # noqa: B008
+    return method.decode_pairs(noise, sources, targets, control=control, **options)
 
 
 def control_of(method, noise, settings=PromptToPrompt(), num_steps=4) -> PromptToPromptControl:  # noqa: B008
@@ -124,13 +123,13 @@ def test_edits_are_those_of_the_reference(golden_unet, golden_tokenizer, process
 
 
 def test_an_edit_to_the_same_prompt_changes_nothing(method, noise):
-    latents = editing(method).decode(noise, SOURCES, SOURCES, guidance=UNGUIDED)
+    latents = pairs(method, noise, SOURCES, SOURCES, guidance=UNGUIDED)
     close(latents[3:], latents[:3])
     close(latents[:3], method.from_noise(method.denoiser(SOURCES, UNGUIDED), noise))
 
 
 def test_the_source_is_not_touched_and_the_target_is(method, noise):
-    plain, latents = plain_pairs(method, noise), editing(method).decode(noise, SOURCES, TARGETS, guidance=GUIDED)
+    plain, latents = plain_pairs(method, noise), pairs(method, noise, SOURCES, TARGETS, guidance=GUIDED)
     close(latents[:3], plain[:3])
     for edited, swapped in zip(latents[3:], plain[3:], strict=True):
         assert not torch.allclose(edited, swapped, atol=1e-3)
@@ -141,9 +140,7 @@ def test_without_control_it_is_a_plain_swap_to_the_bit(method, noise):
     before = method.students.network.attn_processors
     with control.attached(method.students.network):
         assert method.students.network.attn_processors == before
-    assert torch.equal(
-        editing(method, PLAIN).decode(noise, SOURCES, TARGETS, guidance=GUIDED), plain_pairs(method, noise)
-    )
+    assert torch.equal(pairs(method, noise, SOURCES, TARGETS, PLAIN, guidance=GUIDED), plain_pairs(method, noise))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -157,7 +154,7 @@ def test_afterwards_the_network_is_as_before(method, noise, fails):
             raise KeyboardInterrupt
 
     try:
-        editing(method).decode(noise, SOURCES, TARGETS, guidance=GUIDED, on_step=interrupt)
+        pairs(method, noise, SOURCES, TARGETS, guidance=GUIDED, on_step=interrupt)
     except KeyboardInterrupt:
         assert fails
     assert {name: id(processor) for name, processor in unet.attn_processors.items()} == before
@@ -171,22 +168,20 @@ def test_a_batch_of_pairs_equals_its_pairs_alone(method, noise):
         PromptToPrompt(cross_replace=0.8, self_replace=0.3, amplify={"star": 2}, blend_from=0.5),
         PromptToPrompt(cross_replace=0, self_replace=1, blend=False),
     ]
-    latents = editing(method, each).decode(noise, SOURCES, TARGETS, guidance=GUIDED)
+    latents = pairs(method, noise, SOURCES, TARGETS, each, guidance=GUIDED)
     for i, settings in enumerate(each):
-        alone = editing(method, settings).decode(
-            noise[i : i + 1], SOURCES[i : i + 1], TARGETS[i : i + 1], guidance=GUIDED
-        )
+        alone = pairs(method, noise[i : i + 1], SOURCES[i : i + 1], TARGETS[i : i + 1], settings, guidance=GUIDED)
         close(alone, latents[[i, 3 + i]])
 
 
 def test_an_edit_takes_four_evaluations_of_two_rows(method, noise):
     rows, steps = [], []
     hook = method.students.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    result = editing(method)(noise[:1], SOURCES[:1], TARGETS[:1], guidance=GUIDED, on_step=steps.append)
+    result = pairs(method, noise[:1], SOURCES[:1], TARGETS[:1], guidance=GUIDED, on_step=steps.append)
     hook.remove()
     assert rows == [2, 2, 2, 2]
     assert sum(step.nfe for step in steps) == 8
-    assert result.shape == (1, 3, 64, 64)
+    assert result.shape == (2, 16, 8, 8)
 
 
 class Count(TorchFunctionMode):
@@ -249,18 +244,26 @@ def test_it_works_with_classifier_free_guidance(random_family, noise):
     teacher = DDIMInversion(Family(str(random_family)), num_inference_steps=5)
     rows = []
     teacher.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    edit = PromptToPromptEditing(teacher, teacher.model.network, 5, PromptToPrompt(cross_replace=0.4, self_replace=0.8))
-    latents = edit.decode(noise, SOURCES, TARGETS, guidance=StepGuidance(3.0, 0.5))
+    settings = PromptToPrompt(cross_replace=0.4, self_replace=0.8)
+
+    def decode(targets: list[str], guidance: StepGuidance) -> Tensor:
+        edits = (settings, SOURCES, targets, noise)
+        control = PromptToPromptControl(*edits, tokenizer=teacher.conditioner.tokenizer, num_steps=5)
+        denoise = teacher.denoiser([*SOURCES, *targets], PairedGuidance(UNGUIDED, guidance))
+        with control.attached(teacher.model.network):
+            return teacher.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=control.on_step)
+
+    latents = decode(TARGETS, StepGuidance(3.0, 0.5))
     assert rows == [6, 6, 12, 12, 12]  # guided for t <= 500 alone
     close(latents[:3], teacher.from_noise(teacher.denoiser(SOURCES, UNGUIDED), noise))
-    same = edit.decode(noise, SOURCES, SOURCES, guidance=UNGUIDED)
+    same = decode(SOURCES, UNGUIDED)
     close(same[:3], same[3:])
 
 
 def test_amplifying_counts_where_words_are_named(method, noise):
     def edit(amplify) -> Tensor:
         settings = PromptToPrompt(amplify=amplify, blend=False)
-        return editing(method, settings).decode(noise[:1], SOURCES[:1], TARGETS[:1], guidance=GUIDED)
+        return pairs(method, noise[:1], SOURCES[:1], TARGETS[:1], settings, guidance=GUIDED)
 
     assert torch.equal(edit(4.0), edit({"blue": 4.0}))  # what is new, where nothing is named
     assert torch.equal(edit(1.0), edit({}))
@@ -270,7 +273,7 @@ def test_amplifying_counts_where_words_are_named(method, noise):
 
 def test_half_precision(random_family, noise):
     half = InvertibleConsistency.from_pretrained(Family(str(random_family), precision="bfloat16"))
-    latents = editing(half).decode(noise, SOURCES, TARGETS, guidance=GUIDED)
+    latents = pairs(half, noise, SOURCES, TARGETS, guidance=GUIDED)
     assert latents.dtype == torch.float32
     assert latents.isfinite().all()
 
@@ -354,7 +357,7 @@ def test_one_control_at_a_time(method, noise):
 
 def test_pairs_are_complete_and_words_are_there(method, noise):
     with pytest.raises(ValueError, match="3 latents, 2 source prompts, 3 target prompts and 3 settings make no pairs"):
-        editing(method).decode(noise, SOURCES[:2], TARGETS, guidance=GUIDED)
+        pairs(method, noise, SOURCES[:2], TARGETS, guidance=GUIDED)
     with pytest.raises(ValueError, match="'dog' is no word of the prompt 'a large blue circle'"):
         control_of(method, noise, PromptToPrompt(blend=("red", "dog")))
     with pytest.raises(ValueError, match="'dog' is no word of the prompt"):

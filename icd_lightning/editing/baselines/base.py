@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
-    Denoiser,
     GuidanceSchedule,
     OnStep,
+    Split,
     StepGuidance,
     ddim_path,
     ddim_timesteps,
@@ -241,10 +241,6 @@ class Baseline(PictureMethod):
     def _control(self, control: Control) -> Borrowed:
         return self.control if control == "auto" else control
 
-    def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        """The unguided network, bound to prompts."""
-        return lambda x, t: self.process.split_by_eps(x, self.parts.network(x, t, conditioning), t)
-
 
 class DDIMBaseline(Baseline):
     """A baseline that goes up and down DDIM's grid: num_inference_steps evaluations to noise."""
@@ -282,7 +278,11 @@ class DDIMBaseline(Baseline):
 
     def path(self, x0: Tensor, source: Conditioning, *, on_step: OnStep | None = None) -> list[Tensor]:
         """Every latent (B, C, h, w) of the way up, x0 first and the noise last."""
-        return ddim_path(self.denoiser(source), x0, self.timesteps, self.process, on_step=on_step)
+
+        def denoise(x: Tensor, t: Tensor) -> Split:
+            return self.process.split_by_eps(x, self.parts.network(x, t, source), t)
+
+        return ddim_path(denoise, x0, self.timesteps, self.process, on_step=on_step)
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step."""

@@ -2,8 +2,7 @@
 
 Source and target are decoded side by side, as one batch [sources, targets] of P pairs from the same noise. In the first
 steps the target attends where the source does; later it is free. A local blend takes what lies outside the changed
-words' attention from the source, after every step. `PromptToPromptEditing` does it for an editing method; a loop of its
-own uses the control directly (InfEdit's, with a third branch between the two, is in `unified`):
+words' attention from the source, after every step (InfEdit's control, with a third branch between, is in `unified`):
 
     control = PromptToPromptControl(PromptToPrompt(), sources, targets, noise, tokenizer=tokenizer, num_steps=4)
     x = torch.cat([noise, noise])
@@ -17,8 +16,7 @@ guidance 4 P, or 3 P where the sources are unguided, and the control need not be
 """
 
 from icd_lightning.editing.limits import BlendedWords, PromptToPrompt
-from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
-from icd_lightning.editing.prompt_to_prompt.editing import PairedGuidance, PromptToPromptEditing
+from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PairedGuidance, PromptToPromptControl
 
 __all__ = [
     "AttentionControl",
@@ -26,5 +24,4 @@ __all__ = [
     "PairedGuidance",
     "PromptToPrompt",
     "PromptToPromptControl",
-    "PromptToPromptEditing",
 ]

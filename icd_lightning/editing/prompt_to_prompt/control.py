@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from icd_lightning.diffusion import Step
+from icd_lightning.diffusion import GuidanceSchedule, Step
 from icd_lightning.editing.limits import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.alignment import Pair, PromptTokens
 from icd_lightning.editing.prompt_to_prompt.attention import (
@@ -24,6 +26,18 @@ from icd_lightning.editing.prompt_to_prompt.attention import (
 from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers, choose_layers
 from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement
+
+
+@dataclass(frozen=True)
+class PairedGuidance:
+    """w (2 P,) of t (2 P,) for a batch [sources, targets]."""
+
+    source: GuidanceSchedule
+    target: GuidanceSchedule
+
+    def __call__(self, t: Tensor) -> Tensor:
+        source, target = t.chunk(2)
+        return torch.cat([self.source(source), self.target(target)])
 
 
 class AttentionControl(ABC):
