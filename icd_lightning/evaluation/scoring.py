@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ class Style(NamedTuple):
     factor: float = 1.0
 
     @classmethod
-    def of(cls, metric: Any) -> Style:
+    def of(cls, metric: PictureMetric) -> Style:
         """As a metric says."""
-        best = {True: "max", False: "min"}.get(getattr(metric, "higher_is_better", None))
-        return cls(getattr(metric, "digits", None), best, getattr(metric, "factor", 1.0))
+        best = {True: "max", False: "min", None: None}[metric.higher_is_better]
+        return cls(metric.digits, best, metric.factor)
 
 
 RECORDED = {"latent_mse": Style(best="min"), "nll": Style(3), "nfe": Style(0), "seconds": Style(3)}
@@ -61,7 +61,7 @@ class ByMetric:
 
     @property
     def version(self) -> int:
-        return getattr(self.metric, "version", 1)
+        return self.metric.version
 
     @property
     def styles(self) -> Mapping[str, Style]:
@@ -83,7 +83,7 @@ class OfSet:
 
     @property
     def version(self) -> int:
-        return getattr(self.metric, "version", 1)
+        return self.metric.version
 
     def __call__(self, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
         self.metric.reset()

@@ -10,11 +10,9 @@ import numpy as np
 from icd_lightning.data.images import to_pictures
 from icd_lightning.evaluation.benchmark import Published
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.report import MAX_MARKED, MAX_SERIES, Curve, Panel, Table, Value
+from icd_lightning.evaluation.report import MAX_MARKED, Curve, Panel, Table, Value
 from icd_lightning.evaluation.runs import ALL, Results, read_results
 from icd_lightning.evaluation.statistics import Estimate
-
-__all__ = ["MAX_SERIES", "Value", "panel", "plain", "published", "table", "trade_off"]
 
 LAST = ("nfe", "seconds")
 INTERVALS = " ± is half of a 95 % interval over resampled pictures."
@@ -61,13 +59,11 @@ def plain(table: Table) -> Table:
 
 def published(tables: Sequence[Published]) -> list[Table]:
     """What papers print for a benchmark on photographs, if anything."""
-    return [
-        Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), _rows(one.rows)) for one in tables
-    ]
-
-
-def _rows(rows: Mapping[str, Sequence[float]]) -> tuple[tuple[Value, ...], ...]:
-    return tuple((name, *values) for name, values in rows.items())
+    found = []
+    for one in tables:
+        rows = tuple((name, *values) for name, values in one.rows.items())
+        found.append(Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), rows))
+    return found
 
 
 def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:

@@ -42,6 +42,7 @@ class CLIPText(_CLIPMetric):
     """CLIP-T: mean cosine of pictures and their prompts."""
 
     needs = ("images", "prompts")
+    label = "CLIP-T"
 
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.cosine_similarity(self._embed_images(images), self._embed_texts(prompts))

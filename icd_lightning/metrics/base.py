@@ -27,7 +27,7 @@ class PictureMetric(Metric):
 
     Tables and caches go by what a class states of its values. higher_is_better: None where neither is better. version:
     to be raised when equal pictures get another value. digits: decimals in print, None for three digits in all; factor:
-    what values are multiplied by in print, 100 for shares.
+    what values are multiplied by in print, 100 for shares. label: what figures call it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("images", "reference")

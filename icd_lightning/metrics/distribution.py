@@ -94,6 +94,7 @@ class FID(FrechetDistance):
     """FID as the paper's evaluation has it: pytorch-fid's, of pictures that Lanczos resized to 256."""
 
     version = 2  # 1 resized as `fid-tf`
+    label = "FID"
 
     def __init__(self, reference_stats: str | None = None) -> None:
         super().__init__(load_inception(), NUM_FEATURES, reference_stats)

@@ -46,6 +46,7 @@ class ImageReward(PerImage):
 
     needs = ("images", "prompts")
     higher_is_better = True
+    label = "ImageReward"
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()

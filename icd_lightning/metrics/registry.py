@@ -43,6 +43,11 @@ PARTS = {"unedited": False, "edited": True}
 """Endings of a name: that metric inside or outside of an edit's mask, e.g. `psnr-unedited`."""
 
 
+def label_of(name: str) -> str:
+    """What figures call a metric: the `label` of its very class, or its name."""
+    return vars(METRICS.find(name).load()).get("label", name) if name in METRICS else name
+
+
 def build_metrics(names: Sequence[str]) -> dict[str, PictureMetric]:
     """One metric a name of `expand`; each takes `update` of `PictureMetric`.
 

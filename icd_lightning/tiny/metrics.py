@@ -44,6 +44,7 @@ class TinyAgreement(PerImage):
     needs = ("images", "prompts")
     higher_is_better = True
     digits, factor, unit = 1, 100, "%"
+    label = "attributes as in the caption (%)"
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,26 +11,16 @@ import numpy as np
 from icd_lightning.evaluation.runs import Results
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 
-PARTS = {
-    "AB": "a third segment",
-    "BC": "a fourth segment",
-    "CF": "L_f",
-    "FG": "L_r",
-    "HI": "dynamic guidance",
-    "IJ": "L_f",
-    "JK": "L_r",
-}
-"""What the second row of two has and the first has not."""
-
 
 @dataclass(frozen=True)
 class Row:
-    """A run for each training, under one decoding."""
+    """A run for each training, under one decoding; `part` is what it adds to the row before it in an ordering."""
 
     name: str
     description: str
     decoding: str
     runs: Sequence[Results]
+    part: str = ""
 
     def values(self, column: str = "psnr") -> np.ndarray:
         """A column, (trainings, pictures)."""
@@ -57,11 +47,6 @@ class Comparison:
     def rows(self) -> str:
         """Their letters."""
         return self.worse.name + self.better.name
-
-    @property
-    def part(self) -> str:
-        """What the better has and the worse has not."""
-        return PARTS[self.rows]
 
     @cached_property
     def differences(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from icd_lightning.evaluation.ablations.comparison import Comparison
-from icd_lightning.evaluation.ablations.study import DESCRIPTIONS, ORDERINGS, TAU, UNGUIDED_ROWS, AblationStudy
+from icd_lightning.evaluation.ablations.study import ORDERINGS, ROWS, TAU, UNGUIDED_ROWS, AblationStudy
 from icd_lightning.evaluation.ablations.tables import papers_difference
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
@@ -44,7 +44,7 @@ def rows_plot(study: AblationStudy, *, guided: bool) -> Sheet:
     ddim = "DDIM-50 + d.CFG" if guided else "DDIM-50"
     points(paper, [TABLE_2[letter][2] for letter in letters], range(len(letters)), PAPER)
     paper.axvline(TABLE_2[ddim][2], color=PAPER.color, linestyle=":")
-    ours.set_yticks(range(len(letters)), [f"{letter}: {_mathematics(DESCRIPTIONS[letter])}" for letter in letters])
+    ours.set_yticks(range(len(letters)), [f"{letter}: {_mathematics(ROWS[letter][0])}" for letter in letters])
     ours.invert_yaxis()
     ours.set(title="Ours", xlabel=PSNR)
     paper.set(title=f"The paper's{', w 8' if guided else ''}", xlabel=PSNR)
@@ -187,7 +187,7 @@ def gain_plot(study: AblationStudy, comparisons: Sequence[Comparison]) -> Sheet:
 
 
 def _name(comparison: Comparison) -> str:
-    return f"{comparison.worse.name} + {_mathematics(comparison.part)}"
+    return f"{comparison.worse.name} + {_mathematics(comparison.better.part)}"
 
 
 def _mathematics(text: str) -> str:

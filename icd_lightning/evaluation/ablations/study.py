@@ -24,19 +24,18 @@ from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
 from icd_lightning.evaluation.suite import Suite
 
-DESCRIPTIONS = {
-    "A": "fCD2, CD2",
-    "B": "fCD3, CD3",
-    "C": "fCD4, CD4",
-    "E": "CD4, fCD4 by L_f alone",
-    "F": "C + L_f",
-    "G": "F + L_r",
-    "H": "C",
-    "I": "H + d.CFG",
-    "J": "I + L_f",
-    "K": "J + L_r",
+ROWS = {  # whose students, and what they have that the row before in the ordering has not; there is no D
+    "A": ("fCD2, CD2", ""),
+    "B": ("fCD3, CD3", "a third segment"),
+    "C": ("fCD4, CD4", "a fourth segment"),
+    "E": ("CD4, fCD4 by L_f alone", ""),
+    "F": ("C + L_f", "L_f"),
+    "G": ("F + L_r", "L_r"),
+    "H": ("C", ""),
+    "I": ("H + d.CFG", "dynamic guidance"),
+    "J": ("I + L_f", "L_f"),
+    "K": ("J + L_r", "L_r"),
 }
-"""Of each row; there is no D."""
 UNGUIDED_ROWS = "ABCEFG"
 ORDERINGS = {False: "ABCFG", True: "HIJK"}
 """Unguided and guided rows that the paper finds in ascending order of PSNR."""
@@ -68,7 +67,7 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
     """The rows by letter, from conf/ablation; those equal but for their decoding share the students of the first."""
     trainings: dict[str, str] = {}
     ablations = {}
-    for letter in DESCRIPTIONS:
+    for letter in ROWS:
         file = folder / f"{letter}.yaml"
         if not file.is_file():
             raise FileNotFoundError(f"no ablation {letter}: there is no {file}; run this in the repository")
@@ -111,7 +110,8 @@ class AblationStudy:
         """An ablation at this w, with a run for each seed."""
         ablation = self.ablations[letter]
         runs = [self.runs[f"{ablation.students}-{seed}"] for seed in self.seeds]
-        return Row(letter, DESCRIPTIONS[letter], ablation.decoding(guidance_scale), runs)
+        description, part = ROWS[letter]
+        return Row(letter, description, ablation.decoding(guidance_scale), runs, part)
 
     def untrained(self, segments: int, decoding: str = UNGUIDED.name) -> Row:
         """The teacher through the jumps of students with this many segments."""

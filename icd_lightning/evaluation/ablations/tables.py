@@ -18,9 +18,6 @@ from icd_lightning.evaluation.report import Curve, Panel, Report, Table, markdow
 from icd_lightning.evaluation.statistics import MIN_SEEDS, bootstrap
 from icd_lightning.files import write_json, write_text
 
-LOSSES = ("CF", "FG")
-"""Rows that a preservation loss tells apart."""
-
 
 def table_2(study: AblationStudy) -> list[Table]:
     """The unguided rows, and the guided ones at each w, with the paper's figures beside ours."""
@@ -88,10 +85,14 @@ def place_of_e(study: AblationStudy) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def losses(study: AblationStudy) -> list[Comparison]:
+    """Of unguided rows that a preservation loss tells apart."""
+    return [one for one in study.comparisons(guided=False) if one.better.name in "FG"]
+
+
 def telling(study: AblationStudy, count: int = 2) -> list[str]:
     """Keys of the pictures that each preservation loss helps most and least."""
-    losses = [one for one in study.comparisons(guided=False) if one.rows in LOSSES]
-    return list(dict.fromkeys(key for one in losses for key in one.extremes(count)))
+    return list(dict.fromkeys(key for one in losses(study) for key in one.extremes(count)))
 
 
 def result_files(study: AblationStudy, letter: str, keys: Sequence[str]) -> list[str]:
@@ -102,8 +103,7 @@ def result_files(study: AblationStudy, letter: str, keys: Sequence[str]) -> list
 
 def effect_panel(study: AblationStudy, examples: Mapping[str, Example], keys: Sequence[str]) -> Panel:
     """Pictures beside what each unguided row makes of them, with what the losses add to each."""
-    losses = [one for one in study.comparisons(guided=False) if one.rows in LOSSES]
-    gains = {one.part: dict(zip(one.keys, one.gain, strict=True)) for one in losses}
+    gains = {one.better.part: dict(zip(one.keys, one.gain, strict=True)) for one in losses(study)}
     columns = {}
     for letter in UNGUIDED_ROWS:
         folder = study.first_run(letter).folder

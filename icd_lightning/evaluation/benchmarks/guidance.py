@@ -14,9 +14,8 @@ from icd_lightning.evaluation.benchmarks.inversion import decode, to_noise_and_b
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
-from icd_lightning.evaluation.report import Curve, Section, Table
+from icd_lightning.evaluation.report import MAX_SERIES, Curve, Section, Table, Value
 from icd_lightning.evaluation.runs import Results
-from icd_lightning.evaluation.summaries import MAX_SERIES, Value
 
 TURN_ON = tuple(i / 10 for i in range(11))
 """Thresholds of Fig. 4."""

@@ -9,21 +9,14 @@ import numpy as np
 from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Sheet, points, sheet
 from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.scoring import RECORDED
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
+from icd_lightning.metrics.registry import label_of
 
 LATENT_MSE = "latent MSE, to noise and back"
 NORMAL_NLL = 0.5 * (1 + np.log(2 * np.pi))
 """Of noise that really is drawn from N(0, I), per dimension."""
-LABELS = {
-    "tiny-agreement": "attributes as in the caption (%)",
-    "image-reward": "ImageReward",
-    "clip-t": "CLIP-T",
-    "tiny-fd": "tiny-fd",
-    "fid": "FID",
-}
 TICKS = [name.removeprefix("tau ") for name in GUIDANCES]
-QUALITIES = ("image-reward", "tiny-agreement", "clip-t")
-"""Of generated pictures, the first that was measured."""
 
 
 @PRINTED
@@ -47,7 +40,7 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
     A line joins the settings of one tau2, where guidance is off above; the number at each point is tau1, where it is
     full below; rings are the step form, tau1 = tau2.
     """
-    quality = next(name for name in QUALITIES if name in generated.columns)
+    quality = next(name for name in generated.columns if name not in RECORDED)  # the first that was asked for
     settings = {name: options for name, options in generated.options.items() if "tau2" in options}
     places = {decoding: _place(generated, inverted, quality, decoding) for decoding in generated.decodings}
     figure, (axes,) = sheet(height=3.6, width=5.6)
@@ -60,7 +53,7 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
                 axes.plot(*place, "o", markersize=9, markerfacecolor="none", markeredgecolor=look.color)
     if "w 1" in places:
         points(axes, *zip(places["w 1"], strict=True), LOOKS[5]._replace(line="", marker="*"), label="unguided")
-    axes.set(xlabel=LATENT_MSE, ylabel=LABELS[quality])
+    axes.set(xlabel=LATENT_MSE, ylabel=label_of(quality))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="numbers: tau1\nrings: tau1 = tau2", alignment="left")
     return figure
 
@@ -75,7 +68,7 @@ def table_1_plot(result: Results, quality: str) -> Sheet:
     """Table 1: a distance by both ends' guidance, ours and the paper's, and the likelihood of what encoders give."""
     figure, (ours, paper, likelihood) = sheet(3, height=2.5)
     values = [[result.mean(quality, f"encoder {e}, decoder {d}") for e in GUIDANCES] for d in GUIDANCES]
-    _heat(ours, np.array(values, dtype=float), LABELS.get(quality, quality))
+    _heat(ours, np.array(values, dtype=float), label_of(quality))
     _heat(paper, np.array([TABLE_1[d] for d in GUIDANCES]), "FID, the paper's")
     ours.set_ylabel("decoder's guidance, tau")
     places = range(len(GUIDANCES))
