@@ -119,14 +119,13 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
         name = " ".join(args[:words])
         if name in COMMANDS:
             return name, args[words:]
-    groups = {command.split()[0] for command in COMMANDS if " " in command}
-    if args[0] in groups:
-        inside = [command.split()[1] for command in COMMANDS if command.startswith(f"{args[0]} ")]
-        if args[1:] and args[1] not in ("-h", "--help"):
-            fail(f"no command 'icd {args[0]} {args[1]}'; there is: {', '.join(inside)}")
-        sys.stdout.write("".join(f"icd {n}: {line}\n" for n, (_, line) in COMMANDS.items() if n.split()[0] == args[0]))
-        raise SystemExit(0)
-    fail(f"no command {args[0]!r}; there is: {', '.join(COMMANDS)}")
+    group = {name: line for name, (_, line) in COMMANDS.items() if name.startswith(f"{args[0]} ")}
+    if not group:
+        fail(f"no command {args[0]!r}; there is: {', '.join(COMMANDS)}")
+    if args[1:] and args[1] not in ("-h", "--help"):
+        fail(f"no command 'icd {args[0]} {args[1]}'; there is: {', '.join(name.split()[1] for name in group)}")
+    sys.stdout.write("".join(f"icd {name}: {line}\n" for name, line in group.items()))
+    raise SystemExit(0)
 
 
 def _load(name: str) -> Callable[[str, list[str]], None]:

@@ -82,7 +82,8 @@ class InvertibleConsistency(EditingMethod):
         """
         files = _student_files(family, forward=forward, reverse=reverse, lora_alpha=lora_alpha)
         ends = Boundaries.parse(boundaries, allow_off_grid=True) if boundaries else _common(files)
-        if others := {d: file.boundaries for d, file in files.items() if not _fits(file, ends)}:
+        stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
+        if others := {name: other for name, other in stated.items() if tuple(other) != ends.boundary_timesteps}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
         reverse_file = files["reverse"]
         lora = LoraSettings(reverse_file.rank, reverse_file.alpha, reverse_file.target_modules)
@@ -182,9 +183,9 @@ class AttentionControlled(InvertibleConsistency):
 
         options: fields of `PromptToPrompt`, in the place of the control's.
         """
+        each = for_each(control or self.control, len(source_prompts), options, blended_words)
         if noise is None:
             noise = self.invert(images, source_prompts, seed=seed, on_step=on_step)
-        each = for_each(control or self.control, len(source_prompts), options, blended_words)
         prompts = (source_prompts, target_prompts)
         latents = self.framed_for(noise).decode_pairs(noise, *prompts, guidance=guidance, control=each, on_step=on_step)
         return self.autoencoder.decode(latents[len(noise) :])
@@ -219,10 +220,6 @@ def _student_files(
     paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
     places = {direction: path or family.root / "students" / direction for direction, path in paths.items()}
     return {direction: StudentFile.read(place, alpha=lora_alpha) for direction, place in places.items()}
-
-
-def _fits(file: StudentFile, ends: Boundaries) -> bool:
-    return file.boundaries is None or tuple(file.boundaries) == ends.boundary_timesteps
 
 
 def _common(files: dict[Direction, StudentFile]) -> Boundaries:

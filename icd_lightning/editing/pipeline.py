@@ -237,15 +237,15 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         )
 
     def _control(self, control: Control, swap_tau: float | None) -> PromptToPrompt | Sequence[PromptToPrompt] | None:
-        if isinstance(control, str) and control != "auto":
-            raise ValueError(f"control {control!r} is none of: auto, None, a PromptToPrompt")
+        if control is None:
+            return None
         if control == "auto":
             return PromptToPrompt() if self.config.attention_control and swap_tau is None else None
-        if control is not None and swap_tau is not None:
-            raise ValueError("swap_tau is of edits without control: leave out one of them")
         each = control if isinstance(control, (list, tuple)) else [control]
-        if control is not None and not all(isinstance(one, PromptToPrompt) for one in each):
+        if not all(isinstance(one, PromptToPrompt) for one in each):
             raise ValueError(f"control {control!r} is none of: auto, None, a PromptToPrompt, a list of these")
+        if swap_tau is not None:
+            raise ValueError("swap_tau is of edits without control: leave out one of them")
         return control
 
     def _output(self, latents: Tensor, output_type: OutputType) -> ImagePipelineOutput:

@@ -321,10 +321,12 @@ def test_half_precision(icd, folder):
 # Grid
 
 
-def test_a_grid_is_a_sheet_of_the_very_edits(icd, pipeline, folder):
+def test_a_grid_is_a_sheet_of_the_very_edits(icd, pipeline, folder, caplog):
     icd(*edit("--grid", "tau=0.6,1", "w=2,4"))
     sheet, found = read("photo-grid.png"), about("photo-grid.png")
     assert found.items() >= {"grid": "tau=0.6,1 w=2,4", "source": SOURCE, "target": TARGET}.items()
+    assert "tau 0.6, guidance_scale 2: 8 evaluations" in caplog.text
+    assert "tau 1, guidance_scale 4: 4 evaluations" in caplog.text  # the way to noise is shared
     cells = cells_of(sheet)
     assert [len(row) for row in cells] == [3, 2]
     settings = [(0.6, 2), (1, 2), (0.6, 4), (1, 4)]
@@ -676,8 +678,6 @@ def test_the_shipped_family_from_the_command_line(folder):
 
 
 def test_words_that_a_closed_vocabulary_lacks_are_named(random_family, tmp_path, monkeypatch, caplog):
-    import shutil
-
     folder = tmp_path / "family"
     shutil.copytree(random_family, folder)
     arguments = ["generate", "a red dog on a blue background", "--model", str(folder)]
