@@ -1,10 +1,10 @@
-"""Pictures of every form that people have them in, to images (B, 3, H, W) in [-1, 1] and back."""
+"""What people give and get: pictures of every form, to images (B, 3, H, W) in [-1, 1] and back; prompts, as texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,31 @@ def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np
         return [Image.fromarray(picture) for picture in to_pictures(images)]
     unit = images.float() / 2 + 0.5
     return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def as_texts(prompt: str | Sequence[str], name: str) -> list[str]:
+    """One prompt or several, as a list."""
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} {prompt!r} must be text, or a list of texts")
+    return texts
+
+
+def batch_size(**parts: Sequence | Tensor | None) -> int:
+    """How many pictures these make: each part is of one, or of B."""
+    counts = {name: len(part) for name, part in parts.items() if part is not None}
+    most = max(counts.values())
+    if set(counts.values()) - {1, most}:
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise ValueError(f"{given} do not go together: give one, or as many of each")
+    return most
+
+
+def one_for_each(part: Any, count: int) -> Any:
+    """One for all, as one for each."""
+    if len(part) == count:
+        return part
+    return part.repeat(count, 1, 1, 1) if isinstance(part, Tensor) else part * count
 
 
 def _opened(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:

@@ -8,7 +8,9 @@ Benchmarks and trainings use what is below it, `InvertibleConsistency`, on tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -17,18 +19,28 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, StepGuidance
-from icd_lightning.editing.calls import OnStepEnd, as_texts, batch_size, followed, one_for_each
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
-from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output
+from icd_lightning.editing.pictures import (
+    OUTPUT_TYPES,
+    OutputType,
+    Pictures,
+    as_images,
+    as_output,
+    as_texts,
+    batch_size,
+    one_for_each,
+)
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
 Control = PromptToPrompt | Sequence[PromptToPrompt] | str | None
+OnStepEnd = Callable[..., dict[str, Any] | None]
+"""callback(pipe, index, t, {"latents": ...}); latents that it returns replace those of the step."""
 
 
 class InvertibleConsistencyPipeline(StudentPipeline):
@@ -77,7 +89,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         prompts = [text for text in as_texts(prompt, "prompt") for _ in range(num_images_per_prompt)]
         if latents is None:
             latents = self._noise(len(prompts), *self._size(height, width), generator, seed)
-        with followed(self, self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
+        with self._followed(self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
             return self._output(self._fall(latents, prompts, guided, on_step), output_type)
 
     @torch.no_grad()
@@ -101,7 +113,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             height, width, callback_on_step_end: see `generate`.
         """
         images = as_images(image, *self._size(height, width))
-        with followed(self, self.boundaries.num_segments, callback_on_step_end) as on_step:
+        with self._followed(self.boundaries.num_segments, callback_on_step_end) as on_step:
             return self._climb(images, as_texts(prompt, "prompt"), generator, seed, on_step)
 
     @torch.no_grad()
@@ -119,7 +131,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
     ) -> ImagePipelineOutput:
         """Take pictures to noise and back, unguided. Arguments as of `invert` and `generate`."""
         images, prompts = as_images(image, *self._size(height, width)), as_texts(prompt, "prompt")
-        with followed(self, 2 * self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
+        with self._followed(2 * self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
             noise = self._climb(images, prompts, generator, seed, on_step)
             return self._output(self._fall(noise, prompts, UNGUIDED, on_step), output_type)
 
@@ -167,7 +179,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             raise ValueError("give either an image to edit, or latents, the noise that it was inverted to")
         images = None if image is None else as_images(image, *self._size(height, width))
         steps = self.boundaries.num_segments
-        with followed(self, steps if images is None else 2 * steps, callback_on_step_end, output_type) as on_step:
+        with self._followed(steps if images is None else 2 * steps, callback_on_step_end, output_type) as on_step:
             noise = latents if images is None else self._climb(images, sources, generator, seed, on_step)
             count = batch_size(image=noise, source_prompt=sources, target_prompt=targets)
             method, noise = self._bound(noise, count)
@@ -179,6 +191,29 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             return self._output(both[count:], output_type)
 
     # Parts of a call
+
+    @contextmanager
+    def _followed(self, total: int, callback: OnStepEnd | None, output_type: str = "pil") -> Iterator[OnStep]:
+        """What follows steps: counts evaluations, moves the progress bar, calls the callback; afterwards, offloads."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        self.nfe, bar, numbers = 0, self.progress_bar(total=total), itertools.count()
+
+        def on_step(step: Step) -> None:
+            self.nfe += step.nfe
+            bar.update()
+            changed = callback(self, next(numbers), step.t, {"latents": step.x}) if callback is not None else None
+            if changed and "latents" in changed:
+                given, expected = tuple(changed["latents"].shape), tuple(step.x.shape)
+                if given != expected:
+                    raise ValueError(f"the callback returned latents of shape {given} for those of {expected}")
+                step.x.copy_(changed["latents"])  # the loop goes on from it
+
+        try:
+            yield on_step
+        finally:
+            bar.close()
+            self.maybe_free_model_hooks()
 
     def _climb(
         self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, on_step: OnStep

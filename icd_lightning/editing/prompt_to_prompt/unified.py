@@ -98,14 +98,12 @@ class MutualBlend(LocalBlend):
     """
 
     def __init__(self, pairs: Sequence[Pair], length: int, alphas: Sequence[float], device: torch.device) -> None:
-        self._words = torch.stack([pair.blend_words(length)[1] for pair in pairs]).to(device)  # (P, L)
+        super().__init__(pairs, length, len(alphas), device)
+        self._words = self._words[len(pairs) :]  # (P, L), the targets'
         self._blended = self._words.any(dim=1)
         self.any = bool(self._blended.any())
-        begins = [max(1, int(pair.settings.blend_from * len(alphas))) for pair in pairs]
-        self._begins = torch.tensor(begins, device=device)
-        thresholds = torch.tensor([pair.settings.blend_threshold for pair in pairs])
-        self._thresholds = [thresholds.clamp(min=BLUR / alpha).to(device) for alpha in alphas]
-        self.reset()
+        self._begins = self._begins.clamp(min=1)
+        self._by_step = [self._thresholds[: len(pairs)].clamp(min=BLUR / alpha) for alpha in alphas]
 
     def observe(self, probabilities: Tensor, grid: Grid) -> None:
         """Add the cross-attention (2 P, heads, h' w', L) of a layer whose grid is (h', w'), of which the targets'."""
@@ -115,10 +113,10 @@ class MutualBlend(LocalBlend):
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """x (n P, C, h, w), mutual branches and targets last, with the targets blended after so many steps."""
-        if self._maps is None or step == len(self._thresholds):
+        if self._maps is None or step == len(self._by_step):
             return x
         maps = interpolate(self._maps.amax(dim=1, keepdim=True), size=x.shape[2:])
-        threshold = self._thresholds[step - 1].view(-1, 1, 1, 1)
+        threshold = self._by_step[step - 1].view(-1, 1, 1, 1)
         changed = maps > threshold * maps.amax(dim=(2, 3), keepdim=True)
         free = ~self._blended | (step <= self._begins)
         *others, mutual, target = x.split(len(self._words))
