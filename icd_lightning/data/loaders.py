@@ -55,7 +55,6 @@ class _Loader:
 
     def _start(self, dataset: Dataset) -> None:
         patience = self.tally.limits.stall_timeout
-        self.tally.awaited(by_all=True)
         loader = DataLoader(
             dataset,
             batch_size=None,  # the dataset makes the batches

@@ -100,6 +100,7 @@ class TrainStream:
         reader = _Reader(self, tally, self.pieces(epoch, worker=worker, num_workers=num_workers))
         seed = f"{self.seed} {epoch} {self.rank}/{self.world_size} {worker}/{num_workers}"
         groups = _grouped(reader.admitted(random.Random(seed)), self.batch_size)
+        tally.awaited()
         for _ in range(skip):
             tally.add("passed", len(next(groups)))
         ahead: deque[list[Decoded]] = deque()

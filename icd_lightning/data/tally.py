@@ -73,17 +73,16 @@ class Tally:
         self.limits, self.worker = limits, 0
         # each worker has a row of its own: no two write to one place
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
-        self._alive = torch.zeros(max(1, num_workers), dtype=torch.float64).share_memory_()
+        self._alive = torch.full((max(1, num_workers),), time.monotonic(), dtype=torch.float64).share_memory_()
         self._details: dict[str, str] = {}
-        self.awaited(by_all=True)
 
     def count_as(self, worker: int) -> None:
         """Count in this worker's row from now on; each process has its own copy."""
         self.worker = worker
 
-    def awaited(self, *, by_all: bool = False) -> None:
-        """Begin to wait for samples, as this worker or all of them: silence counts from now."""
-        self._alive.numpy()[slice(None) if by_all else self.worker] = time.monotonic()
+    def awaited(self) -> None:
+        """Begin to wait for samples: silence counts from now."""
+        self._alive.numpy()[self.worker] = time.monotonic()
 
     def silence(self) -> float:
         """For how many seconds no worker has found a sample that can be used."""

@@ -1,12 +1,13 @@
 from itertools import chain
 
 import pytest
+from recorder_case import data_for
 from shards_case import numbers, with_corrupt
 
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.loaders import ValidationSet
 from icd_lightning.data.shards import open_shards
-from icd_lightning.data.tally import Tally
+from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import index_shard
 
 
@@ -50,3 +51,16 @@ def test_validation_leaves_out_bad_samples_and_never_gives_an_empty_batch(tmp_pa
     assert seen([one[1]]) == [4, 5]
     assert one.tally.counts()["corrupt_image"] == 1
     assert "no sample of validation batch 10" in str(one[10])
+
+
+def test_each_worker_counts_as_itself(tmp_path):
+    """Of two shards, which cannot be counted and so are dealt out whole, the second worker's is corrupt."""
+    with_corrupt(tmp_path, set(range(10, 20)), count=20)
+    for seed in range(9):
+        data = data_for(tmp_path, verify="off", batches_per_epoch=4, num_workers=2, seed=seed)
+        data.setup("fit")
+        if data.stream.pieces(0, worker=1, num_workers=2)[0].url.endswith("00001.tar"):
+            break
+    with pytest.raises(NothingToReadError, match="none of the samples for worker 1 of rank 0 could be used"):
+        list(data.train_dataloader())
+    data.teardown()
