@@ -322,6 +322,14 @@ def test_other_parameters_are_refused(pictures, deterministic, with_posterior, t
     assert moments_of(tmp_path, 4).shape[1] == 8
 
 
+def test_overwriting_forgets_what_an_interrupted_caching_finished(pictures, deterministic, tmp_path):
+    with pytest.raises(KilledError):
+        cache(pictures, tmp_path, deterministic, encode=dying(deterministic, 23))
+    manifest = cache(pictures / "00000.tar", tmp_path, deterministic, overwrite=True)
+    assert list(manifest.shards) == ["00000.tar"]
+    assert len(samples_of(tmp_path)) == 8
+
+
 def test_what_cannot_be_cached_is_refused(pictures, deterministic, tmp_path):
     cache(pictures, tmp_path / "latents", deterministic)
     with pytest.raises(ValueError, match=r"00000.tar holds latents already: name shards of pictures"):
