@@ -241,12 +241,9 @@ def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
     content = read_object(file)
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        first: dict[Any, dict] = {}
-        for note in content["annotations"]:
-            known = first.setdefault(note["image_id"], note)
-            if note["id"] < known["id"]:
-                first[note["image_id"]] = note
-        return [(names[image], names[image], note["caption"].strip()) for image, note in first.items()]
+        notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
+        first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
+        return [(names[image], names[image], caption) for image, caption in first.items()]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
 

@@ -72,20 +72,20 @@ def _by_encoder(title: str, note: str, head: str, rows, digits) -> Table:
     return Table(title, note, header, tuple(rows), digits=digits)
 
 
-def curve_over_tau(results: Sequence[Results], taus: Sequence[float], column: str) -> Curve:
-    """Fig. 4: what comes back, against the threshold below which the decoder is guided, one decoding for each."""
-    series = {
-        result.name: (list(taus), [float(np.nanmean(result.values(column, name))) for name in result.decodings])
-        for result in results[:MAX_SERIES]
-    }
+def threshold_curve(results: Sequence[Results]) -> Curve:
+    """Fig. 4: what comes back, against the threshold below which the decoder is guided."""
+    series = {}
+    for result in results[:MAX_SERIES]:
+        errors = [float(np.nanmean(result.values("latent_mse", name))) for name in result.decodings]
+        series[result.name] = (TURN_ON, errors)
     note = "Encoded unguided, decoded with guidance at t <= tau T only."
-    return Curve(f"{column} against the turn-on threshold", note, "tau", column, series)
+    return Curve("latent_mse against the turn-on threshold", note, "tau", "latent_mse", series)
 
 
 def _sections(measured: Measured) -> list[Section]:
     (both,) = measured.results["guidance"]
     qualities = both.set_scores or ("latent_mse",)
-    curve = curve_over_tau(measured.results["thresholds"], TURN_ON, "latent_mse")
+    curve = threshold_curve(measured.results["thresholds"])
     return [*(table_1(both, quality) for quality in qualities), table_1_nll(both), curve]
 
 

@@ -35,20 +35,18 @@ def wrap(text: str, font: Font, width: float) -> list[Line]:
     """Break text into lines no wider than `width`: between words, or inside a word that is wider than a line."""
     lines: list[str] = []
     for paragraph in text.split("\n") if text else []:
-        line = ""
+        lines.append("")
         for word in filter(None, paragraph.split(" ")):  # no-break spaces hold
-            joined = f"{line} {word}" if line else word
-            if text_width(joined, font) <= width:
-                line = joined
+            space = " " if lines[-1] else ""
+            if text_width(lines[-1] + space + word, font) <= width:
+                lines[-1] += space + word
                 continue
-            lines += [line] if line else []
-            line = ""
+            if lines[-1]:
+                lines.append("")
             for letter in word:
-                if line and text_width(line + letter, font) > width:
-                    lines.append(line)
-                    line = ""
-                line += letter
-        lines.append(line)
+                if lines[-1] and text_width(lines[-1] + letter, font) > width:
+                    lines.append("")
+                lines[-1] += letter
     return [(line, font) for line in lines]
 
 
@@ -173,10 +171,7 @@ def _side_by_side(canvas: Canvas, sections: Sequence[Section], y: float) -> floa
 def _header(canvas: Canvas, report: Report) -> float:
     lines = [*wrap(report.title, TITLE, INNER), *wrap(report.subtitle, SUBTITLE, NOTE_WIDTH)]
     y = canvas.write(MARGIN, MARGIN, lines)
-    rows = -(-len(report.summary) // 5)  # six are three and three
-    for row in np.array_split(np.arange(len(report.summary)), rows) if rows else ():
-        y = _tiles(canvas, [report.summary[index] for index in row], y + 20)
-    return y
+    return _tiles(canvas, report.summary, y + 20) if report.summary else y
 
 
 def _tiles(canvas: Canvas, summary: Sequence[tuple[str, str]], y: float) -> float:
