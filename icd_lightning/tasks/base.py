@@ -159,9 +159,7 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
-        if half := next(
-            (n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None
-        ):
+        if half := next((n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None):
             raise ValueError(
                 f"{half} would be trained in half precision, which loses small steps, under trainer.precision "
                 f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"

@@ -27,7 +27,7 @@ TO_FETCH = {
 WITHOUT = {"psnr", "ssim", "mse", "latent-nll"}
 
 
-@pytest.mark.parametrize("name", OWN.keys() - WITHOUT)
+@pytest.mark.parametrize("name", sorted(OWN.keys() - WITHOUT))
 def test_a_missing_network_ends_early_with_what_to_fetch_and_how_to_go_without(metrics_home, name):
     go_without = r"or go without, e\.g\. metrics: \[psnr"
     message = rf"metric {name} lacks its network: put {TO_FETCH[name]}.* into {metrics_home}, {go_without}"
