@@ -36,12 +36,13 @@ from icd_lightning.data.manifest import (
     remove_shards,
     write_shard,
 )
-from icd_lightning.data.shards import Shard, open_shards, with_progress
+from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import Limits, Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT
 from icd_lightning.files import write_json
+from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class _Encoder:
 
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
-        raws = with_progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
+        raws = progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
         attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
         decoded = (sample for sample in attempts if sample is not None)
         while True:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
@@ -39,6 +39,7 @@ from icd_lightning.data.tars import (
     index_shard,
     text_caption,
 )
+from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def write_shards(
     remove_shards(folder)
     records: dict[str, ShardRecord] = {}
     Manifest(parameters, records, complete=False).save(folder)
-    remaining = with_progress(samples, f"writing {folder}", total)
+    remaining = progress(samples, f"writing {folder}", total)
     while (first := next(remaining, None)) is not None:
         name = f"{len(records):05d}.tar"
         records[name] = write_shard(chain([first], islice(remaining, shard_size - 1)), folder / name)
@@ -117,15 +118,6 @@ def write_shards(
     manifest = Manifest(parameters, records)
     manifest.save(folder)
     return manifest
-
-
-def with_progress(samples: Iterable[dict[str, Any]], label: str, total: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the samples and draw a bar on the terminal, if stderr is one."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(samples, label, total, console=console, disable=not console.is_terminal)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

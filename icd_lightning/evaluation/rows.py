@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import write_whole
+from icd_lightning.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +55,6 @@ ALONE = Ranks()
 def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Cut into runs of `size`; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and draw a bar on the terminal, if stderr is one."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(items, label, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 @dataclass(frozen=True)

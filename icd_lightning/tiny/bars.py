@@ -12,9 +12,10 @@ from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.rows import batches, progress
+from icd_lightning.evaluation.rows import batches
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
+from icd_lightning.progress import progress
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.benchmarks import scene_examples
 from icd_lightning.tiny.scene_network import SceneNetwork
