@@ -37,6 +37,7 @@ class MergedStudent:
         network = self.students.network
         weight = self.students.backbone.weight(network)
         scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
+        # torch has no public way to ask whether a module was compiled in place
         return not scattered and network._compiled_call_impl is None and weight.dtype == torch.float32
 
     @contextmanager
@@ -45,11 +46,11 @@ class MergedStudent:
             self._merged = list(self._merge())
         try:
             for holder, name, merged, _ in self._merged:
-                holder._modules[name] = merged
+                setattr(holder, name, merged)
             yield
         finally:
             for holder, name, _, layer in self._merged:
-                holder._modules[name] = layer
+                setattr(holder, name, layer)
 
     def _merge(self) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """For each layer with LoRA: whose child it is, under which name, the merged layer, and itself."""
@@ -61,10 +62,9 @@ class MergedStudent:
             up = parameters[f"{path}.lora_B.weight"]
             parent, _, name = path.rpartition(".")
             holder = self.students.network.get_submodule(parent)
-            layer = holder._modules[name]
+            layer = getattr(holder, name)
             weight = layer.base_layer.weight
             # a convolution's A is as its weight, and its B of 1 x 1: flat, both are matrices as a linear layer's are
             flat = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=lora.alpha / lora.rank)
-            merged = copy.copy(layer.base_layer)
-            merged._parameters = {**merged._parameters, "weight": nn.Parameter(flat.view_as(weight), False)}
-            yield holder, name, merged, layer
+            merged = nn.Parameter(flat.view_as(weight), False)
+            yield holder, name, copy.deepcopy(layer.base_layer, {id(weight): merged}), layer

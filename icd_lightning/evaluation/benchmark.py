@@ -166,10 +166,10 @@ class Benchmark:
     @classmethod
     def find(cls, name: str) -> Benchmark:
         """By name, or by its path, package.module.NAME; ValueError if there is none."""
-        found = BENCHMARKS.find(name).load()
-        if not isinstance(found, cls):
-            raise ValueError(f"{name} is {found!r}, and no Benchmark of icd_lightning.evaluation.benchmark")
-        return found
+        benchmark = BENCHMARKS.find(name).load()
+        if not isinstance(benchmark, cls):
+            raise ValueError(f"{name} is {benchmark!r}, and no Benchmark of icd_lightning.evaluation.benchmark")
+        return benchmark
 
     def check(self, settings: Settings) -> None:
         """ValueError for data that are missing, and for what the benchmark does not read."""

@@ -46,9 +46,9 @@ def write_scalars(folder: Path, scalars: Scalars) -> Path:
 
 def thinned(scalars: Scalars, points: int) -> dict[str, tuple[list[int], list[float]]]:
     """Every n-th point, so that no more than `points` are left of each scalar; the last is kept."""
-    found = {}
+    kept = {}
     for name, (steps, values) in scalars.items():
         every = -(-len(steps) // points)
         first = (len(steps) - 1) % every
-        found[name] = (steps[first::every], values[first::every])
-    return found
+        kept[name] = (steps[first::every], values[first::every])
+    return kept

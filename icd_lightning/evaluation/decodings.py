@@ -95,9 +95,9 @@ def grid_decodings(grid: Iterable[Options], default: StepGuidance, constructor: 
     decodings = {}
     for options in filter(_in_order, grid):
         other = {name: value for name, value in options.items() if name not in GUIDANCE_OPTIONS}
-        made = {name: other.pop(name) for name in constructor if name in other}
+        arguments = {name: other.pop(name) for name in constructor if name in other}
         named = options or Decoding.step(default.guidance_scale, default.tau).options
-        decoding = Decoding(_guidance(options, default), named, other, made)
+        decoding = Decoding(_guidance(options, default), named, other, arguments)
         decodings[decoding.name] = decoding
     return list(decodings.values())
 

@@ -204,9 +204,9 @@ def perform(run: Run, ranks: Ranks = ALONE) -> Results:
         write_json(run.folder / CONFIG, {"run": run.name, **run.determinants, **_record(run, ranks)})
     how = Gathering(run.batch_size, ranks, run.name)
     pictures = run.folder / "parts" / "pictures"
-    made = gather_rows(pictures, run.examples, partial(_make, run), how, is_whole=partial(_are_there, run.folder))
-    decodings = list(dict.fromkeys(row["decoding"] for row in made))
-    rows = {(row["key"], row["decoding"]): row for row in made}
+    recorded = gather_rows(pictures, run.examples, partial(_make, run), how, is_whole=partial(_are_there, run.folder))
+    decodings = list(dict.fromkeys(row["decoding"] for row in recorded))
+    rows = {(row["key"], row["decoding"]): row for row in recorded}
     for name, scorer in run.scoring.scorers.items():
         score = partial(_score, run, scorer, decodings)
         how = replace(how, label=f"{run.name}: {name}")

@@ -19,20 +19,20 @@ POINTS = 100
 
 def condense(source: Path, target: Path) -> list[Path]:
     """Copy what the notebooks read of every known result in `source` to `target`; return the folders there."""
-    found = {folder: name for folder, name in SUMMARIES.items() if (source / folder / name).is_file()}
-    if not found:
+    known = {folder: name for folder, name in SUMMARIES.items() if (source / folder / name).is_file()}
+    if not known:
         expected = ", ".join(f"{folder}/{name}" for folder, name in SUMMARIES.items())
         raise FileNotFoundError(f"{source} holds none of {expected}")
-    for folder in found:
+    for folder in known:
         if (target / folder).exists():
             raise FileExistsError(f"{target / folder} is there already: remove it first")
-    if "ablations" in found:
+    if "ablations" in known:
         _condense_trainings(source, target)
-    for folder, name in found.items():  # the summary comes last: it says that all that it names is there
+    for folder, name in known.items():  # the summary comes last: it says that all that it names is there
         for run in read_runs(source / folder / name).values():
             _copy(run.folder, target / run.folder.relative_to(source), [CONFIG, ROWS, MEANS])
         _copy(source / folder, target / folder, [name])
-    return [target / folder for folder in found]
+    return [target / folder for folder in known]
 
 
 def _condense_trainings(source: Path, target: Path) -> None:

@@ -59,11 +59,11 @@ def plain(table: Table) -> Table:
 
 def published(tables: Sequence[Published]) -> list[Table]:
     """What papers print for a benchmark on photographs, if anything."""
-    found = []
+    listed = []
     for one in tables:
         rows = tuple((name, *values) for name, values in one.rows.items())
-        found.append(Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), rows))
-    return found
+        listed.append(Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), rows))
+    return listed
 
 
 def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
@@ -72,9 +72,9 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     Few methods stand side by side, many under one another.
     """
     shown = list({example.kind or example.key: example for example in reversed(examples)}.values())[::-1][:8]
-    made = {f"{r.name}\n{r.decodings[0]}": read_results(r.folder, r.decodings[0], shown) for r in results}
-    resolution = next(iter(made.values())).shape[-1]
-    columns = {"original": stack(shown, resolution), **made}
+    edited = {f"{r.name}\n{r.decodings[0]}": read_results(r.folder, r.decodings[0], shown) for r in results}
+    resolution = next(iter(edited.values())).shape[-1]
+    columns = {"original": stack(shown, resolution), **edited}
     pictures = {name: to_pictures(images) for name, images in columns.items()}
     truths = [example.truth.draw(resolution) for example in shown if example.truth is not None]
     if len(truths) == len(shown):

@@ -26,7 +26,8 @@ def compile_networks(models: Iterable[DiffusionModel], backend: str) -> None:
     """Compile every network as a whole and in place, so that names of weights stay as they are.
 
     Which adapter is on is a list that each LoRA layer reads, on which the compiled code is conditioned: a switch to
-    another adapter compiles another version the first time, and from then on selects it.
+    another adapter compiles another version the first time, and from then on selects it. How many versions there may be
+    has no public name in torch.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is, with a warning

@@ -269,10 +269,10 @@ def network_in(folder: Path, cls: type[nn.Module], dtype: torch.dtype, *, varian
     try:
         return _from_pretrained(str(folder), cls, dtype, variant=variant, local_files_only=True)
     except OSError as error:
-        found = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+        present = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
         raise FileNotFoundError(
             f"{folder} has no weights{f' of variant {variant}' if variant else ''} that can be read; it holds "
-            f"{', '.join(found) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be named by "
+            f"{', '.join(present) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be named by "
             f"--variant, of icd fit --model.init_args.family.variant)"
         ) from error
 

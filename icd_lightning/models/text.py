@@ -117,11 +117,11 @@ class DualCLIPConditioner(nn.Module):
         """
         first, second = (side.encode(prompts, output_hidden_states=True) for side in (self.first, self.second))
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
+        given = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
         ids = self._time_ids(len(prompts), framing)
         return Conditioning(
-            prompt_embeds=embeds * said[:, None, None],
-            pooled_prompt_embeds=second.text_embeds * said[:, None],
+            prompt_embeds=embeds * given[:, None, None],
+            pooled_prompt_embeds=second.text_embeds * given[:, None],
             time_ids=ids,
         )
 

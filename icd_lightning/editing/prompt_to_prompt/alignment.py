@@ -119,11 +119,11 @@ def refinement(source: PromptTokens, target: PromptTokens, length: int) -> Token
     """Tokens that both prompts have, in one order, look where the source's do; the target's other tokens are new."""
     matches = common_subsequence(source.ids, target.ids)
     mapper, aligned = torch.zeros(length, length), torch.ones(length)
-    for j, i in enumerate(matches):
-        if i is None:
-            aligned[j] = 0
+    for place, match in enumerate(matches):
+        if match is None:
+            aligned[place] = 0
         else:
-            mapper[i, j] = 1
+            mapper[match, place] = 1
     mapper.diagonal()[len(matches) :] = 1
     return TokenAlignment(mapper, aligned)
 

@@ -38,11 +38,11 @@ def generate(bench: Bench, batch: Sequence[Example], decodings: Sequence[Decodin
 
 
 def _sections(measured: Measured) -> list[Section]:
-    made = measured.results["generation"]
-    sections: list[Section] = [table("Generation", f"{measured.data.name}: their captions, from drawn noise.", made)]
+    results = measured.results["generation"]
+    sections: list[Section] = [table("Generation", f"{measured.data.name}: their captions, from drawn noise.", results)]
     if measured.settings.has_grid:
-        both = [one.beside(other) for one, other in zip(made, measured.results["inversion"], strict=True)]
-        if scores := [name for name in (*made[0].columns, *made[0].set_scores) if name not in ("nfe", "seconds")]:
+        both = [one.beside(other) for one, other in zip(results, measured.results["inversion"], strict=True)]
+        if scores := [name for name in (*results[0].columns, *results[0].set_scores) if name not in ("nfe", "seconds")]:
             title = f"{scores[0]} of generation against the error of inversion"
             sections.append(trade_off(both, "latent_mse", scores[0], title))
     return sections
