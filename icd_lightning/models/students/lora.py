@@ -5,7 +5,7 @@ runs backward: switch between forward and backward, and a student loses its grad
 stay trainable for good, and `using` switches by what a LoRA layer's forward reads, its list of active adapters. All
 layers share one list object: a switch is one assignment, whatever their number, and an empty list is the bare network.
 
-Two private attributes of peft's layers are used: `_active_adapter`, the list, is written, `_disable_adapters` read. There
+Two private attributes of peft's layers are used: `_active_adapter`, the list, is set, `_disable_adapters` read. There
 is no public way to switch without touching `requires_grad`; pyproject.toml pins the range that tests guard.
 """
 
