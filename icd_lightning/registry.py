@@ -61,7 +61,12 @@ class Registry:
         """Every entry by name; ValueError where two packages register one name."""
         entries = dict(self.own)
         for point in entry_points(group=self.group):
-            registered = point.load()
+            try:
+                registered = dict(point.load())
+            except Exception as error:  # whatever another package's import may raise
+                raise ValueError(
+                    f"{self.kind}s of {point.value} cannot be read ({error}): mend or remove it"
+                ) from error
             if twice := entries.keys() & registered.keys():
                 raise ValueError(f"{self.kind} {min(twice)!r} is registered twice, the second time by {point.value}")
             entries |= registered

@@ -110,7 +110,7 @@ class Boundaries:
                 raise ValueError(f"boundary {upper} comes after {lower}; give the ends in ascending order")
         if len(ends) < 2 or ends[0] != 0 or ends[-1] != last:
             raise ValueError(f"boundary_timesteps {list(ends)} must begin with 0 and end with {last}")
-        if not 0 < self.start_timestep < ends[1]:
+        if not isinstance(self.start_timestep, int) or not 0 < self.start_timestep < ends[1]:
             raise ValueError(
                 f"start_timestep {self.start_timestep} is not inside the first segment, 0 to {ends[1]}; "
                 "move it, or use fewer and longer segments"

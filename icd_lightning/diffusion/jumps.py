@@ -69,8 +69,10 @@ class SamplerJump:
     process: Process
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        eps = self.denoise(x, torch.maximum(t, s)).eps
-        return self.process.ddim_step(x, eps, t, s, set_alpha_to_one=False)
+        x0, eps = self.denoise(x, torch.maximum(t, s))
+        # up, the network was not asked of this x; down, its own x0 holds where alpha(t) is 0, too
+        up = self.process.x0_from_eps(x, eps, t)
+        return self.process.mix(torch.where((t < s).view(-1, 1, 1, 1), up, x0), eps, s, set_alpha_to_one=False)
 
     @property
     def nfe(self) -> int:

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,9 +135,20 @@ class Loss(ABC):
                 raise ValueError(f"{name} {value} of a loss must be positive and finite; null leaves the loss out")
         self.trains, self.weight, self.huber_c = trains, weight, huber_c
 
+    def settings(self) -> dict[str, Any]:
+        """What checkpoints and cards say of it: its class and its plain values; of anything else only the kind."""
+        return {"kind": type(self).__name__, **{name: _plain(value) for name, value in vars(self).items()}}
+
     @abstractmethod
     def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
         """Draw, and yield the jumps to make; only those of turn 2 are differentiated."""
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it, or the name of its class."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 class Consistency(Loss):

@@ -163,7 +163,8 @@ class Process(nn.Module, ABC):
         """Deviation (B, 1, 1, 1) of x_s given x_t and the data, s <= t. Eq. 16 at eta = 1, arXiv:2010.02502."""
         alpha_t, sigma_t = self._level(t, set_alpha_to_one)
         alpha_s, sigma_s = self._level(s, set_alpha_to_one)
-        return sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).clamp(min=0).sqrt()
+        fresh = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2  # what x_t has beyond x_s, scaled to its alpha
+        return sigma_s / sigma_t * fresh.clamp(min=0).sqrt()
 
 
 class VP(Process):

@@ -81,7 +81,12 @@ class InvertibleConsistency(EditingMethod):
         where nothing says it, or where the two students disagree.
         """
         files = _student_files(family, forward=forward, reverse=reverse, lora_alpha=lora_alpha)
-        ends = Boundaries.parse(boundaries, allow_off_grid=True) if boundaries else _common(files)
+        if boundaries:
+            ends = replace(
+                Boundaries.parse(boundaries, allow_off_grid=True), start_timestep=files["forward"].start_timestep
+            )
+        else:
+            ends = _common(files)
         stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
         if others := {name: other for name, other in stated.items() if tuple(other) != ends.boundary_timesteps}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
@@ -231,4 +236,5 @@ def _common(files: dict[Direction, StudentFile]) -> Boundaries:
         )
     if len({tuple(ends) for ends in stated.values()}) > 1:
         raise ValueError(f"the students have different boundaries, {stated}: they do not belong together")
-    return Boundaries(tuple(next(iter(stated.values()))), allow_off_grid=True)
+    ends = tuple(next(iter(stated.values())))
+    return Boundaries(ends, files["forward"].start_timestep, allow_off_grid=True)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from icd_lightning.diffusion import Boundaries, Process
+from icd_lightning.diffusion import VP, Boundaries, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, suitable_tau
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
@@ -44,6 +44,7 @@ class StudentPipeline(DiffusionPipeline):
         tau: of dynamic guidance, where a call does not say; None: what suits the boundaries.
         edit_guidance_scale: w of edits by attention control; None: guidance_scale.
         attention_control: edit by Prompt-to-Prompt where a call does not say; otherwise by swapping the prompt.
+        start_timestep: where the forward model begins, slightly noised.
         closed_vocabulary: the family knows those words only that its tokenizer keeps whole.
     """
 
@@ -65,9 +66,11 @@ class StudentPipeline(DiffusionPipeline):
         edit_guidance_scale: float | None = None,
         attention_control: bool = False,
         closed_vocabulary: bool = False,
+        start_timestep: int = Boundaries.start_timestep,
     ) -> None:
         super().__init__()
-        ends = Boundaries.uniform(4) if boundaries is None else Boundaries(tuple(boundaries), allow_off_grid=True)
+        ends = Boundaries.uniform(4).boundary_timesteps if boundaries is None else boundaries
+        ends = Boundaries(tuple(ends), start_timestep, allow_off_grid=True)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -86,6 +89,7 @@ class StudentPipeline(DiffusionPipeline):
             ),
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
+            start_timestep=start_timestep,
         )
         model = DiffusionModel(
             unet, Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config}), UNet()
@@ -134,6 +138,11 @@ class StudentPipeline(DiffusionPipeline):
         method = InvertibleConsistency.from_pretrained(
             model, forward=forward, reverse=reverse, boundaries=boundaries, lora_alpha=lora_alpha
         )
+        if not isinstance(method.process, VP):
+            raise ValueError(
+                f"the pipeline is for networks of a VP process, and {model.model} has {type(method.process).__name__}: "
+                "take its InvertibleConsistency from icd_lightning.editing.consistency"
+            )
         conditioner, unet = method.conditioner, method.students.network
         sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
         second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}
@@ -146,6 +155,7 @@ class StudentPipeline(DiffusionPipeline):
             DDIMScheduler.from_config(model.source.config("scheduler"), prediction_type=method.process.prediction_type),
             **second,
             boundaries=list(method.boundaries.boundary_timesteps),
+            start_timestep=method.boundaries.start_timestep,
             **defaults_of(model, method.boundaries),
         )
         pipe.register_to_config(_name_or_path=model.model)
@@ -161,7 +171,9 @@ class StudentPipeline(DiffusionPipeline):
             bare.save_pretrained(folder / "unet_guided")
             bare.save_config(folder / "unet")  # sizes of the family; the plain teacher is not known here
             for direction in DIRECTIONS:
-                file = self.students.file(direction, {"boundaries": self.config.boundaries})
+                file = self.students.file(
+                    direction, {name: self.config[name] for name in ("boundaries", "start_timestep")}
+                )
                 write_diffusers(file, folder / "students" / direction)
             defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
             write_json(folder / "icd.json", asdict(defaults))

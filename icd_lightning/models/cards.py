@@ -34,9 +34,7 @@ The {direction} model of {paper}: it takes {journey} in {count} evaluations, by 
 | jumps | {jumps} |
 {lora}| base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
 
-{use}The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students
-by `--forward` and `--reverse`.
-"""
+{use}"""
 
 LORA = "| LoRA | rank {rank}, alpha {alpha:g} (scale {scale:g}) |\n"
 
@@ -49,6 +47,13 @@ pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UN
 pipe.load_lora_weights("/path/to/{direction}")
 ```
 
+The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students
+by `--forward` and `--reverse`.
+"""
+
+USE_OTHER = """\
+This is a network of its own, in diffusers' layout. The jumps are no stock scheduler's, and `icd generate` and
+`icd edit` of icd_lightning make them with LoRA students only: from Python, `icd_lightning.diffusion` makes them.
 """
 
 GUIDED = """\
@@ -67,7 +72,7 @@ GUIDANCES = {"forward": "unguided, w = 1", "reverse": "any guidance scale w, als
 
 def write_student_card(folder: Path, direction: Direction, boundaries: Boundaries, settings: Mapping[str, Any]) -> None:
     """Write a student's README.md; `settings` is what its training was told, `family` and `students` among it."""
-    adapted = settings["students"] == "lora"
+    adapted = settings.get("students") == "lora"
     text = STUDENT.format(
         direction=direction,
         paper=PAPER,
@@ -76,7 +81,7 @@ def write_student_card(folder: Path, direction: Direction, boundaries: Boundarie
         ends=", ".join(map(str, boundaries.boundary_timesteps)),
         jumps=", ".join(f"{t} to {s}" for t, s in boundaries.jumps[direction]),
         lora=LORA.format(**settings, scale=settings["alpha"] / settings["rank"]) if adapted else "",
-        use=USE_LORA.format(direction=direction) if adapted else "",
+        use=USE_LORA.format(direction=direction) if adapted else USE_OTHER,
         family=settings["family"],
         guidance=GUIDANCES[direction],
     )

@@ -157,10 +157,10 @@ class Family:
         """How to load the guidance-distilled network; FileNotFoundError, with what to do, if there is none."""
         backbone, source, usual = self.backbone, self.source, f"{self.backbone.part}_guided"
         path = Path(self.guided_unet or usual)
-        if path.is_file():
+        if self.guided_unet and path.is_file():
             config = source.config(backbone.part)
             return lambda: backbone.guided_from_file(path, config, read_weights(path, self.dtype))
-        folders = [path, path / usual]
+        folders = [path, path / usual] if self.guided_unet else []
         if isinstance(source, Folder):
             folders.append(self.root / path)
         for folder in folders:

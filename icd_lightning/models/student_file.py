@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from icd_lightning.diffusion import Direction
+from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.files import read_object, replaced_folder, write_whole
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RELEASED = "unet.base_model.model."  # the prefix that the released files have, and no others
 RELEASED_ALPHA = 8.0  # the released files do not say; read without it they act 8 times too strong
 PEFT = "base_model.model."
+START, LAST = Boundaries.start_timestep, Boundaries.num_train_timesteps - 1  # where released students begin and end
 KOHYA_PARTS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 PARTS = ("unet", "transformer")
 NOT_HAD = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
@@ -113,7 +114,15 @@ class StudentFile:
         if (numbers := re.search(r"(?:_\d+)+$", self.path.stem)) is None:
             return None
         timesteps = [int(number) for number in numbers.group()[1:].split("_")]
-        return [0, *timesteps[1:], 999] if self.direction == "forward" else [0, *timesteps]
+        forward = self.direction == "forward"
+        if timesteps[0 if forward else -1] != (START if forward else LAST):
+            return None  # a count of steps, say
+        return [0, *timesteps[1:], LAST] if forward else [0, *timesteps]
+
+    @property
+    def start_timestep(self) -> int:
+        """Where the forward model begins, slightly noised: as the file says, or as all released ones."""
+        return self.about.get("start_timestep", START)
 
     def fitted(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by the names expected; ValueError if any is missing, too many, or of another shape."""
@@ -211,7 +220,7 @@ def _described(file: StudentFile) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: dataclasses such as Boundaries, and paths."""
+    """What JSON does not know: dataclasses such as settings, and paths."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Path):
@@ -273,10 +282,11 @@ def _kohya_name(name: str) -> str:
 
 
 def _rank(weights: Mapping[str, Tensor], file: Path) -> int:
-    ranks = {weight.shape[1] for name, weight in weights.items() if name.endswith("lora_B.weight")}
-    if len(ranks) != 1:
-        raise ValueError(f"{file} is no student: it should hold LoRA weights of one rank, it has ranks {sorted(ranks)}")
-    return ranks.pop()
+    ranks = {tuple(weight.shape[1:2]) for name, weight in weights.items() if name.endswith("lora_B.weight")}
+    if len(ranks) != 1 or () in ranks:
+        stated = sorted(rank[0] if rank else "none" for rank in ranks)
+        raise ValueError(f"{file} is no student: it should hold LoRA weights of one rank, it has ranks {stated}")
+    return next(iter(ranks))[0]
 
 
 def _alpha(alphas: tuple[Any, ...], file: Path) -> float:

@@ -28,7 +28,8 @@ class OptimizerSettings:
     """AdamW; each parameter group is clipped to the norm `clip` by itself (None: not at all).
 
     `kind: adamw8bit` keeps its two averages in a byte for each weight instead of four: on a GPU, with bitsandbytes.
-    A step whose gradients are not finite is skipped; after `max_skipped_steps` of them the training ends.
+    A step whose gradients are not finite is skipped; after `max_skipped_steps` of them, resumed runs included, the
+    training ends. Under 16-mixed the gradient scaler skips steps instead, as a part of its work, and none is counted.
     """
 
     lr: float = 1e-4
@@ -270,6 +271,11 @@ class Task(lightning.LightningModule):
             )
         now = self._plain_settings()
         before = checkpoint.get("optimizer_settings", now)
+        if now["kind"] != before.get("kind", now["kind"]):
+            raise ValueError(
+                f"the checkpoint of this run holds the averages of optimizer.kind {before['kind']}, which "
+                f"{now['kind']} cannot go on with: keep {before['kind']}, or give ckpt_path null"
+            )
         for name in now:
             if now[name] != before.get(name):
                 log.warning("optimizer.%s was %s, and goes on as %s", name, before.get(name), now[name])
@@ -280,6 +286,7 @@ class Task(lightning.LightningModule):
         """Keep what was trained, and what for."""
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
+        checkpoint["skipped_steps"] = self.skipped_steps
         trained = self._trained_keys()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
@@ -289,6 +296,7 @@ class Task(lightning.LightningModule):
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.check_recipe(checkpoint)
+            self.skipped_steps = checkpoint.get("skipped_steps", 0)
         trained, saved = self._trained_keys(), checkpoint["state_dict"].keys()
         shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         other = {name for name in trained & saved if checkpoint["state_dict"][name].shape != shapes[name]}

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import NoisedData, guidance_balance, guidance_distillation
+from icd_lightning.diffusion import Draws, NoisedData, guidance_balance, guidance_distillation
 from icd_lightning.files import replaced_folder
 from icd_lightning.models.cards import write_guided_card
 from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_not_negative
+from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.tasks.base import OptimizerSettings, Task, check_guidance_scales, check_not_negative
 
 
 class GuidanceDistillation(Task):
-    """The student, the teacher with a guidance embedding, learns || eps(x, t, c, w) - eps_CFG(x, t, c; w) ||^2.
+    """The student, the teacher with a guidance embedding, learns || f(x, t, c, w) - f_CFG(x, t, c; w) ||^2.
 
+    f is what the network outputs: eps, v or a velocity.
     What it exports is the frozen teacher of stage 2.
 
     Args:
@@ -50,6 +52,7 @@ class GuidanceDistillation(Task):
         self.conditioner = family.load_conditioner()
         # small steps need float32, and the student begins as the teacher was saved, not as it is rounded to run
         teacher = replace(family, precision="float32").load_model(guided=False)
+        self._teacher = fingerprint(teacher.network, most=4096)
         self.process, self.backbone = teacher.process, teacher.backbone
         self.student = teacher.with_guidance_embedding().network.requires_grad_(True)
         self.teacher = nn.Module.to(teacher.network, family.dtype)  # diffusers' own `to` warns of what is not so
@@ -87,8 +90,12 @@ class GuidanceDistillation(Task):
         return guidance_distillation(student, teacher, data, t)
 
     def recipe(self) -> dict[str, Any]:
-        """The w learned, and how they are weighed."""
-        return {"guidance_scales": list(self.guidance_scales), "balance": self.balance}
+        """The w learned, how they are weighed, and of which teacher."""
+        return {
+            "guidance_scales": list(self.guidance_scales),
+            "balance": self.balance,
+            "teacher": self._teacher,
+        }
 
     def export(self, folder: Path) -> None:
         """Write the student in diffusers' layout, where `Family(guided_unet=...)` finds it, with a card."""

@@ -178,10 +178,11 @@ class InvertibleConsistencyDistillation(Task):
 
     def recipe(self) -> dict[str, Any]:
         """Segments, losses, students and teacher; which students are trained follows."""
-        losses = {name: {"kind": type(loss).__name__, **vars(loss)} for name, loss in self.losses.items()}
         return {
             "boundaries": list(self.boundaries.boundary_timesteps),
-            "losses": losses,
+            "start_timestep": self.boundaries.start_timestep,
+            "num_solver_steps": self.boundaries.num_solver_steps,
+            "losses": {name: loss.settings() for name, loss in self.losses.items()},
             "guidance_scales": list(self.guidance_scales),
             "caption_dropout": self.caption_dropout,
             "step_after": "sum" if self.automatic_optimization else "each_loss",
@@ -198,7 +199,12 @@ class InvertibleConsistencyDistillation(Task):
             "optimizer": self._plain_settings(),
             "seed": self.seed,
         }
-        about = {"boundaries": list(self.boundaries.boundary_timesteps), "family": self.family.model}
+        about = {
+            "boundaries": list(self.boundaries.boundary_timesteps),
+            "start_timestep": self.boundaries.start_timestep,
+            "family": self.family.model,
+        }
         for direction in self.trained:
             self.students.export(direction, folder, about)
+        for direction in self.trained:
             write_student_card(folder / direction, direction, self.boundaries, settings)

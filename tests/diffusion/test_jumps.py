@@ -8,6 +8,7 @@ from torch import Tensor
 from icd_lightning.diffusion import (
     Boundaries,
     DDIMJump,
+    Flow,
     Process,
     Split,
     Step,
@@ -185,3 +186,15 @@ def test_ddim_reconstruction_improves_with_the_grid_on_gaussian_data(process, no
     errors = [error(n) for n in (5, 10, 50, 250)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
+
+
+def test_a_flow_samples_from_noise_alone(noise):
+    """Its first step begins where alpha is 0: the network's own x0 is taken, nothing is divided by 0."""
+    flow, data = Flow(shift=3.0), torch.linspace(-1, 1, 256).view(4, 8, 8)
+
+    def true_velocity(x: Tensor, t: Tensor) -> Split:
+        sigma = flow.sigma(t, set_alpha_to_one=False)
+        return flow.split((x - data) / sigma, x, t)
+
+    x = ddim_generate(true_velocity, noise, trailing_timesteps(4), flow)
+    torch.testing.assert_close(x, flow.add_noise(data, noise, 0), rtol=1e-4, atol=1e-5)

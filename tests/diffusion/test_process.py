@@ -245,6 +245,18 @@ def test_a_flow_jumps_along_its_velocity(x0, noise):
 
 
 @each_process
+@pytest.mark.parametrize(("t", "s"), [(900, 500), (499, 249), (20, 5)])
+def test_the_posterior_is_bayes(process: Process, t: int, s: int):
+    """x_s given x_t and the data, where x_t = (alpha_t / alpha_s) x_s + fresh noise: precisions add up."""
+    level = {"set_alpha_to_one": False}
+    ratio = process.alpha(t, **level).double() / process.alpha(s, **level).double()
+    fresh = process.sigma(t, **level).double() ** 2 - ratio**2 * process.sigma(s, **level).double() ** 2
+    precision = 1 / process.sigma(s, **level).double() ** 2 + ratio**2 / fresh
+    expected = precision.rsqrt().float()
+    torch.testing.assert_close(process.posterior_std(t, s, **level), expected, rtol=1e-3, atol=1e-5)
+
+
+@each_process
 def test_a_jump_to_where_it_is_changes_nothing(process: Process, x0, noise):
     """Whatever the network says: the boundary condition of a consistency model."""
     jump = DDIMJump(lambda x, t: process.split(noise, x, t), process)

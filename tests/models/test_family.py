@@ -343,3 +343,17 @@ def test_a_model_that_is_no_folder_brings_no_students(sd15, tmp_path):
     with pytest.raises(ValueError, match="brings no students: name both"):
         _ = Family(f"random:{sd15}").root
     assert Family(f"random:{sd15}").load_defaults().guidance_scale == 8.0
+
+
+def test_a_guided_unet_that_happens_to_lie_here_is_not_taken(random_family, tmp_path, monkeypatch):
+    """Stage 1 writes ./unet_guided of whatever model: another family's own goes before it, unless it is named."""
+    stray = tmp_path / "unet_guided"
+    shutil.copytree(random_family / "unet_guided", stray)
+    file = stray / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file)
+    monkeypatch.chdir(tmp_path)
+    own = load_file(random_family / "unet_guided" / "diffusion_pytorch_model.safetensors")
+    loaded = Family(str(random_family)).load_model(guided=True).network.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in own.items())
+    named = Family(str(random_family), guided_unet="unet_guided").load_model(guided=True).network.state_dict()
+    assert all(torch.equal(named[name], weight + 1) for name, weight in own.items())

@@ -375,6 +375,21 @@ def test_captions_are_dropped_as_drawn_and_nothing_is_drawn_without_a_share():
     assert dropped.count("") / len(captions) == pytest.approx(0.25, abs=0.03)
 
 
+def test_averages_of_another_optimizer_are_refused_by_a_run_that_goes_on(tmp_path):
+    fit(Halves(), tmp_path, max_steps=2)
+    other = Halves(optimizer=OptimizerSettings(kind="adamw8bit"))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    with pytest.raises(ValueError, match=r"averages of optimizer.kind adamw, .* keep adamw, or give ckpt_path null"):
+        other.check_recipe(checkpoint)
+
+
+def test_skipped_steps_are_counted_on_by_a_run_that_goes_on(tmp_path):
+    fit(Diverging({1, 2}, optimizer=OptimizerSettings(max_skipped_steps=2)), tmp_path, max_steps=3)
+    again = Diverging({3}, optimizer=OptimizerSettings(max_skipped_steps=2))
+    with pytest.raises(ValueError, match="3 steps had gradients that are not finite"):
+        fit(again, tmp_path, max_steps=6, resume=tmp_path / "last.ckpt")
+
+
 def test_an_optimizer_of_8_bits_is_refused_where_it_cannot_work():
     groups = [{"params": [nn.Parameter(torch.zeros(4))], "name": "network"}]
     with pytest.raises(ValueError, match="adamw8bit needs a CUDA GPU"):

@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import lightning
@@ -215,7 +216,7 @@ def test_students_may_be_networks_of_their_own(random_family, scenes, tmp_path):
     for direction, network in networks.items():
         loaded = type(network).from_pretrained(tmp_path / direction)
         assert same(loaded.state_dict(), network.state_dict())
-        assert "LoRA" not in (tmp_path / direction / "README.md").read_text()
+        assert "load_lora_weights" not in (tmp_path / direction / "README.md").read_text()
 
 
 def test_the_checkpointing_that_is_asked_for_is_on(random_family):
@@ -353,3 +354,28 @@ def test_exported_students_load_into_the_pipeline(random_family, trained, batch)
     pictures = [p.generate(batch.captions, noise, guidance=guidance) for p in (loaded, trained_now)]
     assert torch.equal(*pictures)
     assert torch.equal(*(p.invert(batch.images, batch.captions) for p in (loaded, trained_now)))
+
+
+def test_an_export_says_where_its_forward_model_begins(random_family, tmp_path):
+    """A student trained from timestep 39 on is inverted from there, whether or not the boundaries are named."""
+    ends = Boundaries((479, 999), start_timestep=39, num_solver_steps=25)
+    task = distillation(random_family, students=FEW, boundaries=ends)
+    task._trainer = lightning.Trainer(logger=False, enable_checkpointing=False)
+    task.export(tmp_path)
+    paths = {direction: str(tmp_path / direction) for direction in DIRECTIONS}
+    for named in (None, "479,999"):
+        method = InvertibleConsistency.from_pretrained(Family(str(random_family)), **paths, boundaries=named)
+        assert method.boundaries.jumps["forward"] == ends.jumps["forward"] == ((39, 479), (479, 999))
+
+
+def test_a_loss_may_hold_what_no_card_can(random_family, tmp_path):
+    """A network or a path of its own is named by its kind, in the recipe and in the card."""
+
+    class Weighed(Preservation):
+        def __init__(self) -> None:
+            super().__init__("forward")
+            self.network, self.file, self.scales = torch.nn.Linear(2, 2), tmp_path, (1, 2)
+
+    stated = Weighed().settings()
+    assert json.loads(json.dumps(stated)) == stated
+    assert [stated[name] for name in ("kind", "network", "scales")] == ["Weighed", "Linear", [1, 2]]
