@@ -63,6 +63,20 @@ def test_it_logs_what_the_pipeline_gives(random_family, scenes, held_out, tmp_pa
         assert -1 < metrics[f"{name}/ssim"] < 1
 
 
+def test_each_validation_is_measured_by_itself(random_family, scenes, held_out, tmp_path):
+    """What an earlier one saw, of other weights, is forgotten."""
+    task, data = distillation(random_family), data_for(scenes, held_out)
+    trainer, fresh = (
+        trainer_for(tmp_path, callbacks=[ReconstructionCallback(["psnr"], num_images=3)]) for _ in range(2)
+    )
+    (first,) = trainer.validate(task, data, verbose=False)
+    with torch.no_grad():
+        for parameter in task.students.parameters_of("reverse"):
+            parameter.mul_(3)
+    (second,), (alone,) = (one.validate(task, data, verbose=False) for one in (trainer, fresh))
+    assert second["reconstruction/psnr"] == alone["reconstruction/psnr"] != first["reconstruction/psnr"]
+
+
 def test_looking_leaves_no_trace_in_the_training(random_family, scenes, held_out, tmp_path):
     """Random streams, the adapter that is on, modes, what is trainable, and every weight: as if nobody had looked."""
     blind = train(random_family, scenes, held_out, tmp_path, limit_val_batches=0)

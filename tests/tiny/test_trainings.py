@@ -37,11 +37,11 @@ def batch():
 
 
 def test_the_autoencoder_learns_pixels_from_noised_latents_held_standard(tmp_path):
-    task = AutoencoderTraining(VAE, latent_noise=0.1, moment_weight=0.5, optimizer=FAST)
+    task = AutoencoderTraining(VAE, latent_noise=2.0, moment_weight=0.5, optimizer=FAST)
     with torch.no_grad():
         images = batch().images
         latents = task.vae.encode(images).latent
-        noised = latents + 0.1 * Draws(0, 0).normal(*latents.shape)
+        noised = latents + 2.0 * Draws(0, 0).normal(*latents.shape)
         error = task.vae.decode(noised).sample - images
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         first = error.abs().mean() + error.square().mean()
