@@ -135,14 +135,14 @@ class StudentPipeline(DiffusionPipeline):
             if precision is None:
                 raise ValueError(f"torch_dtype {torch_dtype} is none of {', '.join(PRECISIONS)}")
             model = Family(str(model), precision=precision, **family)
+        if not isinstance(process := model.load_process(), VP):
+            raise ValueError(
+                f"the pipeline is for networks of a VP process, and {model.model} has {type(process).__name__}: "
+                "take InvertibleConsistency.from_pretrained of icd_lightning.editing.consistency"
+            )
         method = InvertibleConsistency.from_pretrained(
             model, forward=forward, reverse=reverse, boundaries=boundaries, lora_alpha=lora_alpha
         )
-        if not isinstance(method.process, VP):
-            raise ValueError(
-                f"the pipeline is for networks of a VP process, and {model.model} has {type(method.process).__name__}: "
-                "take its InvertibleConsistency from icd_lightning.editing.consistency"
-            )
         conditioner, unet = method.conditioner, method.students.network
         sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
         second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}

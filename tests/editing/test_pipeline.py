@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import icd_lightning
 from icd_lightning.data.images import to_images
-from icd_lightning.diffusion import Boundaries, IntervalGuidance, StepGuidance
+from icd_lightning.diffusion import Boundaries, Flow, IntervalGuidance, StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import suitable_tau
 from icd_lightning.editing.method import seeded_noise
@@ -501,3 +501,13 @@ def test_defaults_follow_the_folder(random_family, tmp_path):
     (folder / "icd.json").write_text(json.dumps({"guidance_scale": 5.0, "tau": 0.7}))
     pipe = loaded(folder)
     assert (pipe.config.guidance_scale, pipe.config.tau, pipe.config.edit_guidance_scale) == (5.0, 0.7, 5.0)
+
+
+def test_a_family_of_a_flow_is_refused_by_the_pipeline_and_taken_by_the_method(random_family, tmp_path):
+    folder = tmp_path / "flow"
+    shutil.copytree(random_family, folder)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"VP process, and .* has Flow: take InvertibleConsistency.from_pretrained"):
+        InvertibleConsistencyPipeline.from_pretrained(str(folder))
+    assert isinstance(InvertibleConsistency.from_pretrained(Family(str(folder))).process, Flow)
