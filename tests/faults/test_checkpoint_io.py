@@ -1,0 +1,84 @@
+"""Checkpoints through kills and full disks, on a file system that the temporary folder is not on."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO, before
+
+WRITES_ON = """
+import sys, torch
+from pathlib import Path
+from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO
+step = 1
+while True:
+    WholeCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((1 << 20,), float(step))}, Path(sys.argv[1]))
+    print(step, flush=True)
+    step += 1
+"""
+
+
+@pytest.fixture
+def elsewhere():
+    """A folder on another file system than the temporary files, where this machine has one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
+def load(file: Path) -> dict:
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint["weights"].unique().tolist() == [checkpoint["step"]]
+    return checkpoint
+
+
+def test_a_killed_writer_leaves_whole_checkpoints_and_no_rubbish_after_the_next(elsewhere, tmp_path):
+    place, moments = elsewhere / "last.ckpt", random.Random(0)
+    for _ in range(5):
+        command, environment = [sys.executable, "-c", WRITES_ON, str(place)], {**os.environ, "TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
+            written = [int(writer.stdout.readline()) for _ in range(2)]
+            time.sleep(moments.uniform(0, 0.05))
+            writer.send_signal(signal.SIGKILL)
+        assert load(place)["step"] >= written[-1]
+        assert load(before(place))["step"] >= written[-1] - 1
+    WholeCheckpointIO().save_checkpoint({"step": 0, "weights": torch.zeros(1)}, place)
+    assert {file.name for file in elsewhere.iterdir()} == {"last.ckpt", "before-last.ckpt"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    place = tmp_path / "last.ckpt"
+    for step in (1, 2, 3):
+        WholeCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((4,), float(step))}, place)
+    assert (load(before(place))["step"], load(place)["step"]) == (2, 3)
+
+
+def test_without_hard_links_the_checkpoint_before_is_kept_too(tmp_path, monkeypatch):
+    def refuse(*_) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_checkpoint_before_is_kept(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_told_of_with_a_remedy(tmp_path):
+    place, checkpoint = tmp_path / "last.ckpt", {"step": 1, "weights": torch.ones(1 << 16)}
+    WholeCheckpointIO().save_checkpoint(checkpoint, place)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.ckpt cannot be written \(.+\); .* is as it was: make room"):
+            WholeCheckpointIO().save_checkpoint({"step": 2, "weights": torch.ones(1 << 16)}, place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load(place)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
