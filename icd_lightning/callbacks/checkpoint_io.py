@@ -66,7 +66,8 @@ def _keep(place: Path, kept: Path) -> None:
     except OSError:
         os.replace(place, kept)
     else:
-        os.replace(link, kept)
+        os.replace(link, kept)  # which does nothing where both are one file already
+        link.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

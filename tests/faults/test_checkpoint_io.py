@@ -21,7 +21,8 @@ from pathlib import Path
 from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO
 step = 1
 while True:
-    WholeCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((1 << 20,), float(step))}, Path(sys.argv[1]))
+    checkpoint = {"step": step, "weights": torch.full((1 << 20,), float(step))}
+    WholeCheckpointIO().save_checkpoint(checkpoint, Path(sys.argv[1]))
     print(step, flush=True)
     step += 1
 """
