@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -60,14 +61,48 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError or ValueError that name it."""
+def read_bounded(file: Path, most: int = 64 << 20) -> str:
+    """The text of a file; FileNotFoundError or ValueError, which name it, if it is none or has over `most` bytes."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}")
+    if file.stat().st_size > most:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than the {most:,} that such a file may have")
+    return file.read_text(encoding="utf-8")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or ValueError that name it."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON file ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds; FileNotFoundError or ValueError, which name it, for one that is none or far too large."""
+    import yaml
+
+    try:
+        text = read_bounded(file, 1 << 20)
+        if _expanded(yaml.compose(text, yaml.SafeLoader), {}) > 100_000:
+            raise ValueError("its aliases stand for more than 100,000 values")
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply for a YAML file") from error
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(reason if str(file) in reason else f"{file} is no YAML file ({reason})") from error
+
+
+def _expanded(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, aliases written out; infinitely many if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = getattr(node, "value", ())
+        parts = inner if isinstance(inner, list) else ()
+        flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_expanded(one, known) for one in flat)
+    return known[id(node)]

@@ -1,11 +1,12 @@
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from subprocess import run
 
 import pytest
 
-from icd_lightning.files import write_whole
+from icd_lightning.files import read_object, read_yaml, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -36,3 +37,39 @@ def test_the_module_itself_needs_nothing_but_the_standard_library():
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'icd_lightning')!r}); import files; "
     code += "assert not {'torch', 'numpy', 'icd_lightning'} & sys.modules.keys()"
     assert run([sys.executable, "-c", code]).returncode == 0
+
+
+BOMB = "\n".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (f"a: &a [x]\n{BOMB}", "aliases stand for more than 100,000 values"),
+        ("a: &a [*a]", "aliases stand for more than 100,000 values"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("# " + "x" * (1 << 20), "has 1,048,578 bytes, more than"),
+        ("a: [", "is no YAML file"),
+        ("!!python/object/apply:os.system [ls]", "is no YAML file"),
+    ],
+)
+def test_a_yaml_file_of_any_shape_is_read_in_bounded_time_or_refused_by_name(tmp_path, text, complaint):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=complaint) as refused:
+        read_yaml(tmp_path / "x.yaml")
+    assert str(tmp_path / "x.yaml") in str(refused.value)
+
+
+def test_yaml_is_read_with_its_aliases(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &a [1, 2]\nb: *a\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_json_file_too_large_or_too_deep_is_refused_by_name(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is no JSON file"):
+        read_object(tmp_path / "deep.json")
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(ValueError, match=r"large\.json .*more than the 67,108,864"):
+        read_object(tmp_path / "large.json")

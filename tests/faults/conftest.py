@@ -1,0 +1,27 @@
+"""What the tests of faults measure is written to the file that ICD_RELIABILITY names: `make test-faults` does so."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BEGIN, END = "<!-- figures, by make test-faults -->", "<!-- end of figures -->"
+ROWS: list[tuple[str, str]] = []
+
+
+@pytest.fixture
+def measured() -> Callable[[str, str], None]:
+    """Keep a figure: what was tried, and what came of it."""
+    return lambda tried, outcome: ROWS.append((tried, outcome))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Put the figures between their marks, if all went well."""
+    name = os.environ.get("ICD_RELIABILITY")
+    if not name or not ROWS or session.exitstatus:
+        return
+    file = Path(name)
+    before, _, rest = file.read_text().partition(BEGIN)
+    rows = "\n".join(f"| {tried} | {outcome} |" for tried, outcome in ROWS)
+    file.write_text(f"{before}{BEGIN}\n| tried | outcome |\n| --- | --- |\n{rows}\n{END}{rest.partition(END)[2]}")
