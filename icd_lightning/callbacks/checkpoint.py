@@ -6,12 +6,15 @@ import logging
 import signal
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,9 @@ class RunCheckpoint(ModelCheckpoint):
     may hold half an update, lacks the gradients accumulated so far, and during a validation has averaged weights in the
     place of the trained ones; and a rank that saves because it failed waits for the others for ever. So the first
     Ctrl-C (or SIGTERM) lets the step end, and with several ranks the next one, the same on all; the second stops at
-    once, and like any error leaves the checkpoint before.
+    once, and like any error leaves the checkpoint before. After Ctrl-C the exit code is 130, after SIGTERM 143.
+
+    The file is written by `WholeCheckpointIO`, which keeps the checkpoint before it too.
 
     On a SLURM cluster Lightning answers SIGUSR1, which `sbatch --signal=SIGUSR1@120` sends before the time is up, by
     saving and requeueing the job at once; here it does so after the step, on all ranks the same one. The requeued job
@@ -38,7 +43,13 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self._asked_to_stop = self._asked_to_requeue = self._stopping = self._trained = False
         self._asking: tuple[dist.Work, Tensor] | None = None  # whether any rank was asked to, on its way
+        self._terminated = False
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Let checkpoints be written whole."""
+        super().setup(trainer, pl_module, stage)
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Listen for signals."""
@@ -70,7 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
         requeue = trainer.strategy.reduce_boolean_decision(self._asked_to_requeue, all=False)
         if requeue and signal.SIGUSR1 in self._handlers:
             self._handlers[signal.SIGUSR1](signal.SIGUSR1, None)
-        raise KeyboardInterrupt
+        self._end()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what ended otherwise than by max_steps."""
@@ -86,7 +97,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Say where the run can go on; nothing is saved here."""
-        if not isinstance(exception, KeyboardInterrupt):
+        if not isinstance(exception, (KeyboardInterrupt, SystemExit)):
             self._restore_handlers()
         elif trainer.is_global_zero:
             saved = self._last_global_step_saved
@@ -114,14 +125,20 @@ class RunCheckpoint(ModelCheckpoint):
         return bool(asked)
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated |= signum == signal.SIGTERM
         if self._asked_to_stop and signum != signal.SIGUSR1:
-            raise KeyboardInterrupt
+            self._end()
         self._asked_to_stop = True
         if signum == signal.SIGUSR1:
             self._asked_to_requeue = True
             log.info("stopping after this step, to be requeued")
         else:
             log.info("stopping after this step; once more to stop at once")
+
+    def _end(self) -> NoReturn:
+        if self._terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
