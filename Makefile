@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all mutants lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report clean
 
@@ -38,6 +38,13 @@ test-all: $(STAMP) ## all tests, the slow ones too
 
 mutants: $(STAMP) ## put faults into a copy of the package, one at a time, and see which of them no test sees
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+test-faults: $(STAMP) ## kills, full disks, hostile files (slow); writes what was measured into docs/reliability.md
+	ICD_RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/faults $(ARGS)
+
+audit: ## look up known vulnerabilities of the exact versions in constraints.txt; pip-audit gets a venv of its own
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'; }
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
 
 lint: $(STAMP) ## ruff, and mypy on the mathematics
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
