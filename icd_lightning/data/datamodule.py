@@ -14,14 +14,13 @@ from typing import Any
 
 import lightning
 
-from icd_lightning.data.buckets import bucket_step
-from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.loaders import TrainLoader, ValidationLoader, ValidationSet
+from icd_lightning.data.decoding import SampleDecoder, bucket_step
+from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece, TrainStream
-from icd_lightning.data.tally import Limits, RejectedError, Tally
+from icd_lightning.data.tally import RejectedError, Tally
 from icd_lightning.data.tars import Raw, explain_dots, index_shard
 
 logger = logging.getLogger(__name__)
@@ -96,12 +95,13 @@ class ShardDataModule(lightning.LightningDataModule):
                 f"resolution {resolution} must be a multiple of {bucket_step(resolution)} to be trained in buckets"
             )
         self.decoder = SampleDecoder(resolution, caption_field, min_size, buckets)
-        self.limits = Limits(max_skipped, stall_timeout)
+        self.limits = {"max_skipped": max_skipped, "stall_timeout": stall_timeout}
+        Tally(**self.limits)  # complains of wrong ones
         self.train_tally: Tally | None = None
         self.val_tally: Tally | None = None
         self.stream: TrainStream | None = None
         self.validation_set: ValidationSet | None = None
-        self._loader: TrainLoader | None = None
+        self._loader: Loader | None = None
         self._offset = 0
 
     def setup(self, stage: str | None = None) -> None:
@@ -109,7 +109,7 @@ class ShardDataModule(lightning.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._offset = 0  # Lightning loads a checkpoint after this
         # here, not when it is made: ranks that are forked would count in the same memory
-        self.train_tally, self.val_tally = (Tally(self.num_workers, self.limits) for _ in range(2))
+        self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
             self.stream = self._open_stream(rank, world_size)
         if self.val_urls:
@@ -121,7 +121,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def _open_stream(self, rank: int, world_size: int) -> TrainStream:
         shards = open_shards(self.urls, verify=self.verify)
-        tally = Tally(limits=self.limits)
+        tally = Tally(**self.limits)
         raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
         _probe(raws, self.decoder, "urls", tally)
         batches = self._count_batches(shards, world_size)
@@ -167,20 +167,20 @@ class ShardDataModule(lightning.LightningDataModule):
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)
         _probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally)
-        return ValidationSet(
-            entries, decoder, self.val_batch_size, rank=rank, world_size=world_size, tally=self.val_tally
-        )
+        return ValidationSet(entries, decoder, self.val_batch_size, rank, world_size)
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> Loader:
         """Return an endless stream cut into epochs of `batches_per_epoch`."""
         assert self.stream is not None, "setup comes first"
         self.teardown()
         position = self._next_batch if self.trainer else None
-        self._loader = TrainLoader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
+        self._loader = Loader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
         return self._loader
 
-    def val_dataloader(self) -> ValidationLoader | list:
-        return [] if self.validation_set is None else ValidationLoader(self.validation_set, self.num_workers)
+    def val_dataloader(self) -> Loader | list:
+        if self.validation_set is None:
+            return []
+        return Loader(self.validation_set, self.val_tally, num_workers=self.num_workers, position=lambda: 0)
 
     test_dataloader = val_dataloader
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple
 
@@ -16,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.buckets import nearest_bucket
 from icd_lightning.data.images import resize_and_crop, to_images, to_rgb, upright_size
 from icd_lightning.data.tally import NothingToReadError, RejectedError
 from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, text_caption
@@ -29,18 +30,22 @@ MIXED = (
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
-class Decoded(NamedTuple):
-    """One sample: picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
+class Sample(NamedTuple):
+    """One sample: a picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
 
-    `text` holds the embeddings of the caption, by name, if they were kept beside the moments.
+    `size` is its (height, width) in a batch; `name` is what messages call it. `text` holds the embeddings of the
+    caption, by name, if they were kept beside the moments. Before it is finished, a picture is an image whose pixels
+    are not read yet, and `text` the content of its file.
     """
 
-    picture: NDArray[np.uint8] | None
-    caption: str
+    name: str
     key: str
+    caption: str
     metadata: dict
+    size: tuple[int, int]
+    picture: NDArray[np.uint8] | Image.Image | None = None
     moments: NDArray[np.float16] | None = None
-    text: dict[str, NDArray[np.float16]] | None = None
+    text: dict[str, NDArray[np.float16]] | bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -62,29 +67,37 @@ class SampleDecoder:
     min_size: int | None = None
     buckets: bool = False
 
-    def admit(self, raw: Raw) -> tuple[int, int]:
-        """Return the sample's (height, width) in a batch; raise `RejectedError` for what is wrong before its pixels."""
-        metadata = _read_metadata(raw)
-        self._caption(raw, metadata)
-        if MOMENTS in raw:
-            return self._moments(raw, metadata).shape[1:]
-        return self._open(raw)[1]
-
-    def decode(self, raw: Raw) -> Decoded:
+    def decode(self, raw: Raw) -> Sample:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""
+        return self.finish(self.admit(raw))
+
+    def admit(self, raw: Raw) -> Sample:
+        """Check all but pixels and embeddings; raise `RejectedError` for what is wrong."""
         metadata = _read_metadata(raw)
         caption = self._caption(raw, metadata)
-        if MOMENTS in raw:
-            moments = self._moments(raw, metadata)
-            return Decoded(None, caption, raw["__key__"], metadata, moments, self._text(raw, metadata, caption))
-        image, size = self._open(raw)
+        if MOMENTS not in raw:
+            image, size = self._open(raw)
+            return Sample(_name(raw), raw["__key__"], caption, metadata, size, image)
+        if TEXT in raw and caption != text_caption(raw):
+            raise NothingToReadError(
+                f"{_name(raw)} has embeddings of {text_caption(raw)!r}, not of {caption!r} as caption_field "
+                f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
+            )
+        moments = self._moments(raw, metadata)
+        size = moments.shape[1:]
+        return Sample(_name(raw), raw["__key__"], caption, metadata, size, None, moments, raw.get(TEXT))
+
+    def finish(self, sample: Sample) -> Sample:
+        """Read pixels or embeddings; raise `RejectedError` if they are corrupt."""
+        if sample.picture is None:
+            return sample if sample.text is None else sample._replace(text=_read_text(sample))
         try:
-            image = to_rgb(image)
-            cut, crop_top_left = resize_and_crop(image, *size)
+            image = to_rgb(sample.picture)
+            cut, crop_top_left = resize_and_crop(image, *sample.size)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
-            raise RejectedError("corrupt_image", f"{_name(raw)}: {error}") from error
-        metadata |= {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
-        return Decoded(np.asarray(cut), caption, raw["__key__"], metadata)
+            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
+        place = {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
+        return sample._replace(picture=np.asarray(cut), metadata=sample.metadata | place)
 
     def _open(self, raw: Raw) -> tuple[Image.Image, tuple[int, int]]:
         """Open an image, reading no more than its header; return it with the (height, width) to bring it to."""
@@ -123,23 +136,6 @@ class SampleDecoder:
             raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {encoded}, not {wanted}")
         return moments
 
-    def _text(self, raw: Raw, metadata: dict, caption: str) -> dict[str, NDArray[np.float16]] | None:
-        """Read the caption's embeddings, if they were kept."""
-        if TEXT not in raw:
-            return None
-        try:
-            text, _ = load(raw[TEXT]), metadata["moments"]["text_encoder"]
-        except (SafetensorError, KeyError) as error:
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
-        if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
-        if caption != text_caption(raw):
-            raise NothingToReadError(
-                f"{_name(raw)} has embeddings of {text_caption(raw)!r}, not of {caption!r} as caption_field "
-                f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
-            )
-        return text
-
     def _caption(self, raw: Raw, metadata: dict) -> str:
         if self.caption_field is not None:
             caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
@@ -164,16 +160,52 @@ def _read_metadata(raw: Raw) -> dict:
     return metadata
 
 
-def collate(samples: Sequence[Decoded]) -> Batch:
+def _read_text(sample: Sample) -> dict[str, NDArray[np.float16]]:
+    try:
+        text, _ = load(sample.text), sample.metadata["moments"]["text_encoder"]
+    except (SafetensorError, KeyError) as error:
+        raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
+    if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
+        raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
+    return text
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
     """Join samples of one size into a Batch: images (B, 3, H, W), or moments and perhaps embeddings."""
-    pictures, captions, keys, metadata, moments, texts = zip(*samples, strict=True)
-    if len({(one is None, *sorted(text or ())) for one, text in zip(moments, texts, strict=True)}) > 1:
+    if len({(one.picture is None, *sorted(one.text or ())) for one in samples}) > 1:
         raise NothingToReadError(MIXED)
+    _, keys, captions, metadata, _, pictures, moments, texts = map(list, zip(*samples, strict=True))
     if moments[0] is None:
-        return Batch(to_images(pictures), list(captions), list(keys), list(metadata))
+        return Batch(to_images(pictures), captions, keys, metadata)
     embeds = {name: _joined([text[name] for text in texts]) for name in texts[0] or ()}
-    return Batch(None, list(captions), list(keys), list(metadata), _joined(moments), **embeds)
+    return Batch(None, captions, keys, metadata, _joined(moments), **embeds)
 
 
 def _joined(arrays: Sequence[NDArray[np.float16]]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).float()
+
+
+# --- sizes of pictures that are not square, as SDXL is trained (arXiv:2307.01952, appendix I) -------------------------
+
+
+@lru_cache
+def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
+    """All (height, width) of nearly resolution^2 pixels and not more, from 1:4 to 4:1, in steps of up to 64 pixels."""
+    step = bucket_step(resolution)
+    sides = range(resolution // 2, 2 * resolution + 1, step)
+    sizes = {(side, resolution * resolution // side // step * step) for side in sides}
+    return tuple(sorted(sizes | {(width, height) for height, width in sizes}))
+
+
+def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The bucket (height, width) whose form is nearest to a picture's."""
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(height / width) - math.log(size[0] / size[1]))
+
+    return min(bucket_sizes(resolution), key=distance)
+
+
+def bucket_step(resolution: int) -> int:
+    """The largest power of two up to an eighth of the resolution, from 8 to 64: latents have whole sides."""
+    return 1 << (min(512, max(64, resolution)).bit_length() - 4)

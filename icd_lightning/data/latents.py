@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from icd_lightning.data.decoding import Decoded, SampleDecoder, collate
+from icd_lightning.data.decoding import Sample, SampleDecoder, collate
 from icd_lightning.data.manifest import (
     Manifest,
     ShardRecord,
@@ -39,7 +39,7 @@ from icd_lightning.data.manifest import (
 from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
-from icd_lightning.data.tally import Limits, Tally, left_out
+from icd_lightning.data.tally import Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT
 from icd_lightning.files import write_json
 from icd_lightning.progress import progress
@@ -85,7 +85,7 @@ def cache_latents(
     missing = [name for name in list(shards)[part[0] :: part[1]] if name not in done]
     if missing and existing is None:
         Manifest(parameters, complete=False).save(folder)
-    tally = Tally(limits=Limits(max_skipped=1.0))
+    tally = Tally(stall_timeout=60.0)
     encoder = _Encoder(encode, text and text[1], decoder, settings, batch_size)
     for name in missing:
         _cache_shard(shards[name], folder / name, encoder, tally)
@@ -118,8 +118,7 @@ class _Encoder:
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
         raws = progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
-        attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
-        decoded = (sample for sample in attempts if sample is not None)
+        decoded = tally.usable(self.decoder.decode, raws)
         while True:
             tally.awaited()  # the time that the encoder took is no silence of the source
             batch = list(islice(decoded, self.batch_size))
@@ -134,7 +133,7 @@ class _Encoder:
                 files = {MOMENTS: stream.getvalue(), **text, "json": about.encode(), "txt": sample.caption.encode()}
                 yield {"__key__": sample.key, **files}
 
-    def _moments(self, samples: list[Decoded]) -> list[NDArray[np.float16]]:
+    def _moments(self, samples: list[Sample]) -> list[NDArray[np.float16]]:
         """Encode pictures, those of one size together; one (C, h, w) for each."""
         by_size = defaultdict(list)
         for index, sample in enumerate(samples):
@@ -145,7 +144,7 @@ class _Encoder:
             moments |= zip(indices, _half(encoded, "the autoencoder gives latents", samples[indices[0]]), strict=True)
         return [moments[index] for index in range(len(samples))]
 
-    def _texts(self, samples: list[Decoded]) -> list[dict[str, bytes]]:
+    def _texts(self, samples: list[Sample]) -> list[dict[str, bytes]]:
         """Encode captions, where that is wanted; a file for each, by its extension."""
         if self.encode_text is None:
             return [{}] * len(samples)
@@ -155,7 +154,7 @@ class _Encoder:
         return [{TEXT: save({name: values[index] for name, values in embeds.items()})} for index in range(len(samples))]
 
 
-def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float16]:
+def _half(values: torch.Tensor, source: str, near: Sample) -> NDArray[np.float16]:
     """In float16, as they are kept; ValueError for what is not finite in it."""
     half = values.to("cpu", torch.float16).numpy()
     if not np.isfinite(half).all():

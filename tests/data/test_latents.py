@@ -176,7 +176,7 @@ def test_buckets_keep_the_form_of_pictures(deterministic, tmp_path):
     for raw, size in zip(raws, sizes * 4, strict=True):
         moments = decoder.decode(raw).moments
         assert (
-            decoder.admit(raw)
+            decoder.admit(raw).size
             == moments.shape[1:]
             == tuple(min(side, 96 if max(size) < 100 else 64) // 8 for side in size)
         )
