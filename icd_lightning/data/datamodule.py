@@ -18,10 +18,9 @@ from icd_lightning.data.decoding import SampleDecoder, bucket_step
 from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece, TrainStream
 from icd_lightning.data.tally import RejectedError, Tally
-from icd_lightning.data.tars import Raw, explain_dots, index_shard
+from icd_lightning.data.tars import Raw, explain_dots, index_shard, is_local
 
 logger = logging.getLogger(__name__)
 

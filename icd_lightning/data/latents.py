@@ -27,20 +27,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from icd_lightning.data.decoding import Sample, SampleDecoder, collate
-from icd_lightning.data.manifest import (
-    Manifest,
-    ShardRecord,
-    check_shard,
-    load_own_manifest,
-    manifests_beside,
-    remove_shards,
-    write_shard,
-)
+from icd_lightning.data.manifest import PROGRESS, Manifest, ShardRecord, check_shard, remove_shards, write_shard
 from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import Tally, left_out
-from icd_lightning.data.tars import MOMENTS, TEXT
+from icd_lightning.data.tars import MOMENTS, TEXT, is_local
 from icd_lightning.files import write_json
 from icd_lightning.progress import progress
 
@@ -48,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 EncodeText = Callable[[list[str]], dict[str, torch.Tensor]]
-PROGRESS = ".progress"
 
 
 def cache_latents(
@@ -76,11 +66,13 @@ def cache_latents(
     settings |= {"buckets": True} if decoder.buckets else {}
     settings |= {"text_encoder": text[0]} if text else {}
     parameters = {"latents": settings, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
-    sources = manifests_beside(shard.url for shard in shards.values())
+    sources = Manifest.beside(shard.url for shard in shards.values())
     parameters["source"] = [manifest.parameters for manifest in sources.values()]
     if overwrite:
-        _clear(folder, part)
-    existing = load_own_manifest(folder, parameters)
+        if part[1] > 1:
+            raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
+        remove_shards(folder)
+    existing = Manifest.of_set(folder, parameters)
     done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
     missing = [name for name in list(shards)[part[0] :: part[1]] if name not in done]
     if missing and existing is None:
@@ -88,21 +80,14 @@ def cache_latents(
     tally = Tally(stall_timeout=60.0)
     encoder = _Encoder(encode, text and text[1], decoder, settings, batch_size)
     for name in missing:
-        _cache_shard(shards[name], folder / name, encoder, tally)
+        broken = tally.counts()["broken_shard"]
+        record = write_shard(encoder.samples(shards[name], tally), folder / name)
+        # a remote shard that broke may read better another time
+        if is_local(shards[name].url) or tally.counts()["broken_shard"] == broken:
+            write_json(folder / PROGRESS / f"{name}.json", asdict(record))
     if skipped := left_out(tally.counts()):
         logger.warning("left out: %s", skipped)
     return _completed(folder, parameters, list(shards))
-
-
-# --- one shard --------------------------------------------------------------------------------------------------------
-
-
-def _cache_shard(shard: Shard, path: Path, encoder: _Encoder, tally: Tally) -> None:
-    broken = tally.counts()["broken_shard"]
-    record = write_shard(encoder.samples(shard, tally), path)
-    if not is_local(shard.url) and tally.counts()["broken_shard"] > broken:
-        return  # it may read better another time
-    write_json(path.parent / PROGRESS / f"{path.name}.json", asdict(record))
 
 
 @dataclass(frozen=True)
@@ -163,9 +148,6 @@ def _half(values: torch.Tensor, source: str, near: Sample) -> NDArray[np.float16
     return half
 
 
-# --- what is there already --------------------------------------------------------------------------------------------
-
-
 def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
     named: dict[str, Shard] = {}
     for shard in shards:
@@ -176,13 +158,6 @@ def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
             raise ValueError(f"two shards are named {name}: cache their latents to different folders")
         named[name] = shard
     return named
-
-
-def _clear(folder: Path, part: tuple[int, int]) -> None:
-    if part[1] > 1:
-        raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
-    remove_shards(folder)
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
 
 
 def _records(folder: Path) -> dict[str, ShardRecord]:

@@ -6,7 +6,6 @@ same sample in an epoch, and a run can go on from any batch without having decod
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -17,9 +16,8 @@ from typing import NamedTuple, TypeVar
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
-from icd_lightning.data.sources import open_url
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import Raw, read_samples
+from icd_lightning.data.tars import Raw, open_url, read_samples
 
 T = TypeVar("T")
 
@@ -36,7 +34,7 @@ class Piece(NamedTuple):
         tally.add("shards")
         problem, given = None, 0
         try:
-            with contextlib.closing(open_url(self.url, patience=tally.stall_timeout)) as file:
+            with open_url(self.url, patience=tally.stall_timeout) as file:
                 for raw in islice(read_samples(file, self.url), self.start, self.stop):
                     tally.add("read")
                     given += 1

@@ -13,9 +13,9 @@ from shards_case import corrupt, numbered_samples, numbers
 from icd_lightning.data import tally
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
-from icd_lightning.data.sources import expand, open_url
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.tars import expand, open_url
 
 
 def data_for(urls, **options) -> ShardDataModule:
