@@ -193,7 +193,8 @@ class ShardDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         if self.stream is None or self.trainer is None:
             return {}
-        return {"finished": self._finished(), "position": self._position(), "order": self._order()}
+        position = self._position()
+        return {"finished": position - self._offset, "position": position, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches a checkpoint's run had finished; warn if this run orders samples otherwise."""
@@ -210,13 +211,10 @@ class ShardDataModule(lightning.LightningDataModule):
                 "; ".join(different),
             )
 
-    def _finished(self) -> int:
-        """Batches the trainer has finished. Its other counters run ahead, or start anew with an epoch or a resume."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-
     def _position(self) -> int:
         """The next batch of this rank, counted from the start of training, in batches of this run's size."""
-        return self._finished() + self._offset
+        # the trainer's other counters run ahead, or start anew with an epoch or a resume
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed + self._offset
 
     def _next_batch(self) -> int:
         """Where an epoch begins: with `overfit_batches`, each with the same batches."""

@@ -199,11 +199,8 @@ def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
 
 def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
     """The bucket (height, width) whose form is nearest to a picture's."""
-
-    def distance(size: tuple[int, int]) -> float:
-        return abs(math.log(height / width) - math.log(size[0] / size[1]))
-
-    return min(bucket_sizes(resolution), key=distance)
+    form = math.log(height / width)
+    return min(bucket_sizes(resolution), key=lambda size: abs(form - math.log(size[0] / size[1])))
 
 
 def bucket_step(resolution: int) -> int:

@@ -1,58 +1,75 @@
-"""How well pictures fit texts, and each other, to CLIP, which reads both. Images are (B, 3, H, W) in [-1, 1]."""
+"""How well pictures fit texts, and each other, to networks that embed them. Images are (B, 3, H, W) in [-1, 1]."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.base import PerImage
 from icd_lightning.metrics.pretrained import load_network, load_part
 
-CLIP = "openai/clip-vit-large-patch14"
+CLIP, DINOV2 = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 
 
-class _CLIPMetric(PerImage):
-    """CLIP with its own processor and tokenizer."""
+class _Cosine(PerImage):
+    """Mean cosine of pictures and references, as a network of the hub embeds what its own processor makes of them."""
 
     higher_is_better = True
 
-    def __init__(self) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
+    def __init__(self, repository: str, network: Any) -> None:
         super().__init__()
-        self.processor = load_part(CLIP, AutoImageProcessor, backend="pil")
-        self.tokenizer = load_part(CLIP, AutoTokenizer)
-        self.network = load_network(CLIP, CLIPModel)
+        self.processor = load_part(repository, AutoImageProcessor, backend="pil")
+        self.network = load_network(repository, network)
 
-    def _embed_images(self, images: Tensor) -> Tensor:
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        return torch.cosine_similarity(self.embed(images), self.embed(reference))
+
+    def embed(self, images: Tensor) -> Tensor:
         """Embeddings (B, D)."""
         pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
-        return self.network.get_image_features(pixels.to(images.device)).pooler_output
+        return self.outputs(pixels.to(images.device)).pooler_output
 
-    def _embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D); a prompt is cut to what CLIP can read."""
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        return self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
+    def outputs(self, pixels: Tensor) -> Any:
+        """What the network makes of what its processor gives."""
+        return self.network(pixels)
 
 
-class CLIPText(_CLIPMetric):
-    """CLIP-T: mean cosine of pictures and their prompts."""
+class DinoV2Similarity(_Cosine):
+    """Mean cosine of DinoV2's `pooler_output` over pairs of images."""
+
+    def __init__(self) -> None:
+        super().__init__(DINOV2, AutoModel)
+
+
+class CLIPImage(_Cosine):
+    """CLIP-I: mean cosine of pictures and references."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIP, CLIPModel)
+
+    def outputs(self, pixels: Tensor) -> Any:
+        return self.network.get_image_features(pixels)
+
+
+class CLIPText(CLIPImage):
+    """CLIP-T: mean cosine of pictures and their prompts; a prompt is cut to what CLIP can read."""
 
     needs = ("images", "prompts")
     label = "CLIP-T"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = load_part(CLIP, AutoTokenizer)
+
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return torch.cosine_similarity(self._embed_images(images), self._embed_texts(prompts))
-
-
-class CLIPImage(_CLIPMetric):
-    """CLIP-I: mean cosine of pictures and references."""
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return torch.cosine_similarity(self._embed_images(images), self._embed_images(reference))
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        texts = self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
+        return torch.cosine_similarity(self.embed(images), texts)
 
 
 class CLIPScore(CLIPText):

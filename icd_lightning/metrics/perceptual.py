@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
-from icd_lightning.data.images import quantize, to_pictures
+from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PerImage, pillow_squares
-from icd_lightning.metrics.pretrained import find_file, frozen, load_network, load_part, load_weights
+from icd_lightning.metrics.pretrained import find_file, frozen, load_network, load_weights
 
 LPIPS_TRUNKS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
-DINOV2, DINO = "facebook/dinov2-base", "facebook/dino-vitb8"
+DINO = "facebook/dino-vitb8"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -53,26 +53,6 @@ class SqueezeLPIPS(LPIPS):
 
     def prepared(self, images: Tensor) -> Tensor:
         return quantize(images) / 127.5 - 1
-
-
-class DinoV2Similarity(PerImage):
-    """Mean cosine of DinoV2's `pooler_output` over pairs of images, each prepared by the model's own processor."""
-
-    higher_is_better = True
-
-    def __init__(self) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
-        super().__init__()
-        self.processor = load_part(DINOV2, AutoImageProcessor, backend="pil")
-        self.network = load_network(DINOV2, AutoModel)
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return torch.cosine_similarity(self._embed(images), self._embed(reference))
-
-    def _embed(self, images: Tensor) -> Tensor:
-        pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
-        return self.network(pixels.to(images.device)).pooler_output
 
 
 class StructureDistance(PerImage):

@@ -44,7 +44,7 @@ def test_clip_t_and_clip_i_are_plain_cosines(clip_home):
     prompts = [scene.caption() for scene in drawn]  # of different lengths
     expected = [torch.dot(*pair) for pair in embeddings(CLIPText(), images, prompts)]  # embeddings are of unit length
     torch.testing.assert_close(CLIPText().per_image(images, prompts=prompts), torch.stack(expected))
-    pairs = zip(*(embeddings(CLIPImage(), x, prompts) for x in (images, images.flip(0))), strict=True)
+    pairs = zip(*(embeddings(CLIPText(), x, prompts) for x in (images, images.flip(0))), strict=True)
     expected = torch.stack([torch.dot(a[0], b[0]) for a, b in pairs])
     torch.testing.assert_close(CLIPImage().per_image(images, images.flip(0)), expected)
     torch.testing.assert_close(CLIPImage().per_image(images, images), torch.ones(3))

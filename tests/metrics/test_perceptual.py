@@ -16,10 +16,10 @@ from torchvision.transforms.functional import normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from icd_lightning.data.images import quantize, to_pictures
+from icd_lightning.metrics.alignment import DinoV2Similarity
 from icd_lightning.metrics.perceptual import (
     IMAGENET,
     LPIPS,
-    DinoV2Similarity,
     SqueezeLPIPS,
     StructureDistance,
     lpips_network,

@@ -7,7 +7,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from icd_lightning.metrics import pretrained
-from icd_lightning.metrics.inception import INCEPTION_URL
+from icd_lightning.metrics.distribution import INCEPTION_URL
 from icd_lightning.metrics.perceptual import DINO, LPIPS_TRUNKS
 from icd_lightning.metrics.registry import OWN, build_metrics
 
