@@ -42,7 +42,7 @@ class Sample(NamedTuple):
     key: str
     caption: str
     metadata: dict
-    size: tuple[int, int]
+    size: tuple[int, int] = (0, 0)
     picture: NDArray[np.uint8] | Image.Image | None = None
     moments: NDArray[np.float16] | None = None
     text: dict[str, NDArray[np.float16]] | bytes | None = None
@@ -73,24 +73,33 @@ class SampleDecoder:
 
     def admit(self, raw: Raw) -> Sample:
         """Check all but pixels and embeddings; raise `RejectedError` for what is wrong."""
-        metadata = _read_metadata(raw)
-        caption = self._caption(raw, metadata)
-        if MOMENTS not in raw:
-            image, size = self._open(raw)
-            return Sample(_name(raw), raw["__key__"], caption, metadata, size, image)
-        if TEXT in raw and caption != text_caption(raw):
-            raise NothingToReadError(
-                f"{_name(raw)} has embeddings of {text_caption(raw)!r}, not of {caption!r} as caption_field "
-                f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
-            )
-        moments = self._moments(raw, metadata)
-        size = moments.shape[1:]
-        return Sample(_name(raw), raw["__key__"], caption, metadata, size, None, moments, raw.get(TEXT))
+        name = f"{raw['__key__']} of {raw['__url__']}"
+        try:
+            metadata = json.loads(raw.get("json", b"{}"))
+        except ValueError as error:
+            raise RejectedError("corrupt_json", f"{name}: {error}") from error
+        if not isinstance(metadata, dict):
+            raise RejectedError("corrupt_json", f"{name}: a {type(metadata).__name__}, not an object with fields")
+        caption, source = text_caption(raw), ".txt or .caption file"
+        if self.caption_field is not None:
+            caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
+        if not isinstance(caption, str) or not caption.strip():
+            raise RejectedError("no_caption", f"{name} has no {source} with text")
+        sample = Sample(name, raw["__key__"], caption.strip(), metadata)
+        return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)
 
     def finish(self, sample: Sample) -> Sample:
         """Read pixels or embeddings; raise `RejectedError` if they are corrupt."""
+        if sample.text is not None:
+            try:
+                text, _ = load(sample.text), sample.metadata["moments"]["text_encoder"]
+            except (SafetensorError, KeyError) as error:
+                raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
+            if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
+                raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
+            return sample._replace(text=text)
         if sample.picture is None:
-            return sample if sample.text is None else sample._replace(text=_read_text(sample))
+            return sample
         try:
             image = to_rgb(sample.picture)
             cut, crop_top_left = resize_and_crop(image, *sample.size)
@@ -99,75 +108,45 @@ class SampleDecoder:
         place = {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
         return sample._replace(picture=np.asarray(cut), metadata=sample.metadata | place)
 
-    def _open(self, raw: Raw) -> tuple[Image.Image, tuple[int, int]]:
-        """Open an image, reading no more than its header; return it with the (height, width) to bring it to."""
+    def _with_image(self, sample: Sample, raw: Raw) -> Sample:
+        """Open the image, reading no more than its header."""
         data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
         if data is None:
             extensions = [name for name in raw if not name.startswith("__")][:10]
-            raise RejectedError("no_image", f"{_name(raw)} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}")
+            raise RejectedError("no_image", f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}")
         try:
             image = Image.open(BytesIO(data))
             height, width = upright_size(image)
         except Exception as error:
-            raise RejectedError("corrupt_image", f"{_name(raw)}: {error}") from error
+            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
         size = (self.resolution, self.resolution)
         if self.buckets:
             size = nearest_bucket(height, width, self.resolution)
         too_small = min(height / size[0], width / size[1]) < 1
         if too_small if self.min_size is None else min(height, width) < self.min_size:
             wanted = f"{size[1]} x {size[0]} pixels" if self.min_size is None else f"{self.min_size} pixels a side"
-            raise RejectedError("too_small", f"{_name(raw)} is {width} x {height}, less than {wanted}")
-        return image, size
+            raise RejectedError("too_small", f"{sample.name} is {width} x {height}, less than {wanted}")
+        return sample._replace(size=size, picture=image)
 
-    def _moments(self, raw: Raw, metadata: dict) -> NDArray[np.float16]:
+    def _with_moments(self, sample: Sample, raw: Raw) -> Sample:
         """Read moments (C, h, w), and turn into tuples what json has made lists of."""
         try:
-            moments, settings = np.load(BytesIO(raw[MOMENTS])), metadata["moments"]
-            resolution, buckets = settings["resolution"], settings.get("buckets", False)
-            metadata |= {name: tuple(metadata[name]) for name in PLACES}
-            _, _, _ = moments.shape
+            moments, settings = np.load(BytesIO(raw[MOMENTS])), sample.metadata["moments"]
+            made = (settings["resolution"], settings.get("buckets", False))
+            places = {place: tuple(sample.metadata[place]) for place in PLACES}
+            _, height, width = moments.shape
         except (ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
-        if (resolution, buckets) != (self.resolution, self.buckets):
-            encoded, wanted = (
-                f"{side} pixels{' in buckets' * many}"
-                for side, many in ((resolution, buckets), (self.resolution, self.buckets))
+            raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
+        if made != (wanted := (self.resolution, self.buckets)):
+            encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
+            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}")
+        if TEXT in raw and sample.caption != text_caption(raw):
+            raise NothingToReadError(
+                f"{sample.name} has embeddings of {text_caption(raw)!r}, not of {sample.caption!r} as caption_field "
+                f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
             )
-            raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {encoded}, not {wanted}")
-        return moments
-
-    def _caption(self, raw: Raw, metadata: dict) -> str:
-        if self.caption_field is not None:
-            caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
-        else:
-            caption, source = text_caption(raw), ".txt or .caption file"
-        if not isinstance(caption, str) or not caption.strip():
-            raise RejectedError("no_caption", f"{_name(raw)} has no {source} with text")
-        return caption.strip()
-
-
-def _name(raw: Raw) -> str:
-    return f"{raw['__key__']} of {raw['__url__']}"
-
-
-def _read_metadata(raw: Raw) -> dict:
-    try:
-        metadata = json.loads(raw.get("json", b"{}"))
-    except ValueError as error:
-        raise RejectedError("corrupt_json", f"{_name(raw)}: {error}") from error
-    if not isinstance(metadata, dict):
-        raise RejectedError("corrupt_json", f"{_name(raw)}: a {type(metadata).__name__}, not an object with fields")
-    return metadata
-
-
-def _read_text(sample: Sample) -> dict[str, NDArray[np.float16]]:
-    try:
-        text, _ = load(sample.text), sample.metadata["moments"]["text_encoder"]
-    except (SafetensorError, KeyError) as error:
-        raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
-    if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
-        raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
-    return text
+        metadata = sample.metadata | places
+        return sample._replace(size=(height, width), metadata=metadata, moments=moments, text=raw.get(TEXT))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -98,7 +98,18 @@ class Loader:
         # As a generator this runs at the first batch: Lightning calls iter() before it has restored its counters.
         position = self._reached if self.position is None else self.position()
         if self._iterator is None or position != self._reached:
-            self._start(position)
+            patience = self.tally.stall_timeout
+            loader = DataLoader(
+                _Batches(self.source, position, self.tally),
+                batch_size=None,  # the source makes the batches
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                worker_init_fn=self.tally.count_as,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else every start of the workers draws from the global generator
+                timeout=patience if self.num_workers and math.isfinite(patience) else 0,
+            )
+            self._iterator, self._reached = iter(loader), position
         for _ in range(len(self)):
             self._reached += 1
             batch = self._next()
@@ -118,20 +129,6 @@ class Loader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
-
-    def _start(self, position: int) -> None:
-        patience = self.tally.stall_timeout
-        loader = DataLoader(
-            _Batches(self.source, position, self.tally),
-            batch_size=None,  # the source makes the batches
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=self.tally.count_as,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else every start of the workers draws from the global generator
-            timeout=patience if self.num_workers and math.isfinite(patience) else 0,
-        )
-        self._iterator, self._reached = iter(loader), position
 
     def _next(self) -> Batch:
         """The next batch, however long it takes while workers find samples; an error if they find none any more."""

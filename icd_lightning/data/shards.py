@@ -175,16 +175,16 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
             f"{problems[0]}{more}; write or copy the shards again, or "
             "give verify=off and batches_per_epoch to read them as they are"
         )
-    return tuple(Shard(url, _count(Path(url), manifests) if is_local(url) else None) for url in shards)
-
-
-def _count(path: Path, manifests: Mapping[Path, Manifest]) -> int:
-    if path.parent in manifests:
-        return manifests[path.parent].shards[path.name].samples
-    entries, problem = index_shard(path)
-    if problem:
-        logger.warning("%s: %s", path, problem)
-    return len(entries)
+    counts: dict[str, int] = {}
+    for url, path in ((url, Path(url)) for url in shards if is_local(url)):
+        if path.parent in manifests:
+            counts[url] = manifests[path.parent].shards[path.name].samples
+            continue
+        entries, problem = index_shard(path)
+        counts[url] = len(entries)
+        if problem:
+            logger.warning("%s: %s", path, problem)
+    return tuple(Shard(url, counts.get(url)) for url in shards)
 
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:

@@ -83,7 +83,13 @@ class TrainStream:
         begin, end = ((first + bounds[w]) * self.batch_size for w in (worker, worker + 1))
         if total < rank_size * self.world_size:
             begin, end = (place * total // (rank_size * self.world_size) for place in (begin, end))
-        return _cut(self._order(full_pass), begin, end)
+        pieces, offset = [], 0
+        for shard in self._order(full_pass):  # laid end to end
+            start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
+            if start < stop:
+                pieces.append(Piece(shard.url, start, stop))
+            offset += shard.samples
+        return pieces
 
     def batches(
         self, epoch: int, tally: Tally, *, worker: int = 0, num_workers: int = 1, skip: int = 0
@@ -121,18 +127,6 @@ class TrainStream:
         order = list(self.shards)
         random.Random(f"{self.seed} {full_pass}").shuffle(order)
         return order
-
-
-def _cut(shards: list[Shard], begin: int, end: int) -> list[Piece]:
-    """Cut samples `begin` to `end` out of shards laid end to end."""
-    pieces, offset = [], 0
-    for shard in shards:
-        assert shard.samples is not None
-        start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
-        if start < stop:
-            pieces.append(Piece(shard.url, start, stop))
-        offset += shard.samples
-    return pieces
 
 
 class _Reader:

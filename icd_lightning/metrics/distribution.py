@@ -74,17 +74,13 @@ class FrechetDistance(PictureMetric):
         means = self.sums / count
         covariances = (self.products - count * means[..., None] * means[:, None]) / (count - 1)
         means, covariances = torch.cat([means, self.fixed_means]), torch.cat([covariances, self.fixed_covariances])
-        return frechet_distance(means, covariances).float()
-
-
-def frechet_distance(means: Tensor, covariances: Tensor) -> Tensor:
-    """|m - n|^2 + trace(A + B - 2 (A B)^1/2) of means (2, F) and covariances (2, F, F)."""
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # A^1/2 B A^1/2 has the eigenvalues of A B and, symmetric, none that rounding makes complex.
-    roots = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt()
-    traces = covariances.diagonal(dim1=1, dim2=2).sum()
-    return (means[0] - means[1]).square().sum() + traces - 2 * roots.sum()
+        # |m - n|^2 + trace(A + B - 2 (A B)^1/2) of means m, n and covariances A, B
+        values, vectors = torch.linalg.eigh(covariances[0])
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        # A^1/2 B A^1/2 has the eigenvalues of A B and, symmetric, none that rounding makes complex.
+        roots = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt()
+        traces = covariances.diagonal(dim1=1, dim2=2).sum()
+        return ((means[0] - means[1]).square().sum() + traces - 2 * roots.sum()).float()
 
 
 def read_statistics(file: str | Path, num_features: int) -> tuple[Tensor, Tensor]:
@@ -121,13 +117,21 @@ class FID(FrechetDistance):
 
 
 class FIDTensorFlow(FID):
-    """FID of the same pictures of 256, which TensorFlow's and torch-fidelity's bilinear resizes for the network."""
+    """FID of the same pictures of 256, resized for the network as TensorFlow 1 and torch-fidelity do it.
+
+    Their bilinear lets pixel i lie at i, not at i + 1/2.
+    """
 
     version = 1
 
     def prepared(self, images: Tensor) -> Tensor:
-        squares = pillow_squares(images, 256, InterpolationMode.LANCZOS)
-        return (resize_like_tensorflow(squares, INCEPTION_SIZE) - 128) / 128
+        x = pillow_squares(images, 256, InterpolationMode.LANCZOS)
+        at = torch.arange(INCEPTION_SIZE, device=x.device) * (256 / INCEPTION_SIZE)
+        left = at.long()
+        right = (left + 1).clamp(max=255)
+        x = torch.lerp(x[:, :, left], x[:, :, right], (at - left)[:, None])
+        x = torch.lerp(x[..., left], x[..., right], at - left)
+        return (x - 128) / 128
 
 
 class FIDClean(FID):
@@ -139,18 +143,6 @@ class FIDClean(FID):
         squares = center_crop(quantize(images), [min(images.shape[-2:])])
         resized = interpolate(squares, [INCEPTION_SIZE] * 2, mode="bicubic", antialias=True)
         return (resized.clamp(0, 255) - 128) / 128
-
-
-def resize_like_tensorflow(x: Tensor, size: int) -> Tensor:
-    """Bilinear (B, C, size, size) of x (B, C, H, W) as TensorFlow 1 did it: pixel i lies at i, not at i + 1/2."""
-    for dim in (2, 3):
-        length = x.shape[dim]
-        at = torch.arange(size, device=x.device) * (length / size)
-        left = at.long()
-        right = (left + 1).clamp(max=length - 1)
-        share = (at - left).view([-1 if axis == dim else 1 for axis in range(4)])
-        x = torch.lerp(x.index_select(dim, left), x.index_select(dim, right), share)
-    return x
 
 
 # --- the Inception network of 2015 that FID is defined by: torchvision's, but for how four kinds of block pool ------

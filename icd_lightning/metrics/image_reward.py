@@ -69,7 +69,10 @@ class ImageReward(PerImage):
             self.vision = BlipVisionModel(vision_config)
             self.text = BlipTextModel(text_config, add_pooling_layer=False)
             self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise((text_config.hidden_size, *HEAD))))
-        self.vision.load_state_dict(_renamed(_below("blip.visual_encoder.", weights)), assign=True)
+        vision_weights = _below("blip.visual_encoder.", weights)
+        for pattern, replacement in VISION_NAMES.items():
+            vision_weights = {re.sub(pattern, replacement, name): value for name, value in vision_weights.items()}
+        self.vision.load_state_dict(vision_weights, assign=True)
         text_weights = _below("blip.text_encoder.", weights)
         text_weights.pop("embeddings.position_ids", None)
         self.text.load_state_dict(text_weights, assign=True)
@@ -94,12 +97,3 @@ class ImageReward(PerImage):
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for name, value in weights.items():
-        for pattern, replacement in VISION_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        result[name] = value
-    return result

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
 from icd_lightning.data.images import quantize
@@ -25,17 +25,28 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class LPIPS(PerImage):
     """Mean LPIPS distance (arXiv:1801.03924) with VGG16, of pictures resized to 224: piq's, as iCD's evaluation has it.
 
-    network: distances (B, 1, 1, 1) of two batches in [-1, 1], where it is not the one on this machine.
+    trunk: the tensors of torchvision's network, where they are not those on this machine. They get lpips' own heads,
+    in a network that is built without weights, so that none stays random.
     """
 
     net: ClassVar[Literal["vgg", "squeeze"]] = "vgg"
     version = 2  # 1 gave the network [0, 1]
     higher_is_better = False
 
-    def __init__(self, network: nn.Module | None = None) -> None:
+    def __init__(self, trunk: dict[str, Any] | None = None) -> None:
+        import lpips
+
         super().__init__()
-        if network is None:
-            network = lpips_network(self.net, load_weights(find_file(LPIPS_TRUNKS[self.net])))
+        trunk = trunk or load_weights(find_file(LPIPS_TRUNKS[self.net]))
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # torchvision's, about the arguments that lpips gives it
+            network = lpips.LPIPS(net=self.net, pretrained=False, pnet_rand=True, verbose=False)
+        # sliceN.<i>.weight is torchvision's features.<i>.weight
+        weights = {f"net.{name}": trunk[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
+        heads = load_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{self.net}.pth")
+        network.scaling_layer = lpips.ScalingLayer()  # constants
+        network.load_state_dict(weights | heads, strict=False, assign=True)  # `lins` is `lin0` ... once more
+        assert not any(value.is_meta for value in network.state_dict().values())
         self.network = frozen(network)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
@@ -85,19 +96,3 @@ class StructureDistance(PerImage):
             self.network(normalize(squares, *IMAGENET))
         unit = torch.nn.functional.normalize(keys[0], dim=-1)
         return unit @ unit.mT
-
-
-def lpips_network(net: Literal["vgg", "squeeze"], trunk: dict[str, Tensor]) -> nn.Module:
-    """lpips' network with its own heads and torchvision's trunk, built without weights, so that none stays random."""
-    import lpips
-
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torchvision's, about the arguments that lpips gives it
-        network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    # sliceN.<i>.weight is torchvision's features.<i>.weight
-    weights = {f"net.{name}": trunk[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
-    heads = load_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
-    network.scaling_layer = lpips.ScalingLayer()  # constants
-    network.load_state_dict(weights | heads, strict=False, assign=True)  # `lins` is `lin0` ... once more
-    assert not any(value.is_meta for value in network.state_dict().values())
-    return network

@@ -51,7 +51,7 @@ def load_part(repository: str, part: Any, **options: Any) -> Any:
     try:
         return part.from_pretrained(_source(repository), local_files_only=True, **options)
     except OSError as error:
-        raise _missing(f"{repository} (hf download {repository})", f"{_folder(repository)}/") from error
+        raise _missing(f"{repository} (hf download {repository})", f"{Path(repository).name}/") from error
 
 
 def load_network(repository: str, network: Any, **options: Any) -> nn.Module:
@@ -84,11 +84,7 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def _source(repository: str) -> str | Path:
-    return _at_home(_folder(repository)) or repository
-
-
-def _folder(repository: str) -> str:
-    return repository.rsplit("/", 1)[-1]
+    return _at_home(Path(repository).name) or repository
 
 
 def _at_home(name: str) -> Path | None:

@@ -84,7 +84,8 @@ class Within(PerImage):
     def values(self, *inputs: Any) -> Tensor:
         *inputs, masks = inputs
         pairs = zip(self.metric.needs, inputs, strict=True)
-        parts = [_blackened(x, self._region(masks)) if need in ("images", "reference") else x for need, x in pairs]
+        region, shown = self._region(masks), ("images", "reference")
+        parts = [quantize(x) * region / 127.5 - 1 if need in shown else x for need, x in pairs]
         return self.metric.values(*parts).where(self.counted(masks), torch.nan)
 
     def counted(self, *inputs: Any) -> Tensor:
@@ -92,8 +93,3 @@ class Within(PerImage):
 
     def _region(self, masks: Tensor) -> Tensor:
         return masks.bool() if self.edited else ~masks.bool()
-
-
-def _blackened(images: Tensor, region: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1], 0 of 255 outside the region (B, 1, H, W)."""
-    return quantize(images) * region / 127.5 - 1

@@ -22,7 +22,6 @@ from icd_lightning.metrics.perceptual import (
     LPIPS,
     SqueezeLPIPS,
     StructureDistance,
-    lpips_network,
 )
 from icd_lightning.metrics.pretrained import load_weights
 from icd_lightning.metrics.reconstruction import Within
@@ -76,31 +75,31 @@ def test_lpips_is_piq_s_as_icd_calls_it(vgg, monkeypatch, size):
         for images in pair
     ]
     expected = theirs(*(x.permute(0, 3, 1, 2) / 255.0 for x in pixels))
-    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    metric = LPIPS(weights_of(vgg))
     torch.testing.assert_close(metric.per_image(*pair), expected, rtol=1e-4, atol=1e-6)
     assert not metric.train().network.lin0.training  # its heads hold dropout
 
 
 def test_lpips_cuts_other_shapes_than_squares(vgg):
-    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    metric = LPIPS(weights_of(vgg))
     images, reference = scenes(2)[1].split(1)
     wide = [torch.cat([-x[..., :10], x, -x[..., -10:]], dim=3) for x in (images, reference)]
     cut, whole = metric.per_image(images, reference), metric.per_image(*wide)
     torch.testing.assert_close(whole, cut, rtol=0.02, atol=0)  # beyond the cut are pixels that resizing mixes in
 
 
-def test_lpips_network_takes_every_weight_of_the_trunk(vgg):
+def test_lpips_takes_every_weight_of_the_trunk(vgg):
     weights = weights_of(vgg)
-    loaded = lpips_network("vgg", weights).net.state_dict()
+    loaded = LPIPS(weights).network.net.state_dict()
     assert len(loaded) == len(weights) == 26
     with pytest.raises(KeyError):
-        lpips_network("vgg", {name: value for name, value in weights.items() if "28" not in name})
+        LPIPS({name: value for name, value in weights.items() if "28" not in name})
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_squeeze_lpips_is_the_lpips_package_s_and_torchmetrics_s(squeeze, monkeypatch):
     weights, pair = weights_of(squeeze), noisy(2, size=(64, 80))
-    found = SqueezeLPIPS(lpips_network("squeeze", weights)).per_image(*pair)
+    found = SqueezeLPIPS(weights).per_image(*pair)
     theirs = lpips.LPIPS(net="squeeze", pretrained=True, pnet_rand=True, verbose=False).eval()
     sliced = theirs.net.state_dict()
     theirs.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in sliced})
@@ -116,7 +115,7 @@ def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., :32, :] = 1
     blackened = [torch.where(masks.bool(), -1.0, quantize(x) / 127.5 - 1) for x in (images, reference)]
-    metric = SqueezeLPIPS(lpips_network("squeeze", weights_of(squeeze)))
+    metric = SqueezeLPIPS(weights_of(squeeze))
     found = Within(metric, edited=False).per_image(images, reference, masks=masks)
     torch.testing.assert_close(found, metric.per_image(*blackened))
 
