@@ -110,23 +110,20 @@ class ShardDataModule(lightning.LightningDataModule):
         # here, not when it is made: ranks that are forked would count in the same memory
         self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
-            self.stream = self._open_stream(rank, world_size)
+            shards = open_shards(self.urls, verify=self.verify)
+            tally = Tally(**self.limits)
+            raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
+            _probe(raws, self.decoder, "urls", tally)
+            batches = self._count_batches(shards, world_size)
+            self.stream = TrainStream(
+                shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
+            )
         if self.val_urls:
             self.validation_set = self._open_validation_set(rank, world_size)
         elif stage in ("validate", "test"):
             raise ValueError("val_urls is not given: name the shards to validate or test on")
         elif self.trainer and rank == 0:
             logger.warning("val_urls is not given: nothing is validated, and callbacks have no pictures to look at")
-
-    def _open_stream(self, rank: int, world_size: int) -> TrainStream:
-        shards = open_shards(self.urls, verify=self.verify)
-        tally = Tally(**self.limits)
-        raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
-        _probe(raws, self.decoder, "urls", tally)
-        batches = self._count_batches(shards, world_size)
-        return TrainStream(
-            shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
-        )
 
     def _count_batches(self, shards: Sequence[Shard], world_size: int) -> int:
         """Batches of each rank in an epoch, whole optimizer steps; ValueError where data and readers do not fit."""

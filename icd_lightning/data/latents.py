@@ -37,14 +37,13 @@ from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[torch.Tensor], torch.Tensor]
 EncodeText = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 def cache_latents(
     urls: str | Sequence[str],
     out: str | Path,
-    encode: Encode,
+    encode: Callable[[torch.Tensor], torch.Tensor],
     *,
     autoencoder: str,
     text: tuple[str, EncodeText] | None = None,
@@ -94,7 +93,7 @@ def cache_latents(
 class _Encoder:
     """Turns the samples of a shard into samples of moments, and of embeddings where those are wanted."""
 
-    encode: Encode
+    encode: Callable[[torch.Tensor], torch.Tensor]
     encode_text: EncodeText | None
     decoder: SampleDecoder
     settings: dict[str, Any]
@@ -122,7 +121,7 @@ class _Encoder:
         """Encode pictures, those of one size together; one (C, h, w) for each."""
         by_size = defaultdict(list)
         for index, sample in enumerate(samples):
-            by_size[sample.picture.shape].append(index)
+            by_size[sample.size].append(index)
         moments: dict[int, NDArray[np.float16]] = {}
         for indices in by_size.values():
             encoded = self.encode(collate([samples[index] for index in indices]).images)

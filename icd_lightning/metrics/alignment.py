@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.base import PerImage
 from icd_lightning.metrics.pretrained import load_network, load_part
 
-CLIP, DINOV2 = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+CLIP = "openai/clip-vit-large-patch14"
 
 
-class _Cosine(PerImage):
+class ImageCosine(PerImage):
     """Mean cosine of pictures and references, as a network of the hub embeds what its own processor makes of them."""
 
     higher_is_better = True
 
-    def __init__(self, repository: str, network: Any) -> None:
+    def __init__(self, repository: str = CLIP) -> None:
         super().__init__()
         self.processor = load_part(repository, AutoImageProcessor, backend="pil")
-        self.network = load_network(repository, network)
+        self.network = load_network(repository)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return torch.cosine_similarity(self.embed(images), self.embed(reference))
@@ -32,31 +31,11 @@ class _Cosine(PerImage):
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings (B, D)."""
         pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
-        return self.outputs(pixels.to(images.device)).pooler_output
-
-    def outputs(self, pixels: Tensor) -> Any:
-        """What the network makes of what its processor gives."""
-        return self.network(pixels)
+        outputs = getattr(self.network, "get_image_features", self.network)  # CLIP reads texts, too
+        return outputs(pixels.to(images.device)).pooler_output
 
 
-class DinoV2Similarity(_Cosine):
-    """Mean cosine of DinoV2's `pooler_output` over pairs of images."""
-
-    def __init__(self) -> None:
-        super().__init__(DINOV2, AutoModel)
-
-
-class CLIPImage(_Cosine):
-    """CLIP-I: mean cosine of pictures and references."""
-
-    def __init__(self) -> None:
-        super().__init__(CLIP, CLIPModel)
-
-    def outputs(self, pixels: Tensor) -> Any:
-        return self.network.get_image_features(pixels)
-
-
-class CLIPText(CLIPImage):
+class CLIPText(ImageCosine):
     """CLIP-T: mean cosine of pictures and their prompts; a prompt is cut to what CLIP can read."""
 
     needs = ("images", "prompts")

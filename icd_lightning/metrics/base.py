@@ -36,7 +36,6 @@ class PictureMetric(Metric):
     digits: ClassVar[int | None] = None
     factor: ClassVar[float] = 1.0
     full_state_update = False
-    is_differentiable = False
 
     def update(
         self,

@@ -77,11 +77,9 @@ class StructureDistance(PerImage):
     higher_is_better = False
 
     def __init__(self) -> None:
-        from transformers import ViTModel
-
         super().__init__()
         options = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}  # DINO's own; its config on the hub says 1e-12
-        self.network = load_network(DINO, ViTModel, **options)
+        self.network = load_network(DINO, **options)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         difference = self._self_similarity(images) - self._self_similarity(reference)

@@ -22,7 +22,7 @@ class MissingNetworkError(FileNotFoundError):
     """A pretrained network is not on this machine; the message says what to put where."""
 
 
-_alive: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
+_alive: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 def find_file(url: str) -> Path:
@@ -54,19 +54,21 @@ def load_part(repository: str, part: Any, **options: Any) -> Any:
         raise _missing(f"{repository} (hf download {repository})", f"{Path(repository).name}/") from error
 
 
-def load_network(repository: str, network: Any, **options: Any) -> nn.Module:
-    """A network of a Hugging Face repository, float32 and frozen; metrics that are alive share one.
+def load_network(repository: str, **options: Any) -> nn.Module:
+    """The network of a Hugging Face repository, float32 and frozen; metrics that are alive share one.
 
     ValueError if it lacks any of its weights, which transformers would leave random.
     """
-    key = (str(_source(repository)), network.__name__)
-    if key not in _alive:
+    from transformers import AutoModel
+
+    source = str(_source(repository))
+    if source not in _alive:
         settings = {"output_loading_info": True, "dtype": torch.float32, **options}
-        loaded, info = load_part(repository, network, **settings)
+        loaded, info = load_part(repository, AutoModel, **settings)
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise ValueError(f"{key[0]} lacks {len(lacking)} weights, e.g. {lacking[0]}: fetch it again")
-        _alive[key] = loaded = frozen(loaded)
-    return _alive[key]
+            raise ValueError(f"{source} lacks {len(lacking)} weights, e.g. {lacking[0]}: fetch it again")
+        _alive[source] = loaded = frozen(loaded)
+    return _alive[source]
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:

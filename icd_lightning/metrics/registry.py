@@ -13,17 +13,17 @@ from icd_lightning.registry import Entry, Registry
 if TYPE_CHECKING:
     from icd_lightning.metrics.base import PictureMetric
 
-HERE = "icd_lightning.metrics"
+HERE, DINOV2 = "icd_lightning.metrics", "facebook/dinov2-base"
 OWN = {
     "psnr": Entry(f"{HERE}.reconstruction.PSNR", "peak signal-to-noise ratio, dB"),
     "ssim": Entry(f"{HERE}.reconstruction.SSIM", "structural similarity"),
     "mse": Entry(f"{HERE}.reconstruction.MSE", "mean squared difference"),
     "lpips": Entry(f"{HERE}.perceptual.LPIPS", "LPIPS with VGG16 at 224 pixels, as the paper has it"),
     "lpips-squeeze": Entry(f"{HERE}.perceptual.SqueezeLPIPS", "LPIPS with SqueezeNet, as PIE-Bench has it"),
-    "dinov2": Entry(f"{HERE}.alignment.DinoV2Similarity", "cosine of DinoV2's features"),
+    "dinov2": Entry(f"{HERE}.alignment.ImageCosine", "cosine of DinoV2's features", {"repository": DINOV2}),
     "structure-distance": Entry(f"{HERE}.perceptual.StructureDistance", "distance of DINO's self-similarities"),
     "clip-t": Entry(f"{HERE}.alignment.CLIPText", "CLIP's cosine of picture and prompt"),
-    "clip-i": Entry(f"{HERE}.alignment.CLIPImage", "CLIP's cosine of picture and reference"),
+    "clip-i": Entry(f"{HERE}.alignment.ImageCosine", "CLIP's cosine of picture and reference"),
     "clip-score": Entry(f"{HERE}.alignment.CLIPScore", "100 times CLIP's cosine of picture and prompt, at least 0"),
     "image-reward": Entry(f"{HERE}.image_reward.ImageReward", "ImageReward-v1.0 of picture and prompt"),
     "fid": Entry(f"{HERE}.distribution.FID", "Frechet distance of pictures resized as in pytorch-fid"),

@@ -129,6 +129,13 @@ def test_skipping_decodes_nothing(shards, monkeypatch):
     assert len(decoded) == 5
 
 
+def test_each_sample_is_checked_once(shards, monkeypatch):
+    checked = []
+    admit = SampleDecoder.admit
+    monkeypatch.setattr(SampleDecoder, "admit", lambda self, raw: checked.append(raw["__key__"]) or admit(self, raw))
+    assert len(seen(stream_over(shards).batches(0, Tally()))) == len(checked) == len(set(checked)) == 60
+
+
 def test_the_time_before_a_stream_is_entered_is_no_silence(tmp_path):
     samples = [sample | ({"txt": b""} if n % 10 == 0 else {}) for n, sample in enumerate(numbered_samples(60))]
     write_shards(samples, tmp_path, shard_size=10, parameters={})

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from icd_lightning.data.images import quantize, to_pictures
-from icd_lightning.metrics.alignment import DinoV2Similarity
+from icd_lightning.metrics.alignment import ImageCosine
 from icd_lightning.metrics.perceptual import (
     IMAGENET,
     LPIPS,
@@ -25,6 +25,7 @@ from icd_lightning.metrics.perceptual import (
 )
 from icd_lightning.metrics.pretrained import load_weights
 from icd_lightning.metrics.reconstruction import Within
+from icd_lightning.metrics.registry import build_metrics
 
 HEADS = Path(lpips.__file__).parent / "weights" / "v0.1"
 
@@ -124,14 +125,14 @@ def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
 
 
 @pytest.fixture
-def dinov2(metrics_home) -> DinoV2Similarity:
+def dinov2(metrics_home) -> ImageCosine:
     """A DinoV2 of random weights, under a name that only this folder gives it."""
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(metrics_home / "dinov2-base")
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
     BitImageProcessor(**sizes).save_pretrained(metrics_home / "dinov2-base")
-    return DinoV2Similarity()
+    return build_metrics(["dinov2"])["dinov2"]
 
 
 def test_dinov2_of_identical_images_is_one(dinov2, images):
