@@ -178,6 +178,6 @@ def _completed(folder: Path, parameters: dict[str, Any], names: list[str]) -> Ma
         if manifest != Manifest.load(folder):
             manifest.save(folder)
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-        for stale in folder.glob(".*.tmp"):
+        for stale in folder.glob(".*.tar-*.tmp"):  # another process may be writing the manifest
             stale.unlink(missing_ok=True)
     return manifest
