@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.stream import Piece, TrainStream
 from icd_lightning.data.tally import RejectedError, Tally
-from icd_lightning.data.tars import Raw, explain_dots, index_shard, is_local
+from icd_lightning.data.tars import Raw, index_shard, is_local
 
 logger = logging.getLogger(__name__)
 
@@ -242,38 +241,17 @@ def _fingerprint(shards: tuple[Shard, ...]) -> str:
 
 def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:
     """Raise ValueError if not one of the first samples can be used."""
-    rejected: list[tuple[RejectedError, Raw]] = []
+    rejected: list[RejectedError] = []
     for raw in islice(raws, PROBED_SAMPLES):
         try:
             decoder.decode(raw)
             return
         except RejectedError as error:
-            rejected.append((error, raw))
+            rejected.append(error)
     if not rejected:
         raise tally.nothing(f"the shards of {name} hold no samples")
-    error, raw = rejected[0]
-    remedy = _remedy(error.reason, raw, decoder)
-    raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({error}); {remedy}")
-
-
-def _remedy(reason: str, raw: Raw, decoder: SampleDecoder) -> str:
-    if dots := explain_dots(raw):
-        return dots
-    if reason == "wrong_resolution":
-        return "give the resolution and buckets that their latents were made with, or make them again"
-    if reason == "too_small":
-        return f"lower {'resolution' if decoder.min_size is None else 'min_size'}, or give min_size=0 to enlarge them"
-    if reason == "no_caption":
-        fields = [name for name, value in json.loads(raw.get("json", b"{}")).items() if isinstance(value, str)]
-        if fields:
-            return f"give a caption_field that their json files have ({', '.join(fields)})"
-        if decoder.caption_field is not None:
-            return "leave out caption_field to take captions from txt or caption files"
-        return (
-            "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
-            "(`tar --sort=name`)"
-        )
-    return "look at local shards with `icd data describe`"
+    first, count = rejected[0], len(rejected)
+    raise ValueError(f"none of the first {count} samples of {name} can be used ({first}); {first.remedy}")
 
 
 def _require(*, at_least: int, **values: int) -> None:

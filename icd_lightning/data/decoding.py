@@ -20,7 +20,7 @@ from safetensors.numpy import load
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import resize_and_crop, to_images, to_rgb, upright_size
 from icd_lightning.data.tally import NothingToReadError, RejectedError
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, explain_dots, text_caption
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
 MIXED = (
@@ -84,7 +84,7 @@ class SampleDecoder:
         if self.caption_field is not None:
             caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
         if not isinstance(caption, str) or not caption.strip():
-            raise RejectedError("no_caption", f"{name} has no {source} with text")
+            raise RejectedError("no_caption", f"{name} has no {source} with text", self._caption_remedy(raw, metadata))
         sample = Sample(name, raw["__key__"], caption.strip(), metadata)
         return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)
 
@@ -113,7 +113,8 @@ class SampleDecoder:
         data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
         if data is None:
             extensions = [name for name in raw if not name.startswith("__")][:10]
-            raise RejectedError("no_image", f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}")
+            lacks = f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}"
+            raise RejectedError("no_image", lacks, explain_dots(raw))
         try:
             image = Image.open(BytesIO(data))
             height, width = upright_size(image)
@@ -125,7 +126,9 @@ class SampleDecoder:
         too_small = min(height / size[0], width / size[1]) < 1
         if too_small if self.min_size is None else min(height, width) < self.min_size:
             wanted = f"{size[1]} x {size[0]} pixels" if self.min_size is None else f"{self.min_size} pixels a side"
-            raise RejectedError("too_small", f"{sample.name} is {width} x {height}, less than {wanted}")
+            option = "resolution" if self.min_size is None else "min_size"
+            remedy = f"lower {option}, or give min_size=0 to enlarge them"
+            raise RejectedError("too_small", f"{sample.name} is {width} x {height}, less than {wanted}", remedy)
         return sample._replace(size=size, picture=image)
 
     def _with_moments(self, sample: Sample, raw: Raw) -> Sample:
@@ -139,7 +142,8 @@ class SampleDecoder:
             raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
         if made != (wanted := (self.resolution, self.buckets)):
             encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
-            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}")
+            remedy = "give the resolution and buckets that their latents were made with, or make them again"
+            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}", remedy)
         if TEXT in raw and sample.caption != text_caption(raw):
             raise NothingToReadError(
                 f"{sample.name} has embeddings of {text_caption(raw)!r}, not of {sample.caption!r} as caption_field "
@@ -147,6 +151,18 @@ class SampleDecoder:
             )
         metadata = sample.metadata | places
         return sample._replace(size=(height, width), metadata=metadata, moments=moments, text=raw.get(TEXT))
+
+    def _caption_remedy(self, raw: Raw, metadata: dict) -> str:
+        if dots := explain_dots(raw):
+            return dots
+        if fields := [name for name, value in metadata.items() if isinstance(value, str)]:
+            return f"give a caption_field that their json files have ({', '.join(fields)})"
+        if self.caption_field is not None:
+            return "leave out caption_field to take captions from txt or caption files"
+        return (
+            "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
+            "(`tar --sort=name`)"
+        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -26,12 +26,13 @@ REASONS = (
 
 
 class RejectedError(Exception):
-    """A sample cannot be used; `reason` is one of REASONS."""
+    """A sample cannot be used; `reason` is one of REASONS, `remedy` what helps where all samples are like it."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, remedy: str = "") -> None:
         assert reason in REASONS
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+        self.remedy = remedy or "look at local shards with `icd data describe`"
 
 
 class NothingToReadError(ValueError):
