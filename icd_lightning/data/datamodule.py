@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -14,15 +13,13 @@ from typing import Any
 
 import lightning
 
-from icd_lightning.data.buckets import bucket_step
-from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.loaders import TrainLoader, ValidationLoader, ValidationSet
+from icd_lightning.data.decoding import SampleDecoder, bucket_step
+from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece, TrainStream
-from icd_lightning.data.tally import Limits, RejectedError, Tally
-from icd_lightning.data.tars import Raw, explain_dots, index_shard
+from icd_lightning.data.tally import RejectedError, Tally
+from icd_lightning.data.tars import Raw, index_shard, is_local
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +93,13 @@ class ShardDataModule(lightning.LightningDataModule):
                 f"resolution {resolution} must be a multiple of {bucket_step(resolution)} to be trained in buckets"
             )
         self.decoder = SampleDecoder(resolution, caption_field, min_size, buckets)
-        self.limits = Limits(max_skipped, stall_timeout)
+        self.limits = {"max_skipped": max_skipped, "stall_timeout": stall_timeout}
+        Tally(**self.limits)  # complains of wrong ones
         self.train_tally: Tally | None = None
         self.val_tally: Tally | None = None
         self.stream: TrainStream | None = None
         self.validation_set: ValidationSet | None = None
-        self._loader: TrainLoader | None = None
+        self._loader: Loader | None = None
         self._offset = 0
 
     def setup(self, stage: str | None = None) -> None:
@@ -109,25 +107,22 @@ class ShardDataModule(lightning.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self._offset = 0  # Lightning loads a checkpoint after this
         # here, not when it is made: ranks that are forked would count in the same memory
-        self.train_tally, self.val_tally = (Tally(self.num_workers, self.limits) for _ in range(2))
+        self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
-            self.stream = self._open_stream(rank, world_size)
+            shards = open_shards(self.urls, verify=self.verify)
+            tally = Tally(**self.limits)
+            raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
+            _probe(raws, self.decoder, "urls", tally)
+            batches = self._count_batches(shards, world_size)
+            self.stream = TrainStream(
+                shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
+            )
         if self.val_urls:
             self.validation_set = self._open_validation_set(rank, world_size)
         elif stage in ("validate", "test"):
             raise ValueError("val_urls is not given: name the shards to validate or test on")
         elif self.trainer and rank == 0:
             logger.warning("val_urls is not given: nothing is validated, and callbacks have no pictures to look at")
-
-    def _open_stream(self, rank: int, world_size: int) -> TrainStream:
-        shards = open_shards(self.urls, verify=self.verify)
-        tally = Tally(limits=self.limits)
-        raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
-        _probe(raws, self.decoder, "urls", tally)
-        batches = self._count_batches(shards, world_size)
-        return TrainStream(
-            shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
-        )
 
     def _count_batches(self, shards: Sequence[Shard], world_size: int) -> int:
         """Batches of each rank in an epoch, whole optimizer steps; ValueError where data and readers do not fit."""
@@ -167,20 +162,20 @@ class ShardDataModule(lightning.LightningDataModule):
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)
         _probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally)
-        return ValidationSet(
-            entries, decoder, self.val_batch_size, rank=rank, world_size=world_size, tally=self.val_tally
-        )
+        return ValidationSet(entries, decoder, self.val_batch_size, rank, world_size)
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> Loader:
         """Return an endless stream cut into epochs of `batches_per_epoch`."""
         assert self.stream is not None, "setup comes first"
         self.teardown()
         position = self._next_batch if self.trainer else None
-        self._loader = TrainLoader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
+        self._loader = Loader(self.stream, self.train_tally, num_workers=self.num_workers, position=position)
         return self._loader
 
-    def val_dataloader(self) -> ValidationLoader | list:
-        return [] if self.validation_set is None else ValidationLoader(self.validation_set, self.num_workers)
+    def val_dataloader(self) -> Loader | list:
+        if self.validation_set is None:
+            return []
+        return Loader(self.validation_set, self.val_tally, num_workers=self.num_workers, position=lambda: 0)
 
     test_dataloader = val_dataloader
 
@@ -194,7 +189,8 @@ class ShardDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         if self.stream is None or self.trainer is None:
             return {}
-        return {"finished": self._finished(), "position": self._position(), "order": self._order()}
+        position = self._position()
+        return {"finished": position - self._offset, "position": position, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches a checkpoint's run had finished; warn if this run orders samples otherwise."""
@@ -211,13 +207,10 @@ class ShardDataModule(lightning.LightningDataModule):
                 "; ".join(different),
             )
 
-    def _finished(self) -> int:
-        """Batches the trainer has finished. Its other counters run ahead, or start anew with an epoch or a resume."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-
     def _position(self) -> int:
         """The next batch of this rank, counted from the start of training, in batches of this run's size."""
-        return self._finished() + self._offset
+        # the trainer's other counters run ahead, or start anew with an epoch or a resume
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed + self._offset
 
     def _next_batch(self) -> int:
         """Where an epoch begins: with `overfit_batches`, each with the same batches."""
@@ -248,38 +241,17 @@ def _fingerprint(shards: tuple[Shard, ...]) -> str:
 
 def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:
     """Raise ValueError if not one of the first samples can be used."""
-    rejected: list[tuple[RejectedError, Raw]] = []
+    rejected: list[RejectedError] = []
     for raw in islice(raws, PROBED_SAMPLES):
         try:
             decoder.decode(raw)
             return
         except RejectedError as error:
-            rejected.append((error, raw))
+            rejected.append(error)
     if not rejected:
         raise tally.nothing(f"the shards of {name} hold no samples")
-    error, raw = rejected[0]
-    remedy = _remedy(error.reason, raw, decoder)
-    raise ValueError(f"none of the first {len(rejected)} samples of {name} can be used ({error}); {remedy}")
-
-
-def _remedy(reason: str, raw: Raw, decoder: SampleDecoder) -> str:
-    if dots := explain_dots(raw):
-        return dots
-    if reason == "wrong_resolution":
-        return "give the resolution and buckets that their latents were made with, or make them again"
-    if reason == "too_small":
-        return f"lower {'resolution' if decoder.min_size is None else 'min_size'}, or give min_size=0 to enlarge them"
-    if reason == "no_caption":
-        fields = [name for name, value in json.loads(raw.get("json", b"{}")).items() if isinstance(value, str)]
-        if fields:
-            return f"give a caption_field that their json files have ({', '.join(fields)})"
-        if decoder.caption_field is not None:
-            return "leave out caption_field to take captions from txt or caption files"
-        return (
-            "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
-            "(`tar --sort=name`)"
-        )
-    return "look at local shards with `icd data describe`"
+    first, count = rejected[0], len(rejected)
+    raise ValueError(f"none of the first {count} samples of {name} can be used ({first}); {first.remedy}")
 
 
 def _require(*, at_least: int, **values: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple
 
@@ -16,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.buckets import nearest_bucket
 from icd_lightning.data.images import resize_and_crop, to_images, to_rgb, upright_size
 from icd_lightning.data.tally import NothingToReadError, RejectedError
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, explain_dots, text_caption
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
 MIXED = (
@@ -29,18 +30,22 @@ MIXED = (
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
-class Decoded(NamedTuple):
-    """One sample: picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
+class Sample(NamedTuple):
+    """One sample: a picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
 
-    `text` holds the embeddings of the caption, by name, if they were kept beside the moments.
+    `size` is its (height, width) in a batch; `name` is what messages call it. `text` holds the embeddings of the
+    caption, by name, if they were kept beside the moments. Before it is finished, a picture is an image whose pixels
+    are not read yet, and `text` the content of its file.
     """
 
-    picture: NDArray[np.uint8] | None
-    caption: str
+    name: str
     key: str
+    caption: str
     metadata: dict
+    size: tuple[int, int] = (0, 0)
+    picture: NDArray[np.uint8] | Image.Image | None = None
     moments: NDArray[np.float16] | None = None
-    text: dict[str, NDArray[np.float16]] | None = None
+    text: dict[str, NDArray[np.float16]] | bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -62,118 +67,137 @@ class SampleDecoder:
     min_size: int | None = None
     buckets: bool = False
 
-    def admit(self, raw: Raw) -> tuple[int, int]:
-        """Return the sample's (height, width) in a batch; raise `RejectedError` for what is wrong before its pixels."""
-        metadata = _read_metadata(raw)
-        self._caption(raw, metadata)
-        if MOMENTS in raw:
-            return self._moments(raw, metadata).shape[1:]
-        return self._open(raw)[1]
-
-    def decode(self, raw: Raw) -> Decoded:
+    def decode(self, raw: Raw) -> Sample:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""
-        metadata = _read_metadata(raw)
-        caption = self._caption(raw, metadata)
-        if MOMENTS in raw:
-            moments = self._moments(raw, metadata)
-            return Decoded(None, caption, raw["__key__"], metadata, moments, self._text(raw, metadata, caption))
-        image, size = self._open(raw)
-        try:
-            image = to_rgb(image)
-            cut, crop_top_left = resize_and_crop(image, *size)
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
-            raise RejectedError("corrupt_image", f"{_name(raw)}: {error}") from error
-        metadata |= {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
-        return Decoded(np.asarray(cut), caption, raw["__key__"], metadata)
+        return self.finish(self.admit(raw))
 
-    def _open(self, raw: Raw) -> tuple[Image.Image, tuple[int, int]]:
-        """Open an image, reading no more than its header; return it with the (height, width) to bring it to."""
+    def admit(self, raw: Raw) -> Sample:
+        """Check all but pixels and embeddings; raise `RejectedError` for what is wrong."""
+        name = f"{raw['__key__']} of {raw['__url__']}"
+        try:
+            metadata = json.loads(raw.get("json", b"{}"))
+        except ValueError as error:
+            raise RejectedError("corrupt_json", f"{name}: {error}") from error
+        if not isinstance(metadata, dict):
+            raise RejectedError("corrupt_json", f"{name}: a {type(metadata).__name__}, not an object with fields")
+        caption, source = text_caption(raw), ".txt or .caption file"
+        if self.caption_field is not None:
+            caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
+        if not isinstance(caption, str) or not caption.strip():
+            raise RejectedError("no_caption", f"{name} has no {source} with text", self._caption_remedy(raw, metadata))
+        sample = Sample(name, raw["__key__"], caption.strip(), metadata)
+        return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)
+
+    def finish(self, sample: Sample) -> Sample:
+        """Read pixels or embeddings; raise `RejectedError` if they are corrupt."""
+        if sample.text is not None:
+            try:
+                text, _ = load(sample.text), sample.metadata["moments"]["text_encoder"]
+            except (SafetensorError, KeyError) as error:
+                raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
+            if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
+                raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
+            return sample._replace(text=text)
+        if sample.picture is None:
+            return sample
+        try:
+            image = to_rgb(sample.picture)
+            cut, crop_top_left = resize_and_crop(image, *sample.size)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
+        place = {"original_size": (image.height, image.width), "crop_top_left": crop_top_left}
+        return sample._replace(picture=np.asarray(cut), metadata=sample.metadata | place)
+
+    def _with_image(self, sample: Sample, raw: Raw) -> Sample:
+        """Open the image, reading no more than its header."""
         data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
         if data is None:
             extensions = [name for name in raw if not name.startswith("__")][:10]
-            raise RejectedError("no_image", f"{_name(raw)} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}")
+            lacks = f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}"
+            raise RejectedError("no_image", lacks, explain_dots(raw))
         try:
             image = Image.open(BytesIO(data))
             height, width = upright_size(image)
         except Exception as error:
-            raise RejectedError("corrupt_image", f"{_name(raw)}: {error}") from error
+            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
         size = (self.resolution, self.resolution)
         if self.buckets:
             size = nearest_bucket(height, width, self.resolution)
         too_small = min(height / size[0], width / size[1]) < 1
         if too_small if self.min_size is None else min(height, width) < self.min_size:
             wanted = f"{size[1]} x {size[0]} pixels" if self.min_size is None else f"{self.min_size} pixels a side"
-            raise RejectedError("too_small", f"{_name(raw)} is {width} x {height}, less than {wanted}")
-        return image, size
+            option = "resolution" if self.min_size is None else "min_size"
+            remedy = f"lower {option}, or give min_size=0 to enlarge them"
+            raise RejectedError("too_small", f"{sample.name} is {width} x {height}, less than {wanted}", remedy)
+        return sample._replace(size=size, picture=image)
 
-    def _moments(self, raw: Raw, metadata: dict) -> NDArray[np.float16]:
+    def _with_moments(self, sample: Sample, raw: Raw) -> Sample:
         """Read moments (C, h, w), and turn into tuples what json has made lists of."""
         try:
-            moments, settings = np.load(BytesIO(raw[MOMENTS])), metadata["moments"]
-            resolution, buckets = settings["resolution"], settings.get("buckets", False)
-            metadata |= {name: tuple(metadata[name]) for name in PLACES}
-            _, _, _ = moments.shape
+            moments, settings = np.load(BytesIO(raw[MOMENTS])), sample.metadata["moments"]
+            made = (settings["resolution"], settings.get("buckets", False))
+            places = {place: tuple(sample.metadata[place]) for place in PLACES}
+            _, height, width = moments.shape
         except (ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
-        if (resolution, buckets) != (self.resolution, self.buckets):
-            encoded, wanted = (
-                f"{side} pixels{' in buckets' * many}"
-                for side, many in ((resolution, buckets), (self.resolution, self.buckets))
-            )
-            raise RejectedError("wrong_resolution", f"{_name(raw)} was encoded at {encoded}, not {wanted}")
-        return moments
-
-    def _text(self, raw: Raw, metadata: dict, caption: str) -> dict[str, NDArray[np.float16]] | None:
-        """Read the caption's embeddings, if they were kept."""
-        if TEXT not in raw:
-            return None
-        try:
-            text, _ = load(raw[TEXT]), metadata["moments"]["text_encoder"]
-        except (SafetensorError, KeyError) as error:
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {error!r}") from error
-        if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
-            raise RejectedError("corrupt_latents", f"{_name(raw)}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
-        if caption != text_caption(raw):
+            raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
+        if made != (wanted := (self.resolution, self.buckets)):
+            encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
+            remedy = "give the resolution and buckets that their latents were made with, or make them again"
+            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}", remedy)
+        if TEXT in raw and sample.caption != text_caption(raw):
             raise NothingToReadError(
-                f"{_name(raw)} has embeddings of {text_caption(raw)!r}, not of {caption!r} as caption_field "
+                f"{sample.name} has embeddings of {text_caption(raw)!r}, not of {sample.caption!r} as caption_field "
                 f"{self.caption_field!r} has it: leave that out, or cache latents and text again with it"
             )
-        return text
+        metadata = sample.metadata | places
+        return sample._replace(size=(height, width), metadata=metadata, moments=moments, text=raw.get(TEXT))
 
-    def _caption(self, raw: Raw, metadata: dict) -> str:
+    def _caption_remedy(self, raw: Raw, metadata: dict) -> str:
+        if dots := explain_dots(raw):
+            return dots
+        if fields := [name for name, value in metadata.items() if isinstance(value, str)]:
+            return f"give a caption_field that their json files have ({', '.join(fields)})"
         if self.caption_field is not None:
-            caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
-        else:
-            caption, source = text_caption(raw), ".txt or .caption file"
-        if not isinstance(caption, str) or not caption.strip():
-            raise RejectedError("no_caption", f"{_name(raw)} has no {source} with text")
-        return caption.strip()
+            return "leave out caption_field to take captions from txt or caption files"
+        return (
+            "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
+            "(`tar --sort=name`)"
+        )
 
 
-def _name(raw: Raw) -> str:
-    return f"{raw['__key__']} of {raw['__url__']}"
-
-
-def _read_metadata(raw: Raw) -> dict:
-    try:
-        metadata = json.loads(raw.get("json", b"{}"))
-    except ValueError as error:
-        raise RejectedError("corrupt_json", f"{_name(raw)}: {error}") from error
-    if not isinstance(metadata, dict):
-        raise RejectedError("corrupt_json", f"{_name(raw)}: a {type(metadata).__name__}, not an object with fields")
-    return metadata
-
-
-def collate(samples: Sequence[Decoded]) -> Batch:
+def collate(samples: Sequence[Sample]) -> Batch:
     """Join samples of one size into a Batch: images (B, 3, H, W), or moments and perhaps embeddings."""
-    pictures, captions, keys, metadata, moments, texts = zip(*samples, strict=True)
-    if len({(one is None, *sorted(text or ())) for one, text in zip(moments, texts, strict=True)}) > 1:
+    if len({(one.picture is None, *sorted(one.text or ())) for one in samples}) > 1:
         raise NothingToReadError(MIXED)
+    _, keys, captions, metadata, _, pictures, moments, texts = map(list, zip(*samples, strict=True))
     if moments[0] is None:
-        return Batch(to_images(pictures), list(captions), list(keys), list(metadata))
+        return Batch(to_images(pictures), captions, keys, metadata)
     embeds = {name: _joined([text[name] for text in texts]) for name in texts[0] or ()}
-    return Batch(None, list(captions), list(keys), list(metadata), _joined(moments), **embeds)
+    return Batch(None, captions, keys, metadata, _joined(moments), **embeds)
 
 
 def _joined(arrays: Sequence[NDArray[np.float16]]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).float()
+
+
+# --- sizes of pictures that are not square, as SDXL is trained (arXiv:2307.01952, appendix I) -------------------------
+
+
+@lru_cache
+def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
+    """All (height, width) of nearly resolution^2 pixels and not more, from 1:4 to 4:1, in steps of up to 64 pixels."""
+    step = bucket_step(resolution)
+    sides = range(resolution // 2, 2 * resolution + 1, step)
+    sizes = {(side, resolution * resolution // side // step * step) for side in sides}
+    return tuple(sorted(sizes | {(width, height) for height, width in sizes}))
+
+
+def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The bucket (height, width) whose form is nearest to a picture's."""
+    form = math.log(height / width)
+    return min(bucket_sizes(resolution), key=lambda size: abs(form - math.log(size[0] / size[1])))
+
+
+def bucket_step(resolution: int) -> int:
+    """The largest power of two up to an eighth of the resolution, from 8 to 64: latents have whole sides."""
+    return 1 << (min(512, max(64, resolution)).bit_length() - 4)

@@ -70,15 +70,12 @@ def resize_and_crop(image: Image.Image, height: int, width: int | None = None) -
     return covering.crop((left, top, left + width, top + height)), (top, left)
 
 
-def to_images(
-    pictures: Sequence[NDArray[np.uint8]], *, memory_format: torch.memory_format | None = None
-) -> torch.Tensor:
+def to_images(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
     """Stack B pictures, uint8 (H, W, 3), to images (B, 3, H, W), float32 in [-1, 1]."""
     import torch
 
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    layout = torch.contiguous_format if memory_format is None else memory_format
-    return stacked.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)
+    return stacked.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def quantize(images: torch.Tensor) -> torch.Tensor:

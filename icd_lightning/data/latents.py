@@ -26,35 +26,24 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from icd_lightning.data.decoding import Decoded, SampleDecoder, collate
-from icd_lightning.data.manifest import (
-    Manifest,
-    ShardRecord,
-    check_shard,
-    load_own_manifest,
-    manifests_beside,
-    remove_shards,
-    write_shard,
-)
+from icd_lightning.data.decoding import Sample, SampleDecoder, collate
+from icd_lightning.data.manifest import PROGRESS, Manifest, ShardRecord, check_shard, remove_shards, write_shard
 from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.sources import is_local
 from icd_lightning.data.stream import Piece
-from icd_lightning.data.tally import Limits, Tally, left_out
-from icd_lightning.data.tars import MOMENTS, TEXT
+from icd_lightning.data.tally import Tally, left_out
+from icd_lightning.data.tars import MOMENTS, TEXT, is_local
 from icd_lightning.files import write_json
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[torch.Tensor], torch.Tensor]
 EncodeText = Callable[[list[str]], dict[str, torch.Tensor]]
-PROGRESS = ".progress"
 
 
 def cache_latents(
     urls: str | Sequence[str],
     out: str | Path,
-    encode: Encode,
+    encode: Callable[[torch.Tensor], torch.Tensor],
     *,
     autoencoder: str,
     text: tuple[str, EncodeText] | None = None,
@@ -76,40 +65,35 @@ def cache_latents(
     settings |= {"buckets": True} if decoder.buckets else {}
     settings |= {"text_encoder": text[0]} if text else {}
     parameters = {"latents": settings, "caption_field": decoder.caption_field, "min_size": decoder.min_size}
-    sources = manifests_beside(shard.url for shard in shards.values())
+    sources = Manifest.beside(shard.url for shard in shards.values())
     parameters["source"] = [manifest.parameters for manifest in sources.values()]
     if overwrite:
-        _clear(folder, part)
-    existing = load_own_manifest(folder, parameters)
+        if part[1] > 1:
+            raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
+        remove_shards(folder)
+    existing = Manifest.of_set(folder, parameters)
     done = {name for name, record in _records(folder).items() if not check_shard(folder / name, record, level="bytes")}
     missing = [name for name in list(shards)[part[0] :: part[1]] if name not in done]
     if missing and existing is None:
         Manifest(parameters, complete=False).save(folder)
-    tally = Tally(limits=Limits(max_skipped=1.0))
+    tally = Tally(stall_timeout=60.0)
     encoder = _Encoder(encode, text and text[1], decoder, settings, batch_size)
     for name in missing:
-        _cache_shard(shards[name], folder / name, encoder, tally)
+        broken = tally.counts()["broken_shard"]
+        record = write_shard(encoder.samples(shards[name], tally), folder / name)
+        # a remote shard that broke may read better another time
+        if is_local(shards[name].url) or tally.counts()["broken_shard"] == broken:
+            write_json(folder / PROGRESS / f"{name}.json", asdict(record))
     if skipped := left_out(tally.counts()):
         logger.warning("left out: %s", skipped)
     return _completed(folder, parameters, list(shards))
-
-
-# --- one shard --------------------------------------------------------------------------------------------------------
-
-
-def _cache_shard(shard: Shard, path: Path, encoder: _Encoder, tally: Tally) -> None:
-    broken = tally.counts()["broken_shard"]
-    record = write_shard(encoder.samples(shard, tally), path)
-    if not is_local(shard.url) and tally.counts()["broken_shard"] > broken:
-        return  # it may read better another time
-    write_json(path.parent / PROGRESS / f"{path.name}.json", asdict(record))
 
 
 @dataclass(frozen=True)
 class _Encoder:
     """Turns the samples of a shard into samples of moments, and of embeddings where those are wanted."""
 
-    encode: Encode
+    encode: Callable[[torch.Tensor], torch.Tensor]
     encode_text: EncodeText | None
     decoder: SampleDecoder
     settings: dict[str, Any]
@@ -118,8 +102,7 @@ class _Encoder:
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
         raws = progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
-        attempts = (tally.attempt(self.decoder.decode, raw) for raw in raws)
-        decoded = (sample for sample in attempts if sample is not None)
+        decoded = tally.usable(self.decoder.decode, raws)
         while True:
             tally.awaited()  # the time that the encoder took is no silence of the source
             batch = list(islice(decoded, self.batch_size))
@@ -134,18 +117,18 @@ class _Encoder:
                 files = {MOMENTS: stream.getvalue(), **text, "json": about.encode(), "txt": sample.caption.encode()}
                 yield {"__key__": sample.key, **files}
 
-    def _moments(self, samples: list[Decoded]) -> list[NDArray[np.float16]]:
+    def _moments(self, samples: list[Sample]) -> list[NDArray[np.float16]]:
         """Encode pictures, those of one size together; one (C, h, w) for each."""
         by_size = defaultdict(list)
         for index, sample in enumerate(samples):
-            by_size[sample.picture.shape].append(index)
+            by_size[sample.size].append(index)
         moments: dict[int, NDArray[np.float16]] = {}
         for indices in by_size.values():
             encoded = self.encode(collate([samples[index] for index in indices]).images)
             moments |= zip(indices, _half(encoded, "the autoencoder gives latents", samples[indices[0]]), strict=True)
         return [moments[index] for index in range(len(samples))]
 
-    def _texts(self, samples: list[Decoded]) -> list[dict[str, bytes]]:
+    def _texts(self, samples: list[Sample]) -> list[dict[str, bytes]]:
         """Encode captions, where that is wanted; a file for each, by its extension."""
         if self.encode_text is None:
             return [{}] * len(samples)
@@ -155,16 +138,13 @@ class _Encoder:
         return [{TEXT: save({name: values[index] for name, values in embeds.items()})} for index in range(len(samples))]
 
 
-def _half(values: torch.Tensor, source: str, near: Decoded) -> NDArray[np.float16]:
+def _half(values: torch.Tensor, source: str, near: Sample) -> NDArray[np.float16]:
     """In float16, as they are kept; ValueError for what is not finite in it."""
     half = values.to("cpu", torch.float16).numpy()
     if not np.isfinite(half).all():
         what = "too large for float16, in which they are kept" if values.isfinite().all() else "not finite"
         raise ValueError(f"{source} that are {what}, near {near.key}: take another encoder, or train without caching")
     return half
-
-
-# --- what is there already --------------------------------------------------------------------------------------------
 
 
 def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
@@ -177,13 +157,6 @@ def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
             raise ValueError(f"two shards are named {name}: cache their latents to different folders")
         named[name] = shard
     return named
-
-
-def _clear(folder: Path, part: tuple[int, int]) -> None:
-    if part[1] > 1:
-        raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
-    remove_shards(folder)
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
 
 
 def _records(folder: Path) -> dict[str, ShardRecord]:
@@ -205,6 +178,6 @@ def _completed(folder: Path, parameters: dict[str, Any], names: list[str]) -> Ma
         if manifest != Manifest.load(folder):
             manifest.save(folder)
         shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-        for stale in folder.glob(".*.tmp"):
+        for stale in folder.glob(".*.tar-*.tmp"):  # another process may be writing the manifest
             stale.unlink(missing_ok=True)
     return manifest

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from icd_lightning.data.sources import is_local
-from icd_lightning.data.tars import index_shard, write_tar
+from icd_lightning.data.tars import index_shard, is_local, write_tar
 from icd_lightning.files import write_text, write_whole
 
 MANIFEST = "manifest.json"
+PROGRESS = ".progress"  # holds a record of each shard that is done, where several processes write a set
 Verify = Literal["off", "bytes", "count", "sha256"]
 
 
@@ -55,33 +56,36 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}); remove it or write the shards again") from error
 
+    @classmethod
+    def beside(cls, shards: Iterable[str]) -> dict[Path, Manifest]:
+        """By folder, the manifests that lie beside local shards."""
+        folders = dict.fromkeys(Path(url).parent for url in shards if is_local(url))
+        return {folder: manifest for folder in folders if (manifest := cls.load(folder))}
+
+    @classmethod
+    def of_set(cls, folder: Path, parameters: dict[str, Any]) -> Manifest | None:
+        """The manifest of the set made with `parameters`; None where no shards are, ValueError for another set."""
+        holds_shards = any(folder.glob("*.tar"))  # before the manifest, which is written before the first shard
+        manifest = cls.load(folder)
+        if manifest is None:
+            if holds_shards:
+                raise ValueError(
+                    f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite"
+                )
+            return None
+        wanted, there = json.loads(json.dumps(parameters)), manifest.parameters
+        pairs = [(name, there.get(name), wanted.get(name)) for name in sorted(there.keys() | wanted.keys())]
+        if changes := ", ".join(f"{name} {old!r}, not {new!r}" for name, old, new in pairs if old != new):
+            raise ValueError(f"{folder} holds another set ({changes}); choose another folder or pass --overwrite")
+        return manifest
+
     def save(self, folder: Path) -> None:
         write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def manifests_beside(shards: Iterable[str]) -> dict[Path, Manifest]:
-    """By folder, the manifests that lie beside local shards."""
-    folders = dict.fromkeys(Path(url).parent for url in shards if is_local(url))
-    return {folder: manifest for folder in folders if (manifest := Manifest.load(folder))}
-
-
-def load_own_manifest(folder: Path, parameters: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that holds nothing, None, or the set made with `parameters`; ValueError for another."""
-    holds_shards = any(folder.glob("*.tar"))  # before the manifest, which is written before the first shard
-    manifest = Manifest.load(folder)
-    if manifest is None:
-        if holds_shards:
-            raise ValueError(f"{folder} holds shards without a {MANIFEST}; choose another folder or pass --overwrite")
-        return None
-    wanted, there = json.loads(json.dumps(parameters)), manifest.parameters
-    pairs = [(name, there.get(name), wanted.get(name)) for name in sorted(there.keys() | wanted.keys())]
-    if changes := ", ".join(f"{name} {old!r}, not {new!r}" for name, old, new in pairs if old != new):
-        raise ValueError(f"{folder} holds another set ({changes}); choose another folder or pass --overwrite")
-    return manifest
-
-
 def remove_shards(folder: Path) -> None:
     """Remove shards, their manifest and what interrupted writers left."""
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
         stale.unlink(missing_ok=True)
 

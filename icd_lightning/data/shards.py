@@ -18,27 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icd_lightning.data.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardRecord,
-    Verify,
-    check_shard,
-    load_own_manifest,
-    manifests_beside,
-    remove_shards,
-    write_shard,
-)
-from icd_lightning.data.sources import expand, is_local
-from icd_lightning.data.tars import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MOMENTS,
-    Entry,
-    explain_dots,
-    index_shard,
-    text_caption,
-)
+from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, Verify, check_shard, remove_shards, write_shard
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, text_caption
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -74,7 +55,7 @@ def find_reusable(out: str | Path, parameters: dict[str, Any], *, overwrite: boo
     anything at all if `overwrite`. Raises ValueError if it holds something else.
     """
     folder = Path(out)
-    if overwrite or (manifest := load_own_manifest(folder, parameters)) is None:
+    if overwrite or (manifest := Manifest.of_set(folder, parameters)) is None:
         return None
     problems = [] if manifest.complete else [f"{folder} holds an unfinished copy of this set"]
     problems += [p for name, r in manifest.shards.items() if (p := check_shard(folder / name, r, level="bytes"))]
@@ -187,23 +168,23 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
     shards = find_shards(urls)
     if verify == "off":
         return tuple(Shard(url, None) for url in shards)
-    manifests = manifests_beside(shards)
+    manifests = Manifest.beside(shards)
     if problems := _compare(shards, manifests, verify=verify):
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(
             f"{problems[0]}{more}; write or copy the shards again, or "
             "give verify=off and batches_per_epoch to read them as they are"
         )
-    return tuple(Shard(url, _count(Path(url), manifests) if is_local(url) else None) for url in shards)
-
-
-def _count(path: Path, manifests: Mapping[Path, Manifest]) -> int:
-    if path.parent in manifests:
-        return manifests[path.parent].shards[path.name].samples
-    entries, problem = index_shard(path)
-    if problem:
-        logger.warning("%s: %s", path, problem)
-    return len(entries)
+    counts: dict[str, int] = {}
+    for url, path in ((url, Path(url)) for url in shards if is_local(url)):
+        if path.parent in manifests:
+            counts[url] = manifests[path.parent].shards[path.name].samples
+            continue
+        entries, problem = index_shard(path)
+        counts[url] = len(entries)
+        if problem:
+            logger.warning("%s: %s", path, problem)
+    return tuple(Shard(url, counts.get(url)) for url in shards)
 
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:
@@ -215,14 +196,14 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
     if remote := [url for url in paths if not is_local(url)]:
         raise ValueError(f"{remote[0]} is not a local file; copy it to this machine to describe it")
     samples, files, sizes, captions = 0, Counter[str](), Counter[str](), list[str]()
-    manifests = manifests_beside(paths)
+    manifests = Manifest.beside(paths)
     problems = _compare(paths, manifests, verify="sha256")
     bare = [path for path in paths if Path(path).parent not in manifests]
     manifest = "does not agree" if problems else "agrees"
     for path in paths:
         entries, damage = index_shard(path)
         if not any(known.startswith(f"{path} ") for known in problems):  # the manifest tells more
-            problems += [f"{path}: {problem}" for problem in ([damage] if damage else _gaps(entries))]
+            problems += [f"{path}: {problem}" for problem in ([damage] if damage else gaps(entries))]
         samples += len(entries)
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
@@ -241,17 +222,3 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
         ("manifest", f"none beside {bare[0]}: samples may be missing" if bare else manifest),
     ]
     return rows, problems
-
-
-def _gaps(entries: Sequence[Entry]) -> list[str]:
-    """What samples of a shard lack, and which keys come twice."""
-    if dots := next(filter(None, (explain_dots(entry.files) for entry in entries)), None):
-        return [dots]
-    wanted = {"picture": {*IMAGE_EXTENSIONS, MOMENTS}, "caption": {*CAPTION_EXTENSIONS, "json"}}
-    gaps = []
-    for name, extensions in wanted.items():
-        if lacking := [entry for entry in entries if not entry.files.keys() & extensions]:
-            example = f"{lacking[0].key} has {', '.join(lacking[0].files)}"
-            gaps.append(f"{len(lacking)} of {len(entries)} samples have no {name} ({example})")
-    key, times = max(Counter(entry.key for entry in entries).items(), key=lambda item: item[1], default=("", 0))
-    return gaps + ([f"{key} comes {times} times, each time as a sample of its own"] if times > 1 else [])

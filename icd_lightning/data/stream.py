@@ -6,7 +6,6 @@ same sample in an epoch, and a run can go on from any batch without having decod
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -15,13 +14,11 @@ from itertools import accumulate, chain, cycle, islice
 from typing import NamedTuple, TypeVar
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import MIXED, Decoded, SampleDecoder, collate
+from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
-from icd_lightning.data.sources import open_url
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import MOMENTS, TEXT, Raw, read_samples
+from icd_lightning.data.tars import Raw, open_url, read_samples
 
-Size = tuple[int, int]
 T = TypeVar("T")
 
 
@@ -37,7 +34,7 @@ class Piece(NamedTuple):
         tally.add("shards")
         problem, given = None, 0
         try:
-            with contextlib.closing(open_url(self.url, patience=tally.limits.stall_timeout)) as file:
+            with open_url(self.url, patience=tally.stall_timeout) as file:
                 for raw in islice(read_samples(file, self.url), self.start, self.stop):
                     tally.add("read")
                     given += 1
@@ -86,7 +83,13 @@ class TrainStream:
         begin, end = ((first + bounds[w]) * self.batch_size for w in (worker, worker + 1))
         if total < rank_size * self.world_size:
             begin, end = (place * total // (rank_size * self.world_size) for place in (begin, end))
-        return _cut(self._order(full_pass), begin, end)
+        pieces, offset = [], 0
+        for shard in self._order(full_pass):  # laid end to end
+            start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
+            if start < stop:
+                pieces.append(Piece(shard.url, start, stop))
+            offset += shard.samples
+        return pieces
 
     def batches(
         self, epoch: int, tally: Tally, *, worker: int = 0, num_workers: int = 1, skip: int = 0
@@ -103,11 +106,11 @@ class TrainStream:
         tally.awaited()
         for _ in range(skip):
             tally.add("passed", len(next(groups)))
-        ahead: deque[list[Decoded]] = deque()
+        ahead: deque[list[Sample]] = deque()
         for _ in range(skip, len(range(worker, self.batches_per_epoch, num_workers))):
             tally.awaited()
             while not (good := next(filter(None, ahead), None)):
-                ahead.append(reader.decode(next(groups)))
+                ahead.append(reader.finished(next(groups)))
             ahead.popleft()
             yield collate(list(islice(cycle(good), self.batch_size)))
 
@@ -126,18 +129,6 @@ class TrainStream:
         return order
 
 
-def _cut(shards: list[Shard], begin: int, end: int) -> list[Piece]:
-    """Cut samples `begin` to `end` out of shards laid end to end."""
-    pieces, offset = [], 0
-    for shard in shards:
-        assert shard.samples is not None
-        start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
-        if start < stop:
-            pieces.append(Piece(shard.url, start, stop))
-        offset += shard.samples
-    return pieces
-
-
 class _Reader:
     """Reads the share of one worker over and over, each time in another order."""
 
@@ -146,7 +137,7 @@ class _Reader:
         self.corrupt_in_a_row = 0
         self.kinds: set[tuple[bool, bool]] = set()
 
-    def admitted(self, rng: random.Random) -> Iterator[tuple[Size, Raw]]:
+    def admitted(self, rng: random.Random) -> Iterator[Sample]:
         while True:
             count = 0
             for sample in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
@@ -157,31 +148,29 @@ class _Reader:
                 raise self.tally.nothing(f"none of the samples for {reader} could be used")
             rng.shuffle(self.pieces)
 
-    def decode(self, raws: Iterable[Raw]) -> list[Decoded]:
-        """Decode, all of them, those that can be."""
-        samples = [self.tally.attempt(self.stream.decoder.decode, raw) for raw in raws]
-        good = [sample for sample in samples if sample is not None]
+    def finished(self, samples: list[Sample]) -> list[Sample]:
+        """Finish, all of them, those that can be."""
+        good = list(self.tally.usable(self.stream.decoder.finish, samples))
         self.tally.add("passed", len(good))
         self.corrupt_in_a_row = 0 if good else self.corrupt_in_a_row + len(samples)
         return good
 
-    def _checked(self) -> Iterator[tuple[Size, Raw]]:
-        for raw in chain.from_iterable(piece.read(self.tally) for piece in self.pieces):
-            if (size := self.tally.attempt(self.stream.decoder.admit, raw)) is None:
-                continue
-            self.kinds.add((MOMENTS in raw, TEXT in raw))
+    def _checked(self) -> Iterator[Sample]:
+        raws = chain.from_iterable(piece.read(self.tally) for piece in self.pieces)
+        for sample in self.tally.usable(self.stream.decoder.admit, raws):
+            self.kinds.add((sample.moments is None, sample.text is None))
             if len(self.kinds) > 1:
                 raise NothingToReadError(MIXED)
-            yield size, raw
+            yield sample
 
 
-def _grouped(samples: Iterable[tuple[Size, Raw]], count: int) -> Iterator[list[Raw]]:
+def _grouped(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
     """Yield groups of `count` samples of one size, each as soon as it is whole."""
-    groups: defaultdict[Size, list[Raw]] = defaultdict(list)
-    for size, raw in samples:
-        groups[size].append(raw)
-        if len(groups[size]) == count:
-            yield groups.pop(size)
+    groups: defaultdict[tuple[int, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.size].append(sample)
+        if len(groups[sample.size]) == count:
+            yield groups.pop(sample.size)
 
 
 def _shuffled(samples: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 REASONS = (
     "no_image",
@@ -27,50 +26,36 @@ REASONS = (
 
 
 class RejectedError(Exception):
-    """A sample cannot be used; `reason` is one of REASONS."""
+    """A sample cannot be used; `reason` is one of REASONS, `remedy` what helps where all samples are like it."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, remedy: str = "") -> None:
         assert reason in REASONS
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+        self.remedy = remedy or "look at local shards with `icd data describe`"
 
 
 class NothingToReadError(ValueError):
     """So much was skipped that training would wait forever, or would not be on what the user believes."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When skipping ends a run.
-
-    Args:
-        max_skipped: share of the samples read that may be skipped; looked at from MIN_READ samples on.
-        stall_timeout: seconds to wait for a sample that can be used.
-    """
-
-    max_skipped: float = 0.5
-    stall_timeout: float = 60.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"max_skipped {self.max_skipped} must lie between 0 and 1 (1 allows any loss)")
-        if not self.stall_timeout > 0:
-            raise ValueError(f"stall_timeout {self.stall_timeout} must be more than 0 seconds (.inf waits for ever)")
-
-
 MIN_READ = 1000
-NO_LIMITS = Limits(1.0, math.inf)
 COLUMNS = ("passed", *REASONS, "read", "lost", "shards")
 
 
 class Tally:
     """Counts samples that passed and those that were skipped, by reason, over all workers (in shared memory).
 
-    Ends a run, by NothingToReadError, that loses more than `limits` allow.
+    Ends a run, by NothingToReadError, that loses more than the share `max_skipped` of the samples read, looked at from
+    MIN_READ samples on, or that waits `stall_timeout` seconds for a sample that can be used.
     """
 
-    def __init__(self, num_workers: int = 1, limits: Limits = NO_LIMITS) -> None:
-        self.limits, self.worker = limits, 0
+    def __init__(self, num_workers: int = 1, *, max_skipped: float = 1.0, stall_timeout: float = math.inf) -> None:
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"max_skipped {max_skipped} must lie between 0 and 1 (1 allows any loss)")
+        if not stall_timeout > 0:
+            raise ValueError(f"stall_timeout {stall_timeout} must be more than 0 seconds (.inf waits for ever)")
+        self.max_skipped, self.stall_timeout, self.worker = max_skipped, stall_timeout, 0
         # each worker has a row of its own: no two write to one place
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
         self._alive = torch.full((max(1, num_workers),), time.monotonic(), dtype=torch.float64).share_memory_()
@@ -92,15 +77,16 @@ class Tally:
         """Count up one of COLUMNS: a shard opened, a sample read (whatever becomes of it), one passed into a batch."""
         self._counts.numpy()[self.worker, COLUMNS.index(column)] += count  # the same memory, at a tenth of the time
 
-    def attempt(self, decode: Callable[[dict[str, Any]], T], raw: dict[str, Any]) -> T | None:
-        """What `decode` makes of a sample; None, which is counted, if it cannot be used."""
-        try:
-            sample = decode(raw)
-        except RejectedError as error:
-            self.skipped(error.reason, error.detail)
-            return None
-        self.awaited()
-        return sample
+    def usable(self, decode: Callable[[S], T], samples: Iterable[S]) -> Iterator[T]:
+        """Yield what `decode` makes of samples; those that it rejects are left out and counted."""
+        for sample in samples:
+            try:
+                decoded = decode(sample)
+            except RejectedError as error:
+                self.skipped(error.reason, error.detail)
+            else:
+                self.awaited()
+                yield decoded
 
     def skipped(self, reason: str, detail: str, samples: int = 1) -> None:
         """Count what was left out, a sample or a shard of so many; NothingToReadError if that is too much."""
@@ -110,11 +96,11 @@ class Tally:
             self._details[reason] = detail
             logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
         read, lost = self._sum("read"), self._sum("lost")
-        if read >= MIN_READ and lost > self.limits.max_skipped * read:
-            allowed = f"max_skipped {self.limits.max_skipped:g} allows"
+        if read >= MIN_READ and lost > self.max_skipped * read:
+            allowed = f"max_skipped {self.max_skipped:g} allows"
             raise self.nothing(f"{lost} of {read} samples could not be used, more than {allowed}")
-        if time.monotonic() - self._alive[self.worker].item() > self.limits.stall_timeout:
-            raise self.nothing(f"no sample that can be used was found for {self.limits.stall_timeout:g} s")
+        if time.monotonic() - self._alive[self.worker].item() > self.stall_timeout:
+            raise self.nothing(f"no sample that can be used was found for {self.stall_timeout:g} s")
 
     def broke(self, detail: str, missing: int | None) -> None:
         """Count a shard that cannot be read to its end, with the samples thus lost, or None if nobody knows."""

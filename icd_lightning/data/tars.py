@@ -1,4 +1,6 @@
-"""The samples of a tar, grouped in one place for all who count, read or write them.
+"""Shards as files: what a url names is opened here, and a tar's samples are grouped for all who count, read or write.
+
+A url is a local path, `pipe:<command>`, or what fsspec reads (http, s3, gs, hf ...).
 
 A sample is the files that share a key and follow each other: `<key>.jpg`, `<key>.txt`, `<key>.json`. As WebDataset has
 it, the key ends at the first dot after the last slash, and the extension is the rest, in lower case. Names without an
@@ -8,15 +10,21 @@ comes again begins another sample of the same key.
 
 from __future__ import annotations
 
+import glob
+import math
+import os
+import re
+import select
 import shlex
+import signal
+import subprocess
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, TypeVar
-
-from icd_lightning.data.sources import Readable
+from typing import IO, Any, TypeVar
 
 Raw = dict[str, Any]  # a sample as webdataset has it: {"__key__": str, "__url__": str, extension: bytes}
 T = TypeVar("T")
@@ -26,10 +34,6 @@ CAPTION_EXTENSIONS = ("txt", "caption")
 MOMENTS = "moments.npy"  # holds an encoder's output instead of a picture
 TEXT = "text.safetensors"  # beside it, may hold the caption's embeddings
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class UnsortedError(ValueError):
-    """The files of a sample do not follow each other."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class Entry:
         return raw
 
 
-def read_samples(file: Readable, url: str) -> Iterator[Raw]:
+def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
     """Read a tar, compressed or not, from end to end."""
     with tarfile.open(fileobj=file, mode="r|*") as tar:
-        for key, files in _grouped(tar, lambda member: tar.extractfile(member).read()):
+        for key, files in _grouped(tar, url, lambda member: tar.extractfile(member).read()):
             yield {"__key__": key, "__url__": url, **files}
 
 
@@ -66,12 +70,10 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
     entries: list[Entry] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            for key, files in _grouped(tar, lambda member: (member.offset_data, member.size)):
+            for key, files in _grouped(tar, path, lambda member: (member.offset_data, member.size)):
                 entries.append(Entry(str(path), key, files))
     except tarfile.TarError as error:
         return entries, f"it is damaged after {len(entries)} samples ({error})"
-    except UnsortedError as error:
-        raise ValueError(f"{path}: {error}") from error
     with open(path, "rb") as file:
         file.seek(-min(1024, file.seek(0, 2)), 2)
         ended = not any(file.read())  # every whole tar ends with two blocks of zeros
@@ -100,6 +102,20 @@ def text_caption(raw: Raw) -> str:
     return next(filter(None, texts), "")
 
 
+def gaps(entries: Sequence[Entry]) -> list[str]:
+    """What samples of a shard lack, and which keys come twice."""
+    if dots := next(filter(None, (explain_dots(entry.files) for entry in entries)), None):
+        return [dots]
+    wanted = {"picture": {*IMAGE_EXTENSIONS, MOMENTS}, "caption": {*CAPTION_EXTENSIONS, "json"}}
+    gaps = []
+    for name, extensions in wanted.items():
+        if lacking := [entry for entry in entries if not entry.files.keys() & extensions]:
+            example = f"{lacking[0].key} has {', '.join(lacking[0].files)}"
+            gaps.append(f"{len(lacking)} of {len(entries)} samples have no {name} ({example})")
+    key, times = max(Counter(entry.key for entry in entries).items(), key=lambda item: item[1], default=("", 0))
+    return gaps + ([f"{key} comes {times} times, each time as a sample of its own"] if times > 1 else [])
+
+
 def explain_dots(extensions: Collection[str]) -> str:
     """What to do where pictures are not found since their names have dots; else nothing."""
     dotted = any(extension.endswith(tuple(f".{image}" for image in IMAGE_EXTENSIONS)) for extension in extensions)
@@ -108,14 +124,16 @@ def explain_dots(extensions: Collection[str]) -> str:
     return "a key ends at its first dot: rename the files so that only the extension follows a dot"
 
 
-def _grouped(tar: tarfile.TarFile, content: Callable[[tarfile.TarInfo], T]) -> Iterator[tuple[str, dict[str, T]]]:
-    """Yield (key, {extension: content}) of each sample; UnsortedError where a sample's files lie apart."""
+def _grouped(
+    tar: tarfile.TarFile, name: str | Path, content: Callable[[tarfile.TarInfo], T]
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """Yield (key, {extension: content}) of each sample; ValueError where a sample's files lie apart."""
     seen: dict[str, set[str]] = {}
     key, files = "", {}
     for member in tar:
         tar.members = []  # else all are kept
-        folder, slash, name = member.name.removeprefix("./").rpartition("/")
-        stem, _, extension = name.partition(".")
+        folder, slash, file = member.name.removeprefix("./").rpartition("/")
+        stem, _, extension = file.partition(".")
         member_key, extension = folder + slash + stem, extension.lower()
         if not (member.isreg() and stem and extension):
             continue
@@ -124,9 +142,9 @@ def _grouped(tar: tarfile.TarFile, content: Callable[[tarfile.TarInfo], T]) -> I
                 yield key, files
             key, files = member_key, {}
             if key in seen and extension not in seen[key]:
-                raise UnsortedError(
-                    f"its files are not sorted by name ({member.name} lies apart from the rest of its sample): sort it "
-                    "by `mkdir DIR; tar -xf TAR -C DIR; tar --sort=name -cf TAR -C DIR .`"
+                raise ValueError(
+                    f"{name}: its files are not sorted by name ({member.name} lies apart from the rest of its sample): "
+                    "sort it by `mkdir DIR; tar -xf TAR -C DIR; tar --sort=name -cf TAR -C DIR .`"
                 )
         files[extension] = content(member)
         seen.setdefault(key, set()).add(extension)
@@ -144,3 +162,79 @@ def _refuse_compressed(path: Path) -> None:
             f"{path} is compressed, and its samples cannot be found by place: unpack it by "
             f"`{tool} -dc < {packed} > {new} && mv {new} {target}`"
         )
+
+
+# --- urls -------------------------------------------------------------------------------------------------------------
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine, not `http://...`, `pipe:...` or the like."""
+    return re.match(r"[a-z0-9]+:", url) is None
+
+
+def open_url(url: str, *, patience: float = 60.0) -> IO[bytes]:
+    """Open a shard for reading; remote ones fail with an OSError where nothing comes for `patience` seconds."""
+    if is_local(url):
+        return open(url, "rb")
+    if url.startswith("pipe:"):
+        return _Pipe(url.removeprefix("pipe:"), patience)
+    from fsspec.core import url_to_fs
+
+    options = {}  # the drivers of stores have timeouts and retries of their own
+    if url.startswith(("http:", "https:")):
+        from aiohttp import ClientTimeout
+
+        # aiohttp's own limit is five minutes for the whole of an answer, and a shard may well be read for longer
+        limit = None if math.isinf(patience) else patience
+        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=limit, sock_read=limit)}
+    system, path = url_to_fs(url, **options)
+    return system.open(path, "rb")
+
+
+def expand(url: str) -> list[str]:
+    """Replace `*` by what is there, in order; [url] where there is none, as in a command.
+
+    ValueError if no installed package reads urls of this kind, naming the one that would.
+    """
+    if is_local(url):
+        return sorted(glob.glob(url)) if "*" in url else [url]
+    if url.startswith("pipe:"):
+        return [url]
+    from fsspec import get_filesystem_class
+    from fsspec.core import url_to_fs
+
+    try:
+        get_filesystem_class(url.partition(":")[0])
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be read here: {error}; or copy it to this machine") from error
+    if "*" not in url:
+        return [url]
+    system, pattern = url_to_fs(url)
+    return sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
+
+
+class _Pipe(RawIOBase):
+    """What a shell command writes, as a file. A silence or an exit code is an error, and closing ends the command."""
+
+    def __init__(self, command: str, patience: float) -> None:
+        self.patience = patience
+        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+        self.poll = select.poll()
+        self.poll.register(self.output, select.POLLIN)
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not self.poll.poll(None if math.isinf(self.patience) else self.patience * 1000):
+            raise TimeoutError(f"the command gave nothing for {self.patience:g} s")
+        data = self.output.read(size)
+        if not data and (code := self.process.wait()):
+            raise OSError(f"the command ended with exit code {code}")
+        return data
+
+    def close(self) -> None:
+        self.output.close()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # what the shell has started, too
+        self.process.wait()
+        super().close()

@@ -1,4 +1,4 @@
-"""How well pictures fit texts, and each other, to CLIP, which reads both. Images are (B, 3, H, W) in [-1, 1]."""
+"""How well pictures fit texts, and each other, to networks that embed them. Images are (B, 3, H, W) in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.base import PerImage
@@ -14,45 +15,40 @@ from icd_lightning.metrics.pretrained import load_network, load_part
 CLIP = "openai/clip-vit-large-patch14"
 
 
-class _CLIPMetric(PerImage):
-    """CLIP with its own processor and tokenizer."""
+class ImageCosine(PerImage):
+    """Mean cosine of pictures and references, as a network of the hub embeds what its own processor makes of them."""
 
     higher_is_better = True
 
-    def __init__(self) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
+    def __init__(self, repository: str = CLIP) -> None:
         super().__init__()
-        self.processor = load_part(CLIP, AutoImageProcessor, backend="pil")
-        self.tokenizer = load_part(CLIP, AutoTokenizer)
-        self.network = load_network(CLIP, CLIPModel)
+        self.processor = load_part(repository, AutoImageProcessor, backend="pil")
+        self.network = load_network(repository)
 
-    def _embed_images(self, images: Tensor) -> Tensor:
+    def values(self, images: Tensor, reference: Tensor) -> Tensor:
+        return torch.cosine_similarity(self.embed(images), self.embed(reference))
+
+    def embed(self, images: Tensor) -> Tensor:
         """Embeddings (B, D)."""
         pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
-        return self.network.get_image_features(pixels.to(images.device)).pooler_output
-
-    def _embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D); a prompt is cut to what CLIP can read."""
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        return self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
+        outputs = getattr(self.network, "get_image_features", self.network)  # CLIP reads texts, too
+        return outputs(pixels.to(images.device)).pooler_output
 
 
-class CLIPText(_CLIPMetric):
-    """CLIP-T: mean cosine of pictures and their prompts."""
+class CLIPText(ImageCosine):
+    """CLIP-T: mean cosine of pictures and their prompts; a prompt is cut to what CLIP can read."""
 
     needs = ("images", "prompts")
     label = "CLIP-T"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = load_part(CLIP, AutoTokenizer)
+
     def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return torch.cosine_similarity(self._embed_images(images), self._embed_texts(prompts))
-
-
-class CLIPImage(_CLIPMetric):
-    """CLIP-I: mean cosine of pictures and references."""
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return torch.cosine_similarity(self._embed_images(images), self._embed_images(reference))
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        texts = self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
+        return torch.cosine_similarity(self.embed(images), texts)
 
 
 class CLIPScore(CLIPText):

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 
 from icd_lightning.data.images import to_pictures
 
-FACTS = ("higher_is_better", "version", "digits", "factor", "unit")  # what a metric states of its values
+FACTS = ("higher_is_better", "version", "digits", "factor")  # what a metric states of its values
 LIMIT = 1.01  # a decoder may overshoot by rounding; what lies further out was never in [-1, 1]
 
 
@@ -35,9 +35,7 @@ class PictureMetric(Metric):
     version: ClassVar[int] = 1
     digits: ClassVar[int | None] = None
     factor: ClassVar[float] = 1.0
-    unit: ClassVar[str] = ""
     full_state_update = False
-    is_differentiable = False
 
     def update(
         self,

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+from torchvision.models.inception import Inception3
 from torchvision.transforms.functional import InterpolationMode, center_crop
 
 from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PictureMetric, pillow_squares
-from icd_lightning.metrics.inception import INCEPTION_SIZE, NUM_FEATURES, load_inception
+from icd_lightning.metrics.pretrained import find_file, frozen, load_weights
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SIZE, NUM_FEATURES = 299, 2048
+NUM_CLASSES = 1008  # of the head, which nothing uses
+
+# TensorFlow leaves the padding out of an average, and this network's last block takes the maximum.
+_average = partial(avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum = partial(max_pool2d, kernel_size=3, stride=1, padding=1)
+AVERAGING = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b")
+POOLS = {**dict.fromkeys(AVERAGING, _average), "Mixed_7c": _maximum}
 
 
 class FrechetDistance(PictureMetric):
@@ -59,17 +74,13 @@ class FrechetDistance(PictureMetric):
         means = self.sums / count
         covariances = (self.products - count * means[..., None] * means[:, None]) / (count - 1)
         means, covariances = torch.cat([means, self.fixed_means]), torch.cat([covariances, self.fixed_covariances])
-        return frechet_distance(means, covariances).float()
-
-
-def frechet_distance(means: Tensor, covariances: Tensor) -> Tensor:
-    """|m - n|^2 + trace(A + B - 2 (A B)^1/2) of means (2, F) and covariances (2, F, F)."""
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # A^1/2 B A^1/2 has the eigenvalues of A B and, symmetric, none that rounding makes complex.
-    roots = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt()
-    traces = covariances.diagonal(dim1=1, dim2=2).sum()
-    return (means[0] - means[1]).square().sum() + traces - 2 * roots.sum()
+        # |m - n|^2 + trace(A + B - 2 (A B)^1/2) of means m, n and covariances A, B
+        values, vectors = torch.linalg.eigh(covariances[0])
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        # A^1/2 B A^1/2 has the eigenvalues of A B and, symmetric, none that rounding makes complex.
+        roots = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt()
+        traces = covariances.diagonal(dim1=1, dim2=2).sum()
+        return ((means[0] - means[1]).square().sum() + traces - 2 * roots.sum()).float()
 
 
 def read_statistics(file: str | Path, num_features: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +108,7 @@ class FID(FrechetDistance):
     label = "FID"
 
     def __init__(self, reference_stats: str | None = None) -> None:
-        super().__init__(load_inception(), NUM_FEATURES, reference_stats)
+        super().__init__(inception_2015(load_weights(find_file(INCEPTION_URL))), NUM_FEATURES, reference_stats)
 
     def prepared(self, images: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, 299, 299)."""
@@ -106,13 +117,21 @@ class FID(FrechetDistance):
 
 
 class FIDTensorFlow(FID):
-    """FID of the same pictures of 256, which TensorFlow's and torch-fidelity's bilinear resizes for the network."""
+    """FID of the same pictures of 256, resized for the network as TensorFlow 1 and torch-fidelity do it.
+
+    Their bilinear lets pixel i lie at i, not at i + 1/2.
+    """
 
     version = 1
 
     def prepared(self, images: Tensor) -> Tensor:
-        squares = pillow_squares(images, 256, InterpolationMode.LANCZOS)
-        return (resize_like_tensorflow(squares, INCEPTION_SIZE) - 128) / 128
+        x = pillow_squares(images, 256, InterpolationMode.LANCZOS)
+        at = torch.arange(INCEPTION_SIZE, device=x.device) * (256 / INCEPTION_SIZE)
+        left = at.long()
+        right = (left + 1).clamp(max=255)
+        x = torch.lerp(x[:, :, left], x[:, :, right], (at - left)[:, None])
+        x = torch.lerp(x[..., left], x[..., right], at - left)
+        return (x - 128) / 128
 
 
 class FIDClean(FID):
@@ -126,13 +145,28 @@ class FIDClean(FID):
         return (resized.clamp(0, 255) - 128) / 128
 
 
-def resize_like_tensorflow(x: Tensor, size: int) -> Tensor:
-    """Bilinear (B, C, size, size) of x (B, C, H, W) as TensorFlow 1 did it: pixel i lies at i, not at i + 1/2."""
-    for dim in (2, 3):
-        length = x.shape[dim]
-        at = torch.arange(size, device=x.device) * (length / size)
-        left = at.long()
-        right = (left + 1).clamp(max=length - 1)
-        share = (at - left).view([-1 if axis == dim else 1 for axis in range(4)])
-        x = torch.lerp(x.index_select(dim, left), x.index_select(dim, right), share)
-    return x
+# --- the Inception network of 2015 that FID is defined by: torchvision's, but for how four kinds of block pool ------
+
+
+def inception_2015(weights: dict[str, Tensor]) -> nn.Module:
+    """The network from pixels in [-1, 1] (B, 3, 299, 299) to features (B, 2048)."""
+    with torch.device("meta"):  # every weight is then a loaded one
+        network = Inception3(num_classes=NUM_CLASSES, aux_logits=False, init_weights=False)
+    network.load_state_dict(weights, assign=True)
+    network.fc = nn.Identity()
+    for name, pool in POOLS.items():
+        setattr(network, name, _OtherPool(getattr(network, name), pool))
+    return frozen(network)
+
+
+class _OtherPool(nn.Module):
+    """A block of torchvision's whose last branch, a pooling and a convolution, pools otherwise."""
+
+    def __init__(self, block: nn.Module, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.convolution, self.pool = block, block.branch_pool, pool
+        block.branch_pool = nn.Identity()  # the block then ends with x itself, pooled as torchvision does it
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = self.block(x)[:, : -x.shape[1]]
+        return torch.cat([others, self.convolution(self.pool(x))], dim=1)

@@ -42,44 +42,37 @@ VISION_NAMES = {  # of the checkpoint -> of transformers
 
 
 class ImageReward(PerImage):
-    """Mean of ImageReward-v1.0 (arXiv:2304.05977), a reward that people's choices taught, of pictures and prompts."""
+    """Mean of ImageReward-v1.0 (arXiv:2304.05977), a reward that people's choices taught, of pictures and prompts.
+
+    weights: the tensors of ImageReward.pt, where they are not those on this machine, with their tokenizer and the sizes
+    of the two transformers; RuntimeError if they do not fit.
+    """
 
     needs = ("images", "prompts")
     higher_is_better = True
     label = "ImageReward"
 
-    def __init__(self, network: nn.Module | None = None) -> None:
-        super().__init__()
-        self.network = network or ImageRewardNetwork(
-            load_weights(find_hub_file(REPOSITORY, FILE)), load_part(TOKENIZER, AutoTokenizer)
-        )
-
-    def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.network(images, prompts)
-
-
-class ImageRewardNetwork(nn.Module):
-    """Rewards (B,) of pictures and prompts, from the tensors of ImageReward.pt; RuntimeError if they do not fit.
-
-    vision, text: sizes of the two transformers, where they are not those of ImageReward-v1.0.
-    """
-
     def __init__(
         self,
-        weights: dict[str, Tensor],
-        tokenizer: Any,
+        weights: dict[str, Any] | None = None,
+        tokenizer: Any = None,
         *,
         vision: dict[str, Any] = VISION,
         text: dict[str, Any] = TEXT,
     ) -> None:
         super().__init__()
+        weights = weights or load_weights(find_hub_file(REPOSITORY, FILE))
+        self.tokenizer = tokenizer or load_part(TOKENIZER, AutoTokenizer)
         vision_config = BlipVisionConfig(**vision, attn_implementation="eager")
         text_config = BlipTextConfig(**text, attn_implementation="eager")
         with torch.device("meta"):  # every weight is then a loaded one
             self.vision = BlipVisionModel(vision_config)
             self.text = BlipTextModel(text_config, add_pooling_layer=False)
             self.head = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise((text_config.hidden_size, *HEAD))))
-        self.vision.load_state_dict(_renamed(_below("blip.visual_encoder.", weights)), assign=True)
+        vision_weights = _below("blip.visual_encoder.", weights)
+        for pattern, replacement in VISION_NAMES.items():
+            vision_weights = {re.sub(pattern, replacement, name): value for name, value in vision_weights.items()}
+        self.vision.load_state_dict(vision_weights, assign=True)
         text_weights = _below("blip.text_encoder.", weights)
         text_weights.pop("embeddings.position_ids", None)
         self.text.load_state_dict(text_weights, assign=True)
@@ -87,11 +80,9 @@ class ImageRewardNetwork(nn.Module):
         for layer, index in zip(self.head, layers, strict=True):  # between them lie layers of dropout
             layer.load_state_dict(_below(f"mlp.layers.{index}.", weights), assign=True)
         self.text.embeddings.position_ids = torch.arange(text_config.max_position_embeddings)[None]
-        self.tokenizer = tokenizer
         frozen(self)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], B prompts."""
+    def values(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.head[0].weight.device
         squares = pillow_squares(images, self.vision.config.image_size, InterpolationMode.BICUBIC)
         pixels = normalize(squares / 255, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -106,12 +97,3 @@ class ImageRewardNetwork(nn.Module):
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for name, value in weights.items():
-        for pattern, replacement in VISION_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        result[name] = value
-    return result

@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
-from icd_lightning.data.images import quantize, to_pictures
+from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PerImage, pillow_squares
-from icd_lightning.metrics.pretrained import find_file, frozen, load_network, load_part, load_weights
+from icd_lightning.metrics.pretrained import find_file, frozen, load_network, load_weights
 
 LPIPS_TRUNKS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
-DINOV2, DINO = "facebook/dinov2-base", "facebook/dino-vitb8"
+DINO = "facebook/dino-vitb8"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class LPIPS(PerImage):
     """Mean LPIPS distance (arXiv:1801.03924) with VGG16, of pictures resized to 224: piq's, as iCD's evaluation has it.
 
-    network: distances (B, 1, 1, 1) of two batches in [-1, 1], where it is not the one on this machine.
+    trunk: the tensors of torchvision's network, where they are not those on this machine. They get lpips' own heads,
+    in a network that is built without weights, so that none stays random.
     """
 
     net: ClassVar[Literal["vgg", "squeeze"]] = "vgg"
     version = 2  # 1 gave the network [0, 1]
     higher_is_better = False
 
-    def __init__(self, network: nn.Module | None = None) -> None:
+    def __init__(self, trunk: dict[str, Any] | None = None) -> None:
+        import lpips
+
         super().__init__()
-        if network is None:
-            network = lpips_network(self.net, load_weights(find_file(LPIPS_TRUNKS[self.net])))
+        trunk = trunk or load_weights(find_file(LPIPS_TRUNKS[self.net]))
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # torchvision's, about the arguments that lpips gives it
+            network = lpips.LPIPS(net=self.net, pretrained=False, pnet_rand=True, verbose=False)
+        # sliceN.<i>.weight is torchvision's features.<i>.weight
+        weights = {f"net.{name}": trunk[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
+        heads = load_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{self.net}.pth")
+        network.scaling_layer = lpips.ScalingLayer()  # constants
+        network.load_state_dict(weights | heads, strict=False, assign=True)  # `lins` is `lin0` ... once more
+        assert not any(value.is_meta for value in network.state_dict().values())
         self.network = frozen(network)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
@@ -55,26 +66,6 @@ class SqueezeLPIPS(LPIPS):
         return quantize(images) / 127.5 - 1
 
 
-class DinoV2Similarity(PerImage):
-    """Mean cosine of DinoV2's `pooler_output` over pairs of images, each prepared by the model's own processor."""
-
-    higher_is_better = True
-
-    def __init__(self) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
-        super().__init__()
-        self.processor = load_part(DINOV2, AutoImageProcessor, backend="pil")
-        self.network = load_network(DINOV2, AutoModel)
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return torch.cosine_similarity(self._embed(images), self._embed(reference))
-
-    def _embed(self, images: Tensor) -> Tensor:
-        pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
-        return self.network(pixels.to(images.device)).pooler_output
-
-
 class StructureDistance(PerImage):
     """PIE-Bench's structure distance: mean squared difference of the self-similarities of DINO ViT-B/8's last keys.
 
@@ -86,11 +77,9 @@ class StructureDistance(PerImage):
     higher_is_better = False
 
     def __init__(self) -> None:
-        from transformers import ViTModel
-
         super().__init__()
         options = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}  # DINO's own; its config on the hub says 1e-12
-        self.network = load_network(DINO, ViTModel, **options)
+        self.network = load_network(DINO, **options)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         difference = self._self_similarity(images) - self._self_similarity(reference)
@@ -105,19 +94,3 @@ class StructureDistance(PerImage):
             self.network(normalize(squares, *IMAGENET))
         unit = torch.nn.functional.normalize(keys[0], dim=-1)
         return unit @ unit.mT
-
-
-def lpips_network(net: Literal["vgg", "squeeze"], trunk: dict[str, Tensor]) -> nn.Module:
-    """lpips' network with its own heads and torchvision's trunk, built without weights, so that none stays random."""
-    import lpips
-
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torchvision's, about the arguments that lpips gives it
-        network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    # sliceN.<i>.weight is torchvision's features.<i>.weight
-    weights = {f"net.{name}": trunk[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
-    heads = load_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
-    network.scaling_layer = lpips.ScalingLayer()  # constants
-    network.load_state_dict(weights | heads, strict=False, assign=True)  # `lins` is `lin0` ... once more
-    assert not any(value.is_meta for value in network.state_dict().values())
-    return network

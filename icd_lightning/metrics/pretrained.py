@@ -22,15 +22,14 @@ class MissingNetworkError(FileNotFoundError):
     """A pretrained network is not on this machine; the message says what to put where."""
 
 
-_alive: WeakValueDictionary[tuple[str, str], nn.Module] = WeakValueDictionary()
+_alive: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 def find_file(url: str) -> Path:
     """The URL's file in ICD_METRICS_HOME or torch.hub's cache; its name ends in its own SHA-256, which must fit."""
     name = url.rsplit("/", 1)[1]
-    folders = [*filter(None, [_home()]), Path(torch.hub.get_dir()) / "checkpoints"]
-    file = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if file is None:
+    file = _at_home(name) or Path(torch.hub.get_dir(), "checkpoints", name)
+    if not file.is_file():
         raise _missing(url, name)
     if not (digest := sha256(file)).startswith(file.stem.rsplit("-", 1)[1]):
         raise ValueError(f"{file} is damaged or not what its name says (SHA-256 {digest[:8]}); fetch {url} again")
@@ -41,12 +40,10 @@ def find_hub_file(repository: str, name: str) -> Path:
     """A file of a Hugging Face repository, in ICD_METRICS_HOME itself or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    if (home := _home()) and (home / name).is_file():
-        return home / name
-    cached = try_to_load_from_cache(repository, name)
-    if not isinstance(cached, str):
+    file = _at_home(name) or try_to_load_from_cache(repository, name)
+    if not isinstance(file, (str, Path)):
         raise _missing(f"{repository} (hf download {repository} {name})", name)
-    return Path(cached)
+    return Path(file)
 
 
 def load_part(repository: str, part: Any, **options: Any) -> Any:
@@ -54,22 +51,24 @@ def load_part(repository: str, part: Any, **options: Any) -> Any:
     try:
         return part.from_pretrained(_source(repository), local_files_only=True, **options)
     except OSError as error:
-        raise _missing(f"{repository} (hf download {repository})", f"{_folder(repository)}/") from error
+        raise _missing(f"{repository} (hf download {repository})", f"{Path(repository).name}/") from error
 
 
-def load_network(repository: str, network: Any, **options: Any) -> nn.Module:
-    """A network of a Hugging Face repository, float32 and frozen; metrics that are alive share one.
+def load_network(repository: str, **options: Any) -> nn.Module:
+    """The network of a Hugging Face repository, float32 and frozen; metrics that are alive share one.
 
     ValueError if it lacks any of its weights, which transformers would leave random.
     """
-    key = (str(_source(repository)), network.__name__)
-    if key not in _alive:
+    from transformers import AutoModel
+
+    source = str(_source(repository))
+    if source not in _alive:
         settings = {"output_loading_info": True, "dtype": torch.float32, **options}
-        loaded, info = load_part(repository, network, **settings)
+        loaded, info = load_part(repository, AutoModel, **settings)
         if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise ValueError(f"{key[0]} lacks {len(lacking)} weights, e.g. {lacking[0]}: fetch it again")
-        _alive[key] = loaded = frozen(loaded)
-    return _alive[key]
+            raise ValueError(f"{source} lacks {len(lacking)} weights, e.g. {lacking[0]}: fetch it again")
+        _alive[source] = loaded = frozen(loaded)
+    return _alive[source]
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
@@ -87,20 +86,15 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def _source(repository: str) -> str | Path:
-    home = _home()
-    folder = home / _folder(repository) if home else None
-    return folder if folder and folder.is_dir() else repository
+    return _at_home(Path(repository).name) or repository
 
 
-def _folder(repository: str) -> str:
-    return repository.rsplit("/", 1)[-1]
-
-
-def _home() -> Path | None:
-    folder = os.environ.get("ICD_METRICS_HOME")
-    return Path(folder) if folder else None
+def _at_home(name: str) -> Path | None:
+    """What has this name in ICD_METRICS_HOME, if there is such a thing."""
+    home = os.environ.get("ICD_METRICS_HOME")
+    return Path(home, name) if home and Path(home, name).exists() else None
 
 
 def _missing(source: str, name: str) -> MissingNetworkError:
-    folder = _home() or "a folder named by ICD_METRICS_HOME"
+    folder = os.environ.get("ICD_METRICS_HOME") or "a folder named by ICD_METRICS_HOME"
     return MissingNetworkError(f"put {source} as {name} into {folder}, or go without, e.g. metrics: [psnr, ssim]")

@@ -1,7 +1,11 @@
-"""How near a picture is to another, value by value. Images are (B, 3, H, W) in [-1, 1]; their 8-bit values count."""
+"""How near a picture is to another, value by value, and its latents to noise.
+
+Images are (B, 3, H, W) in [-1, 1]; their 8-bit values count.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,29 +29,19 @@ def mse(images: Tensor, reference: Tensor) -> Tensor:
     return ((quantize(images) - quantize(reference)) / 255).square().mean((1, 2, 3))
 
 
-def psnr_within(images: Tensor, reference: Tensor, region: Tensor) -> Tensor:
-    """PSNR in dB over the pixels where region (B, 1, H, W) is 1, (B,), NaN where there are none: no `psnr-edited`."""
-    error = (quantize(images) - quantize(reference)).square() * region
-    return 10 * torch.log10(255.0**2 * 3 * region.sum((1, 2, 3)) / error.sum((1, 2, 3)))
-
-
 class PSNR(PerImage):
     """Mean over images of their `psnr`, in dB."""
 
     higher_is_better = True
-    digits, unit = 2, "dB"
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return psnr(images, reference)
+    digits = 2
+    values = staticmethod(psnr)
 
 
 class MSE(PerImage):
     """Mean over images of their `mse`."""
 
     higher_is_better = False
-
-    def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return mse(images, reference)
+    values = staticmethod(mse)
 
 
 class SSIM(PerImage):
@@ -59,6 +53,19 @@ class SSIM(PerImage):
         return structural_similarity_index_measure(
             quantize(images), quantize(reference), data_range=255.0, reduction="none"
         )
+
+
+class LatentNLL(PerImage):
+    """Mean over images of -log N(noise; 0, I) per dimension (Table 1, arXiv:2406.14539).
+
+    True noise has (1 + log 2 pi) / 2 = 1.419; less is noise too quiet, more noise too loud.
+    """
+
+    needs = ("noise",)
+    digits = 3
+
+    def values(self, noise: Tensor) -> Tensor:
+        return 0.5 * (noise.float().square().flatten(1).mean(1) + math.log(2 * math.pi))
 
 
 class Within(PerImage):
@@ -77,7 +84,8 @@ class Within(PerImage):
     def values(self, *inputs: Any) -> Tensor:
         *inputs, masks = inputs
         pairs = zip(self.metric.needs, inputs, strict=True)
-        parts = [_blackened(x, self._region(masks)) if need in ("images", "reference") else x for need, x in pairs]
+        region, shown = self._region(masks), ("images", "reference")
+        parts = [quantize(x) * region / 127.5 - 1 if need in shown else x for need, x in pairs]
         return self.metric.values(*parts).where(self.counted(masks), torch.nan)
 
     def counted(self, *inputs: Any) -> Tensor:
@@ -85,8 +93,3 @@ class Within(PerImage):
 
     def _region(self, masks: Tensor) -> Tensor:
         return masks.bool() if self.edited else ~masks.bool()
-
-
-def _blackened(images: Tensor, region: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1], 0 of 255 outside the region (B, 1, H, W)."""
-    return quantize(images) * region / 127.5 - 1

@@ -13,23 +13,23 @@ from icd_lightning.registry import Entry, Registry
 if TYPE_CHECKING:
     from icd_lightning.metrics.base import PictureMetric
 
-HERE = "icd_lightning.metrics"
+HERE, DINOV2 = "icd_lightning.metrics", "facebook/dinov2-base"
 OWN = {
     "psnr": Entry(f"{HERE}.reconstruction.PSNR", "peak signal-to-noise ratio, dB"),
     "ssim": Entry(f"{HERE}.reconstruction.SSIM", "structural similarity"),
     "mse": Entry(f"{HERE}.reconstruction.MSE", "mean squared difference"),
     "lpips": Entry(f"{HERE}.perceptual.LPIPS", "LPIPS with VGG16 at 224 pixels, as the paper has it"),
     "lpips-squeeze": Entry(f"{HERE}.perceptual.SqueezeLPIPS", "LPIPS with SqueezeNet, as PIE-Bench has it"),
-    "dinov2": Entry(f"{HERE}.perceptual.DinoV2Similarity", "cosine of DinoV2's features"),
+    "dinov2": Entry(f"{HERE}.alignment.ImageCosine", "cosine of DinoV2's features", {"repository": DINOV2}),
     "structure-distance": Entry(f"{HERE}.perceptual.StructureDistance", "distance of DINO's self-similarities"),
     "clip-t": Entry(f"{HERE}.alignment.CLIPText", "CLIP's cosine of picture and prompt"),
-    "clip-i": Entry(f"{HERE}.alignment.CLIPImage", "CLIP's cosine of picture and reference"),
+    "clip-i": Entry(f"{HERE}.alignment.ImageCosine", "CLIP's cosine of picture and reference"),
     "clip-score": Entry(f"{HERE}.alignment.CLIPScore", "100 times CLIP's cosine of picture and prompt, at least 0"),
     "image-reward": Entry(f"{HERE}.image_reward.ImageReward", "ImageReward-v1.0 of picture and prompt"),
     "fid": Entry(f"{HERE}.distribution.FID", "Frechet distance of pictures resized as in pytorch-fid"),
     "fid-tf": Entry(f"{HERE}.distribution.FIDTensorFlow", "Frechet distance of pictures resized as in torch-fidelity"),
     "fid-clean": Entry(f"{HERE}.distribution.FIDClean", "Frechet distance of pictures resized as in clean-fid"),
-    "latent-nll": Entry(f"{HERE}.latents.LatentNLL", "negative log-likelihood of inverted latents"),
+    "latent-nll": Entry(f"{HERE}.reconstruction.LatentNLL", "negative log-likelihood of inverted latents"),
 }
 METRICS = Registry("metric", "icd_lightning.metrics", OWN)
 PIEBENCH = (
@@ -66,20 +66,18 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     presets = PRESETS.entries
     expanded = tuple(dict.fromkeys(name for given in names for name in presets.get(given, (given,))))
     for name in expanded:
-        _entry(name)
+        _find(name)
     if not expanded:
         raise ValueError("metrics [] measure nothing: name some, e.g. [psnr, ssim], or leave out what measures")
     return expanded
 
 
-def metric_class(name: str) -> type[PictureMetric]:
-    """The class behind a name, which states direction, version and how a value is printed; no network is loaded."""
-    return _entry(name).load()
-
-
-def _entry(name: str) -> Entry:
+def _find(name: str) -> tuple[Entry, str, str | None]:
+    """The entry of a name, the name without its ending, and that ending, e.g. "psnr" and "unedited", if it has one."""
+    whole, _, part = name.rpartition("-")
+    whole, part = (whole, part) if part in PARTS else (name, None)
     try:
-        return METRICS.find(_split(name)[0])
+        return METRICS.find(whole), whole, part
     except ValueError as error:
         more = "" if "." in name else f"; presets: {', '.join(PRESETS.entries)}; endings: {', '.join(PARTS)}"
         raise ValueError(f"{error}{more}") from error
@@ -90,9 +88,9 @@ def _build(name: str) -> PictureMetric:
     from icd_lightning.metrics.pretrained import MissingNetworkError
     from icd_lightning.metrics.reconstruction import Within
 
-    whole, part = _split(name)
+    entry, whole, part = _find(name)
     try:
-        metric = _entry(name).build()
+        metric = entry.build()
     except MissingNetworkError as error:
         raise FileNotFoundError(f"metric {whole} lacks its network: {error}") from error
     if not isinstance(metric, PictureMetric):
@@ -102,9 +100,3 @@ def _build(name: str) -> PictureMetric:
     if not isinstance(metric, PerImage) or "images" not in metric.needs:
         raise ValueError(f"metric {name!r}: {whole} is not of single pictures, and so not of parts of them")
     return Within(metric, edited=PARTS[part])
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    """A name and the ending it has, e.g. ("psnr", "unedited")."""
-    whole, _, part = name.rpartition("-")
-    return (whole, part) if part in PARTS else (name, None)

@@ -18,7 +18,7 @@ from icd_lightning.tiny.scenes import HELD_OUT_SEED, Scene, scene_at
 
 def scene_batch(scenes: Sequence[Scene], keys: Sequence[str], size: int = 64) -> Batch:
     """Render B scenes to a Batch: images (B, 3, size, size) in [-1, 1], captions, and the scenes as metadata."""
-    images = to_images([render(scene, size) for scene in scenes], memory_format=torch.channels_last)  # as drawn
+    images = to_images([render(scene, size) for scene in scenes]).contiguous(memory_format=torch.channels_last)
     place = {"original_size": (size, size), "crop_top_left": (0, 0)}
     return Batch(images, [s.caption() for s in scenes], list(keys), [s.to_dict() | place for s in scenes])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PerImage
 from icd_lightning.metrics.distribution import FrechetDistance
 from icd_lightning.tiny.attributes import caption_labels
@@ -25,6 +26,12 @@ def load_scene_network() -> SceneNetwork:
     from icd_lightning.models.family import shipped
 
     return SceneNetwork.from_pretrained(shipped() / "scene_network")
+
+
+def psnr_within(images: Tensor, reference: Tensor, region: Tensor) -> Tensor:
+    """PSNR in dB over the pixels where region (B, 1, H, W) is 1, (B,), NaN where there are none: no `psnr-edited`."""
+    error = (quantize(images) - quantize(reference)).square() * region
+    return 10 * torch.log10(255.0**2 * 3 * region.sum((1, 2, 3)) / error.sum((1, 2, 3)))
 
 
 class TinyFrechetDistance(FrechetDistance):
@@ -43,7 +50,7 @@ class TinyAgreement(PerImage):
 
     needs = ("images", "prompts")
     higher_is_better = True
-    digits, factor, unit = 1, 100, "%"
+    digits, factor = 1, 100
     label = "attributes as in the caption (%)"
 
     def __init__(self) -> None:

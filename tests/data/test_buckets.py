@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icd_lightning.data.buckets import bucket_sizes, bucket_step, nearest_bucket
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.data.decoding import SampleDecoder
+from icd_lightning.data.decoding import SampleDecoder, bucket_sizes, bucket_step, nearest_bucket
 from icd_lightning.data.shards import encode_sample, open_shards, write_shards
 from icd_lightning.data.stream import TrainStream
 from icd_lightning.data.tally import RejectedError, Tally
@@ -56,13 +55,13 @@ def test_a_picture_is_brought_to_its_bucket_and_the_crop_is_kept():
     decoder = SampleDecoder(64, buckets=True)
     wide = raw(300, 190)  # 1.58; 80 x 48 is 1.67
     decoded = decoder.decode(wide)
-    assert decoder.admit(wide) == decoded.picture.shape[:2] == (48, 80)
+    assert decoder.admit(wide).size == decoded.picture.shape[:2] == (48, 80)
     assert decoded.metadata == {"original_size": (190, 300), "crop_top_left": (1, 0)}
     assert decoded.picture[:, :39].max() < 40
     assert decoded.picture[:, 41:].min() > 215
-    assert decoder.admit(raw(190, 300)) == (80, 48)
-    assert decoder.admit(raw(64, 64)) == (64, 64)
-    assert SampleDecoder(64).admit(wide) == (64, 64)
+    assert decoder.admit(raw(190, 300)).size == (80, 48)
+    assert decoder.admit(raw(64, 64)).size == (64, 64)
+    assert SampleDecoder(64).admit(wide).size == (64, 64)
 
 
 def test_a_turned_picture_goes_to_the_bucket_of_its_upright_form():
@@ -70,7 +69,7 @@ def test_a_turned_picture_goes_to_the_bucket_of_its_upright_form():
     exif[0x0112] = 6
     turned = raw(320, 192, "JPEG", exif=exif)
     decoder = SampleDecoder(64, buckets=True)
-    assert decoder.admit(turned) == decoder.decode(turned).picture.shape[:2] == (80, 48)
+    assert decoder.admit(turned).size == decoder.decode(turned).picture.shape[:2] == (80, 48)
     assert decoder.decode(turned).metadata["original_size"] == (320, 192)
 
 
@@ -88,7 +87,7 @@ def test_a_turned_picture_goes_to_the_bucket_of_its_upright_form():
 def test_what_would_have_to_be_enlarged_is_left_out_unless_allowed(size, options, fits):
     decoder = SampleDecoder(64, buckets=True, **options)
     if fits:
-        assert decoder.admit(raw(*size)) == decoder.decode(raw(*size)).picture.shape[:2]
+        assert decoder.admit(raw(*size)).size == decoder.decode(raw(*size)).picture.shape[:2]
     else:
         with pytest.raises(RejectedError, match=r"too_small: a of 0\.tar is"):
             decoder.admit(raw(*size))
@@ -159,8 +158,8 @@ def test_a_bucketed_stream_entered_anywhere_goes_on_as_if_read_from_the_start(mi
 
 def test_skipping_a_bucketed_stream_decodes_nothing(mixed, monkeypatch):
     decoded = []
-    decode = SampleDecoder.decode
-    monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw["__key__"]) or decode(self, raw))
+    finish = SampleDecoder.finish
+    monkeypatch.setattr(SampleDecoder, "finish", lambda self, one: decoded.append(one.key) or finish(self, one))
     tally = Tally()
     next(stream_over(mixed).batches(0, tally, skip=20))
     assert len(decoded) == 4

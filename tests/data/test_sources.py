@@ -13,9 +13,9 @@ from shards_case import corrupt, numbered_samples, numbers
 from icd_lightning.data import tally
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
-from icd_lightning.data.sources import expand, open_url
 from icd_lightning.data.stream import Piece
-from icd_lightning.data.tally import Limits, NothingToReadError, Tally
+from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.tars import expand, open_url
 
 
 def data_for(urls, **options) -> ShardDataModule:
@@ -170,7 +170,7 @@ def test_only_failing_sources_end_at_once_with_the_reason(http):
 
 @pytest.mark.parametrize("url", ["pipe:sleep 60", "pipe:head -c 9000 {shards}/00000.tar; sleep 60", "{http}/stuck.tar"])
 def test_a_source_that_falls_silent_is_given_up(http, shards, url):
-    counted = Tally(limits=Limits(1, 0.3))
+    counted = Tally(stall_timeout=0.3)
     start = time.monotonic()
     with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0.3 s .*broken_shard 1"):
         list(Piece(url.format(http=http, shards=shards)).read(counted))

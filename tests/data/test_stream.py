@@ -7,7 +7,7 @@ from shards_case import corrupt, numbered_samples, numbers, with_corrupt
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.shards import open_shards, write_shards
 from icd_lightning.data.stream import Piece, TrainStream
-from icd_lightning.data.tally import Limits, NothingToReadError, Tally
+from icd_lightning.data.tally import NothingToReadError, Tally
 
 
 def stream_over(urls, *, verify="count", min_size=None, **options) -> TrainStream:
@@ -123,16 +123,23 @@ def test_a_corrupt_picture_is_replaced_by_a_good_one_of_the_same_share(tmp_path)
 
 def test_skipping_decodes_nothing(shards, monkeypatch):
     decoded = []
-    decode = SampleDecoder.decode
-    monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw["__key__"]) or decode(self, raw))
+    finish = SampleDecoder.finish
+    monkeypatch.setattr(SampleDecoder, "finish", lambda self, one: decoded.append(one.key) or finish(self, one))
     next(stream_over(shards).batches(0, Tally(), skip=10))
     assert len(decoded) == 5
+
+
+def test_each_sample_is_checked_once(shards, monkeypatch):
+    checked = []
+    admit = SampleDecoder.admit
+    monkeypatch.setattr(SampleDecoder, "admit", lambda self, raw: checked.append(raw["__key__"]) or admit(self, raw))
+    assert len(seen(stream_over(shards).batches(0, Tally()))) == len(checked) == len(set(checked)) == 60
 
 
 def test_the_time_before_a_stream_is_entered_is_no_silence(tmp_path):
     samples = [sample | ({"txt": b""} if n % 10 == 0 else {}) for n, sample in enumerate(numbered_samples(60))]
     write_shards(samples, tmp_path, shard_size=10, parameters={})
-    tally = Tally(limits=Limits(stall_timeout=1.0))
+    tally = Tally(max_skipped=0.5, stall_timeout=1.0)
     time.sleep(1.1)  # then the first sample of all is one that cannot be used
     assert len(next(stream_over(tmp_path, shuffle_buffer=0).batches(0, tally, skip=1)).keys) == 5
 

@@ -4,11 +4,11 @@ import time
 import pytest
 
 from icd_lightning.data import tally as module
-from icd_lightning.data.tally import Limits, NothingToReadError, RejectedError, Tally
+from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
 
 
 def read(tally: Tally, good: int, bad: int = 0, worker: int = 0, reason: str = "too_small") -> None:
-    """Count as `worker` what `attempt` would."""
+    """Count as `worker` what `usable` would."""
     tally.count_as(worker)
     tally.add("read", good)
     tally.add("passed", good)
@@ -27,32 +27,32 @@ def test_counts_go_by_reason_over_all_workers_and_each_reason_is_said_once(caplo
     assert "no_caption 1, too_small 3; for one, a picture of worker 0" in str(tally.nothing("x"))
 
 
-def test_attempts_that_fail_are_counted():
+def test_samples_that_are_rejected_are_left_out_and_counted():
     def decode(raw):
         if raw["n"] > 2:
             raise RejectedError("corrupt_image", "n > 2")
         return raw["n"]
 
     tally = Tally()
-    assert [tally.attempt(decode, {"n": n}) for n in range(5)] == [0, 1, 2, None, None]
+    assert list(tally.usable(decode, ({"n": n} for n in range(5)))) == [0, 1, 2]
     assert tally.counts()["corrupt_image"] == 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_run_ends_when_more_than_a_share_is_lost_and_not_before_a_thousand(share):
     most = int(share * module.MIN_READ)
-    tally = Tally(num_workers=2, limits=Limits(max_skipped=share))
+    tally = Tally(num_workers=2, max_skipped=share)
     read(tally, 0, most, worker=0)
     read(tally, module.MIN_READ - most, worker=1)
     with pytest.raises(
         NothingToReadError, match=rf"{most + 1} of 1001 samples .* more than max_skipped {share:g} allows"
     ):
         read(tally, 0, 1)
-    read(Tally(limits=Limits(max_skipped=1)), 0, 1500)
+    read(Tally(max_skipped=1), 0, 1500)
 
 
 def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
-    tally = Tally(limits=Limits(0.5))
+    tally = Tally(max_skipped=0.5)
     for _ in range(3):
         tally.add("shards")
         read(tally, 300)
@@ -67,7 +67,7 @@ def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
 
 
 def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
-    tally = Tally(num_workers=2, limits=Limits(1, stall_timeout=0.2))
+    tally = Tally(num_workers=2, stall_timeout=0.2)
     time.sleep(0.3)
     tally.count_as(1)
     tally.awaited()  # training or validation went on meanwhile; a batch is asked for only now
@@ -87,4 +87,4 @@ def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
 def test_limits_that_make_no_sense_are_refused(limits):
     (name,) = limits
     with pytest.raises(ValueError, match=f"{name} {limits[name]} must"):
-        Limits(**limits)
+        Tally(**limits)

@@ -7,7 +7,7 @@ from torchmetrics.multimodal import CLIPScore as TorchmetricsCLIPScore
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.alignment import CLIPImage, CLIPScore, CLIPText
+from icd_lightning.metrics.alignment import CLIPScore, CLIPText, ImageCosine
 from icd_lightning.metrics.reconstruction import Within
 from icd_lightning.models.tokenizer import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
@@ -44,10 +44,10 @@ def test_clip_t_and_clip_i_are_plain_cosines(clip_home):
     prompts = [scene.caption() for scene in drawn]  # of different lengths
     expected = [torch.dot(*pair) for pair in embeddings(CLIPText(), images, prompts)]  # embeddings are of unit length
     torch.testing.assert_close(CLIPText().per_image(images, prompts=prompts), torch.stack(expected))
-    pairs = zip(*(embeddings(CLIPImage(), x, prompts) for x in (images, images.flip(0))), strict=True)
+    pairs = zip(*(embeddings(CLIPText(), x, prompts) for x in (images, images.flip(0))), strict=True)
     expected = torch.stack([torch.dot(a[0], b[0]) for a, b in pairs])
-    torch.testing.assert_close(CLIPImage().per_image(images, images.flip(0)), expected)
-    torch.testing.assert_close(CLIPImage().per_image(images, images), torch.ones(3))
+    torch.testing.assert_close(ImageCosine().per_image(images, images.flip(0)), expected)
+    torch.testing.assert_close(ImageCosine().per_image(images, images), torch.ones(3))
 
 
 class OlderCLIP(CLIPModel):
@@ -96,5 +96,5 @@ def test_long_prompts_and_other_shapes_are_cut(clip_home):
 
 
 def test_metrics_of_one_process_share_the_network(clip_home):
-    first, second = CLIPText(), CLIPImage()
+    first, second = CLIPText(), ImageCosine()
     assert first.network is second.network

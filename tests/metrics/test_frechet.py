@@ -16,8 +16,8 @@ from torchvision.models.inception import Inception3
 from torchvision.transforms import v2
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics import distribution, inception
-from icd_lightning.metrics.distribution import FrechetDistance
+from icd_lightning.metrics import distribution
+from icd_lightning.metrics.distribution import FrechetDistance, inception_2015
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.metrics import TinyFrechetDistance, load_scene_network
 
@@ -139,7 +139,7 @@ def inception_file(weights, metrics_home, monkeypatch):
     torch.save(weights, metrics_home / "weights.pth")
     digest = hashlib.sha256((metrics_home / "weights.pth").read_bytes()).hexdigest()[:8]
     file = (metrics_home / "weights.pth").rename(metrics_home / f"inception-{digest}.pth")
-    monkeypatch.setattr(inception, "INCEPTION_URL", f"https://host/{file.name}")
+    monkeypatch.setattr(distribution, "INCEPTION_URL", f"https://host/{file.name}")
     return file
 
 
@@ -190,7 +190,9 @@ def test_fid_against_fixed_statistics_is_pytorch_fid_s(inception_file, weights, 
     first, second = (statistics(part) for part in (features[:6], features[6:]))
     np.savez(tmp_path / "stats.npz", **second)
     monkeypatch.setattr(distribution, "NUM_FEATURES", FEW)
-    monkeypatch.setattr(distribution, "load_inception", lambda: nn.Sequential(inception.load_inception(), FirstFew()))
+    monkeypatch.setattr(
+        distribution, "inception_2015", lambda weights: nn.Sequential(inception_2015(weights), FirstFew())
+    )
     name = str(tmp_path / "fid_coco.yaml")
     (tmp_path / "fid_coco.yaml").write_text(
         "class_path: icd_lightning.metrics.distribution.FID\n"
@@ -218,4 +220,4 @@ def test_fid_clean_sees_pillow_s_unrounded_bicubic(inception_file, size):
 
 def test_inception_that_lacks_a_weight_is_refused(weights):
     with pytest.raises(RuntimeError, match="Conv2d_1a_3x3"):
-        inception.inception_2015({name: value for name, value in weights.items() if "1a_3x3" not in name})
+        inception_2015({name: value for name, value in weights.items() if "1a_3x3" not in name})

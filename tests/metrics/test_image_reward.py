@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, linear, softmax
 from transformers import BertTokenizer
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.image_reward import HEAD, ImageReward, ImageRewardNetwork
+from icd_lightning.metrics.image_reward import HEAD, ImageReward
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LAYERS, HEADS, SEEN, READ, WORDS = 2, 2, 24, 16, 12
@@ -71,7 +71,7 @@ def weights() -> dict[str, Tensor]:
 def metric(weights) -> ImageReward:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "ring", "large", "##s", "on", "white"]
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
-    return ImageReward(ImageRewardNetwork(weights, tokenizer, vision=VISION, text=TEXT))
+    return ImageReward(weights, tokenizer, vision=VISION, text=TEXT)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_other_shapes_are_cut_and_long_prompts_too(metric):
     torch.testing.assert_close(*scores)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(weights):
+def test_a_checkpoint_that_does_not_fit_is_refused(weights, metric):
     without = {name: value for name, value in weights.items() if "blocks.1.norm2" not in name}
     with pytest.raises(RuntimeError, match=r"layers\.1\.layer_norm2"):
-        ImageRewardNetwork(without, None, vision=VISION, text=TEXT)
+        ImageReward(without, metric.tokenizer, vision=VISION, text=TEXT)

@@ -9,8 +9,9 @@ from metrics_case import grey, noisy
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.reconstruction import MSE, PSNR, SSIM, Within, psnr_within
+from icd_lightning.metrics.reconstruction import MSE, PSNR, SSIM, Within
 from icd_lightning.metrics.registry import build_metrics
+from icd_lightning.tiny.metrics import psnr_within
 
 
 def half(count: int, size: tuple[int, int] = (16, 16)) -> torch.Tensor:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from metrics_case import grey, noisy
 
-from icd_lightning.metrics.latents import LatentNLL
-from icd_lightning.metrics.reconstruction import PSNR
+from icd_lightning.metrics.reconstruction import PSNR, LatentNLL
 from icd_lightning.tiny.metrics import TinyAgreement
 
 

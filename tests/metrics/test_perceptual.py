@@ -16,16 +16,16 @@ from torchvision.transforms.functional import normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from icd_lightning.data.images import quantize, to_pictures
+from icd_lightning.metrics.alignment import ImageCosine
 from icd_lightning.metrics.perceptual import (
     IMAGENET,
     LPIPS,
-    DinoV2Similarity,
     SqueezeLPIPS,
     StructureDistance,
-    lpips_network,
 )
 from icd_lightning.metrics.pretrained import load_weights
 from icd_lightning.metrics.reconstruction import Within
+from icd_lightning.metrics.registry import build_metrics
 
 HEADS = Path(lpips.__file__).parent / "weights" / "v0.1"
 
@@ -76,31 +76,31 @@ def test_lpips_is_piq_s_as_icd_calls_it(vgg, monkeypatch, size):
         for images in pair
     ]
     expected = theirs(*(x.permute(0, 3, 1, 2) / 255.0 for x in pixels))
-    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    metric = LPIPS(weights_of(vgg))
     torch.testing.assert_close(metric.per_image(*pair), expected, rtol=1e-4, atol=1e-6)
     assert not metric.train().network.lin0.training  # its heads hold dropout
 
 
 def test_lpips_cuts_other_shapes_than_squares(vgg):
-    metric = LPIPS(lpips_network("vgg", weights_of(vgg)))
+    metric = LPIPS(weights_of(vgg))
     images, reference = scenes(2)[1].split(1)
     wide = [torch.cat([-x[..., :10], x, -x[..., -10:]], dim=3) for x in (images, reference)]
     cut, whole = metric.per_image(images, reference), metric.per_image(*wide)
     torch.testing.assert_close(whole, cut, rtol=0.02, atol=0)  # beyond the cut are pixels that resizing mixes in
 
 
-def test_lpips_network_takes_every_weight_of_the_trunk(vgg):
+def test_lpips_takes_every_weight_of_the_trunk(vgg):
     weights = weights_of(vgg)
-    loaded = lpips_network("vgg", weights).net.state_dict()
+    loaded = LPIPS(weights).network.net.state_dict()
     assert len(loaded) == len(weights) == 26
     with pytest.raises(KeyError):
-        lpips_network("vgg", {name: value for name, value in weights.items() if "28" not in name})
+        LPIPS({name: value for name, value in weights.items() if "28" not in name})
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_squeeze_lpips_is_the_lpips_package_s_and_torchmetrics_s(squeeze, monkeypatch):
     weights, pair = weights_of(squeeze), noisy(2, size=(64, 80))
-    found = SqueezeLPIPS(lpips_network("squeeze", weights)).per_image(*pair)
+    found = SqueezeLPIPS(weights).per_image(*pair)
     theirs = lpips.LPIPS(net="squeeze", pretrained=True, pnet_rand=True, verbose=False).eval()
     sliced = theirs.net.state_dict()
     theirs.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in sliced})
@@ -116,7 +116,7 @@ def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
     masks = torch.zeros(1, 1, 64, 64)
     masks[..., :32, :] = 1
     blackened = [torch.where(masks.bool(), -1.0, quantize(x) / 127.5 - 1) for x in (images, reference)]
-    metric = SqueezeLPIPS(lpips_network("squeeze", weights_of(squeeze)))
+    metric = SqueezeLPIPS(weights_of(squeeze))
     found = Within(metric, edited=False).per_image(images, reference, masks=masks)
     torch.testing.assert_close(found, metric.per_image(*blackened))
 
@@ -125,14 +125,14 @@ def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
 
 
 @pytest.fixture
-def dinov2(metrics_home) -> DinoV2Similarity:
+def dinov2(metrics_home) -> ImageCosine:
     """A DinoV2 of random weights, under a name that only this folder gives it."""
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(metrics_home / "dinov2-base")
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
     BitImageProcessor(**sizes).save_pretrained(metrics_home / "dinov2-base")
-    return DinoV2Similarity()
+    return build_metrics(["dinov2"])["dinov2"]
 
 
 def test_dinov2_of_identical_images_is_one(dinov2, images):

@@ -7,7 +7,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from icd_lightning.metrics import pretrained
-from icd_lightning.metrics.inception import INCEPTION_URL
+from icd_lightning.metrics.distribution import INCEPTION_URL
 from icd_lightning.metrics.perceptual import DINO, LPIPS_TRUNKS
 from icd_lightning.metrics.registry import OWN, build_metrics
 
@@ -72,8 +72,8 @@ def test_a_folder_that_lacks_weights_is_refused_and_a_whole_one_shared(metrics_h
     ViTModel(ViTConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder)
     ViTConfig(**sizes, num_hidden_layers=2).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"dino-vitb8 lacks \d+ weights, e.g. .*: fetch it again"):
-        pretrained.load_network(DINO, ViTModel)
+        pretrained.load_network(DINO)
     ViTModel(ViTConfig(**sizes, num_hidden_layers=2)).half().save_pretrained(folder)
-    first = pretrained.load_network(DINO, ViTModel)
-    assert pretrained.load_network(DINO, ViTModel) is first
+    first = pretrained.load_network(DINO)
+    assert pretrained.load_network(DINO) is first
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in first.parameters())

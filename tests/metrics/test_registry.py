@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icd_lightning.metrics.registry import METRICS, OWN, PRESETS, build_metrics, expand, metric_class
+from icd_lightning.metrics.registry import METRICS, OWN, PRESETS, build_metrics, expand
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 ELSEWHERE = """
@@ -17,7 +17,7 @@ from icd_lightning.metrics.base import FACTS, PerImage
 class Brightness(PerImage):
     needs = ("images",)
     higher_is_better = True
-    version, digits, factor, unit = 3, 1, 100, "%"
+    version, digits, factor = 3, 1, 100
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_a_metric_from_outside_works_by_its_path_and_inside_a_mask(elsewhere):
     masks[..., :2] = 1
     assert whole.per_image(images).item() == 1
     assert part.per_image(images, masks=masks).item() == 0.5  # the other half is black
-    assert metric_class(names[0]) is metric_class(names[1]) is type(whole)
+    assert type(part.metric) is type(whole)
 
 
 def test_a_yaml_file_gives_a_metric_its_settings(elsewhere):
@@ -66,7 +66,7 @@ def test_a_class_that_is_no_metric_is_refused(elsewhere):
 
 def test_a_part_of_a_metric_is_as_good_and_as_new_as_the_whole(elsewhere):
     part = build_metrics(["elsewhere.Brightness-unedited"])["elsewhere.Brightness-unedited"]
-    assert (part.higher_is_better, part.version, part.digits, part.factor, part.unit) == (True, 3, 1, 100, "%")
+    assert (part.higher_is_better, part.version, part.digits, part.factor) == (True, 3, 1, 100)
 
 
 LOWER = {"mse", "lpips", "lpips-squeeze", "structure-distance", "fid", "fid-tf", "fid-clean", "tiny-fd"}
@@ -76,14 +76,12 @@ LOWER |= {"tiny-perceptual"}
 @pytest.mark.parametrize("name", METRICS.entries)
 def test_every_metric_states_its_direction(name):
     best_is_near_a_value = name == "latent-nll"
-    assert metric_class(name).higher_is_better is (None if best_is_near_a_value else name not in LOWER)
+    assert METRICS.find(name).load().higher_is_better is (None if best_is_near_a_value else name not in LOWER)
 
 
 def test_metrics_whose_values_changed_have_a_new_version():
-    assert {name: metric_class(name).version for name in OWN if metric_class(name).version > 1} == {
-        "lpips": 2,
-        "fid": 2,
-    }
+    versions = {name: entry.load().version for name, entry in OWN.items()}
+    assert {name: version for name, version in versions.items() if version > 1} == {"lpips": 2, "fid": 2}
 
 
 def test_names_that_no_metric_has_are_refused_before_anything_is_loaded(metrics_home):

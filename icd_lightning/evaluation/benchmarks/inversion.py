@@ -16,7 +16,7 @@ from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.published import TABLE_2, TABLE_5
 from icd_lightning.evaluation.report import Section
 from icd_lightning.evaluation.summaries import table
-from icd_lightning.metrics.latents import LatentNLL
+from icd_lightning.metrics.reconstruction import LatentNLL
 
 
 def to_noise_and_back(bench: Bench, batch: Sequence[Example], decodings: Sequence[Decoding]) -> Iterator[Outcome]:
