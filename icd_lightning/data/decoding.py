@@ -18,15 +18,27 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.images import resize_and_crop, to_images, to_rgb, upright_size
+from icd_lightning.data.images import FORMATS, MAX_ASPECT_RATIO, resize_and_crop, to_images, to_rgb, upright_size
 from icd_lightning.data.tally import NothingToReadError, RejectedError
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOMENTS, TEXT, Raw, explain_dots, text_caption
+from icd_lightning.data.tars import (
+    IMAGE_EXTENSIONS,
+    LARGE,
+    MOMENTS,
+    MOST_BYTES,
+    TEXT,
+    Raw,
+    explain_dots,
+    printable,
+    text_caption,
+)
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
 MIXED = (
     "some shards hold pictures and some hold latents, or some hold text embeddings and some none: train on one kind at "
     "a time"
 )
+CONTROL = {chr(code) for code in range(32)} - set("\t\n\r") | {"\ufffd"}
+MOST_WORDS = 10_000  # characters of a caption, of which encoders see some 400 at most
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
@@ -73,18 +85,28 @@ class SampleDecoder:
 
     def admit(self, raw: Raw) -> Sample:
         """Check all but pixels and embeddings; raise `RejectedError` for what is wrong."""
-        name = f"{raw['__key__']} of {raw['__url__']}"
+        name = printable(f"{raw['__key__']} of {raw['__url__']}")
+        if large := [extension for extension, data in raw.items() if data is LARGE]:
+            raise RejectedError("too_large", f"{name}: {large[0]} has more than {MOST_BYTES >> 20} MB")
         try:
             metadata = json.loads(raw.get("json", b"{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RejectedError("corrupt_json", f"{name}: {error}") from error
         if not isinstance(metadata, dict):
             raise RejectedError("corrupt_json", f"{name}: a {type(metadata).__name__}, not an object with fields")
-        caption, source = text_caption(raw), ".txt or .caption file"
+        try:
+            caption, source = text_caption(raw), ".txt or .caption file"
+        except ValueError as error:
+            remedy = "save captions as UTF-8"
+            raise RejectedError("bad_caption", f"{name}: its caption is not UTF-8 ({error})", remedy) from error
         if self.caption_field is not None:
             caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
         if not isinstance(caption, str) or not caption.strip():
             raise RejectedError("no_caption", f"{name} has no {source} with text", self._caption_remedy(raw, metadata))
+        if not caption.isprintable() and (odd := set(caption) & CONTROL):
+            raise RejectedError("bad_caption", f"{name}: its caption holds {min(odd)!r}; is it UTF-8?")
+        if len(caption) > MOST_WORDS:
+            raise RejectedError("bad_caption", f"{name}: its caption has {len(caption):,} characters")
         sample = Sample(name, raw["__key__"], caption.strip(), metadata)
         return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)
 
@@ -97,6 +119,8 @@ class SampleDecoder:
                 raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
             if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
                 raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
+            if not all(np.isfinite(values).all() for values in text.values()):
+                raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} is not finite")
             return sample._replace(text=text)
         if sample.picture is None:
             return sample
@@ -116,10 +140,12 @@ class SampleDecoder:
             lacks = f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}"
             raise RejectedError("no_image", lacks, explain_dots(raw))
         try:
-            image = Image.open(BytesIO(data))
+            image = Image.open(BytesIO(data), formats=FORMATS)
             height, width = upright_size(image)
         except Exception as error:
             raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise RejectedError("too_narrow", f"{sample.name} is {width} x {height}")
         size = (self.resolution, self.resolution)
         if self.buckets:
             size = nearest_bucket(height, width, self.resolution)
@@ -134,9 +160,9 @@ class SampleDecoder:
     def _with_moments(self, sample: Sample, raw: Raw) -> Sample:
         """Read moments (C, h, w), and turn into tuples what json has made lists of."""
         try:
-            moments, settings = np.load(BytesIO(raw[MOMENTS])), sample.metadata["moments"]
+            moments, settings = _array(raw[MOMENTS]), sample.metadata["moments"]
             made = (settings["resolution"], settings.get("buckets", False))
-            places = {place: tuple(sample.metadata[place]) for place in PLACES}
+            places = {place: tuple(map(int, sample.metadata[place])) for place in PLACES}
             _, height, width = moments.shape
         except (ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
@@ -165,6 +191,20 @@ class SampleDecoder:
         )
 
 
+def _array(data: bytes) -> NDArray[np.float16]:
+    """The array of a .npy file, whose header numpy would believe; ValueError if it is none of finite numbers."""
+    file = BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("a .npy file of another version than 1.0")
+    shape, transposed, kind = np.lib.format.read_array_header_1_0(file)
+    if kind.kind != "f" or transposed or math.prod(shape) * kind.itemsize != len(data) - file.tell():
+        raise ValueError(f"{kind} {shape} in {len(data)} bytes are no moments")
+    array = np.frombuffer(data, kind, offset=file.tell()).reshape(shape)
+    if not np.isfinite(array).all():
+        raise ValueError("moments that are not finite")
+    return array.copy()
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Join samples of one size into a Batch: images (B, 3, H, W), or moments and perhaps embeddings."""
     if len({(one.picture is None, *sorted(one.text or ())) for one in samples}) > 1:
@@ -177,6 +217,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _joined(arrays: Sequence[NDArray[np.float16]]) -> torch.Tensor:
+    if len(shapes := {array.shape for array in arrays}) > 1:
+        raise NothingToReadError(
+            f"some latents or embeddings are {min(shapes)}, some {max(shapes)}: they are of several encoders, cache "
+            "them again with one"
+        )
     return torch.from_numpy(np.stack(arrays)).float()
 
 

@@ -20,6 +20,7 @@ from icd_lightning.files import write_whole
 if TYPE_CHECKING:
     import torch
 
+FORMATS = ("JPEG", "PNG", "WEBP")  # in shards: Pillow's rarer decoders make black pictures of what is cut
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
@@ -58,7 +59,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of an opened image once it is turned upright; its pixels are not read."""
-    turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    told = image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}  # asked of others, a PNG would read its pixels
+    turned = bool(told) and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return image.size if turned else image.size[::-1]
 
 

@@ -6,8 +6,10 @@ To Lightning these are plain iterables, not `DataLoader`s: so it neither wraps t
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +106,7 @@ class Loader:
                 batch_size=None,  # the source makes the batches
                 num_workers=self.num_workers,
                 collate_fn=_unchanged,
-                worker_init_fn=self.tally.count_as,
+                worker_init_fn=partial(_start_worker, self.tally),
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else every start of the workers draws from the global generator
                 timeout=patience if self.num_workers and math.isfinite(patience) else 0,
@@ -164,6 +166,16 @@ class _Batches(IterableDataset):
             yield from self.source.batches_from(self.position, self.tally, slot=slot, slots=slots)
         except NothingToReadError as error:
             yield error
+
+
+def _start_worker(tally: Tally, worker: int) -> None:
+    """Let a worker count in its own row, and live on when a scheduler ends the training.
+
+    That sends SIGTERM to all processes, and the training's last step still needs the workers' batches. So they do not
+    heed the first; the next, by which DataLoader ends workers that do not go by themselves, is heard.
+    """
+    tally.count_as(worker)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _unchanged(item: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icd_lightning.data.tars import index_shard, is_local, write_tar
-from icd_lightning.files import write_text, write_whole
+from icd_lightning.files import read_object, write_text, write_whole
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress"  # holds a record of each shard that is done, where several processes write a set
@@ -29,6 +29,13 @@ class ShardRecord:
     samples: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.bytes)
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(self.sha256, str):
+            raise ValueError(f"{self} is no record of a shard")
+        if self.samples * 512 > self.bytes:  # a tar needs as many for the header of one file
+            raise ValueError(f"{self.samples} samples do not fit in {self.bytes} bytes")
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,12 @@ class Manifest:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text())
+            content = read_object(path)
             shards = {name: ShardRecord(**record) for name, record in content["shards"].items()}
+            if wrong := [name for name in shards if name != Path(name).name or not name.endswith(".tar")]:
+                raise ValueError(f"{wrong[0]!r} is no name of a shard in this folder")
+            if not (isinstance(content["parameters"], dict) and isinstance(content["complete"], bool)):
+                raise ValueError("parameters must be an object, and complete true or false")
             return cls(content["parameters"], shards, content["complete"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}); remove it or write the shards again") from error

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from icd_lightning.data.images import FORMATS
 from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, Verify, check_shard, remove_shards, write_shard
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, printable, text_caption
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
     shards: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         url = os.path.expanduser(url.removeprefix("file://"))
-        for name in _in_folder(Path(url)) if os.path.isdir(url) else expand_urls(url):
+        if os.path.isdir(url):
+            shards += _in_folder(Path(url))
+            continue
+        for name in expand_urls(url):
             if not (matches := expand(name)):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
             shards += matches
@@ -140,7 +144,8 @@ def _in_folder(folder: Path) -> list[str]:
     names = names or {path.name for path in folder.glob("*.tar.*")}  # compressed
     if not names:
         raise FileNotFoundError(f"there are no .tar shards in {folder}; {REMEDY}")
-    return [str(folder / name) for name in sorted(names)]
+    # a name is no url, whatever it looks like: an absolute path is read as one
+    return [os.path.abspath(folder / name) for name in sorted(names)]
 
 
 def _compare(shards: Sequence[str], manifests: Mapping[Path, Manifest], *, verify: Verify) -> list[str]:
@@ -208,10 +213,11 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
             raw = entry.read()
-            captions += [caption] if (caption := text_caption(raw)) else []
-            with contextlib.suppress(StopIteration, OSError, SyntaxError):
+            with contextlib.suppress(ValueError):
+                captions += [printable(caption)] if (caption := text_caption(raw)) else []
+            with contextlib.suppress(StopIteration, OSError, SyntaxError, TypeError):
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
-                sizes["{} x {}".format(*Image.open(BytesIO(data)).size)] += 1
+                sizes["{} x {}".format(*Image.open(BytesIO(data), formats=FORMATS).size)] += 1
     rows = [
         ("shards", f"{len(paths)}"),
         ("samples", f"{samples}"),

@@ -16,7 +16,10 @@ S, T = TypeVar("S"), TypeVar("T")
 REASONS = (
     "no_image",
     "no_caption",
+    "bad_caption",
     "too_small",
+    "too_narrow",
+    "too_large",
     "corrupt_image",
     "corrupt_json",
     "corrupt_latents",
@@ -46,8 +49,8 @@ COLUMNS = ("passed", *REASONS, "read", "lost", "shards")
 class Tally:
     """Counts samples that passed and those that were skipped, by reason, over all workers (in shared memory).
 
-    Ends a run, by NothingToReadError, that loses more than the share `max_skipped` of the samples read, looked at from
-    MIN_READ samples on, or that waits `stall_timeout` seconds for a sample that can be used.
+    Ends a run, by NothingToReadError, that loses more than the share `max_skipped` of all samples read or of the latest
+    (MIN_READ of them at least), or that waits `stall_timeout` seconds for a sample that can be used.
     """
 
     def __init__(self, num_workers: int = 1, *, max_skipped: float = 1.0, stall_timeout: float = math.inf) -> None:
@@ -60,6 +63,7 @@ class Tally:
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
         self._alive = torch.full((max(1, num_workers),), time.monotonic(), dtype=torch.float64).share_memory_()
         self._details: dict[str, str] = {}
+        self._looked_at = (0, 0)  # how many were read and lost at the beginning of the latest
 
     def count_as(self, worker: int) -> None:
         """Count in this worker's row from now on; each process has its own copy."""
@@ -95,10 +99,14 @@ class Tally:
         if reason not in self._details:
             self._details[reason] = detail
             logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
-        read, lost = self._sum("read"), self._sum("lost")
-        if read >= MIN_READ and lost > self.max_skipped * read:
-            allowed = f"max_skipped {self.max_skipped:g} allows"
-            raise self.nothing(f"{lost} of {read} samples could not be used, more than {allowed}")
+        total = self._sum("read"), self._sum("lost")
+        recent = total[0] - self._looked_at[0], total[1] - self._looked_at[1]
+        for read, lost in (total, recent):
+            if read >= MIN_READ and lost > self.max_skipped * read:
+                allowed = f"max_skipped {self.max_skipped:g} allows"
+                raise self.nothing(f"{lost} of {read} samples could not be used, more than {allowed}")
+        if recent[0] >= MIN_READ:
+            self._looked_at = total
         if time.monotonic() - self._alive[self.worker].item() > self.stall_timeout:
             raise self.nothing(f"no sample that can be used was found for {self.stall_timeout:g} s")
 

@@ -26,13 +26,17 @@ from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-Raw = dict[str, Any]  # a sample as webdataset has it: {"__key__": str, "__url__": str, extension: bytes}
+from icd_lightning.trust import check_command
+
+Raw = dict[str, Any]  # a sample as webdataset has it: {"__key__": str, "__url__": str, extension: bytes or LARGE}
 T = TypeVar("T")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "caption")
 MOMENTS = "moments.npy"  # holds an encoder's output instead of a picture
 TEXT = "text.safetensors"  # beside it, may hold the caption's embeddings
+MOST_BYTES = 1 << 28  # of one file of a sample
+LARGE = None  # in the place of a larger one
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -50,14 +54,30 @@ class Entry:
         with open(self.shard, "rb") as file:
             for extension, (offset, size) in self.files.items():
                 file.seek(offset)
-                raw[extension] = file.read(size)
+                raw[extension] = file.read(size) if size <= MOST_BYTES else LARGE
         return raw
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A member's header. Tarfile reads into memory, of any size, what a header of names or attributes says it has."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> BoundedHeader:
+        """As of any tar; HeaderError for a header of a megabyte and more."""
+        header = super().frombuf(buf, encoding, errors)
+        if not (header.isreg() or header.size < 1 << 20):
+            raise tarfile.HeaderError(f"a header claims {header.size:,} bytes")
+        return header
 
 
 def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
     """Read a tar, compressed or not, from end to end."""
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
-        for key, files in _grouped(tar, url, lambda member: tar.extractfile(member).read()):
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=BoundedHeader) as tar:
+
+        def content(member: tarfile.TarInfo) -> bytes | None:
+            return tar.extractfile(member).read() if member.size <= MOST_BYTES else LARGE
+
+        for key, files in _grouped(tar, url, content):
             yield {"__key__": key, "__url__": url, **files}
 
 
@@ -69,7 +89,7 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
     _refuse_compressed(Path(path))
     entries: list[Entry] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             for key, files in _grouped(tar, path, lambda member: (member.offset_data, member.size)):
                 entries.append(Entry(str(path), key, files))
     except tarfile.TarError as error:
@@ -83,7 +103,7 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
 def write_tar(samples: Iterable[dict[str, Any]], path: Path) -> int:
     """Write samples {"__key__": str, extension: bytes} and return their number; equal samples give equal bytes."""
     count = 0
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
             if "." in Path(sample["__key__"]).name:
                 raise ValueError(f"key {sample['__key__']} holds a dot, where a key ends: replace it")
@@ -97,9 +117,17 @@ def write_tar(samples: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def text_caption(raw: Raw) -> str:
-    """The caption in the sample's txt file, or else in its caption file; empty if there is none."""
-    texts = (raw.get(extension, b"").decode("utf-8", errors="replace").strip() for extension in CAPTION_EXTENSIONS)
+    """The caption in the sample's txt file, or else in its caption file; empty if there is none.
+
+    ValueError if it is not UTF-8; its byte order mark, which some editors put before it, is no part of it.
+    """
+    texts = (raw.get(extension, b"").decode("utf-8-sig").strip() for extension in CAPTION_EXTENSIONS)
     return next(filter(None, texts), "")
+
+
+def printable(text: str) -> str:
+    """Text from a file as a terminal may be given it: what would control the terminal is written out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def gaps(entries: Sequence[Entry]) -> list[str]:
@@ -135,7 +163,7 @@ def _grouped(
         folder, slash, file = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = file.partition(".")
         member_key, extension = folder + slash + stem, extension.lower()
-        if not (member.isreg() and stem and extension):
+        if not (member.isreg() and stem and extension) or member.issparse():
             continue
         if member_key != key or extension in files:
             if files:
@@ -197,8 +225,9 @@ def expand(url: str) -> list[str]:
     ValueError if no installed package reads urls of this kind, naming the one that would.
     """
     if is_local(url):
-        return sorted(glob.glob(url)) if "*" in url else [url]
+        return sorted(map(os.path.abspath, glob.glob(url))) if "*" in url else [url]
     if url.startswith("pipe:"):
+        check_command(url)
         return [url]
     from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs

@@ -1,0 +1,242 @@
+"""Bad samples and shards: skipped with a counted reason, or told of in one line; never a traceback, never in bulk."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icd_lightning.data import tars
+from icd_lightning.data.datamodule import ShardDataModule
+from icd_lightning.data.shards import encode_sample, find_shards, write_shards
+from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.tars import BoundedHeader, read_samples
+
+
+def picture(format: str = "PNG", height: int = 64, width: int = 64) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.RandomState(0).randint(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, format)
+    return stream.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels, it says."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def array(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()
+
+
+LIE = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f2', 'fortran_order': False, 'shape': (8, 1000000, 1000000), }".ljust(
+    117
+)
+ABOUT = {"moments": {"resolution": 64, "autoencoder": "x"}, "original_size": [64, 64], "crop_top_left": [0, 0]}
+MOMENTS = {"json": json.dumps(ABOUT).encode(), "txt": b"a caption"}
+GOOD = {"png": picture(), "txt": b"a caption"}
+SAMPLES = {  # files of one sample, and why it is left out
+    "json nested 100,000 deep": (GOOD | {"json": b"[" * 100_000}, "corrupt_json"),
+    "json list": (GOOD | {"json": b"[]"}, "corrupt_json"),
+    "json cut": (GOOD | {"json": b'{"a":'}, "corrupt_json"),
+    "json not UTF-8": (GOOD | {"json": b'{"a": "\xff"}'}, "corrupt_json"),
+    "caption of nothing": (GOOD | {"txt": b" \n"}, "no_caption"),
+    "caption in cp1252": (GOOD | {"txt": "café".encode("cp1252")}, "bad_caption"),
+    "caption in UTF-16": (GOOD | {"txt": "café".encode("utf-16")}, "bad_caption"),
+    "caption in UTF-16 without a mark": (GOOD | {"txt": "a caption".encode("utf-16-le")}, "bad_caption"),
+    "caption that controls terminals": (GOOD | {"txt": b"\x1b[31mred"}, "bad_caption"),
+    "caption of a megabyte": (GOOD | {"txt": b"word " * 200_000}, "bad_caption"),
+    "picture of no bytes": (GOOD | {"png": b""}, "corrupt_image"),
+    "picture that is text": (GOOD | {"png": b"<svg onload=x>"}, "corrupt_image"),
+    "picture cut": (GOOD | {"png": picture()[:600]}, "corrupt_image"),
+    "picture of 3.6 billion pixels": (GOOD | {"png": bomb()}, "corrupt_image"),
+    "tiff": (GOOD | {"png": picture("TIFF")}, "corrupt_image"),
+    "gif": (GOOD | {"png": picture("GIF")}, "corrupt_image"),
+    "eps": (GOOD | {"png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n"}, "corrupt_image"),
+    "picture too small": (GOOD | {"png": picture(height=8, width=8)}, "too_small"),
+    "line": (GOOD | {"png": picture(height=4000, width=2)}, "too_narrow"),
+    "no picture": ({"txt": b"a caption"}, "no_image"),
+    "moments that are an archive": (MOMENTS | {"moments.npy": b"PK\x03\x04aaaa"}, "corrupt_latents"),
+    "moments of words": (MOMENTS | {"moments.npy": array(np.array(["a", "b"]))}, "corrupt_latents"),
+    "moments of objects": (MOMENTS | {"moments.npy": array(np.array([{}], dtype=object))}, "corrupt_latents"),
+    "moments that claim 16 TB": (MOMENTS | {"moments.npy": LIE + b"\n"}, "corrupt_latents"),
+    "moments of two axes": (MOMENTS | {"moments.npy": array(np.zeros((8, 8), np.float16))}, "corrupt_latents"),
+    "moments of NaN": (MOMENTS | {"moments.npy": array(np.full((8, 8, 8), np.nan, np.float16))}, "corrupt_latents"),
+}
+
+
+def write(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            header = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            data = b"" if isinstance(content, tarfile.TarInfo) else content
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+def good(count: int = 6) -> list[tuple[str, bytes]]:
+    return [(f"good{i}.{extension}", data) for i in range(count) for extension, data in GOOD.items()]
+
+
+def epoch(folder: Path, **options) -> tuple[set[str], dict[str, int]]:
+    """The keys trained on in two epochs, and what was counted."""
+    module = ShardDataModule(
+        str(folder), batch_size=1, resolution=64, **{"max_skipped": 1.0, "shuffle_buffer": 0, **options}
+    )
+    module.setup("fit")
+    loader = module.train_dataloader()
+    keys = {key for _ in range(2) for batch in loader for key in batch.keys}
+    return keys, module.train_tally.counts()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_bad_sample_is_skipped_with_its_reason_and_the_good_ones_trained_on(tmp_path, name):
+    files, reason = SAMPLES[name]
+    write(tmp_path / "0.tar", [*[(f"bad.{extension}", data) for extension, data in files.items()], *good()])
+    keys, counts = epoch(tmp_path, min_size=0 if reason == "too_narrow" else None)
+    assert keys == {f"good{i}" for i in range(6)}
+    assert counts[reason] > 0
+    assert sum(counts.values()) == counts["passed"] + counts[reason]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    write(tmp_path / "0.tar", [("a.png", picture()), ("a.txt", b"\xef\xbb\xbfa caption")])
+    module = ShardDataModule(str(tmp_path), batch_size=1, resolution=64)
+    module.setup("fit")
+    assert next(iter(module.train_dataloader())).captions == ["a caption"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_members_that_are_no_files_are_none_of_a_sample(tmp_path, kind):
+    link = tarfile.TarInfo("bad.png")
+    link.type, link.linkname = kind, "/etc/passwd"
+    write(tmp_path / "0.tar", [("", link), ("bad.txt", b"a caption"), *good()])
+    keys, counts = epoch(tmp_path)
+    assert "bad" not in keys
+    assert counts["no_image"] > 0
+
+
+def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MOST_BYTES", 20_000)
+    write(tmp_path / "0.tar", [("bad.png", b"\0" * 20_001), ("bad.txt", b"a caption"), *good()])
+    assert epoch(tmp_path)[1]["too_large"] > 0
+
+
+def test_a_sparse_file_of_gigabytes_is_not_read(tmp_path):
+    write(tmp_path / "0.tar", good())
+    with (tmp_path / "bad.png").open("wb") as file:
+        file.truncate(4 << 30)
+    assert os.system(f"cd {tmp_path} && tar --sparse -cf 1.tar bad.png && rm bad.png") == 0
+    tracemalloc.start()
+    keys, _ = epoch(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+    assert keys == {f"good{i}" for i in range(6)}
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_of_gigabytes_ends_its_shard_before_it_is_read(kind):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 2 << 30
+    packed = io.BytesIO(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + b"\0" * (8 << 20), 1))
+    tracemalloc.start()
+    with pytest.raises(tarfile.TarError, match="claims"):
+        list(read_samples(packed, "x.tar.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_long_names_and_attributes_are_read_as_ever(tmp_path):
+    name = "k" * 180
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for extension, data in GOOD.items():
+            header = tarfile.TarInfo(f"{name}.{extension}")
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    with tarfile.open(tmp_path / "0.tar", tarinfo=BoundedHeader) as tar:
+        assert len(tar.getnames()) == 2
+    assert epoch(tmp_path)[0] == {name}
+
+
+def test_samples_with_long_keys_are_written_and_read(tmp_path):
+    samples = [encode_sample(f"{'k' * 150}{i}", np.zeros((64, 64, 3), np.uint8), "a caption", {}) for i in range(2)]
+    write_shards(samples, tmp_path, shard_size=2, parameters={})
+    assert epoch(tmp_path)[0] == {f"{'k' * 150}{i}" for i in range(2)}
+
+
+@pytest.mark.parametrize("name", ["pipe:touch PWNED;.tar", "http:x.tar", "{a,b}.tar", "*.tar"])
+def test_a_name_in_a_folder_is_a_path_and_no_url(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(Path(f"./{name}"), good())
+    for urls in (".", str(tmp_path), "*.tar"):
+        assert find_shards(urls) == [str(tmp_path / name)]
+    assert epoch(".")[0] == {f"good{i}" for i in range(6)}
+    assert os.listdir() == [name]
+
+
+MANIFESTS = {
+    "samples": ["4", -5, 10**9, 4.5, True, None],
+    "bytes": ["x", -1, None],
+    "sha256": [[], 3],
+    "name": ["../x.tar", "/etc/passwd", "pipe:touch PWNED;.tar", "a/b.tar", "", "..", "x.txt"],
+    "complete": ["yes", None],
+    "shards": [[], None, {"00000.tar": []}, {"00000.tar": {"foo": 1}}],
+    "parameters": ["x", None],
+    "file": ["[]", "", "null", '{"a":' * 100_000, "\xff"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, v) for field, values in MANIFESTS.items() for v in values])
+@pytest.mark.parametrize("verify", ["bytes", "count"])
+def test_a_manifest_that_lies_is_refused_by_name(tmp_path, field, value, verify):
+    samples = [encode_sample(f"{i}", np.zeros((64, 64, 3), np.uint8), "a caption", {}) for i in range(4)]
+    write_shards(samples, tmp_path, shard_size=4, parameters={})
+    file = tmp_path / "manifest.json"
+    content = json.loads(file.read_text())
+    if field in ("samples", "bytes", "sha256"):
+        content["shards"]["00000.tar"][field] = value
+    elif field == "name":
+        content["shards"][value] = content["shards"].pop("00000.tar")
+    else:
+        content[field] = value
+    file.write_text(value if field == "file" else json.dumps(content), encoding="latin-1")
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+        epoch(tmp_path, verify=verify)
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 1000, tarfile.TarInfo("x").tobuf()[:200]])
+def test_a_shard_that_is_none_is_told_of_and_the_others_trained_on(tmp_path, content):
+    write(tmp_path / "0.tar", good())
+    (tmp_path / "1.tar").write_bytes(content)
+    assert epoch(tmp_path)[0] == {f"good{i}" for i in range(6)}
+
+
+def test_a_late_outage_ends_a_run_that_has_read_much_before(tmp_path):
+    tally = Tally(max_skipped=0.5)
+
+    def lose(count: int) -> None:
+        for _ in range(count):
+            tally.add("read")
+            tally.skipped("corrupt_image", "one")
+
+    tally.add("read", 1_000_000)
+    lose(1)
+    lose(900)
+    with pytest.raises(NothingToReadError, match="could not be used, more than max_skipped"):
+        lose(200)
