@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from icd_lightning.diffusion import StepGuidance
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.evaluation import decodings
-from icd_lightning.evaluation.bench import Measure
 from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, Decoding, Options, constructor_options
-from icd_lightning.evaluation.examples import DataSet, read_data
-from icd_lightning.evaluation.methods import edit_options
+from icd_lightning.evaluation.examples import DataSet, Example, read_data, stack
+from icd_lightning.evaluation.methods import CPU, edit_options
+from icd_lightning.evaluation.report import Section, Table
+from icd_lightning.evaluation.results import Results
 from icd_lightning.registry import Entry, Registry
-
-if TYPE_CHECKING:
-    from icd_lightning.evaluation.report import Section
-    from icd_lightning.evaluation.runs import Results
 
 OURS = "icd_lightning.evaluation.benchmarks"
 BENCHMARKS = Registry(
@@ -29,8 +29,8 @@ BENCHMARKS = Registry(
         "inversion": Entry(f"{OURS}.inversion.INVERSION", "to noise and back (Tables 2 and 5)"),
         "generation": Entry(f"{OURS}.generation.GENERATION", "from drawn noise (Table 4; with --grid Fig. 5)"),
         "guidance": Entry(f"{OURS}.guidance.GUIDANCE", "guided at both ends (Table 1, Fig. 4)"),
-        "piebench": Entry(f"{OURS}.piebench.PIEBENCH", "edits with masks (arXiv:2310.01506)"),
-        "coco_edit": Entry(f"{OURS}.coco_edit.COCO_EDIT", "edits of COCO's captions"),
+        "piebench": Entry(f"{OURS}.editing.PIEBENCH", "edits with masks (arXiv:2310.01506)"),
+        "coco_edit": Entry(f"{OURS}.editing.COCO_EDIT", "edits of COCO's captions"),
     },
 )
 """Each a `Benchmark`."""
@@ -60,15 +60,15 @@ class Settings:
     count: int | None = None
     guidance_scale: float | None = None
     tau: float | None = None
-    grid: tuple[Options, ...] = field(default=({},))
+    grid: tuple[Options, ...] = ({},)
     seed: int | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count {self.count} must be 1 or more")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} must be 1 or more")
+        for name in ("count", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be 1 or more")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         decodings.check_grid(self.grid)
@@ -76,9 +76,67 @@ class Settings:
     @property
     def has_grid(self) -> bool:
         """Whether several settings are to be tried."""
-        return tuple(self.grid) != ({},)
+        return self.grid != ({},)
 
 
+# --- what is done -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results (B, 3, R, R) of one decoding; evaluations and seconds of one picture, and further `values` (B,)."""
+
+    decoding: str
+    images: Tensor
+    nfe: int
+    seconds: float
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Clock:
+    """Counts evaluations and seconds since it was made; `count` is what methods take as `on_step`."""
+
+    device: torch.device
+    nfe: int = 0
+
+    def __post_init__(self) -> None:
+        self.start = self._now()
+
+    def count(self, step: Step) -> None:
+        """Add the evaluations of one step."""
+        self.nfe += step.nfe
+
+    def seconds(self) -> float:
+        """Passed so far, with all work of a GPU done."""
+        return self._now() - self.start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A method at its resolution, on its device, with the seed of the run."""
+
+    method: PictureMethod
+    resolution: int
+    seed: int = 0
+    device: torch.device = CPU
+
+    def images(self, batch: Sequence[Example]) -> Tensor:
+        """The batch's pictures (B, 3, R, R)."""
+        return stack(batch, self.resolution).to(self.device)
+
+    def seeds(self, batch: Sequence[Example]) -> list[int]:
+        """The examples' seeds."""
+        return [example.seed(self.seed) for example in batch]
+
+
+Measure = Callable[[Bench, Sequence[Example], Sequence[Decoding]], Iterator[Outcome]]
+"""What a benchmark does with a batch: an `Outcome` for each decoding, what they share being done once."""
 Decodings = Callable[[Settings, StepGuidance, type[PictureMethod]], Sequence[Decoding]]
 """Of the settings, the method's own guidance and its class."""
 
@@ -131,17 +189,11 @@ class Measured:
     out: Path
 
 
-@dataclass(frozen=True)
-class Published:
-    """A table that a paper prints, for its rows to stand beside ours; no result of ours ever comes from here."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Mapping[str, Sequence[float]]
-
-
-def _read(settings: Settings) -> DataSet:
-    return read_data(settings.data, settings.images, settings.count)
+def published(title: str, columns: tuple[str, ...], rows: Mapping[str, Sequence[float]]) -> Table:
+    """A table that a paper prints, to stand beside ours; no result of ours ever comes from here."""
+    return Table(
+        f"As published: {title}", "Not run here.", ("row", *columns), tuple((name, *row) for name, row in rows.items())
+    )
 
 
 @dataclass(frozen=True)
@@ -153,9 +205,9 @@ class Benchmark:
 
     tasks: tuple[Task, ...]
     sections: Callable[[Measured], list[Section]]
-    read: Callable[[Settings], DataSet] = _read
+    read: Callable[[Settings], DataSet] = read_data
     grid_tasks: tuple[Task, ...] = ()
-    published: tuple[Published, ...] = ()
+    published: tuple[Table, ...] = ()
     methods: tuple[str, ...] = ("icd",)
     unread: tuple[str, ...] = ("natural",)
     batch_size: int = 16

@@ -94,23 +94,19 @@ def grid_decodings(grid: Iterable[Options], default: StepGuidance, constructor: 
     """A decoding for each setting of a grid; one without options is the default guidance."""
     decodings = {}
     for options in filter(_in_order, grid):
+        w = options.get("w", default.guidance_scale)
+        guidance: GuidanceSchedule = StepGuidance(w, options.get("tau", default.tau))
+        if "tau1" in options or "tau2" in options:
+            tau2 = options.get("tau2", 1.0)
+            guidance = CADSGuidance(w, options.get("tau1", min(default.tau, tau2)), tau2)
+        elif "lo" in options or "hi" in options:
+            guidance = IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
         other = {name: value for name, value in options.items() if name not in GUIDANCE_OPTIONS}
         arguments = {name: other.pop(name) for name in constructor if name in other}
         named = options or Decoding.step(default.guidance_scale, default.tau).options
-        decoding = Decoding(_guidance(options, default), named, other, arguments)
+        decoding = Decoding(guidance, named, other, arguments)
         decodings[decoding.name] = decoding
     return list(decodings.values())
-
-
-def _guidance(options: Options, default: StepGuidance) -> GuidanceSchedule:
-    """A schedule from options of a grid: w with tau, with tau1 and tau2 (CADS), or with lo and hi (an interval)."""
-    w = options.get("w", default.guidance_scale)
-    if "tau1" in options or "tau2" in options:
-        tau2 = options.get("tau2", 1.0)
-        return CADSGuidance(w, options.get("tau1", min(default.tau, tau2)), tau2)
-    if "lo" in options or "hi" in options:
-        return IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
-    return StepGuidance(w, options.get("tau", default.tau))
 
 
 def constructor_options(cls: type[Any]) -> list[str]:

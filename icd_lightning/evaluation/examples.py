@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
 from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
+
+if TYPE_CHECKING:
+    from icd_lightning.evaluation.benchmark import Settings
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +133,12 @@ DEFAULT_DATA = "scenes"
 """What is measured on where nobody says."""
 
 
-def read_data(data: Path | None, images: Path | None, count: int | None) -> DataSet:
+def read_data(settings: Settings) -> DataSet:
     """Pictures with captions: of a file, or a data set by its name."""
+    data = settings.data
     if data is None or str(data) in DATA_SETS:
-        return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(count)
-    return of_file(read_captions(data, images), data, count)
+        return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(settings.count)
+    return of_file(read_captions(data, settings.images), data, settings.count)
 
 
 def of_file(examples: Sequence[Example], file: Path, count: int | None, records: Path | None = None) -> DataSet:
@@ -153,9 +157,22 @@ def read_captions(file: Path, images: Path | None = None) -> list[Example]:
     and `annotations`, of which each image's first caption is taken. Names are relative to `images`, by default the
     file's own folder.
     """
-    read = _coco_pairs if file.suffix.lower() == ".json" and file.is_file() else _csv_pairs
+    captions: list[tuple[str, str, str]] = []  # key, name and caption
+    if file.suffix.lower() == ".json" and file.is_file():
+        content = read_object(file)
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
+            first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
+            captions += [(names[image], names[image], caption) for image, caption in first.items()]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
+    else:
+        for number, row in enumerate(csv_rows(file, ("caption",))):
+            name = row.get("image", "")
+            captions.append((name or f"caption-{number:05d}", name, row["caption"]))
     folder = file.parent if images is None else images
-    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(read(file))]
+    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(captions)]
     return _checked(examples, file)
 
 
@@ -163,8 +180,8 @@ def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
     """Edits from a CSV of image, source, target and blended_words, where an empty cell means no blend."""
     folder, examples = file.parent if images is None else images, []
     for number, row in enumerate(csv_rows(file, ("image", "source", "target"))):
+        image, source, target = row["image"], row["source"], row["target"]
         where = f"{file}, row {number + 1}"
-        image, source, target = (_cell(row, name, where) for name in ("image", "source", "target"))
         words = read_blended(row["blended_words"], source, target, where) if "blended_words" in row else None
         key = f"{number:05d}-{Path(image).stem}"
         examples.append(Example(key, source, folder / image, target, blended_words=words))
@@ -235,31 +252,6 @@ def read_blended(text: str, source: str, target: str, where: str) -> BlendedWord
     if len(words) > 2:
         log.warning("%s: blended by the first two of the words %r", where, text)
     return words[0], words[1]
-
-
-def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
-    content = read_object(file)
-    try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
-        first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
-        return [(names[image], names[image], caption) for image, caption in first.items()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
-
-
-def _csv_pairs(file: Path) -> list[tuple[str, str, str]]:
-    pairs = []
-    for number, row in enumerate(csv_rows(file, ("caption",))):
-        name = row.get("image", "")
-        pairs.append((name or f"caption-{number:05d}", name, _cell(row, "caption", f"{file}, row {number + 1}")))
-    return pairs
-
-
-def _cell(row: Mapping[str, str], column: str, where: str) -> str:
-    if not row[column]:
-        raise ValueError(f"{where}: {column} is empty")
-    return row[column]
 
 
 def _checked(examples: list[Example], file: Path) -> list[Example]:

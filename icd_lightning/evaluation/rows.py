@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 
 from icd_lightning.evaluation.examples import Example
@@ -59,54 +60,37 @@ def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @dataclass(frozen=True)
 class Gathering:
-    """How to gather rows: in batches, by these ranks; `label` is what the progress bar says."""
+    """Of which examples rows are gathered, in batches of how many, by which ranks."""
 
+    examples: Sequence[Example]
     batch_size: int
     ranks: Ranks = ALONE
-    label: str = ""
 
+    def rows(
+        self,
+        folder: Path,
+        measure: Callable[[Sequence[Example]], list[Row]],
+        *,
+        label: str = "",
+        version: str = "",
+        is_whole: Callable[[pd.DataFrame, Sequence[Example]], bool] = lambda rows, batch: True,
+    ) -> pd.DataFrame:
+        """The rows that `measure` gives for all examples, in their order; what is in `folder` already is read back.
 
-def gather_rows(
-    folder: Path,
-    examples: Sequence[Example],
-    measure: Callable[[Sequence[Example]], list[Row]],
-    how: Gathering,
-    *,
-    version: str = "",
-    is_whole: Callable[[Sequence[Row], Sequence[Example]], bool] = lambda rows, batch: True,
-) -> list[Row]:
-    """The rows that `measure` gives for all examples, in their order; what is in `folder` already is read back.
-
-    Rows of another version are measured again, and so are those that are not whole any more.
-    """
-    parts = batches(examples, how.batch_size)
-    files = [folder / f"{index:06d}-{_digest(batch, version)}.parquet" for index, batch in enumerate(parts)]
-    share = list(zip(files, parts, strict=True))[how.ranks.rank :: how.ranks.world_size]
-    missing = [(file, part) for file, part in share if not (file.is_file() and is_whole(read_rows(file), part))]
-    if len(missing) < len(share):
-        log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
-    for file, batch in progress(missing, how.label, len(missing)):
-        write_rows(file, measure(batch))
-    how.ranks.wait()
-    return [row for file in files for row in read_rows(file)]
-
-
-def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    """Write rows as Parquet, whole or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pylist(list(rows))
-    write_whole(file, lambda temporary: pyarrow.parquet.write_table(table, temporary))
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a Parquet file."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(file).to_pylist()
-
-
-def _digest(batch: Sequence[Example], version: str) -> str:
-    """Of what is in a batch, and of what measures it: other examples make other files."""
-    return hashlib.sha256("\n".join((version, *(one.identity for one in batch))).encode()).hexdigest()[:8]
+        Rows of another version are measured again, and so are those that are not whole any more. The progress bar has
+        the label.
+        """
+        parts = {}
+        for index, batch in enumerate(batches(self.examples, self.batch_size)):
+            text = "\n".join((version, *(example.identity for example in batch)))  # other examples make other files
+            parts[folder / f"{index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"] = batch
+        share = list(parts.items())[self.ranks.rank :: self.ranks.world_size]
+        missing = [
+            (file, part) for file, part in share if not (file.is_file() and is_whole(pd.read_parquet(file), part))
+        ]
+        if len(missing) < len(share):
+            log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
+        for file, batch in progress(missing, label, len(missing)):
+            write_whole(file, pd.DataFrame(measure(batch)).to_parquet)
+        self.ranks.wait()
+        return pd.concat(map(pd.read_parquet, parts), ignore_index=True)

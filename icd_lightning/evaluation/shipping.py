@@ -8,7 +8,7 @@ from pathlib import Path
 from icd_lightning.evaluation.ablations.study import TABLE_2_JSON, UNGUIDED_ROWS, read_study
 from icd_lightning.evaluation.ablations.tables import result_files, telling
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, read_runs
+from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, read_runs
 from icd_lightning.files import write_whole
 
 SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}
@@ -42,7 +42,7 @@ def _condense_trainings(source: Path, target: Path) -> None:
         write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
     keys = telling(study)
     for letter in UNGUIDED_ROWS:
-        folder = study.first_run(letter).folder
+        folder = study.row(letter).runs[0].folder
         _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
 
 

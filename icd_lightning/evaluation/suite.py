@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from icd_lightning.editing.method import PictureMethod
-from icd_lightning.evaluation import summaries
-from icd_lightning.evaluation.bench import Bench, Outcome
-from icd_lightning.evaluation.benchmark import Benchmark, Measured, Settings, Task
-from icd_lightning.evaluation.decodings import Decoding
+from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
 from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
 from icd_lightning.evaluation.methods import Models, guided_as_told
 from icd_lightning.evaluation.report import (
@@ -25,13 +22,14 @@ from icd_lightning.evaluation.report import (
     Table,
     draw_section,
     markdown_table,
-    print_table,
-    wide_console,
+    print_tables,
     write_report,
 )
+from icd_lightning.evaluation.results import Results, places
 from icd_lightning.evaluation.rows import Ranks
-from icd_lightning.evaluation.runs import Results, Run, perform, places
+from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
+from icd_lightning.evaluation.summaries import INTERVALS
 from icd_lightning.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -76,7 +74,11 @@ class Suite:
     def run(self) -> list[Path]:
         """Measure every method; rank 0 prints and writes the tables and curves, and returns the summary's paths."""
         measured = self.measure()
-        return self._write(measured) if self.ranks.rank == 0 else []
+        if self.ranks.rank != 0:
+            return []
+        sections = [*self.benchmark.sections(measured), *(self.benchmark.published if self.data.photographs else ())]
+        print_tables([_plain(one) for one in sections if isinstance(one, Table) and "type" not in one.header])
+        return (self.benchmark.write or write_summary)(measured, sections)
 
     def measure(self) -> Measured:
         """Let every method do every task; a method's networks are loaded once, and let go before the next one's."""
@@ -101,12 +103,20 @@ class Suite:
         own = self.models.family_guidance() if task.as_family else self.models.guidance(name, method, edit=task.edits)
         default = guided_as_told(own, settings.guidance_scale, settings.tau)
         decodings = task.decodings(settings, default, self.models.method_class(name))
-        bench = Bench(method, self.models.resolution(method), settings.seed or 0, self.models.device)
+        bench = Bench(method, self.models.family.resolution, settings.seed or 0, self.models.device)
+        parts = []  # decodings, by the method as they want it to be constructed
+        for made, group in groupby(decodings, lambda one: one.constructor):
+            parts.append((replace(bench, method=self.models.variant(name, method, made)), list(group)))
+
+        def measure(batch: Sequence[Example]) -> Iterator[Outcome]:
+            for one, group in parts:
+                yield from task.measure(one, batch, group)
+
         run = Run(
             name=label,
             root=self.out,
             examples=self.data.examples,
-            measure=self._measure(task, bench, name, decodings),
+            measure=measure,
             determinants={
                 **{"benchmark": settings.benchmark, "what": task.name, "seed": bench.seed, "data": self.data.identity},
                 "decodings": {one.name: f"{one.guidance} {one.edit} {one.constructor}" for one in decodings},
@@ -121,28 +131,11 @@ class Suite:
         log.info("%s: %d pictures, %s", label, len(run.examples), run.folder)
         return replace(perform(run, self.ranks), name=label + task.suffix)
 
-    def _measure(
-        self, task: Task, bench: Bench, name: str, decodings: Sequence[Decoding]
-    ) -> Callable[[Sequence[Example]], Iterator[Outcome]]:
-        """What a run does with a batch, by a method otherwise constructed where decodings want that."""
-        groups = [(dict(made), list(group)) for made, group in groupby(decodings, lambda one: one.constructor)]
-        benches = [replace(bench, method=self.models.variant(name, bench.method, made)) for made, _ in groups]
 
-        def measure(batch: Sequence[Example]) -> Iterator[Outcome]:
-            for one, (_, group) in zip(benches, groups, strict=True):
-                yield from task.measure(one, batch, group)
-
-        return measure
-
-    def _write(self, measured: Measured) -> list[Path]:
-        sections = self.benchmark.sections(measured)
-        sections = [*sections, *(summaries.published(self.benchmark.published) if self.data.photographs else [])]
-        tables = [section for section in sections if isinstance(section, Table)]
-        console = wide_console()
-        for table in tables:
-            if "type" not in table.header:  # long, and in the files
-                print_table(summaries.plain(table), console)
-        return (self.benchmark.write or write_summary)(measured, sections)
+def _plain(table: Table) -> Table:
+    """The table without its intervals, for a terminal's width."""
+    rows = tuple(tuple(float(v) if isinstance(v, float) else v for v in row) for row in table.rows)
+    return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
 
 
 def write_summary(measured: Measured, sections: Sequence[Section]) -> list[Path]:
@@ -160,13 +153,8 @@ def write_summary(measured: Measured, sections: Sequence[Section]) -> list[Path]
     report = Report(f"icd eval --benchmark {name}", measured.data.name, sections=tuple(sections))
     paths = [markdown, numbers, *write_report(report, out / name)]
     if any(isinstance(section, Panel) for section in sections):
-        figures = {"edits.png": Panel, "trade_off.png": Curve}
-        paths += [
-            draw_section(section, out / name / file)
-            for file, kind in figures.items()
-            for section in sections
-            if isinstance(section, kind)
-        ]
+        for file, kind in (("edits.png", Panel), ("trade_off.png", Curve)):
+            paths += [draw_section(one, out / name / file) for one in sections if isinstance(one, kind)]
     return paths
 
 

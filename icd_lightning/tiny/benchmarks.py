@@ -11,15 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from icd_lightning.diffusion import StepGuidance
-from icd_lightning.evaluation.bench import Bench, Outcome
-from icd_lightning.evaluation.benchmark import Benchmark, Measured, Settings, Task
+from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks.editing import EDITING, edit, edit_sections
 from icd_lightning.evaluation.benchmarks.generation import generate
 from icd_lightning.evaluation.benchmarks.inversion import to_noise_and_back
 from icd_lightning.evaluation.decodings import Decoding, steps
 from icd_lightning.evaluation.examples import DataSet, Example
 from icd_lightning.evaluation.report import Section
-from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.results import Results
 from icd_lightning.files import write_json
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.tiny.attributes import GROUPS, label_tensor

@@ -20,17 +20,8 @@ from icd_lightning.evaluation.benchmark import Measured, Settings
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.report import (
-    Curve,
-    Panel,
-    Report,
-    Table,
-    markdown_table,
-    print_table,
-    wide_console,
-    write_report,
-)
-from icd_lightning.evaluation.runs import read_results
+from icd_lightning.evaluation.report import Curve, Panel, Report, Table, markdown_table, print_tables, write_report
+from icd_lightning.evaluation.results import read_results
 from icd_lightning.evaluation.suite import Suite
 from icd_lightning.files import write_json, write_text
 from icd_lightning.models.family import Family
@@ -102,9 +93,7 @@ class DemoReport:
         shown = (replace(panels[1], rows=panels[1].rows[:5]), replace(panels[0], rows=panels[0].rows[:3]), tables[0])
         paths = write_report(report, self.root, png_sections=shown)
         write_text(self.root / "tables.md", "\n".join(markdown_table(table) for table in tables))
-        console = wide_console()
-        for table in tables:
-            print_table(table, console)
+        console = print_tables(tables)
         for path in (*paths, self.root / "tables.md", self.root / "metrics.json", self.root / "training"):
             console.print(str(path), highlight=False)
 

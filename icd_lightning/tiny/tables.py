@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from icd_lightning.evaluation.report import Table
+from icd_lightning.evaluation.report import Style, Table
+
+STYLES = {
+    **dict.fromkeys(("PSNR (dB)", "PSNR to truth", "PSNR outside"), Style(2)),
+    **dict.fromkeys(("SSIM", "latent MSE", "seconds"), Style(3)),
+    **dict.fromkeys(("changed as asked", "kept"), Style(1, factor=100)),
+    "evaluations": Style(0),
+}
 
 
 def reconstruction_table(results: Mapping[str, dict[str, Any]], count: int, *, ceiling: float, ours: str) -> Table:
@@ -22,35 +29,23 @@ def reconstruction_table(results: Mapping[str, dict[str, Any]], count: int, *, c
         header=("method", "decoding", "PSNR (dB)", "SSIM", "latent MSE", "evaluations", "seconds"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),
-        digits=(None, None, 2, 3, 3, 0, 3),
+        styles=STYLES,
     )
 
 
 def edit_table(results: Mapping[str, dict[str, Any]], count: int, decoding: str, *, ours: str) -> Table:
     """Edits against their true results, by method."""
     keys = ("changed", "kept", "psnr_truth", "psnr_outside", "nfe", "seconds")
-    shares = ("changed", "kept")
-    rows = tuple(
-        (name, *(result["edits"][key] * (100 if key in shares else 1) for key in keys))
-        for name, result in results.items()
-    )
+    rows = tuple((name, *(result["edits"][key] for key in keys)) for name, result in results.items())
     return Table(
         title="Edits by prompt, against their true results",
         note=f"{count} edits of one attribute each (colour, shape, texture or size of an object, colour or "
         f"texture of the background), {decoding}. Attributes as read by a "
         "small network made for this world; PSNR to the true edit and, outside the edited region, to the original.",
-        header=(
-            "method",
-            "changed as asked (%)",
-            "kept (%)",
-            "PSNR to truth",
-            "PSNR outside",
-            "evaluations",
-            "seconds",
-        ),
+        header=("method", "changed as asked", "kept", "PSNR to truth", "PSNR outside", "evaluations", "seconds"),
         rows=rows,
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),
-        digits=(None, 1, 1, 2, 2, 0, 3),
+        styles=STYLES,
     )
 
 
@@ -64,5 +59,5 @@ def generation_table(results: Mapping[str, dict[str, Any]], count: int, decoding
         header=("method", *names),
         rows=rows,
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] == ours),
-        digits=(None, *(1 for _ in names)),
+        styles=dict.fromkeys(names, Style(1)),
     )

@@ -7,7 +7,7 @@ import pytest
 from ranks_case import run_ranks
 
 from icd_lightning.evaluation.examples import Example
-from icd_lightning.evaluation.rows import Gathering, Ranks, gather_rows, read_rows, write_rows
+from icd_lightning.evaluation.rows import Gathering, Ranks
 
 EXAMPLES = [Example(f"picture/{i}", f"caption {i}") for i in range(11)]
 
@@ -17,7 +17,7 @@ def measure(batch):
 
 
 def gather(folder, examples=EXAMPLES, measure=measure, ranks=Ranks(), **options):  # noqa: B008  (frozen)
-    return gather_rows(folder, examples, measure, Gathering(3, ranks), **options)
+    return Gathering(examples, 3, ranks).rows(folder, measure, **options).to_dict("records")
 
 
 def remembering(batches):
@@ -72,11 +72,11 @@ def test_another_version_and_rows_that_are_not_whole_are_measured_again(tmp_path
 
 def test_rows_survive_a_file_and_a_failed_one_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match="object"):
-        write_rows(tmp_path / "rows.parquet", [{"value": object()}])
+        gather(tmp_path, EXAMPLES[:1], lambda batch: [{"value": object()}])
     assert not list(tmp_path.iterdir())
     rows = [{"a": 1.5, "b": None, "c": "x"}, {"a": float("inf"), "b": 2.0, "c": "ü"}]
-    write_rows(tmp_path / "x.parquet", rows)
-    assert read_rows(tmp_path / "x.parquet") == rows
+    (first, second) = (gather(tmp_path / "rows", EXAMPLES[:1], lambda batch: rows) for _ in range(2))
+    assert first[1] == second[1] == rows[1]
 
 
 def worker(rank, folder):

@@ -13,14 +13,15 @@ from PIL import Image
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.diffusion import StepGuidance
-from icd_lightning.evaluation.bench import Bench, Outcome
+from icd_lightning.evaluation.benchmark import Bench, Outcome
 from icd_lightning.evaluation.benchmarks.generation import generate
 from icd_lightning.evaluation.benchmarks.guidance import guide_both_ways
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK, to_noise_and_back
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.runs import Results, Run, perform, read_results, slug
+from icd_lightning.evaluation.results import Results, read_results, slug
+from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.metrics.reconstruction import PSNR
 from icd_lightning.models.family import Family

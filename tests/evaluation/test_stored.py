@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from results_case import PICTURES, write_ablations, write_generation, write_guidance, write_outputs
+from results_case import PICTURES, by_rows, write_ablations, write_generation, write_guidance, write_outputs
 
 from icd_lightning.commands.condense import condense as icd_condense
 from icd_lightning.evaluation.ablations.study import read_examples, read_study
@@ -15,7 +15,7 @@ from icd_lightning.evaluation.ablations.tables import (
     verdict_table,
 )
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.runs import read_runs
+from icd_lightning.evaluation.results import read_runs
 from icd_lightning.evaluation.shipping import condense
 
 
@@ -117,14 +117,14 @@ def test_thinned_scalars_end_where_the_training_did():
 
 def test_effects_are_differences_over_the_same_pictures(outputs):
     study = read_study(outputs / "ablations")
-    found = {effect.rows: effect for effect in study.comparisons(guided=False)}
+    found = by_rows(study.comparisons(guided=False))
     assert list(found) == ["AB", "BC", "CF", "FG"]
     expected = study.row("G", 1.0).pictures() - study.row("F", 1.0).pictures()
     assert np.array_equal(found["FG"].gain, expected)
     best, worst = found["FG"].extremes(1)
     assert found["FG"].keys.index(best) == expected.argmax()
     assert found["FG"].keys.index(worst) == expected.argmin()
-    guided = {effect.rows: effect for effect in study.comparisons(guided=True, guidance_scale=5.0)}
+    guided = by_rows(study.comparisons(guided=True, guidance_scale=5.0))
     assert guided["HI"].gain.mean() == pytest.approx(
         study.row("I", 5.0).values().mean() - study.row("H", 5.0).values().mean(), abs=1e-9
     )

@@ -7,8 +7,7 @@ import pytest
 
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import to_images
-from icd_lightning.evaluation.bench import Outcome
-from icd_lightning.evaluation.benchmark import Measured, Settings
+from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring

@@ -1,4 +1,4 @@
-"""The study of ablations: its rows, its runs, and how it is measured, written and read back.
+"""The study of ablations: its rows, two of them compared, its runs, and how it is measured and read back.
 
 The rows are conf/ablation/*.yaml. Rows that differ in their decoding only share their students, so that six trainings
 (A, B, C, E, F, G) give ten rows.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import yaml
 
-from icd_lightning.evaluation.ablations.comparison import Comparison, Row
 from icd_lightning.evaluation.benchmark import Settings
-from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
+from icd_lightning.evaluation.benchmarks.inversion import TABLE_2, TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
+from icd_lightning.evaluation.results import Results, read_runs, read_summary
+from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
 
 ROWS = {  # whose students, and what they have that the row before in the ordering has not; there is no D
@@ -80,6 +81,88 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A run for each training, under one decoding; `part` is what it adds to the row before it in an ordering."""
+
+    name: str
+    description: str
+    decoding: str
+    runs: Sequence[Results]
+    part: str = ""
+
+    def values(self, column: str = "psnr") -> np.ndarray:
+        """A column, (trainings, pictures)."""
+        return np.array([run.values(column, self.decoding) for run in self.runs])
+
+    def pictures(self, column: str = "psnr") -> np.ndarray:
+        """A column's means over trainings, (pictures,)."""
+        return self.values(column).mean(0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether `better` really is above `worse` in PSNR, over the same pictures; `where` says how both are decoded.
+
+    The difference's interval is over resampled pictures and, with MIN_SEEDS or more, over trainings as well; with fewer
+    the verdict is of these trainings only.
+    """
+
+    worse: Row
+    better: Row
+    where: str = ""
+
+    @property
+    def papers(self) -> float:
+        """The paper's difference."""
+        return TABLE_2[self.better.name][2] - TABLE_2[self.worse.name][2]
+
+    @cached_property
+    def differences(self) -> np.ndarray:
+        """(trainings, pictures)."""
+        return self.better.values() - self.worse.values()
+
+    @cached_property
+    def difference(self) -> Estimate:
+        return bootstrap_trainings(self.differences)
+
+    @property
+    def verdict(self) -> str:
+        """found, reversed, or undecided where the interval of the difference holds 0."""
+        if self.difference.low > 0:
+            return "found"
+        return "reversed" if self.difference.high < 0 else "undecided"
+
+    @property
+    def seeds_agreeing(self) -> int:
+        """Trainings in which the better is above."""
+        return int((self.differences.mean(1) > 0).sum())
+
+    @cached_property
+    def gain(self) -> np.ndarray:
+        """Of each picture, the mean over trainings, (pictures,)."""
+        return self.better.pictures() - self.worse.pictures()
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the pictures."""
+        return self.worse.runs[0].of(self.worse.decoding).key.tolist()
+
+    def extremes(self, count: int) -> list[str]:
+        """Keys of the pictures that gain most, and then of those that gain least."""
+        order = np.argsort(-self.gain, kind="stable")
+        return [self.keys[i] for i in (*order[:count], *order[-count:])]
+
+    def by_hardness(self, reference: np.ndarray, groups: int = 4) -> list[tuple[float, Estimate]]:
+        """Mean gain of equal groups of pictures, from those whose `reference` (pictures,) is least, with its mean.
+
+        The reference must not share noise with either side, as a row's own PSNR would: that alone would make what is
+        low before gain most.
+        """
+        parts = np.array_split(np.argsort(reference, kind="stable"), min(groups, len(reference)))
+        return [(float(reference[part].mean()), bootstrap(self.gain[part])) for part in parts]
+
+
+@dataclass(frozen=True)
 class AblationStudy:
     """All that was measured: `runs` of students ("A-0", of A with seed 0), "untrained-4" (segments) and "ddim".
 
@@ -100,11 +183,8 @@ class AblationStudy:
     @property
     def columns(self) -> list[str]:
         """Figures of every row that say how near the pictures came back."""
-        return [name for name in self.ddim.columns if name not in ("nfe", "seconds", "nll")]
-
-    def first_run(self, letter: str) -> Results:
-        """Of the row's first training."""
-        return self.runs[f"{self.ablations[letter].students}-{self.seeds[0]}"]
+        left_out = ("nfe", "seconds", "nll", *self.ddim.set_scores)
+        return [name for name in self.ddim.columns if name not in left_out]
 
     def row(self, letter: str, guidance_scale: float = 1.0) -> Row:
         """An ablation at this w, with a run for each seed."""
@@ -143,16 +223,6 @@ class AblationStudy:
         guided = [one for w in self.guidance_scales for one in self.comparisons(guided=True, guidance_scale=w)]
         return [*self.comparisons(guided=False), *guided]
 
-    def record(self, root: Path) -> dict[str, Any]:
-        """Fit for JSON: all that `read_study` needs to put the study together again from its folder."""
-        return {
-            "ablations": [asdict(ablation) for ablation in self.ablations.values()],
-            "guidance_scales": list(self.guidance_scales),
-            "seeds": list(self.seeds),
-            "runs": places({name: results.folder for name, results in self.runs.items()}, root),
-            "trainings": places(self.trainings, root),
-        }
-
 
 def read_study(folder: Path) -> AblationStudy:
     """The study that `icd ablations` wrote to its folder, or the part of it that ships."""
@@ -166,42 +236,30 @@ def read_examples(folder: Path) -> dict[str, Example]:
     """The pictures that a study was measured on, by key: of files, those that its command was given."""
     facts = read_summary(folder / TABLE_2_JSON)["facts"]
     data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
-    return {example.key: example for example in read_data(data, images, facts["pictures"]).examples}
+    settings = Settings("inversion", data=data, images=images, count=facts["pictures"])
+    return {example.key: example for example in read_data(settings).examples}
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+def measure_study(study: AblationStudy, models: Models, settings: Settings, root: Path) -> AblationStudy:
+    """The study with its runs, to noise and back: the trained students, the untrained ones of A, B and C, and DDIM-50.
 
+    What is decoded with guidance is so at every w, throughout and dynamically.
+    """
+    every = [one for w in study.guidance_scales for one in steps(w, (1.0, TAU))[1:]]
 
-@dataclass(frozen=True)
-class AblationSettings:
-    """What to measure a study on, `settings` of the benchmark inversion, and where to write it."""
-
-    root: Path
-    models: Models
-    guidance_scales: tuple[float, ...] = (3.0, 5.0)
-    settings: Settings = field(default=Settings("inversion", count=128))
-
-    def measure(self, name: str, method: str, *, guided: bool, **students: str) -> Results:
-        """A method to noise and back, unguided and, if asked for, at every w throughout and dynamically."""
-        settings, models = replace(self.settings, methods=(method,)), replace(self.models, **students)
-        scales = self.guidance_scales if guided else ()
-        decodings = [UNGUIDED, *(one for w in scales for one in steps(w, (1.0, TAU))[1:])]
-        suite = Suite(settings, models, self.root / "runs" / name)
+    def measured(name: str, method: str, *, guided: bool, **students: str) -> Results:
+        decodings = [UNGUIDED, *(every if guided else ())]
+        suite = Suite(replace(settings, methods=(method,)), replace(models, **students), root / "runs" / name)
         (results,) = suite.perform(replace(TO_NOISE_AND_BACK, decodings=lambda *_: decodings))["inversion"]
         return results
 
-
-def measure_study(
-    settings: AblationSettings, ablations: Mapping[str, Ablation], seeds: Sequence[int], trainings: Mapping[str, Path]
-) -> AblationStudy:
-    """Measure the trained students ("A-0": their folder), the untrained ones of A, B and C, and DDIM-50."""
-    guided = {ablation.students for ablation in ablations.values() if ablation.guided}
+    guided = {ablation.students for ablation in study.ablations.values() if ablation.guided}
     runs = {}
-    for name, folder in trainings.items():
+    for name, folder in study.trainings.items():
         students = {part: str(folder / part) for part in ("forward", "reverse")}
-        runs[name] = settings.measure(name, "icd", guided=name[0] in guided, **students)
-    for ends in dict.fromkeys(ablation.boundaries for ablation in ablations.values()):
+        runs[name] = measured(name, "icd", guided=name[0] in guided, **students)
+    for ends in dict.fromkeys(ablation.boundaries for ablation in study.ablations.values()):
         name, boundaries = f"untrained-{len(ends)}", ",".join(map(str, ends))
-        runs[name] = settings.measure(name, "untrained", guided=len(ends) == 4, boundaries=boundaries)
-    runs["ddim"] = settings.measure("ddim", "ddim", guided=True)
-    return AblationStudy(ablations, settings.guidance_scales, seeds, runs, trainings)
+        runs[name] = measured(name, "untrained", guided=len(ends) == 4, boundaries=boundaries)
+    runs["ddim"] = measured("ddim", "ddim", guided=True)
+    return replace(study, runs=runs)

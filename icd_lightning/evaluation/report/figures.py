@@ -19,7 +19,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from icd_lightning.evaluation.report.model import Curve
+from icd_lightning.evaluation.report import Curve
 from icd_lightning.evaluation.statistics import Estimate
 
 COLORS = {

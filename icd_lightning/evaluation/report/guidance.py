@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
+from icd_lightning.evaluation.benchmarks.guidance import GUIDANCES, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Sheet, points, sheet
-from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.results import Results
 from icd_lightning.evaluation.scoring import RECORDED
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
 from icd_lightning.metrics.registry import label_of
@@ -59,7 +59,7 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
 
 
 def _place(generated: Results, inverted: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
-    value = bootstrap(generated.values(quality, decoding)).scaled(generated.style(quality).factor)
+    value = bootstrap(generated.values(quality, decoding)) * generated.style(quality).factor
     return bootstrap(inverted.values("latent_mse", decoding)), value
 
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from icd_lightning.evaluation.report import Curve, Panel, Picture, Report
 from icd_lightning.evaluation.report.figures import COLORS, SERIES, curve_svg
-from icd_lightning.evaluation.report.model import Curve, Panel, Picture, Report
 
 MAX_SIDE = 384  # pixels of a picture in the page; larger ones would make it heavy, and are shown smaller anyhow
 VARIABLES = {**COLORS, **{f"series-{index}": color for index, color in enumerate(SERIES)}}
