@@ -93,15 +93,12 @@ class Outcome:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
 class Clock:
     """Counts evaluations and seconds since it was made; `count` is what methods take as `on_step`."""
 
-    device: torch.device
-    nfe: int = 0
-
-    def __post_init__(self) -> None:
-        self.start = self._now()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nfe, self.start = device, 0, 0.0
+        self.start = self.seconds()
 
     def count(self, step: Step) -> None:
         """Add the evaluations of one step."""
@@ -109,12 +106,9 @@ class Clock:
 
     def seconds(self) -> float:
         """Passed so far, with all work of a GPU done."""
-        return self._now() - self.start
-
-    def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)
@@ -141,16 +135,16 @@ Decodings = Callable[[Settings, StepGuidance, type[PictureMethod]], Sequence[Dec
 """Of the settings, the method's own guidance and its class."""
 
 
-def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
-    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
-    if not settings.has_grid:
-        return decodings.steps(default.guidance_scale, (1.0, default.tau))
-    return [decodings.UNGUIDED, *decodings.grid_decodings(settings.grid, default, constructor_options(method))]
-
-
 def edited(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
     """The method's own guidance, or every setting of the grid."""
     return decodings.grid_decodings(settings.grid, default, constructor_options(method))
+
+
+def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
+    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
+    if settings.has_grid:
+        return [decodings.UNGUIDED, *edited(settings, default, method)]
+    return decodings.steps(default.guidance_scale, (1.0, default.tau))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Decoding:
     """`options` are what the decoding is named by; those that are not of guidance are in `edit` or in `constructor`."""
 
     guidance: GuidanceSchedule
-    options: Mapping[str, float | str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     edit: Options = field(default_factory=dict)
     constructor: Options = field(default_factory=dict)
     label: str = ""
@@ -35,16 +35,15 @@ class Decoding:
 
     @property
     def name(self) -> str:
-        """As tables call it."""
-        return self.label or ", ".join(f"{option} {_text(value)}" for option, value in self.options.items())
+        """As tables call it; a number in as many digits as tell it from every other."""
+        words = []
+        for option, value in self.options.items():
+            short = f"{value:g}"
+            words.append(f"{option} {short if float(short) == value else repr(value)}")
+        return self.label or ", ".join(words)
 
 
 UNGUIDED = Decoding.step(1.0)
-
-
-def _text(value: float | str) -> str:
-    """A number in as many digits as tell it from every other."""
-    return value if isinstance(value, str) else short if float(short := f"{value:g}") == value else repr(value)
 
 
 def steps(guidance_scale: float, taus: Sequence[float]) -> list[Decoding]:

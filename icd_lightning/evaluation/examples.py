@@ -138,19 +138,13 @@ def read_data(settings: Settings) -> DataSet:
     data = settings.data
     if data is None or str(data) in DATA_SETS:
         return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(settings.count)
-    return of_file(read_captions(data, settings.images), data, settings.count)
-
-
-def of_file(examples: Sequence[Example], file: Path, count: int | None, records: Path | None = None) -> DataSet:
-    """The data set that a file describes, or a folder by the file `records` in it."""
-    chosen = examples[:count]
-    return DataSet(chosen, f"{len(chosen)} of {file.name}", sha256(records or file))
+    return read_captions(data, settings.images, settings.count)
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def read_captions(file: Path, images: Path | None = None) -> list[Example]:
+def read_captions(file: Path, images: Path | None = None, count: int | None = None) -> DataSet:
     """Pictures with captions from a CSV or from COCO's annotations, in the order of their names.
 
     A CSV has a column `caption` and, unless only captions are needed, `image` or `file_name`; COCO's JSON has `images`
@@ -173,10 +167,10 @@ def read_captions(file: Path, images: Path | None = None) -> list[Example]:
             captions.append((name or f"caption-{number:05d}", name, row["caption"]))
     folder = file.parent if images is None else images
     examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(captions)]
-    return _checked(examples, file)
+    return _data_set(examples, file, file, count)
 
 
-def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
+def read_coco_edits(file: Path, images: Path | None = None, count: int | None = None) -> DataSet:
     """Edits from a CSV of image, source, target and blended_words, where an empty cell means no blend."""
     folder, examples = file.parent if images is None else images, []
     for number, row in enumerate(csv_rows(file, ("image", "source", "target"))):
@@ -185,10 +179,10 @@ def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
         words = read_blended(row["blended_words"], source, target, where) if "blended_words" in row else None
         key = f"{number:05d}-{Path(image).stem}"
         examples.append(Example(key, source, folder / image, target, blended_words=words))
-    return _checked(examples, file)
+    return _data_set(examples, file, file, count)
 
 
-def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
+def read_pie_bench(folder: Path, *, natural: bool = False, count: int | None = None) -> DataSet:
     """PIE-Bench: 700 edits of ten types (arXiv:2310.01506), or the natural pictures alone, as the iCD paper takes it.
 
     `folder` holds mapping_file.json and the pictures in annotation_images/. As its authors' reader does, what has
@@ -199,7 +193,7 @@ def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
         raise ValueError(f"{folder} is not PIE-Bench: there is no {file}; name the folder that holds mapping_file.json")
     examples = [_pie_bench_example(folder, key, entry) for key, entry in sorted(read_object(file).items())]
     chosen = [one for one in examples if one is not None and not (natural and "artificial" in str(one.picture))]
-    return _checked(chosen, file)
+    return _data_set(chosen, folder, file, count)
 
 
 def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Example | None:
@@ -254,15 +248,17 @@ def read_blended(text: str, source: str, target: str, where: str) -> BlendedWord
     return words[0], words[1]
 
 
-def _checked(examples: list[Example], file: Path) -> list[Example]:
+def _data_set(examples: list[Example], place: Path, records: Path, count: int | None) -> DataSet:
+    """The first examples of those that a file or folder describes by its `records`; ValueError for what is wrong."""
     if not examples:
-        raise ValueError(f"{file} holds no examples")
+        raise ValueError(f"{records} holds no examples")
     key, times = Counter(example.key for example in examples).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{file}: {key!r} comes {times} times; an example is known by its name")
+        raise ValueError(f"{records}: {key!r} comes {times} times; an example is known by its name")
     for example in examples:
         if isinstance(example.picture, Path) and not example.picture.is_file():
             raise ValueError(
-                f"{file} names {example.picture}, which is not there; give the pictures' folder by --images"
+                f"{records} names {example.picture}, which is not there; give the pictures' folder by --images"
             )
-    return examples
+    chosen = examples[:count]
+    return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(records))

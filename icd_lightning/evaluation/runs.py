@@ -8,33 +8,64 @@ one's work:
                     images/          results, a folder for each decoding, each with the identity of its example
                     rows.parquet     one row for each picture and decoding
                     results.json     means with confidence intervals, evaluations, seconds
+
+The list of examples is cut into batches once and for all; rank r of n takes every n-th batch from the r-th on, and what
+a batch gave is a small Parquet file of its own, there or not there. So a run that was killed and started again, or
+shared among ranks, puts together the very rows of an unbroken one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from icd_lightning.data.images import save_png, to_pictures
 from icd_lightning.evaluation.benchmark import Outcome
 from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, is_made_of, picture_path, read_results, slug
-from icd_lightning.evaluation.rows import ALONE, Gathering, Ranks, Row, batches
 from icd_lightning.evaluation.scoring import Scorer, Scoring, score_set
 from icd_lightning.files import read_object, write_json, write_whole
+from icd_lightning.progress import progress
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("icd-lightning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+Row = dict[str, Any]
+Item = TypeVar("Item")
+
+
+def ranks() -> tuple[int, int]:
+    """The rank of this process and how many share the work, as torchrun says; alone without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait() -> None:
+    """Until all ranks have come here."""
+    if ranks()[1] == 1:
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    torch.distributed.barrier()
+
+
+def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut into runs of `size`; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)
@@ -72,33 +103,78 @@ class Run:
         scorer = self.scoring.scorers.get(name) or self.scoring.of_sets[name]
         return f"{name} {scorer.version} at {self.score_resolution}"
 
-    def originals(self, batch: Sequence[Example]) -> torch.Tensor | None:
+    def originals(self, batch: Sequence[Example]) -> Tensor | None:
         """To compare results with, (B, 3, R, R); None of captions alone."""
         return None if batch[0].picture is None else stack(batch, self.score_resolution)
 
+    def gather(
+        self,
+        name: str,
+        measure: Callable[[Sequence[Example]], list[Row]],
+        *,
+        version: str = "",
+        is_whole: Callable[[pd.DataFrame, Sequence[Example]], bool] = lambda rows, batch: True,
+    ) -> pd.DataFrame:
+        """The rows that `measure` gives for all examples, in their order; what was measured before is read back.
 
-def perform(run: Run, ranks: Ranks = ALONE) -> Results:
+        Rows of another version are measured again, and so are those that are not whole any more.
+        """
+        folder, parts = self.folder / "parts" / slug(name), {}
+        for index, batch in enumerate(batches(self.examples, self.batch_size)):
+            text = "\n".join((version, *(example.identity for example in batch)))  # other examples make other files
+            parts[folder / f"{index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"] = batch
+        rank, world_size = ranks()
+        share = list(parts.items())[rank::world_size]
+        missing = [(f, batch) for f, batch in share if not (f.is_file() and is_whole(pd.read_parquet(f), batch))]
+        if len(missing) < len(share):
+            log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
+        for file, batch in progress(missing, f"{self.name}: {name}", len(missing)):
+            write_whole(file, pd.DataFrame(measure(batch)).to_parquet)
+        wait()
+        return pd.concat(map(pd.read_parquet, parts), ignore_index=True)
+
+    def record(self) -> dict[str, Any]:
+        """What a reader of the figures should know: all that they depend on, and more."""
+        return {
+            "run": self.name,
+            **self.determinants,
+            "count": len(self.examples),
+            "batch_size": self.batch_size,
+            "resolution": self.resolution,
+            "scored_at": self.score_resolution,
+            "metrics": [*self.scoring.scorers, *self.scoring.of_sets],
+            "options": self.decodings,
+            "columns": {column: style._asdict() for column, style in self.scoring.styles.items()},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "ranks": ranks()[1],
+            },
+        }
+
+
+def perform(run: Run) -> Results:
     """Do what is not done yet, and score it; rank 0 writes the run's files, and alone has the scores of sets."""
-    if ranks.rank == 0:
-        write_json(run.folder / CONFIG, {"run": run.name, **run.determinants, **_record(run, ranks)})
+    first = ranks()[0] == 0
+    if first:
+        write_json(run.folder / CONFIG, run.record())
 
     def are_there(rows: pd.DataFrame, batch: Sequence[Example]) -> bool:
         examples = {example.key: example for example in batch}
         return all(is_made_of(run.folder / file, examples[key]) for key, file in zip(rows.key, rows.image, strict=True))
 
-    gathering, parts = Gathering(run.examples, run.batch_size, ranks), run.folder / "parts"
-    frame = gathering.rows(parts / "pictures", partial(_make, run), label=run.name, is_whole=are_there)
+    frame = run.gather("pictures", partial(_make, run), is_whole=are_there)
     decodings = list(frame.decoding.unique())
     for name, scorer in run.scoring.scorers.items():
-        score, label = partial(_score, run, scorer, decodings), f"{run.name}: {name}"
-        scores = gathering.rows(parts / slug(name), score, label=label, version=run.version(name))
+        scores = run.gather(name, partial(_score, run, scorer, decodings), version=run.version(name))
         frame = frame.merge(scores, on=["key", "decoding"])
-    set_scores = _score_sets(run, decodings) if ranks.rank == 0 else {}
+    set_scores = _score_sets(run, decodings) if first else {}
     results = Results(run.name, frame, set_scores, run.folder, run.decodings, run.scoring.styles)
-    if ranks.rank == 0:
+    if first:
         write_whole(run.folder / ROWS, frame.to_parquet)
         write_json(run.folder / MEANS, results.as_dict())
-    ranks.wait()
+    wait()
     return results
 
 
@@ -144,19 +220,3 @@ def _score_sets(run: Run, decodings: Sequence[str]) -> dict[str, dict[str, float
             write_json(file, stored)
         scores[name] = stored["scores"]
     return scores
-
-
-def _record(run: Run, ranks: Ranks) -> dict[str, Any]:
-    """What a reader of the figures should know, and what they do not depend on, or hardly."""
-    packages = {name: version(name) for name in PACKAGES}
-    return {
-        "count": len(run.examples),
-        "batch_size": run.batch_size,
-        "resolution": run.resolution,
-        "scored_at": run.score_resolution,
-        "metrics": [*run.scoring.scorers, *run.scoring.of_sets],
-        "options": run.decodings,
-        "columns": {column: style._asdict() for column, style in run.scoring.styles.items()},
-        "versions": {"python": platform.python_version(), **packages},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "ranks": ranks.world_size},
-    }

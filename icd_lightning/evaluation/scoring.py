@@ -85,8 +85,21 @@ class Scoring:
         names = names or data.metrics.get(task.name) or task.metrics
         others = [name for name in names if name not in data.scorers]
         metrics = build_metrics(others) if others else {}
-        for name, metric in metrics.items():
-            _check(name, metric, task, data)
+        first = data.examples[0]
+        for name, metric in metrics.items():  # what is not there is complained of before anything is measured
+            if "noise" in metric.needs and task.name in ("generation", "editing"):
+                raise ValueError(
+                    f"metric {name!r} is of noise that pictures become, which {task.name} does not measure"
+                )
+            if "reference" in metric.needs and first.picture is None:
+                raise ValueError(
+                    f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do "
+                    "without, as in --metrics clip-t,image-reward"
+                )
+            if "masks" in metric.needs and first.runs is None and first.truth is None:
+                raise ValueError(
+                    f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited"
+                )
         metrics = {n: m.to(device) for n, m in metrics.items() if "noise" not in m.needs}  # its likelihood is recorded
         scorers = {n: ByMetric(n, m, task.edits) for n, m in metrics.items() if isinstance(m, PerImage)}
         scorers |= {name: data.scorers[name]() for name in names if name in data.scorers}
@@ -97,17 +110,3 @@ class Scoring:
         """How each column is printed."""
         columns = {column: style for scorer in self.scorers.values() for column, style in scorer.styles.items()}
         return {**RECORDED, **columns, **{name: style_of(metric) for name, metric in self.of_sets.items()}}
-
-
-def _check(name: str, metric: PictureMetric, task: Task, data: DataSet) -> None:
-    """ValueError for a metric of what is not there, before anything is measured."""
-    first = data.examples[0]
-    if "noise" in metric.needs and task.name in ("generation", "editing"):
-        raise ValueError(f"metric {name!r} is of noise that pictures become, which {task.name} does not measure")
-    if "reference" in metric.needs and first.picture is None:
-        raise ValueError(
-            f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do "
-            "without, as in --metrics clip-t,image-reward"
-        )
-    if "masks" in metric.needs and first.runs is None and first.truth is None:
-        raise ValueError(f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited")

@@ -26,24 +26,19 @@ def condense(source: Path, target: Path) -> list[Path]:
     for folder in known:
         if (target / folder).exists():
             raise FileExistsError(f"{target / folder} is there already: remove it first")
-    if "ablations" in known:
-        _condense_trainings(source, target)
-    for folder, name in known.items():  # the summary comes last: it says that all that it names is there
-        for run in read_runs(source / folder / name).values():
+    if "ablations" in known:  # scalars of all trainings, and pictures of those that the notebook shows
+        study = read_study(source / "ablations")
+        for folder in study.trainings.values():
+            write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
+        keys = telling(study)
+        for letter in UNGUIDED_ROWS:
+            folder = study.row(letter).runs[0].folder
+            _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
+    for summary, name in known.items():  # it comes last, and says that all that it names is there
+        for run in read_runs(source / summary / name).values():
             _copy(run.folder, target / run.folder.relative_to(source), [CONFIG, ROWS, MEANS])
-        _copy(source / folder, target / folder, [name])
+        _copy(source / summary, target / summary, [name])
     return [target / folder for folder in known]
-
-
-def _condense_trainings(source: Path, target: Path) -> None:
-    """Scalars of all trainings; pictures of those that the notebook shows."""
-    study = read_study(source / "ablations")
-    for folder in study.trainings.values():
-        write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
-    keys = telling(study)
-    for letter in UNGUIDED_ROWS:
-        folder = study.row(letter).runs[0].folder
-        _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
 
 
 def _copy(source: Path, target: Path, files: list[str]) -> None:

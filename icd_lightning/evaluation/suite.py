@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -26,8 +26,7 @@ from icd_lightning.evaluation.report import (
     write_report,
 )
 from icd_lightning.evaluation.results import Results, places
-from icd_lightning.evaluation.rows import Ranks
-from icd_lightning.evaluation.runs import Run, perform
+from icd_lightning.evaluation.runs import Run, perform, ranks
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.evaluation.summaries import INTERVALS
 from icd_lightning.files import write_json, write_text
@@ -45,7 +44,6 @@ class Suite:
     settings: Settings
     models: Models
     out: Path
-    ranks: Ranks = field(default_factory=Ranks.from_environment)
 
     def __post_init__(self) -> None:
         self.benchmark.check(self.settings)
@@ -74,10 +72,15 @@ class Suite:
     def run(self) -> list[Path]:
         """Measure every method; rank 0 prints and writes the tables and curves, and returns the summary's paths."""
         measured = self.measure()
-        if self.ranks.rank != 0:
+        if ranks()[0] != 0:
             return []
         sections = [*self.benchmark.sections(measured), *(self.benchmark.published if self.data.photographs else ())]
-        print_tables([_plain(one) for one in sections if isinstance(one, Table) and "type" not in one.header])
+        printed = []
+        for one in sections:
+            if isinstance(one, Table) and "type" not in one.header:  # by type they are long, and in the files
+                rows = tuple(tuple(float(v) if isinstance(v, float) else v for v in row) for row in one.rows)
+                printed.append(replace(one, rows=rows, note=one.note.removesuffix(INTERVALS)))  # a terminal is narrow
+        print_tables(printed)
         return (self.benchmark.write or write_summary)(measured, sections)
 
     def measure(self) -> Measured:
@@ -129,13 +132,7 @@ class Suite:
             decodings={one.name: one.options for one in decodings},
         )
         log.info("%s: %d pictures, %s", label, len(run.examples), run.folder)
-        return replace(perform(run, self.ranks), name=label + task.suffix)
-
-
-def _plain(table: Table) -> Table:
-    """The table without its intervals, for a terminal's width."""
-    rows = tuple(tuple(float(v) if isinstance(v, float) else v for v in row) for row in table.rows)
-    return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
+        return replace(perform(run), name=label + task.suffix)
 
 
 def write_summary(measured: Measured, sections: Sequence[Section]) -> list[Path]:

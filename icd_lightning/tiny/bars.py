@@ -12,7 +12,7 @@ from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.rows import batches
+from icd_lightning.evaluation.runs import batches
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.progress import progress

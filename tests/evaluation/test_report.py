@@ -20,7 +20,7 @@ from icd_lightning.evaluation.report import (
     Table,
     draw_section,
     markdown_table,
-    print_table,
+    print_tables,
     write_report,
 )
 from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, draw_report, wrap
@@ -359,16 +359,8 @@ def test_the_best_of_a_column_are_marked_by_their_means():
 
 def test_terminal_table_shows_values_as_they_are():
     console = Console(file=io.StringIO(), width=120)
-    print_table(
-        Table(
-            "Title [red]",
-            HOSTILE,
-            ("Method [b]", "x"),
-            ((HOSTILE, 1.25), ("b", None)),
-            styles={"x": Style(best="max")},
-        ),
-        console,
-    )
+    rows = ((HOSTILE, 1.25), ("b", None))
+    print_tables([Table("Title [red]", HOSTILE, ("Method [b]", "x"), rows, styles={"x": Style(best="max")})], console)
     out = console.file.getvalue()
     for text in ("Title [red]", "Method [b]", HOSTILE, "1.25", "higher is better"):
         assert text in out

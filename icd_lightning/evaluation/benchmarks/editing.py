@@ -12,13 +12,12 @@ from icd_lightning.evaluation.benchmark import (
     Clock,
     Measured,
     Outcome,
-    Settings,
     Task,
     edited,
     published,
 )
 from icd_lightning.evaluation.decodings import Decoding
-from icd_lightning.evaluation.examples import DataSet, Example, of_file, read_coco_edits, read_pie_bench
+from icd_lightning.evaluation.examples import Example, read_coco_edits, read_pie_bench
 from icd_lightning.evaluation.report import Section
 from icd_lightning.evaluation.summaries import panel, table, trade_off
 
@@ -62,15 +61,10 @@ TABLE_3 = "arXiv:2406.14539, Table 3, SDXL"
 TABLE_3_COLUMNS = ("CLIP-T", "Dino", "CLIP-I")
 
 
-def _read_pie_bench(settings: Settings) -> DataSet:
-    examples = read_pie_bench(settings.data, natural=settings.natural)
-    return of_file(examples, settings.data, settings.count, settings.data / "mapping_file.json")
-
-
 PIEBENCH = Benchmark(
     (replace(EDITING, metrics=("icd", "piebench")),),
     edit_sections,
-    read=_read_pie_bench,
+    read=lambda settings: read_pie_bench(settings.data, natural=settings.natural, count=settings.count),
     published=(
         published(
             "arXiv:2310.01506, SD1.5, all 700 pictures, edits by Prompt-to-Prompt",
@@ -101,14 +95,10 @@ PIEBENCH = Benchmark(
 # --- COCO's pictures whose captions differ in a word ------------------------------------------------------------------
 
 
-def _read_coco_edits(settings: Settings) -> DataSet:
-    return of_file(read_coco_edits(settings.data, settings.images), settings.data, settings.count)
-
-
 COCO_EDIT = Benchmark(
     (EDITING,),
     edit_sections,
-    read=_read_coco_edits,
+    read=lambda settings: read_coco_edits(settings.data, settings.images, settings.count),
     published=(
         published(
             TABLE_3,

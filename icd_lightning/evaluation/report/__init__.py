@@ -108,23 +108,18 @@ class Table:
 
     def cells(self) -> list[list[Cell]]:
         """Every value as text, rounded as its column is, with the best values of a column marked."""
-        columns = [self._column_cells(index) for index in range(len(self.header))]
+        columns = []
+        for index, name in enumerate(self.header):
+            digits, good, factor = self.styles.get(name, Style())
+            values = [v if v is None or isinstance(v, str) else v * factor for v in (row[index] for row in self.rows)]
+            means = [math.nan if value is None or isinstance(value, str) else float(value) for value in values]
+            numbers = [mean for mean in means if not math.isnan(mean)]
+            digits = _digits(numbers) if digits is None else digits
+            # a mean that reads the same as the best is as good; its interval has no part in that
+            winner = f"{(max if good == 'max' else min)(numbers):.{digits}f}" if good and numbers else None
+            best = [f"{mean:.{digits}f}" == winner for mean in means]
+            columns.append([Cell(format_value(v, digits), b) for v, b in zip(values, best, strict=True)])
         return [list(row) for row in zip(*columns, strict=True)]
-
-    def _column_cells(self, index: int) -> list[Cell]:
-        digits, good, factor = self.styles.get(self.header[index], Style())
-        values = [v if v is None or isinstance(v, str) else v * factor for v in (row[index] for row in self.rows)]
-        means = [math.nan if value is None or isinstance(value, str) else float(value) for value in values]
-        numbers = [mean for mean in means if not math.isnan(mean)]
-        if digits is None:  # three of the largest number, at most six decimals
-            largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
-            digits = 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
-        # a mean that reads the same as the best is as good; its interval has no part in that
-        winner = f"{(max if good == 'max' else min)(numbers):.{digits}f}" if good and numbers else None
-        return [
-            Cell(format_value(value, digits), best=f"{mean:.{digits}f}" == winner)
-            for value, mean in zip(values, means, strict=True)
-        ]
 
     def _repr_markdown_(self) -> str:
         """What a notebook shows."""
@@ -166,6 +161,12 @@ class Report:
     summary: tuple[tuple[str, str], ...] = ()
     sections: tuple[Section, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
+
+
+def _digits(numbers: Sequence[float]) -> int:
+    """Decimals that leave three significant digits of the largest number, at most six."""
+    largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
+    return 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
 
 
 def format_value(value: Value, digits: int) -> str:
@@ -215,34 +216,31 @@ def draw_section(section: Panel | Curve, path: Path) -> Path:
     return path
 
 
-def print_tables(tables: Sequence[Table]) -> Console:
-    """Print tables, and return the console: wide enough where the output is a file, which has no width of its own."""
-    from rich.console import Console
+def print_tables(tables: Sequence[Table], console: Console | None = None) -> Console:
+    """Print tables for a terminal, our rows in colour, best values bold; return the console.
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    for table in tables:
-        print_table(table, console)
-    return console
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print the table for a terminal: our rows in colour, best values bold."""
+    By default it is wide enough for them where the output is a file, which has no width of its own.
+    """
     import rich.table
     from rich import box
+    from rich.console import Console
     from rich.text import Text
 
-    note = "\n".join(text for text in (table.note, table.legend) if text)
-    out = rich.table.Table(
-        title=Text(table.title, "bold"),
-        caption=Text(note, "dim") if note else None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for index, head in enumerate(table.heads()):
-        out.add_column(Text(head), justify="right" if table.is_numeric(index) else "left", vertical="bottom")
-    for index, cells in enumerate(table.cells()):
-        style = "cyan" if index in table.highlight_rows else ""
-        out.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in cells), style=style)
-    console.print(out)
+    console = console or (Console() if sys.stdout.isatty() else Console(width=120))
+    for table in tables:
+        note = "\n".join(text for text in (table.note, table.legend) if text)
+        out = rich.table.Table(
+            title=Text(table.title, "bold"),
+            caption=Text(note, "dim") if note else None,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for index, head in enumerate(table.heads()):
+            out.add_column(Text(head), justify="right" if table.is_numeric(index) else "left", vertical="bottom")
+        for index, cells in enumerate(table.cells()):
+            style = "cyan" if index in table.highlight_rows else ""
+            out.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in cells), style=style)
+        console.print(out)
+    return console
