@@ -14,9 +14,9 @@ from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.evaluation import decodings
-from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, Decoding, Options, constructor_options
+from icd_lightning.evaluation.decodings import Decoding, Options, constructor_options
 from icd_lightning.evaluation.examples import DataSet, Example, read_data, stack
-from icd_lightning.evaluation.methods import CPU, edit_options
+from icd_lightning.evaluation.methods import CPU
 from icd_lightning.evaluation.report import Section, Table
 from icd_lightning.evaluation.results import Results
 from icd_lightning.registry import Entry, Registry
@@ -164,13 +164,6 @@ class Task:
     as_family: bool = False
     methods: tuple[str, ...] = ()
     suffix: str = ""
-
-    def check_grid(self, settings: Settings, name: str, method: type[PictureMethod]) -> None:
-        """ValueError for an option of the grid that is neither guidance's nor the method's."""
-        known = [*GUIDANCE_OPTIONS, *(edit_options(method) if self.edits else []), *constructor_options(method)]
-        for option in dict.fromkeys(option for options in settings.grid for option in options):
-            if option not in known:
-                raise ValueError(f"grid option {option!r} is none of {', '.join(known)} (of method {name})")
 
 
 @dataclass(frozen=True)

@@ -128,16 +128,14 @@ class DataSet:
 
 
 DATA_SETS = Registry("data set", "icd_lightning.data_sets", {})
-"""Functions of a number of examples, or None, that give a `DataSet`."""
-DEFAULT_DATA = "scenes"
-"""What is measured on where nobody says."""
+"""Functions of a number of examples, or None, that give a `DataSet`; scenes is measured on where nobody says."""
 
 
 def read_data(settings: Settings) -> DataSet:
     """Pictures with captions: of a file, or a data set by its name."""
     data = settings.data
     if data is None or str(data) in DATA_SETS:
-        return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(settings.count)
+        return DATA_SETS.find(str(data or "scenes")).load()(settings.count)
     return read_captions(data, settings.images, settings.count)
 
 

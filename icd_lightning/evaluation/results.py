@@ -71,10 +71,6 @@ class Results:
         frame = self.frame[self.frame.decoding == decoding]
         return frame if kind == ALL else frame[frame.kind == kind]
 
-    def style(self, column: str) -> Style:
-        """How a column is printed."""
-        return self.styles.get(column, Style())
-
     def values(self, column: str, decoding: str, kind: str = ALL) -> np.ndarray:
         """One value for each picture, NaN where there is none."""
         return self.of(decoding, kind)[column].to_numpy(dtype=float)

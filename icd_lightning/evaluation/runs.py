@@ -38,7 +38,7 @@ from icd_lightning.evaluation.benchmark import Outcome
 from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, is_made_of, picture_path, read_results, slug
-from icd_lightning.evaluation.scoring import Scorer, Scoring, score_set
+from icd_lightning.evaluation.scoring import Scoring, score_set
 from icd_lightning.files import read_object, write_json, write_whole
 from icd_lightning.progress import progress
 
@@ -193,7 +193,7 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
     return rows
 
 
-def _score(run: Run, scorer: Scorer, decodings: Sequence[str], batch: Sequence[Example]) -> list[Row]:
+def _score(run: Run, scorer: Any, decodings: Sequence[str], batch: Sequence[Example]) -> list[Row]:
     originals, rows = run.originals(batch), []
     for decoding in decodings:
         columns = scorer(batch, read_results(run.folder, decoding, batch, run.score_resolution), originals)

@@ -1,15 +1,15 @@
 """Scores of results, a column each: by the metrics of the registry, and by what a data set knows of its examples.
 
-A scorer takes a batch of examples, results (B, 3, R, R) as their PNG files hold them, and the original pictures, and
-returns columns of B values, NaN where a picture has none. Its `styles` say how each column is printed; its `version`
-is part of the key of its scores.
+A scorer, such as `ByMetric`, takes a batch of examples, results (B, 3, R, R) as their PNG files hold them, and the
+original pictures, and returns columns of B values, NaN where a picture has none. Its `styles` say how each column is
+printed; its `version` is part of the key of its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 Columns = Mapping[str, Tensor]
 RECORDED = {"latent_mse": Style(best="min"), "nll": Style(3), "nfe": Style(0), "seconds": Style(3)}
 """Columns of every run that has them, whatever it is scored by."""
-
-
-class Scorer(Protocol):
-    """See above."""
-
-    version: int
-    styles: Mapping[str, Style]
-
-    def __call__(self, examples: Sequence[Example], results: Tensor, originals: Tensor | None) -> Columns: ...
 
 
 class ByMetric:
@@ -74,7 +65,7 @@ def score_set(metric: PictureMetric, pairs: Iterable[tuple[Tensor, Tensor | None
 class Scoring:
     """What to score a run by: each picture alone, and all together."""
 
-    scorers: Mapping[str, Scorer]
+    scorers: Mapping[str, Any]
     of_sets: Mapping[str, PictureMetric]
 
     @classmethod

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
+from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, constructor_options
 from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
-from icd_lightning.evaluation.methods import Models, guided_as_told
+from icd_lightning.evaluation.methods import Models, edit_options, guided_as_told
 from icd_lightning.evaluation.report import (
     Curve,
     Panel,
@@ -34,40 +35,30 @@ from icd_lightning.files import write_json, write_text
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class Suite:
     """Settings, the models to measure, and where everything goes; under torchrun, this rank's share of it.
 
     ValueError, before anything is loaded, for settings that the benchmark or a method does not have.
     """
 
-    settings: Settings
-    models: Models
-    out: Path
-
-    def __post_init__(self) -> None:
-        self.benchmark.check(self.settings)
+    def __init__(self, settings: Settings, models: Models, out: Path) -> None:
+        self.settings, self.models, self.out = settings, models, out
+        self.benchmark = Benchmark.find(settings.benchmark)
+        self.benchmark.check(settings)
+        self.methods = tuple(dict.fromkeys(settings.methods or self.benchmark.methods))
+        self.tasks = (*self.benchmark.tasks, *(self.benchmark.grid_tasks if settings.has_grid else ()))
         for task in self.tasks:
             for name in task.methods or self.methods:
-                task.check_grid(self.settings, name, self.models.method_class(name))
-
-    @cached_property
-    def benchmark(self) -> Benchmark:
-        return Benchmark.find(self.settings.benchmark)
+                cls = models.method_class(name)
+                known = [*GUIDANCE_OPTIONS, *(edit_options(cls) if task.edits else []), *constructor_options(cls)]
+                for option in dict.fromkeys(option for options in settings.grid for option in options):
+                    if option not in known:
+                        raise ValueError(f"grid option {option!r} is none of {', '.join(known)} (of method {name})")
 
     @cached_property
     def data(self) -> DataSet:
         """The examples to measure on, always the same and in the same order."""
         return self.benchmark.read(self.settings)
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names, each once."""
-        return tuple(dict.fromkeys(self.settings.methods or self.benchmark.methods))
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return (*self.benchmark.tasks, *(self.benchmark.grid_tasks if self.settings.has_grid else ()))
 
     def run(self) -> list[Path]:
         """Measure every method; rank 0 prints and writes the tables and curves, and returns the summary's paths."""

@@ -59,9 +59,8 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     if len(results) > SIDE_BY_SIDE:
         heads = (f"{e.kind or e.key}\n{e.target}" for e in shown)
         return Panel("Edits", note, tuple(heads), tuple((name, tuple(images)) for name, images in pictures.items()))
-    rows = ((f"{e.target}\nwas: {e.caption}", tuple(p[i] for p in pictures.values())) for i, e in enumerate(shown))
     ours = tuple(i for i, name in enumerate(pictures) if name.startswith("icd"))
-    return Panel("Edits", note, tuple(pictures), tuple(rows), ours)
+    return Panel.of_columns("Edits", note, pictures, [f"{e.target}\nwas: {e.caption}" for e in shown], ours)
 
 
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:

@@ -22,7 +22,7 @@ from icd_lightning.evaluation.results import Results
 from icd_lightning.files import write_json
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.tiny.attributes import GROUPS, label_tensor
-from icd_lightning.tiny.scenes import ABSENT, EDITS, HELD_OUT_SEED, Scene, check_held_out, random_edit, scene_at
+from icd_lightning.tiny.scenes import ABSENT, EDITS, HELD_OUT_SEED, check_held_out, random_edit, scene_at
 from icd_lightning.tiny.scoring import SceneAttributes, SceneEdits, changed_and_kept, columns_in
 
 SCENES = 128
@@ -102,23 +102,14 @@ USUAL_TAU = 0.8
 """Of dynamic guidance in the tour's reconstructions."""
 
 
-def random_edits(scenes: Sequence[Scene], seed: int = 0, kinds: Sequence[str] = ATTRIBUTE_EDITS) -> list[Scene]:
-    """The true results of one edit of each scene, the kinds taking turns."""
-    return [
-        random_edit(scene, np.random.default_rng((seed, index)), kinds[index % len(kinds)])[0]
-        for index, scene in enumerate(scenes)
-    ]
-
-
 def tour_examples(settings: Settings) -> DataSet:
-    """Scenes of the world `seed`, each with the true result of an edit; noise by number."""
+    """Scenes of the world `seed`, each with the true result of an edit, the kinds taking turns; noise by number."""
     seed = HELD_OUT_SEED if settings.seed is None else check_held_out(settings.seed)
-    examples = scene_examples(settings.count or SCENES, seed)
-    truths = random_edits([example.picture for example in examples])
-    edits = [
-        replace(example, truth=truth, target=truth.caption(), number=number)
-        for number, (example, truth) in enumerate(zip(examples, truths, strict=True))
-    ]
+    edits = []
+    for number, example in enumerate(scene_examples(settings.count or SCENES, seed)):
+        kind = ATTRIBUTE_EDITS[number % len(ATTRIBUTE_EDITS)]
+        truth, _ = random_edit(example.picture, np.random.default_rng((0, number)), kind)
+        edits.append(replace(example, truth=truth, target=truth.caption(), number=number))
     return data_set(edits, seed)
 
 

@@ -147,15 +147,15 @@ class DemoReport:
 
     def _reconstructions(self, examples: Sequence[Example]) -> Panel:
         columns = self._columns("reconstruction", examples)
-        rows = _rows([example.caption for example in examples], columns)
-        return Panel("Reconstruction", "Encoded to noise and decoded, unguided.", tuple(columns), rows, (3,))
+        captions = [example.caption for example in examples]
+        return Panel.of_columns("Reconstruction", "Encoded to noise and decoded, unguided.", columns, captions, (3,))
 
     def _edits(self, examples: Sequence[Example]) -> Panel:
         columns = self._columns("edits", examples)
         columns["true result"] = np.stack([example.truth.draw(64) for example in examples if example.truth])
-        rows = _rows([f"{example.target}\nwas: {example.caption}" for example in examples], columns)
+        labels = [f"{example.target}\nwas: {example.caption}" for example in examples]
         note = "Only the prompt is swapped; the scene's own program draws the true result."
-        return Panel("Edits", note, tuple(columns), rows, (3,))
+        return Panel.of_columns("Edits", note, columns, labels, (3,))
 
     @torch.no_grad()
     def _generations(self, examples: Sequence[Example]) -> Panel:
@@ -169,9 +169,4 @@ class DemoReport:
             name = f"{steps} step{'s' if steps > 1 else ''}"
             columns[name] = to_pictures(method.generate(prompts, noise, guidance=guidance))
         note = "From drawn noise. The students learnt 4 segments: with fewer steps they jump further than that."
-        return Panel("Generation", note, tuple(columns), _rows(prompts, columns), (4,))
-
-
-def _rows(labels: Sequence[str], columns: dict[str, np.ndarray]) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
-    """Columns of pictures uint8 (B, H, W, 3) to rows."""
-    return tuple((label, tuple(pictures[i] for pictures in columns.values())) for i, label in enumerate(labels))
+        return Panel.of_columns("Generation", note, columns, prompts, (4,))

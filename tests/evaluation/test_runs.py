@@ -77,7 +77,7 @@ def test_a_run_writes_a_row_and_a_picture_for_each_and_is_read_back(unbroken):
     again = Results.read("icd", run.folder)
     assert comparable(again) == comparable(results)
     assert again.options == {"w 1": {"w": 1.0}, "w 3, tau 0.8": {"w": 3.0, "tau": 0.8}}
-    assert (again.style("psnr").best, again.style("psnr").digits, again.style("tiny-fd").best) == ("max", 2, "min")
+    assert (again.styles["psnr"].best, again.styles["psnr"].digits, again.styles["tiny-fd"].best) == ("max", 2, "min")
 
 
 def test_what_is_scored_is_what_the_files_hold(bench, unbroken):

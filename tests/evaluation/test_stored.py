@@ -121,7 +121,7 @@ def test_effects_are_differences_over_the_same_pictures(outputs):
     assert list(found) == ["AB", "BC", "CF", "FG"]
     expected = study.row("G", 1.0).pictures() - study.row("F", 1.0).pictures()
     assert np.array_equal(found["FG"].gain, expected)
-    best, worst = found["FG"].extremes(1)
+    best, worst = telling(study, 1)[-2:]
     assert found["FG"].keys.index(best) == expected.argmax()
     assert found["FG"].keys.index(worst) == expected.argmin()
     guided = by_rows(study.comparisons(guided=True, guidance_scale=5.0))

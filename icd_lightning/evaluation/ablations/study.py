@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -99,58 +98,23 @@ class Row:
         return self.values(column).mean(0)
 
 
-@dataclass(frozen=True)
 class Comparison:
     """Whether `better` really is above `worse` in PSNR, over the same pictures; `where` says how both are decoded.
 
     The difference's interval is over resampled pictures and, with MIN_SEEDS or more, over trainings as well; with fewer
-    the verdict is of these trainings only.
+    the verdict is of these trainings only: found, reversed, or undecided where the interval holds 0. `papers` is the
+    paper's difference, `gain` (pictures,) that of each picture, by `keys`, as a mean over trainings.
     """
 
-    worse: Row
-    better: Row
-    where: str = ""
-
-    @property
-    def papers(self) -> float:
-        """The paper's difference."""
-        return TABLE_2[self.better.name][2] - TABLE_2[self.worse.name][2]
-
-    @cached_property
-    def differences(self) -> np.ndarray:
-        """(trainings, pictures)."""
-        return self.better.values() - self.worse.values()
-
-    @cached_property
-    def difference(self) -> Estimate:
-        return bootstrap_trainings(self.differences)
-
-    @property
-    def verdict(self) -> str:
-        """found, reversed, or undecided where the interval of the difference holds 0."""
-        if self.difference.low > 0:
-            return "found"
-        return "reversed" if self.difference.high < 0 else "undecided"
-
-    @property
-    def seeds_agreeing(self) -> int:
-        """Trainings in which the better is above."""
-        return int((self.differences.mean(1) > 0).sum())
-
-    @cached_property
-    def gain(self) -> np.ndarray:
-        """Of each picture, the mean over trainings, (pictures,)."""
-        return self.better.pictures() - self.worse.pictures()
-
-    @property
-    def keys(self) -> list[str]:
-        """Of the pictures."""
-        return self.worse.runs[0].of(self.worse.decoding).key.tolist()
-
-    def extremes(self, count: int) -> list[str]:
-        """Keys of the pictures that gain most, and then of those that gain least."""
-        order = np.argsort(-self.gain, kind="stable")
-        return [self.keys[i] for i in (*order[:count], *order[-count:])]
+    def __init__(self, worse: Row, better: Row, where: str = "") -> None:
+        self.worse, self.better, self.where = worse, better, where
+        self.papers = TABLE_2[better.name][2] - TABLE_2[worse.name][2]
+        differences = better.values() - worse.values()
+        self.difference = bootstrap_trainings(differences)
+        self.verdict = "found" if self.difference.low > 0 else "reversed" if self.difference.high < 0 else "undecided"
+        self.seeds_agreeing = int((differences.mean(1) > 0).sum())
+        self.gain = better.pictures() - worse.pictures()
+        self.keys: list[str] = worse.runs[0].of(worse.decoding).key.tolist()
 
     def by_hardness(self, reference: np.ndarray, groups: int = 4) -> list[tuple[float, Estimate]]:
         """Mean gain of equal groups of pictures, from those whose `reference` (pictures,) is least, with its mean.

@@ -38,7 +38,8 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         lpips, dino, psnr = TABLE_2.get(row.name, (None,) * 3)
         ours = [bootstrap(row.pictures(column)) for column in columns]
         rows.append((row.name, row.description, *ours, psnr, lpips, dino))
-    ours_styled = {name: Style(2 if name == "psnr" else 3, study.ddim.style(name).best) for name in columns}
+    known = study.ddim.styles
+    styles = {n: Style(2 if n == "psnr" else 3, known[n].best if n in known else None) for n in columns}
     seeds = f"mean of {len(study.seeds)} trainings (seeds {', '.join(map(str, study.seeds))})"
     pictures = len(study.ddim.of(UNGUIDED.name))
     how = "unguided" if w is None else f"guided at w {w:g}, d.CFG with tau {TAU:g}; the paper's at w 8"
@@ -49,7 +50,7 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         header=("row", "students", *columns, "paper: PSNR", "LPIPS", "DinoV2"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),
-        styles=ours_styled | {"paper: PSNR": Style(2), "LPIPS": Style(3), "DinoV2": Style(3)},
+        styles=styles | {"paper: PSNR": Style(2), "LPIPS": Style(3), "DinoV2": Style(3)},
     )
 
 
@@ -90,8 +91,12 @@ def losses(study: AblationStudy) -> list[Comparison]:
 
 
 def telling(study: AblationStudy, count: int = 2) -> list[str]:
-    """Keys of the pictures that each preservation loss helps most and least."""
-    return list(dict.fromkeys(key for one in losses(study) for key in one.extremes(count)))
+    """Keys of the pictures that each preservation loss helps most, and then of those that it helps least."""
+    keys = []
+    for one in losses(study):
+        order = np.argsort(-one.gain, kind="stable")
+        keys += [one.keys[i] for i in (*order[:count], *order[-count:])]
+    return list(dict.fromkeys(keys))
 
 
 def result_files(study: AblationStudy, letter: str, keys: Sequence[str]) -> list[str]:
@@ -107,14 +112,13 @@ def effect_panel(study: AblationStudy, examples: Mapping[str, Example], keys: Se
     for letter in UNGUIDED_ROWS:
         folder = study.row(letter).runs[0].folder
         columns[letter] = [np.asarray(read_picture(folder / file)) for file in result_files(study, letter, keys)]
-    side = len(columns["G"][0])
-    rows = []
-    for index, key in enumerate(keys):
+    columns = {"original": [examples[key].array(len(columns["G"][0])) for key in keys], **columns}
+    labels = []
+    for key in keys:
         added = ", ".join(f"{part} {gain[key]:+.1f} dB" for part, gain in gains.items())
-        pictures = (examples[key].array(side), *(results[index] for results in columns.values()))
-        rows.append((f"{examples[key].caption}\n{added}", pictures))
+        labels.append(f"{examples[key].caption}\n{added}")
     note = f"To noise and back, unguided, by the training of seed {study.seeds[0]}; gains are means over all trainings."
-    return Panel("Pictures that the losses help most and least", note, ("original", *columns), tuple(rows), (6,))
+    return Panel.of_columns("Pictures that the losses help most and least", note, columns, labels, (6,))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def table_1(result: Results, quality: str) -> Table:
     note = (
         "DDIM-50, guided both ways by classifier-free guidance. The paper's columns are FID, of SD1.5 on 5K pictures."
     )
-    return _by_encoder(title, note, "decoder", rows, (result.style(quality).digits, 1))
+    return _by_encoder(title, note, "decoder", rows, (result.styles[quality].digits, 1))
 
 
 def table_1_nll(result: Results) -> Table:
@@ -81,20 +81,19 @@ def _by_encoder(
     return Table(title, note, (head, *columns), tuple((name, *row) for name, row in rows.items()), styles=columns)
 
 
-def threshold_curve(results: Sequence[Results]) -> Curve:
-    """Fig. 4: what comes back, against the threshold below which the decoder is guided."""
-    series = {}
-    for result in results[:MAX_SERIES]:
-        errors = [float(np.nanmean(result.values("latent_mse", name))) for name in result.decodings]
-        series[result.name] = (TURN_ON, errors)
-    note = "Encoded unguided, decoded with guidance at t <= tau T only."
-    return Curve("latent_mse against the turn-on threshold", note, "tau", "latent_mse", series)
-
-
 def _sections(measured: Measured) -> list[Section]:
+    """Table 1, and Fig. 4: what comes back, against the threshold below which the decoder is guided."""
     (both,) = measured.results["guidance"]
     tables = [table_1(both, quality) for quality in both.set_scores or ("latent_mse",)]
-    return [*tables, table_1_nll(both), threshold_curve(measured.results["thresholds"])]
+    series = {}
+    for result in measured.results["thresholds"][:MAX_SERIES]:
+        errors = [float(np.nanmean(result.values("latent_mse", name))) for name in result.decodings]
+        series[result.name] = (TURN_ON, errors)
+    title, note = (
+        "latent_mse against the turn-on threshold",
+        "Encoded unguided, decoded with guidance at t <= tau T only.",
+    )
+    return [*tables, table_1_nll(both), Curve(title, note, "tau", "latent_mse", series)]
 
 
 BOTH_WAYS = Task("guidance", guide_both_ways, ("psnr", "fid"), _both_ways, methods=("ddim",), suffix=", both ways")

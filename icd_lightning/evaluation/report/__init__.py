@@ -54,6 +54,19 @@ class Panel:
                     "columns; use None for a hole"
                 )
 
+    @classmethod
+    def of_columns(
+        cls,
+        title: str,
+        note: str,
+        columns: Mapping[str, Sequence[Picture | None]],
+        labels: Sequence[str],
+        highlight: tuple[int, ...] = (),
+    ) -> Panel:
+        """From columns by their heads, a picture for each of the rows' labels."""
+        rows = zip(labels, zip(*columns.values(), strict=True), strict=True)
+        return cls(title, note, tuple(columns), tuple(rows), highlight)
+
 
 class Style(NamedTuple):
     """How a column is printed: decimals, what is good, and a factor, 100 for per cent.
@@ -63,7 +76,7 @@ class Style(NamedTuple):
 
     digits: int | None = None
     best: Literal["max", "min"] | None = None
-    factor: float = 1
+    factor: float = 1.0
 
 
 class Cell(NamedTuple):
@@ -111,10 +124,14 @@ class Table:
         columns = []
         for index, name in enumerate(self.header):
             digits, good, factor = self.styles.get(name, Style())
-            values = [v if v is None or isinstance(v, str) else v * factor for v in (row[index] for row in self.rows)]
+            values = [row[index] for row in self.rows]
+            if factor != 1:  # else whole numbers would not stay whole
+                values = [v if v is None or isinstance(v, str) else v * factor for v in values]
             means = [math.nan if value is None or isinstance(value, str) else float(value) for value in values]
             numbers = [mean for mean in means if not math.isnan(mean)]
-            digits = _digits(numbers) if digits is None else digits
+            if digits is None:  # three significant ones of the largest number, at most six decimals
+                largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
+                digits = 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
             # a mean that reads the same as the best is as good; its interval has no part in that
             winner = f"{(max if good == 'max' else min)(numbers):.{digits}f}" if good and numbers else None
             best = [f"{mean:.{digits}f}" == winner for mean in means]
@@ -161,12 +178,6 @@ class Report:
     summary: tuple[tuple[str, str], ...] = ()
     sections: tuple[Section, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
-
-
-def _digits(numbers: Sequence[float]) -> int:
-    """Decimals that leave three significant digits of the largest number, at most six."""
-    largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
-    return 2 if largest == 0 else min(max(2 - math.floor(math.log10(largest)), 0), 6)
 
 
 def format_value(value: Value, digits: int) -> str:

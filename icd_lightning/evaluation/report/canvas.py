@@ -202,7 +202,7 @@ def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> floa
         _two_sizes(column, head_font._replace(color=color), side)
         for column, color in zip(panel.columns, colors, strict=True)
     ]
-    bottom = _row(canvas, y + 8, lefts, [[], *heads], centred=False) + 10
+    bottom = _row(canvas, y + 8, lefts, [[], *heads], down=0) + 10
     for label, pictures in panel.rows:
         cells = [_two_sizes(label, BODY, label_width - 28), *pictures]
         bottom = _row(canvas, bottom, lefts, cells, side=side) + PICTURE_GAP
@@ -225,9 +225,12 @@ def _row(
     *,
     aligns: Sequence[str] = (),
     side: int = 0,
-    centred: bool = True,
+    down: float = 0.5,
 ) -> float:
-    """Draw cells, lines or a picture with a longer side of `side`, around the middle of a row; return the y below."""
+    """Draw a row of cells, lines or a picture with a longer side of `side`; return the y below.
+
+    Cells that are lower than the row stand `down` in it: 0 is at its top, 1 at its bottom.
+    """
     sizes = []
     for cell in cells:
         if isinstance(cell, np.ndarray):
@@ -236,7 +239,7 @@ def _row(
             sizes.append([lines_height(cell or []), 0])
     tallest = max(height for height, _ in sizes)
     for index, (x, cell, (height, width)) in enumerate(zip(places, cells, sizes, strict=True)):
-        top = y + (tallest - height) / 2 * centred
+        top = y + (tallest - height) * down
         if isinstance(cell, np.ndarray):
             canvas.picture(cell, x + (side - width) // 2, top, (width, height), radius=8)
         else:
@@ -250,9 +253,7 @@ def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> floa
     lefts = x + np.cumsum([0, *(column + gap for column in widths[:-1])])
     places = lefts + np.array(widths) * [align == "right" for align in aligns]
     heads = [wrap(head, Font(size, "muted"), column) for head, column in zip(table.heads(), widths, strict=True)]
-    tallest = max(map(len, heads))
-    heads = [[("", Font(size))] * (tallest - len(head)) + head for head in heads]
-    y = _row(canvas, y, places, heads, aligns=aligns) + 12
+    y = _row(canvas, y, places, heads, aligns=aligns, down=1) + 12
     canvas.rule(x, y, width, "muted")
     for number, cells in enumerate(table.cells()):
         ours, pad, top = number in table.highlight_rows, round(0.4 * size), y

@@ -161,12 +161,12 @@ def curve_pixels(curve: Curve, width: int) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())
 
 
-def curve_svg(curve: Curve, colors: dict[str, str], *, width: int = 520, height: int = 312) -> str:
+def curve_svg(curve: Curve, colors: dict[str, str]) -> str:
     """The curve without its names as an element <svg>; `colors` replaces hex colours by what CSS understands."""
     buffer = StringIO()
     with rc_context({**REPORTED, "svg.hashsalt": curve.title}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        curve_figure(curve, width, height, 13).savefig(buffer, format="svg", metadata=metadata)
+        curve_figure(curve, 520, 312, 13).savefig(buffer, format="svg", metadata=metadata)
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # numbered anew in each figure
     return re.sub(

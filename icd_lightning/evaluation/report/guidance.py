@@ -44,7 +44,7 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
     settings = {name: options for name, options in generated.options.items() if "tau2" in options}
     places = {}
     for decoding in generated.decodings:
-        value = bootstrap(generated.values(quality, decoding)) * generated.style(quality).factor
+        value = bootstrap(generated.values(quality, decoding)) * generated.styles[quality].factor
         places[decoding] = (bootstrap(inverted.values("latent_mse", decoding)), value)
     figure, (axes,) = sheet(height=3.6, width=5.6)
     for tau2, look in zip(sorted({options["tau2"] for options in settings.values()}), LOOKS, strict=False):
