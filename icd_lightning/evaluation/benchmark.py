@@ -13,8 +13,7 @@ from torch import Tensor
 from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import PictureMethod
-from icd_lightning.evaluation import decodings
-from icd_lightning.evaluation.decodings import Decoding, Options, constructor_options
+from icd_lightning.evaluation.decodings import Decoding, Options, check_grid, guided
 from icd_lightning.evaluation.examples import DataSet, Example, read_data, stack
 from icd_lightning.evaluation.methods import CPU
 from icd_lightning.evaluation.report import Section, Table
@@ -71,7 +70,7 @@ class Settings:
                 raise ValueError(f"{name} {value} must be 1 or more")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
-        decodings.check_grid(self.grid)
+        check_grid(self.grid)
 
     @property
     def has_grid(self) -> bool:
@@ -133,18 +132,6 @@ Measure = Callable[[Bench, Sequence[Example], Sequence[Decoding]], Iterator[Outc
 """What a benchmark does with a batch: an `Outcome` for each decoding, what they share being done once."""
 Decodings = Callable[[Settings, StepGuidance, type[PictureMethod]], Sequence[Decoding]]
 """Of the settings, the method's own guidance and its class."""
-
-
-def edited(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
-    """The method's own guidance, or every setting of the grid."""
-    return decodings.grid_decodings(settings.grid, default, constructor_options(method))
-
-
-def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
-    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
-    if settings.has_grid:
-        return [decodings.UNGUIDED, *edited(settings, default, method)]
-    return decodings.steps(default.guidance_scale, (1.0, default.tau))
 
 
 @dataclass(frozen=True)

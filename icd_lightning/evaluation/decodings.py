@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
 from icd_lightning.editing.limits import SHORT_NAMES, check_guidance_scale
+
+if TYPE_CHECKING:
+    from icd_lightning.editing.method import PictureMethod
+    from icd_lightning.evaluation.benchmark import Settings
 
 Options = Mapping[str, float]
 
@@ -89,10 +93,17 @@ def _in_order(options: Options) -> bool:
     return options.get("tau1", 0.0) <= options.get("tau2", 1.0) and options.get("lo", 0.0) <= options.get("hi", 1.0)
 
 
-def grid_decodings(grid: Iterable[Options], default: StepGuidance, constructor: Sequence[str]) -> list[Decoding]:
-    """A decoding for each setting of a grid; one without options is the default guidance."""
+def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
+    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
+    if settings.has_grid:
+        return [UNGUIDED, *edited(settings, default, method)]
+    return steps(default.guidance_scale, (1.0, default.tau))
+
+
+def edited(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
+    """The method's own guidance, or every setting of the grid: options of its constructor go there."""
     decodings = {}
-    for options in filter(_in_order, grid):
+    for options in filter(_in_order, settings.grid):
         w = options.get("w", default.guidance_scale)
         guidance: GuidanceSchedule = StepGuidance(w, options.get("tau", default.tau))
         if "tau1" in options or "tau2" in options:
@@ -101,7 +112,7 @@ def grid_decodings(grid: Iterable[Options], default: StepGuidance, constructor: 
         elif "lo" in options or "hi" in options:
             guidance = IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
         other = {name: value for name, value in options.items() if name not in GUIDANCE_OPTIONS}
-        arguments = {name: other.pop(name) for name in constructor if name in other}
+        arguments = {name: other.pop(name) for name in constructor_options(method) if name in other}
         named = options or Decoding.step(default.guidance_scale, default.tau).options
         decoding = Decoding(guidance, named, other, arguments)
         decodings[decoding.name] = decoding

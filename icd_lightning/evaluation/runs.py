@@ -146,11 +146,7 @@ class Run:
             "options": self.decodings,
             "columns": {column: style._asdict() for column, style in self.scoring.styles.items()},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "machine": {
-                "processor": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "ranks": ranks()[1],
-            },
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "ranks": ranks()[1]},
         }
 
 
