@@ -37,17 +37,10 @@ BENCHMARKS = Registry(
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. `grid` holds settings to try, each a mapping of options, as `parse_grid` returns them.
+    """What to measure: the options of `icd eval`, read.
 
-    Args:
-        benchmark: a name of BENCHMARKS, or a benchmark's path, package.module.NAME.
-        methods: by default the benchmark's own.
-        metrics: names of the registry or of a preset; by default what suits the benchmark and the data.
-        data: COCO's annotations, a CSV, PIE-Bench's folder, or a data set's name; by default held-out scenes.
-        images: folder that the data's file names are relative to.
-        natural: leave out PIE-Bench's artificial pictures.
-        count: how many examples, from the first; by default all, or 128 scenes.
-        seed, batch_size: by default 0, and the benchmark's own.
+    `methods`, `metrics` and `batch_size` are the benchmark's own by default; `data` may be a data set's name; `grid`
+    holds settings to try, each a mapping of options, as `parse_grid` returns them.
     """
 
     benchmark: str

@@ -36,7 +36,7 @@ from torch import Tensor
 from icd_lightning.data.images import save_png, to_pictures
 from icd_lightning.evaluation.benchmark import Outcome
 from icd_lightning.evaluation.decodings import Options
-from icd_lightning.evaluation.examples import Example, stack
+from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example, stack
 from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, is_made_of, picture_path, read_results, slug
 from icd_lightning.evaluation.scoring import Scoring, score_set
 from icd_lightning.files import read_object, write_json, write_whole
@@ -72,18 +72,16 @@ def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 class Run:
     """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on.
 
-    Pictures of more than `scored_at` pixels a side are scored at that size, and so are their originals. `decodings` are
-    the options of each by its name.
+    `decodings` are the options of each by its name.
     """
 
     name: str
     root: Path
-    examples: Sequence[Example]
+    data: DataSet
     measure: Callable[[Sequence[Example]], Iterator[Outcome]]
     determinants: Mapping[str, Any]
     resolution: int
     batch_size: int = 16
-    scored_at: int | None = None
     scoring: Scoring = field(default_factory=lambda: Scoring({}, {}))
     decodings: Mapping[str, Options] = field(default_factory=dict)
 
@@ -95,8 +93,8 @@ class Run:
 
     @property
     def score_resolution(self) -> int:
-        """Pixels of a side of the pictures that are scored."""
-        return min(self.resolution, self.scored_at or self.resolution)
+        """Pixels of a side of the pictures that are scored, and of their originals; of photographs at most 512."""
+        return min(self.resolution, PHOTOGRAPH_SIDE) if self.data.photographs else self.resolution
 
     def version(self, name: str) -> str:
         """Of scores by this name: what they depend on, beside the pictures."""
@@ -120,7 +118,7 @@ class Run:
         Rows of another version are measured again, and so are those that are not whole any more.
         """
         folder, parts = self.folder / "parts" / slug(name), {}
-        for index, batch in enumerate(batches(self.examples, self.batch_size)):
+        for index, batch in enumerate(batches(self.data.examples, self.batch_size)):
             text = "\n".join((version, *(example.identity for example in batch)))  # other examples make other files
             parts[folder / f"{index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"] = batch
         rank, world_size = ranks()
@@ -138,7 +136,7 @@ class Run:
         return {
             "run": self.name,
             **self.determinants,
-            "count": len(self.examples),
+            "count": len(self.data.examples),
             "batch_size": self.batch_size,
             "resolution": self.resolution,
             "scored_at": self.score_resolution,
@@ -203,14 +201,14 @@ def _score_sets(run: Run, decodings: Sequence[str]) -> dict[str, dict[str, float
     """Of the pictures of each decoding together, such as Frechet distances; what was computed before is read back."""
     scores = {}
     for name, metric in run.scoring.of_sets.items():
-        identities = [example.identity for example in run.examples]
+        identities = [example.identity for example in run.data.examples]
         key = hashlib.sha256(repr([run.version(name), identities, decodings]).encode()).hexdigest()
         file = run.folder / "parts" / f"{slug(name)}.json"
         stored = read_object(file) if file.is_file() else {}
         if stored.get("key") != key:
             stored = {"key": key, "scores": {}}
             for decoding in decodings:
-                parts = batches(run.examples, run.batch_size)
+                parts = batches(run.data.examples, run.batch_size)
                 made = (read_results(run.folder, decoding, batch, run.score_resolution) for batch in parts)
                 stored["scores"][decoding] = score_set(metric, zip(made, map(run.originals, parts), strict=True))
             write_json(file, stored)

@@ -13,7 +13,7 @@ from pathlib import Path
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
 from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, constructor_options
-from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
+from icd_lightning.evaluation.examples import DataSet, Example
 from icd_lightning.evaluation.methods import Models, edit_options, guided_as_told
 from icd_lightning.evaluation.report import (
     Curve,
@@ -109,7 +109,7 @@ class Suite:
         run = Run(
             name=label,
             root=self.out,
-            examples=self.data.examples,
+            data=self.data,
             measure=measure,
             determinants={
                 **{"benchmark": settings.benchmark, "what": task.name, "seed": bench.seed, "data": self.data.identity},
@@ -118,11 +118,10 @@ class Suite:
             },
             resolution=bench.resolution,
             batch_size=settings.batch_size or self.benchmark.batch_size,
-            scored_at=PHOTOGRAPH_SIDE if self.data.photographs else None,
             scoring=scoring,
             decodings={one.name: one.options for one in decodings},
         )
-        log.info("%s: %d pictures, %s", label, len(run.examples), run.folder)
+        log.info("%s: %d pictures, %s", label, len(self.data.examples), run.folder)
         return replace(perform(run), name=label + task.suffix)
 
 

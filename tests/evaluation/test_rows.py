@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from ranks_case import run_ranks
 
-from icd_lightning.evaluation.examples import Example
+from icd_lightning.evaluation.examples import DataSet, Example
 from icd_lightning.evaluation.runs import Run
 
 EXAMPLES = [Example(f"picture/{i}", f"caption {i}") for i in range(11)]
@@ -17,7 +17,7 @@ def measure(batch):
 
 
 def gather(folder, examples=EXAMPLES, measure=measure, **options):
-    run = Run("run", folder, examples, None, {}, resolution=64, batch_size=3)
+    run = Run("run", folder, DataSet(examples, "", ""), None, {}, resolution=64, batch_size=3)
     return run.gather("rows", measure, **options).to_dict("records")
 
 

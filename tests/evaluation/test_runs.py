@@ -41,7 +41,7 @@ def run_of(bench, root, examples=EXAMPLES, measure=None, metrics=("psnr", "tiny-
     return Run(
         "icd",
         root,
-        examples,
+        data_set(examples),
         measure or partial(to_noise_and_back, bench, decodings=DECODINGS),
         {"seed": 0, **changes},
         resolution=64,
@@ -159,7 +159,7 @@ def test_edits_are_averaged_by_type(tmp_path):
     def measure(batch):
         yield Outcome("as is", stack(batch, 64), 3, 0.5, {"odd": torch.arange(len(batch)) % 2})
 
-    results = perform(Run("none", tmp_path, examples, measure, {}, resolution=64, batch_size=8))
+    results = perform(Run("none", tmp_path, data_set(examples), measure, {}, resolution=64, batch_size=8))
     assert results.kinds == [example.kind for example in examples[:8]]
     assert results.mean("odd", "as is") == 0.5
     assert results.mean("odd", "as is", "shape") == 1.0

@@ -42,7 +42,7 @@ def measured(root, edit) -> Measured:
         measure = (lambda batch: iter([Outcome("w 1", edit(batch), 5, 0.1)])) if task.name == "edits" else same
         scoring = Scoring.choose(None, task, DATA)
         options = {"w 1": {"w": 1.0}}
-        run = Run("icd", root / task.name, DATA.examples, measure, {}, 64, scoring=scoring, decodings=options)
+        run = Run("icd", root / task.name, DATA, measure, {}, 64, scoring=scoring, decodings=options)
         results[task.name] = [perform(run)]
     return Measured(SETTINGS, DATA, results, root)
 

@@ -62,7 +62,7 @@ def _draw_rows(
     untrained = [study.untrained(len(study.ablations[row.name].boundaries), row.decoding) for row in rows]
     means = [row.pictures().mean() for row in untrained]
     points(axes, means, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
-    ddim = study.ddim.values("psnr", Decoding.step(w, TAU).name if guided else UNGUIDED.name).mean()
+    ddim = study.runs["ddim"].values("psnr", Decoding.step(w, TAU).name if guided else UNGUIDED.name).mean()
     axes.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' * guided}, w {w:g}")
 
 
@@ -165,7 +165,7 @@ def scatter_plot(comparisons: Sequence[Comparison]) -> Sheet:
 def gain_plot(study: AblationStudy, comparisons: Sequence[Comparison]) -> Sheet:
     """What each part adds to each picture, sorted; and by how hard a picture is for the teacher's own DDIM-50."""
     figure, (each, groups) = sheet(2, height=2.7)
-    hardness = study.ddim.values("psnr", UNGUIDED.name)
+    hardness = study.runs["ddim"].values("psnr", UNGUIDED.name)
     for one, look in zip(comparisons, LOOKS, strict=False):
         gains = np.sort(one.gain)
         each.plot(100 * (np.arange(len(gains)) + 0.5) / len(gains), gains, color=look.color, linestyle=look.line)

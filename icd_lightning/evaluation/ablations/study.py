@@ -140,15 +140,10 @@ class AblationStudy:
     trainings: Mapping[str, Path] = field(default_factory=dict)
 
     @property
-    def ddim(self) -> Results:
-        """Of the teacher."""
-        return self.runs["ddim"]
-
-    @property
     def columns(self) -> list[str]:
         """Figures of every row that say how near the pictures came back."""
-        left_out = ("nfe", "seconds", "nll", *self.ddim.set_scores)
-        return [name for name in self.ddim.columns if name not in left_out]
+        left_out = ("nfe", "seconds", "nll", *self.runs["ddim"].set_scores)
+        return [name for name in self.runs["ddim"].columns if name not in left_out]
 
     def row(self, letter: str, guidance_scale: float = 1.0) -> Row:
         """An ablation at this w, with a run for each seed."""
@@ -162,30 +157,29 @@ class AblationStudy:
         label = f"{segments} + {segments} jumps" + (" + d.CFG" if "tau" in decoding else "")
         return Row("untrained", label, decoding, [self.runs[f"untrained-{segments}"]])
 
-    def rows(self, guidance_scale: float | None) -> list[Row]:
+    def rows(self, w: float | None) -> list[Row]:
         """Of Table 2: the teacher, the untrained students and the ablations, guided at this w, or unguided."""
-        w, segments = guidance_scale, sorted({len(row.boundaries) for row in self.ablations.values()})
+        segments = sorted({len(row.boundaries) for row in self.ablations.values()})
         if w is None:
-            rows = [Row("DDIM-50", "teacher", UNGUIDED.name, [self.ddim])]
+            rows = [Row("DDIM-50", "teacher", UNGUIDED.name, [self.runs["ddim"]])]
             rows += [self.untrained(count) for count in segments]
         else:
             throughout, dynamic = (Decoding.step(w, tau).name for tau in (1.0, TAU))
-            rows = [Row("DDIM-50, guided", "teacher", throughout, [self.ddim])]
-            rows += [Row("DDIM-50 + d.CFG", "teacher", dynamic, [self.ddim])]
+            rows = [Row("DDIM-50, guided", "teacher", throughout, [self.runs["ddim"]])]
+            rows += [Row("DDIM-50 + d.CFG", "teacher", dynamic, [self.runs["ddim"]])]
             rows += [self.untrained(segments[-1], decoding) for decoding in (throughout, dynamic)]
         chosen = [row.letter for row in self.ablations.values() if row.guided == (w is not None)]
         return [*rows, *(self.row(letter, w or 1.0) for letter in chosen)]
 
-    def comparisons(self, *, guided: bool, guidance_scale: float = 1.0) -> list[Comparison]:
-        """Of neighbouring rows in the paper's ordering."""
-        rows = [self.row(letter, guidance_scale) for letter in ORDERINGS[guided]]
-        where = f"guided, w {guidance_scale:g}" if guided else "unguided"
+    def comparisons(self, w: float | None = None) -> list[Comparison]:
+        """Of neighbouring rows in the paper's ordering, guided at this w, or unguided."""
+        rows = [self.row(letter, w or 1.0) for letter in ORDERINGS[w is not None]]
+        where = "unguided" if w is None else f"guided, w {w:g}"
         return [Comparison(worse, better, where) for worse, better in pairwise(rows)]
 
     def verdicts(self) -> list[Comparison]:
         """On the paper's orderings, unguided and at every w."""
-        guided = [one for w in self.guidance_scales for one in self.comparisons(guided=True, guidance_scale=w)]
-        return [*self.comparisons(guided=False), *guided]
+        return [one for w in (None, *self.guidance_scales) for one in self.comparisons(w)]
 
 
 def read_study(folder: Path) -> AblationStudy:

@@ -38,10 +38,10 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         lpips, dino, psnr = TABLE_2.get(row.name, (None,) * 3)
         ours = [bootstrap(row.pictures(column)) for column in columns]
         rows.append((row.name, row.description, *ours, psnr, lpips, dino))
-    known = study.ddim.styles
+    known = study.runs["ddim"].styles
     styles = {n: Style(2 if n == "psnr" else 3, known[n].best if n in known else None) for n in columns}
     seeds = f"mean of {len(study.seeds)} trainings (seeds {', '.join(map(str, study.seeds))})"
-    pictures = len(study.ddim.of(UNGUIDED.name))
+    pictures = len(study.runs["ddim"].of(UNGUIDED.name))
     how = "unguided" if w is None else f"guided at w {w:g}, d.CFG with tau {TAU:g}; the paper's at w 8"
     return Table(
         title="Table 2, unguided" if w is None else f"Table 2, guided at w {w:g}",
@@ -87,7 +87,7 @@ def place_of_e(study: AblationStudy) -> str:
 
 def losses(study: AblationStudy) -> list[Comparison]:
     """Of unguided rows that a preservation loss tells apart."""
-    return [one for one in study.comparisons(guided=False) if one.better.name in "FG"]
+    return [one for one in study.comparisons() if one.better.name in "FG"]
 
 
 def telling(study: AblationStudy, count: int = 2) -> list[str]:
