@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -90,13 +90,6 @@ class Results:
                 found = {column: self.mean(column, decoding, kind) for column in self.columns}
                 means[decoding][kind] = {n: v.as_dict() if isinstance(v, Estimate) else v for n, v in found.items()}
         return means
-
-    def beside(self, other: Results) -> Results:
-        """With the columns that another run has over the same pictures and decodings."""
-        keys, new = ["key", "decoding"], [name for name in other.frame if name not in self.frame]
-        frame = self.frame.merge(other.frame[[*keys, *new]], on=keys, how="left")
-        scores, styles = {**other.set_scores, **self.set_scores}, {**other.styles, **self.styles}
-        return replace(self, frame=frame, set_scores=scores, styles=styles)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def _sections(measured: Measured) -> list[Section]:
     results = measured.results["generation"]
     sections: list[Section] = [table("Generation", f"{measured.data.name}: their captions, from drawn noise.", results)]
     if measured.settings.has_grid:
-        both = [one.beside(other) for one, other in zip(results, measured.results["inversion"], strict=True)]
+        keys, both = ["key", "decoding"], []
+        for one, back in zip(results, measured.results["inversion"], strict=True):
+            both.append(replace(one, frame=one.frame.merge(back.frame[[*keys, "latent_mse"]], on=keys)))
         if scores := [name for name in results[0].columns if name not in LAST]:
             title = f"{scores[0]} of generation against the error of inversion"
             sections.append(trade_off(both, "latent_mse", scores[0], title))
