@@ -70,10 +70,10 @@ class Canvas:
         self.axes.set(xlim=(0, width), ylim=(1, 0), autoscale_on=False)
         self.axes.axis("off")
 
-    def write(self, x: float, y: float, lines: Sequence[Line], *, align: str = "left") -> float:
+    def write(self, x: float, y: float, lines: Sequence[Line]) -> float:
         """Write lines under one another, the first below y; return the y below them."""
         for text, font in lines:
-            style = {"fontsize": font.size, "color": COLORS[font.color], "weight": font.weight, "ha": align}
+            style = {"fontsize": font.size, "color": COLORS[font.color], "weight": font.weight, "ha": font.align}
             self.axes.text(x, y + font.size, text, family=FAMILY, parse_math=False, **style)
             y += round(1.4 * font.size)
         return y
@@ -223,7 +223,6 @@ def _row(
     places: Sequence[float],
     cells: Sequence[Sequence[Line] | Picture | None],
     *,
-    aligns: Sequence[str] = (),
     side: int = 0,
     down: float = 0.5,
 ) -> float:
@@ -238,12 +237,12 @@ def _row(
         else:
             sizes.append([lines_height(cell or []), 0])
     tallest = max(height for height, _ in sizes)
-    for index, (x, cell, (height, width)) in enumerate(zip(places, cells, sizes, strict=True)):
+    for x, cell, (height, width) in zip(places, cells, sizes, strict=True):
         top = y + (tallest - height) * down
         if isinstance(cell, np.ndarray):
             canvas.picture(cell, x + (side - width) // 2, top, (width, height), radius=8)
         else:
-            canvas.write(x, top, cell or [], align=aligns[index] if aligns else "left")
+            canvas.write(x, top, cell or [])
     return y + tallest
 
 
@@ -252,15 +251,16 @@ def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> floa
     aligns = ["right" if table.is_numeric(index) else "left" for index in range(len(widths))]
     lefts = x + np.cumsum([0, *(column + gap for column in widths[:-1])])
     places = lefts + np.array(widths) * [align == "right" for align in aligns]
-    heads = [wrap(head, Font(size, "muted"), column) for head, column in zip(table.heads(), widths, strict=True)]
-    y = _row(canvas, y, places, heads, aligns=aligns, down=1) + 12
+    fonts = [Font(size, "muted", align=align) for align in aligns]
+    heads = [wrap(head, font, column) for head, font, column in zip(table.heads(), fonts, widths, strict=True)]
+    y = _row(canvas, y, places, heads, down=1) + 12
     canvas.rule(x, y, width, "muted")
     for number, cells in enumerate(table.cells()):
         ours, pad, top = number in table.highlight_rows, round(0.4 * size), y
-        fonts = [Font(size, weight="bold" if cell.best else "normal") for cell in cells]
-        fonts[0] = Font(size, "accent", "bold") if ours else fonts[0]
+        fonts = [Font(size, "ink", "bold" if c.best else "normal", a) for c, a in zip(cells, aligns, strict=True)]
+        fonts[0] = Font(size, "accent", "bold", aligns[0]) if ours else fonts[0]
         lines = [wrap(cell.text, font, column) for cell, font, column in zip(cells, fonts, widths, strict=True)]
-        y = _row(canvas, y + pad, places, lines, aligns=aligns) + pad
+        y = _row(canvas, y + pad, places, lines) + pad
         if ours:
             canvas.box((x - BLEED, top + 1, x + width + BLEED, y), "tint", 10)
         canvas.rule(x, y, width, thickness=1)

@@ -121,11 +121,12 @@ def points(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, la
 
 
 class Font(NamedTuple):
-    """How letters look: size in pixels, colour, weight."""
+    """How letters look: size in pixels, colour, weight; and on which side of their place they stand."""
 
     size: float
     color: str = "ink"
     weight: str = "normal"
+    align: str = "left"
 
 
 @lru_cache(maxsize=8192)
