@@ -28,7 +28,7 @@ from icd_lightning.editing.consistency import InvertibleConsistency, Untrained
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, choose_layers
-from icd_lightning.evaluation.bench import Clock
+from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.models.autoencoder import LatentAutoencoder
@@ -61,7 +61,7 @@ class Setting:
 
     def resolution(self, models: Models, method: PictureMethod) -> int:
         """Pixels of a side of the pictures."""
-        return self.latent * method.autoencoder.downsampling if self.latent else models.resolution(method)
+        return self.latent * method.autoencoder.downsampling if self.latent else models.family.resolution
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_the_notebooks_run_on_a_miniature_study(random_family, tmp_path, monkeyp
 
 def test_missing_results_are_said_to_be_made_by_a_command(tmp_path):
     from icd_lightning.evaluation.ablations.study import read_study
-    from icd_lightning.evaluation.runs import read_runs
+    from icd_lightning.evaluation.results import read_runs
 
     with pytest.raises(FileNotFoundError, match="`icd ablations` makes it"):
         read_study(tmp_path)

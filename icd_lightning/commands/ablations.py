@@ -62,11 +62,11 @@ def ablations(
 
     from icd_lightning.commands.session import find_device
     from icd_lightning.commands.weights import Weights
-    from icd_lightning.evaluation.ablations.study import AblationSettings, measure_study, read_ablations
+    from icd_lightning.evaluation.ablations.study import AblationStudy, measure_study, read_ablations
     from icd_lightning.evaluation.ablations.tables import table_2, verdict_table, write_study
     from icd_lightning.evaluation.benchmark import Settings
     from icd_lightning.evaluation.methods import Models, teacher_hash
-    from icd_lightning.evaluation.report import print_table, wide_console
+    from icd_lightning.evaluation.report import print_tables
 
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
         raise ValueError(
@@ -75,7 +75,7 @@ def ablations(
         )
     weights, root = Weights(model, guided_unet, device=device), Path(out)
     family = weights.family()
-    measured = Settings(
+    settings = Settings(
         "inversion",
         metrics=tuple(metrics.split(",")) if metrics else None,
         data=Path(data) if data else None,
@@ -83,7 +83,7 @@ def ablations(
         count=count,
         batch_size=batch_size,
     )
-    settings = AblationSettings(root, Models(family, device=find_device(device)), scales, measured)
+    models = Models(family, device=find_device(device))
     rows = read_ablations(Path(conf) / "ablation")
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
@@ -95,10 +95,8 @@ def ablations(
             configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
             name = f"{letter}-{seed}"
             trainings[name] = train(root / "trainings", name, configs, seeded, frozen)
-    study = measure_study(settings, rows, numbers, trainings)
-    console = wide_console()
-    for table in (*table_2(study), verdict_table(study)):
-        print_table(table, console)
+    study = measure_study(AblationStudy(rows, scales, numbers, {}, trainings), models, settings, root)
+    print_tables([*table_2(study), verdict_table(study)])
     facts = {"model": model, "weights": frozen[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
     facts |= {name: str(Path(path).resolve()) for name, path in (("data", data), ("images", images)) if path}
     for path in write_study(study, root, facts):

@@ -28,9 +28,9 @@ from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.evaluation.bench import CPU, Clock
+from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.examples import read_blended
-from icd_lightning.evaluation.methods import Models, guided_as_told
+from icd_lightning.evaluation.methods import CPU, Models, guided_as_told
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.text import unknown_words
@@ -68,7 +68,7 @@ class Session:
 
     def size(self, wanted: Size) -> tuple[int, int]:
         """Height and width of the pictures; ValueError for what they cannot have."""
-        usual = self.models.resolution(self.method)
+        usual = self.models.family.resolution
         size = wanted.height or usual, wanted.width or usual
         self.method.latent_shape(1, *size)
         return size

@@ -27,7 +27,7 @@ def report(
     from dataclasses import asdict
     from pathlib import Path
 
-    from icd_lightning.evaluation.report import Table, print_table, wide_console
+    from icd_lightning.evaluation.report import Style, Table, print_tables
     from icd_lightning.files import write_json
     from icd_lightning.models.family import Family
     from icd_lightning.tiny.bars import measure_family
@@ -45,9 +45,9 @@ def report(
         "",
         ("what", "measured", "bar", ""),
         rows,
-        digits=(None, 4, None, None),
+        styles={"measured": Style(4)},
     )
-    print_table(table, wide_console())
+    print_tables([table])
     file = Path(out) / "bars.json"
     write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
     log.info("%s", file)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from icd_lightning.diffusion import StepGuidance
+import torch
+from torch import Tensor
+
+from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import PictureMethod
-from icd_lightning.evaluation import decodings
-from icd_lightning.evaluation.bench import Measure
-from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, Decoding, Options, constructor_options
-from icd_lightning.evaluation.examples import DataSet, read_data
-from icd_lightning.evaluation.methods import edit_options
+from icd_lightning.evaluation.decodings import Decoding, Options, check_grid, guided
+from icd_lightning.evaluation.examples import DataSet, Example, read_data, stack
+from icd_lightning.evaluation.methods import CPU
+from icd_lightning.evaluation.report import Section, Table
+from icd_lightning.evaluation.results import Results
 from icd_lightning.registry import Entry, Registry
-
-if TYPE_CHECKING:
-    from icd_lightning.evaluation.report import Section
-    from icd_lightning.evaluation.runs import Results
 
 OURS = "icd_lightning.evaluation.benchmarks"
 BENCHMARKS = Registry(
@@ -29,8 +28,8 @@ BENCHMARKS = Registry(
         "inversion": Entry(f"{OURS}.inversion.INVERSION", "to noise and back (Tables 2 and 5)"),
         "generation": Entry(f"{OURS}.generation.GENERATION", "from drawn noise (Table 4; with --grid Fig. 5)"),
         "guidance": Entry(f"{OURS}.guidance.GUIDANCE", "guided at both ends (Table 1, Fig. 4)"),
-        "piebench": Entry(f"{OURS}.piebench.PIEBENCH", "edits with masks (arXiv:2310.01506)"),
-        "coco_edit": Entry(f"{OURS}.coco_edit.COCO_EDIT", "edits of COCO's captions"),
+        "piebench": Entry(f"{OURS}.editing.PIEBENCH", "edits with masks (arXiv:2310.01506)"),
+        "coco_edit": Entry(f"{OURS}.editing.COCO_EDIT", "edits of COCO's captions"),
     },
 )
 """Each a `Benchmark`."""
@@ -38,17 +37,10 @@ BENCHMARKS = Registry(
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. `grid` holds settings to try, each a mapping of options, as `parse_grid` returns them.
+    """What to measure: the options of `icd eval`, read.
 
-    Args:
-        benchmark: a name of BENCHMARKS, or a benchmark's path, package.module.NAME.
-        methods: by default the benchmark's own.
-        metrics: names of the registry or of a preset; by default what suits the benchmark and the data.
-        data: COCO's annotations, a CSV, PIE-Bench's folder, or a data set's name; by default held-out scenes.
-        images: folder that the data's file names are relative to.
-        natural: leave out PIE-Bench's artificial pictures.
-        count: how many examples, from the first; by default all, or 128 scenes.
-        seed, batch_size: by default 0, and the benchmark's own.
+    `methods`, `metrics` and `batch_size` are the benchmark's own by default; `data` may be a data set's name; `grid`
+    holds settings to try, each a mapping of options, as `parse_grid` returns them.
     """
 
     benchmark: str
@@ -60,39 +52,79 @@ class Settings:
     count: int | None = None
     guidance_scale: float | None = None
     tau: float | None = None
-    grid: tuple[Options, ...] = field(default=({},))
+    grid: tuple[Options, ...] = ({},)
     seed: int | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count {self.count} must be 1 or more")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} must be 1 or more")
+        for name in ("count", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be 1 or more")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
-        decodings.check_grid(self.grid)
+        check_grid(self.grid)
 
     @property
     def has_grid(self) -> bool:
         """Whether several settings are to be tried."""
-        return tuple(self.grid) != ({},)
+        return self.grid != ({},)
 
 
+# --- what is done -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results (B, 3, R, R) of one decoding; evaluations and seconds of one picture, and further `values` (B,)."""
+
+    decoding: str
+    images: Tensor
+    nfe: int
+    seconds: float
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Clock:
+    """Counts evaluations and seconds since it was made; `count` is what methods take as `on_step`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nfe, self.start = device, 0, 0.0
+        self.start = self.seconds()
+
+    def count(self, step: Step) -> None:
+        """Add the evaluations of one step."""
+        self.nfe += step.nfe
+
+    def seconds(self) -> float:
+        """Passed so far, with all work of a GPU done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.start
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A method at its resolution, on its device, with the seed of the run."""
+
+    method: PictureMethod
+    resolution: int
+    seed: int = 0
+    device: torch.device = CPU
+
+    def images(self, batch: Sequence[Example]) -> Tensor:
+        """The batch's pictures (B, 3, R, R)."""
+        return stack(batch, self.resolution).to(self.device)
+
+    def seeds(self, batch: Sequence[Example]) -> list[int]:
+        """The examples' seeds."""
+        return [example.seed(self.seed) for example in batch]
+
+
+Measure = Callable[[Bench, Sequence[Example], Sequence[Decoding]], Iterator[Outcome]]
+"""What a benchmark does with a batch: an `Outcome` for each decoding, what they share being done once."""
 Decodings = Callable[[Settings, StepGuidance, type[PictureMethod]], Sequence[Decoding]]
 """Of the settings, the method's own guidance and its class."""
-
-
-def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
-    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
-    if not settings.has_grid:
-        return decodings.steps(default.guidance_scale, (1.0, default.tau))
-    return [decodings.UNGUIDED, *decodings.grid_decodings(settings.grid, default, constructor_options(method))]
-
-
-def edited(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
-    """The method's own guidance, or every setting of the grid."""
-    return decodings.grid_decodings(settings.grid, default, constructor_options(method))
 
 
 @dataclass(frozen=True)
@@ -113,13 +145,6 @@ class Task:
     methods: tuple[str, ...] = ()
     suffix: str = ""
 
-    def check_grid(self, settings: Settings, name: str, method: type[PictureMethod]) -> None:
-        """ValueError for an option of the grid that is neither guidance's nor the method's."""
-        known = [*GUIDANCE_OPTIONS, *(edit_options(method) if self.edits else []), *constructor_options(method)]
-        for option in dict.fromkeys(option for options in settings.grid for option in options):
-            if option not in known:
-                raise ValueError(f"grid option {option!r} is none of {', '.join(known)} (of method {name})")
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -131,17 +156,11 @@ class Measured:
     out: Path
 
 
-@dataclass(frozen=True)
-class Published:
-    """A table that a paper prints, for its rows to stand beside ours; no result of ours ever comes from here."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Mapping[str, Sequence[float]]
-
-
-def _read(settings: Settings) -> DataSet:
-    return read_data(settings.data, settings.images, settings.count)
+def published(title: str, columns: tuple[str, ...], rows: Mapping[str, Sequence[float]]) -> Table:
+    """A table that a paper prints, to stand beside ours; no result of ours ever comes from here."""
+    return Table(
+        f"As published: {title}", "Not run here.", ("row", *columns), tuple((name, *row) for name, row in rows.items())
+    )
 
 
 @dataclass(frozen=True)
@@ -153,9 +172,9 @@ class Benchmark:
 
     tasks: tuple[Task, ...]
     sections: Callable[[Measured], list[Section]]
-    read: Callable[[Settings], DataSet] = _read
+    read: Callable[[Settings], DataSet] = read_data
     grid_tasks: tuple[Task, ...] = ()
-    published: tuple[Published, ...] = ()
+    published: tuple[Table, ...] = ()
     methods: tuple[str, ...] = ("icd",)
     unread: tuple[str, ...] = ("natural",)
     batch_size: int = 16

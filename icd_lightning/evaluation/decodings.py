@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icd_lightning.diffusion import CADSGuidance, GuidanceSchedule, IntervalGuidance, StepGuidance
 from icd_lightning.editing.limits import SHORT_NAMES, check_guidance_scale
+
+if TYPE_CHECKING:
+    from icd_lightning.editing.method import PictureMethod
+    from icd_lightning.evaluation.benchmark import Settings
 
 Options = Mapping[str, float]
 
@@ -23,7 +27,7 @@ class Decoding:
     """`options` are what the decoding is named by; those that are not of guidance are in `edit` or in `constructor`."""
 
     guidance: GuidanceSchedule
-    options: Mapping[str, float | str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     edit: Options = field(default_factory=dict)
     constructor: Options = field(default_factory=dict)
     label: str = ""
@@ -35,16 +39,15 @@ class Decoding:
 
     @property
     def name(self) -> str:
-        """As tables call it."""
-        return self.label or ", ".join(f"{option} {_text(value)}" for option, value in self.options.items())
+        """As tables call it; a number in as many digits as tell it from every other."""
+        words = []
+        for option, value in self.options.items():
+            short = f"{value:g}"
+            words.append(f"{option} {short if float(short) == value else repr(value)}")
+        return self.label or ", ".join(words)
 
 
 UNGUIDED = Decoding.step(1.0)
-
-
-def _text(value: float | str) -> str:
-    """A number in as many digits as tell it from every other."""
-    return value if isinstance(value, str) else short if float(short := f"{value:g}") == value else repr(value)
 
 
 def steps(guidance_scale: float, taus: Sequence[float]) -> list[Decoding]:
@@ -90,27 +93,30 @@ def _in_order(options: Options) -> bool:
     return options.get("tau1", 0.0) <= options.get("tau2", 1.0) and options.get("lo", 0.0) <= options.get("hi", 1.0)
 
 
-def grid_decodings(grid: Iterable[Options], default: StepGuidance, constructor: Sequence[str]) -> list[Decoding]:
-    """A decoding for each setting of a grid; one without options is the default guidance."""
+def guided(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
+    """Unguided, guided throughout and dynamically; or unguided and every setting of the grid."""
+    if settings.has_grid:
+        return [UNGUIDED, *edited(settings, default, method)]
+    return steps(default.guidance_scale, (1.0, default.tau))
+
+
+def edited(settings: Settings, default: StepGuidance, method: type[PictureMethod]) -> list[Decoding]:
+    """The method's own guidance, or every setting of the grid: options of its constructor go there."""
     decodings = {}
-    for options in filter(_in_order, grid):
+    for options in filter(_in_order, settings.grid):
+        w = options.get("w", default.guidance_scale)
+        guidance: GuidanceSchedule = StepGuidance(w, options.get("tau", default.tau))
+        if "tau1" in options or "tau2" in options:
+            tau2 = options.get("tau2", 1.0)
+            guidance = CADSGuidance(w, options.get("tau1", min(default.tau, tau2)), tau2)
+        elif "lo" in options or "hi" in options:
+            guidance = IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
         other = {name: value for name, value in options.items() if name not in GUIDANCE_OPTIONS}
-        arguments = {name: other.pop(name) for name in constructor if name in other}
+        arguments = {name: other.pop(name) for name in constructor_options(method) if name in other}
         named = options or Decoding.step(default.guidance_scale, default.tau).options
-        decoding = Decoding(_guidance(options, default), named, other, arguments)
+        decoding = Decoding(guidance, named, other, arguments)
         decodings[decoding.name] = decoding
     return list(decodings.values())
-
-
-def _guidance(options: Options, default: StepGuidance) -> GuidanceSchedule:
-    """A schedule from options of a grid: w with tau, with tau1 and tau2 (CADS), or with lo and hi (an interval)."""
-    w = options.get("w", default.guidance_scale)
-    if "tau1" in options or "tau2" in options:
-        tau2 = options.get("tau2", 1.0)
-        return CADSGuidance(w, options.get("tau1", min(default.tau, tau2)), tau2)
-    if "lo" in options or "hi" in options:
-        return IntervalGuidance(w, options.get("lo", 0.0), options.get("hi", 1.0))
-    return StepGuidance(w, options.get("tau", default.tau))
 
 
 def constructor_options(cls: type[Any]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
 from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
+
+if TYPE_CHECKING:
+    from icd_lightning.evaluation.benchmark import Settings
 
 log = logging.getLogger(__name__)
 
@@ -125,53 +128,59 @@ class DataSet:
 
 
 DATA_SETS = Registry("data set", "icd_lightning.data_sets", {})
-"""Functions of a number of examples, or None, that give a `DataSet`."""
-DEFAULT_DATA = "scenes"
-"""What is measured on where nobody says."""
+"""Functions of a number of examples, or None, that give a `DataSet`; scenes is measured on where nobody says."""
 
 
-def read_data(data: Path | None, images: Path | None, count: int | None) -> DataSet:
+def read_data(settings: Settings) -> DataSet:
     """Pictures with captions: of a file, or a data set by its name."""
+    data = settings.data
     if data is None or str(data) in DATA_SETS:
-        return DATA_SETS.find(str(data or DEFAULT_DATA)).load()(count)
-    return of_file(read_captions(data, images), data, count)
-
-
-def of_file(examples: Sequence[Example], file: Path, count: int | None, records: Path | None = None) -> DataSet:
-    """The data set that a file describes, or a folder by the file `records` in it."""
-    chosen = examples[:count]
-    return DataSet(chosen, f"{len(chosen)} of {file.name}", sha256(records or file))
+        return DATA_SETS.find(str(data or "scenes")).load()(settings.count)
+    return read_captions(data, settings.images, settings.count)
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
-def read_captions(file: Path, images: Path | None = None) -> list[Example]:
+def read_captions(file: Path, images: Path | None = None, count: int | None = None) -> DataSet:
     """Pictures with captions from a CSV or from COCO's annotations, in the order of their names.
 
     A CSV has a column `caption` and, unless only captions are needed, `image` or `file_name`; COCO's JSON has `images`
     and `annotations`, of which each image's first caption is taken. Names are relative to `images`, by default the
     file's own folder.
     """
-    read = _coco_pairs if file.suffix.lower() == ".json" and file.is_file() else _csv_pairs
+    captions: list[tuple[str, str, str]] = []  # key, name and caption
+    if file.suffix.lower() == ".json" and file.is_file():
+        content = read_object(file)
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
+            first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
+            captions += [(names[image], names[image], caption) for image, caption in first.items()]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
+    else:
+        for number, row in enumerate(csv_rows(file, ("caption",))):
+            name = row.get("image", "")
+            captions.append((name or f"caption-{number:05d}", name, row["caption"]))
     folder = file.parent if images is None else images
-    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(read(file))]
-    return _checked(examples, file)
+    examples = [Example(key, caption, folder / name if name else None) for key, name, caption in sorted(captions)]
+    return _data_set(examples, file, file, count)
 
 
-def read_coco_edits(file: Path, images: Path | None = None) -> list[Example]:
+def read_coco_edits(file: Path, images: Path | None = None, count: int | None = None) -> DataSet:
     """Edits from a CSV of image, source, target and blended_words, where an empty cell means no blend."""
     folder, examples = file.parent if images is None else images, []
     for number, row in enumerate(csv_rows(file, ("image", "source", "target"))):
+        image, source, target = row["image"], row["source"], row["target"]
         where = f"{file}, row {number + 1}"
-        image, source, target = (_cell(row, name, where) for name in ("image", "source", "target"))
         words = read_blended(row["blended_words"], source, target, where) if "blended_words" in row else None
         key = f"{number:05d}-{Path(image).stem}"
         examples.append(Example(key, source, folder / image, target, blended_words=words))
-    return _checked(examples, file)
+    return _data_set(examples, file, file, count)
 
 
-def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
+def read_pie_bench(folder: Path, *, natural: bool = False, count: int | None = None) -> DataSet:
     """PIE-Bench: 700 edits of ten types (arXiv:2310.01506), or the natural pictures alone, as the iCD paper takes it.
 
     `folder` holds mapping_file.json and the pictures in annotation_images/. As its authors' reader does, what has
@@ -182,7 +191,7 @@ def read_pie_bench(folder: Path, *, natural: bool = False) -> list[Example]:
         raise ValueError(f"{folder} is not PIE-Bench: there is no {file}; name the folder that holds mapping_file.json")
     examples = [_pie_bench_example(folder, key, entry) for key, entry in sorted(read_object(file).items())]
     chosen = [one for one in examples if one is not None and not (natural and "artificial" in str(one.picture))]
-    return _checked(chosen, file)
+    return _data_set(chosen, folder, file, count)
 
 
 def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Example | None:
@@ -237,40 +246,17 @@ def read_blended(text: str, source: str, target: str, where: str) -> BlendedWord
     return words[0], words[1]
 
 
-def _coco_pairs(file: Path) -> list[tuple[str, str, str]]:
-    content = read_object(file)
-    try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
-        first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
-        return [(names[image], names[image], caption) for image, caption in first.items()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
-
-
-def _csv_pairs(file: Path) -> list[tuple[str, str, str]]:
-    pairs = []
-    for number, row in enumerate(csv_rows(file, ("caption",))):
-        name = row.get("image", "")
-        pairs.append((name or f"caption-{number:05d}", name, _cell(row, "caption", f"{file}, row {number + 1}")))
-    return pairs
-
-
-def _cell(row: Mapping[str, str], column: str, where: str) -> str:
-    if not row[column]:
-        raise ValueError(f"{where}: {column} is empty")
-    return row[column]
-
-
-def _checked(examples: list[Example], file: Path) -> list[Example]:
+def _data_set(examples: list[Example], place: Path, records: Path, count: int | None) -> DataSet:
+    """The first examples of those that a file or folder describes by its `records`; ValueError for what is wrong."""
     if not examples:
-        raise ValueError(f"{file} holds no examples")
+        raise ValueError(f"{records} holds no examples")
     key, times = Counter(example.key for example in examples).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{file}: {key!r} comes {times} times; an example is known by its name")
+        raise ValueError(f"{records}: {key!r} comes {times} times; an example is known by its name")
     for example in examples:
         if isinstance(example.picture, Path) and not example.picture.is_file():
             raise ValueError(
-                f"{file} names {example.picture}, which is not there; give the pictures' folder by --images"
+                f"{records} names {example.picture}, which is not there; give the pictures' folder by --images"
             )
-    return examples
+    chosen = examples[:count]
+    return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(records))

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.methods import LOADED, METHODS, build, class_of, says_guidance
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.evaluation.bench import CPU
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import weights_file
 from icd_lightning.models.style import parse_style
 from icd_lightning.registry import typed
 
+CPU = torch.device("cpu")
 EVERY_EDIT = ("guidance", "noise", "seed", "on_step")
 """Keywords of `edit` that are no options of a method."""
 
@@ -51,8 +51,8 @@ def edit_options(method: type[PictureMethod]) -> list[str]:
 
 def guided_as_told(own: StepGuidance, guidance_scale: float | None, tau: float | None) -> StepGuidance:
     """A guidance, with what is told in place of its own."""
-    scale = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    return replace(own, **scale, **({} if tau is None else {"tau": tau}))
+    told = {"guidance_scale": guidance_scale, "tau": tau}
+    return replace(own, **{name: value for name, value in told.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class Models:
     reverse: str | None = None
     boundaries: str | None = None
     lora_alpha: float | None = None
-    device: torch.device = field(default=CPU)
+    device: torch.device = CPU
 
     def load(self, name: str, **settings: Any) -> PictureMethod:
         """The method of this name, on the device; ValueError if there is none."""
-        names = ("forward", "reverse", "boundaries", "lora_alpha")
-        students = {name: getattr(self, name) for name in names}
+        students = {part: getattr(self, part) for part in ("forward", "reverse", "boundaries", "lora_alpha")}
         return build(name, self.family, students=students, **settings).to(self.device)
 
     def variant(self, name: str, method: PictureMethod, settings: Mapping[str, float]) -> PictureMethod:
@@ -86,10 +85,6 @@ class Models:
     def method_class(self, name: str) -> type[PictureMethod]:
         """The class of the method of this name, without loading any weights."""
         return class_of(name, self.family)
-
-    def resolution(self, method: PictureMethod) -> int:
-        """Pixels of a side of the pictures that the family was trained on."""
-        return self.family.resolution
 
     def family_guidance(self) -> StepGuidance:
         """The family's own."""
@@ -128,19 +123,13 @@ def teacher_hash(family: Family) -> str:
     """Of all weights but the students'; where the model is no folder or file, of its name in their place."""
     place = Path(getattr(family.source, "location", None) or getattr(family.source, "file", ""))
     files = _weights_in(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
-    style = parse_style(family.style)[0] if family.style else None
-    parts = filter(None, (family.guided_unet, family.vae, style))
-    outside = [file for part in parts for file in _weights_at(Path(part))]
+    outside = []  # parts that are kept outside of the model, files or folders; a name of something else has none
+    for part in filter(None, (family.guided_unet, family.vae, parse_style(family.style)[0] if family.style else None)):
+        folders = [folder for folder in (Path(part), Path(part, "unet_guided")) if (folder / "config.json").is_file()]
+        outside += [Path(part)] if Path(part).is_file() else _weights_in(folders)
     if files:
         return sha256(*files, *outside)
     return hashlib.sha256(family.model.encode()).hexdigest() + (sha256(*outside) if outside else "")
-
-
-def _weights_at(place: Path) -> list[Path]:
-    """Of a part that is kept outside of its model, a file or a folder; none where the name is of something else."""
-    if place.is_file():
-        return [place]
-    return _weights_in(folder for folder in (place, place / "unet_guided") if (folder / "config.json").is_file())
 
 
 def _weights_in(folders: Iterable[Path]) -> list[Path]:

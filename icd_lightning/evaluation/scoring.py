@@ -1,20 +1,21 @@
 """Scores of results, a column each: by the metrics of the registry, and by what a data set knows of its examples.
 
-A scorer takes a batch of examples, results (B, 3, R, R) as their PNG files hold them, and the original pictures, and
-returns columns of B values, NaN where a picture has none. Its `styles` say how each column is printed; its `version`
-is part of the key of its scores.
+A scorer, such as `ByMetric`, takes a batch of examples, results (B, 3, R, R) as their PNG files hold them, and the
+original pictures, and returns columns of B values, NaN where a picture has none. Its `styles` say how each column is
+printed; its `version` is part of the key of its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from icd_lightning.evaluation.examples import DataSet, Example
+from icd_lightning.evaluation.report import Style
 from icd_lightning.metrics.base import PerImage, PictureMetric
 from icd_lightning.metrics.registry import build_metrics
 
@@ -22,50 +23,20 @@ if TYPE_CHECKING:
     from icd_lightning.evaluation.benchmark import Task
 
 Columns = Mapping[str, Tensor]
-
-
-class Style(NamedTuple):
-    """How a column is printed: decimals (None: three digits), what is good, and a factor, 100 for shares."""
-
-    digits: int | None = None
-    best: Literal["max", "min"] | None = None
-    factor: float = 1.0
-
-    @classmethod
-    def of(cls, metric: PictureMetric) -> Style:
-        """As a metric says."""
-        best = {True: "max", False: "min", None: None}[metric.higher_is_better]
-        return cls(metric.digits, best, metric.factor)
-
-
 RECORDED = {"latent_mse": Style(best="min"), "nll": Style(3), "nfe": Style(0), "seconds": Style(3)}
 """Columns of every run that has them, whatever it is scored by."""
 
 
-class Scorer(Protocol):
-    """See above."""
-
-    version: int
-    styles: Mapping[str, Style]
-
-    def __call__(self, examples: Sequence[Example], results: Tensor, originals: Tensor | None) -> Columns: ...
-
-
-@dataclass(frozen=True)
 class ByMetric:
     """A metric of the registry, for each picture by itself; of an edit, prompts are the target captions."""
 
-    name: str
-    metric: PerImage
-    edits: bool = False
+    def __init__(self, name: str, metric: PerImage, edits: bool = False) -> None:
+        self.name, self.metric, self.edits = name, metric, edits
+        self.styles = {name: style_of(metric)}
 
     @property
     def version(self) -> int:
         return self.metric.version
-
-    @property
-    def styles(self) -> Mapping[str, Style]:
-        return {self.name: Style.of(self.metric)}
 
     def __call__(self, examples: Sequence[Example], results: Tensor, originals: Tensor | None) -> Columns:
         masks = [example.editable(results.shape[-1]) for example in examples] if "masks" in self.metric.needs else []
@@ -75,31 +46,27 @@ class ByMetric:
         return {self.name: self.metric.per_image(images, reference, prompts=prompts, masks=stacked)}
 
 
-@dataclass(frozen=True)
-class OfSet:
-    """A metric of the registry over all pictures together."""
+def style_of(metric: PictureMetric) -> Style:
+    """How a metric's values are printed."""
+    best = {True: "max", False: "min", None: None}[metric.higher_is_better]
+    return Style(metric.digits, best, metric.factor)
 
-    metric: PictureMetric
 
-    @property
-    def version(self) -> int:
-        return self.metric.version
-
-    def __call__(self, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-        self.metric.reset()
-        self.metric.distributed_available_fn = lambda: False  # one rank scores all pictures, while the others wait
-        for results, originals in pairs:
-            reference = None if originals is None else originals.to(self.metric.device)
-            self.metric.update(results.to(self.metric.device), reference)
-        return float(self.metric.compute())
+def score_set(metric: PictureMetric, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """The metric of batches of results and originals together."""
+    metric.reset()
+    metric.distributed_available_fn = lambda: False  # one rank scores all pictures, while the others wait
+    for results, originals in pairs:
+        metric.update(results.to(metric.device), None if originals is None else originals.to(metric.device))
+    return float(metric.compute())
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What to score a run by: each picture alone, and all together; and how each column is printed."""
+    """What to score a run by: each picture alone, and all together."""
 
-    scorers: Mapping[str, Scorer]
-    set_scorers: Mapping[str, OfSet]
+    scorers: Mapping[str, Any]
+    of_sets: Mapping[str, PictureMetric]
 
     @classmethod
     def choose(
@@ -107,32 +74,30 @@ class Scoring:
     ) -> Scoring:
         """By name; by default what suits the examples and what is done to them. A missing network is an error here."""
         names = names or data.metrics.get(task.name) or task.metrics
-        own = [name for name in names if name in data.scorers]
-        others = [name for name in names if name not in own]
+        others = [name for name in names if name not in data.scorers]
         metrics = build_metrics(others) if others else {}
-        for name, metric in metrics.items():
-            _check(name, metric, task, data)
+        first = data.examples[0]
+        for name, metric in metrics.items():  # what is not there is complained of before anything is measured
+            if "noise" in metric.needs and task.name in ("generation", "editing"):
+                raise ValueError(
+                    f"metric {name!r} is of noise that pictures become, which {task.name} does not measure"
+                )
+            if "reference" in metric.needs and first.picture is None:
+                raise ValueError(
+                    f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do "
+                    "without, as in --metrics clip-t,image-reward"
+                )
+            if "masks" in metric.needs and first.runs is None and first.truth is None:
+                raise ValueError(
+                    f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited"
+                )
         metrics = {n: m.to(device) for n, m in metrics.items() if "noise" not in m.needs}  # its likelihood is recorded
         scorers = {n: ByMetric(n, m, task.edits) for n, m in metrics.items() if isinstance(m, PerImage)}
-        scorers |= {name: data.scorers[name]() for name in own}
-        return cls(scorers, {n: OfSet(m) for n, m in metrics.items() if not isinstance(m, PerImage)})
+        scorers |= {name: data.scorers[name]() for name in names if name in data.scorers}
+        return cls(scorers, {n: m for n, m in metrics.items() if not isinstance(m, PerImage)})
 
     @property
     def styles(self) -> dict[str, Style]:
-        """By column."""
+        """How each column is printed."""
         columns = {column: style for scorer in self.scorers.values() for column, style in scorer.styles.items()}
-        return {**RECORDED, **columns, **{name: Style.of(scorer.metric) for name, scorer in self.set_scorers.items()}}
-
-
-def _check(name: str, metric: PictureMetric, task: Task, data: DataSet) -> None:
-    """ValueError for a metric of what is not there, before anything is measured."""
-    first = data.examples[0]
-    if "noise" in metric.needs and task.name in ("generation", "editing"):
-        raise ValueError(f"metric {name!r} is of noise that pictures become, which {task.name} does not measure")
-    if "reference" in metric.needs and first.picture is None:
-        raise ValueError(
-            f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do "
-            "without, as in --metrics clip-t,image-reward"
-        )
-    if "masks" in metric.needs and first.runs is None and first.truth is None:
-        raise ValueError(f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited")
+        return {**RECORDED, **columns, **{name: style_of(metric) for name, metric in self.of_sets.items()}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from icd_lightning.evaluation.ablations.study import TABLE_2_JSON, UNGUIDED_ROWS, read_study
 from icd_lightning.evaluation.ablations.tables import result_files, telling
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, read_runs
+from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, read_runs
 from icd_lightning.files import write_whole
 
 SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}
@@ -26,24 +26,19 @@ def condense(source: Path, target: Path) -> list[Path]:
     for folder in known:
         if (target / folder).exists():
             raise FileExistsError(f"{target / folder} is there already: remove it first")
-    if "ablations" in known:
-        _condense_trainings(source, target)
-    for folder, name in known.items():  # the summary comes last: it says that all that it names is there
-        for run in read_runs(source / folder / name).values():
+    if "ablations" in known:  # scalars of all trainings, and pictures of those that the notebook shows
+        study = read_study(source / "ablations")
+        for folder in study.trainings.values():
+            write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
+        keys = telling(study)
+        for letter in UNGUIDED_ROWS:
+            folder = study.row(letter).runs[0].folder
+            _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
+    for summary, name in known.items():  # it comes last, and says that all that it names is there
+        for run in read_runs(source / summary / name).values():
             _copy(run.folder, target / run.folder.relative_to(source), [CONFIG, ROWS, MEANS])
-        _copy(source / folder, target / folder, [name])
+        _copy(source / summary, target / summary, [name])
     return [target / folder for folder in known]
-
-
-def _condense_trainings(source: Path, target: Path) -> None:
-    """Scalars of all trainings; pictures of those that the notebook shows."""
-    study = read_study(source / "ablations")
-    for folder in study.trainings.values():
-        write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
-    keys = telling(study)
-    for letter in UNGUIDED_ROWS:
-        folder = study.first_run(letter).folder
-        _copy(folder, target / folder.relative_to(source), result_files(study, letter, keys))
 
 
 def _copy(source: Path, target: Path, files: list[str]) -> None:

@@ -26,9 +26,9 @@ class Estimate(float):
         half = (self.high - self.low) / 2
         return f"{float(self):{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
 
-    def scaled(self, factor: float) -> Estimate:
+    def __mul__(self, factor: float) -> Estimate:
         """In another unit."""
-        return Estimate(factor * self, factor * self.low, factor * self.high)
+        return Estimate(factor * float(self), factor * self.low, factor * self.high)
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON."""

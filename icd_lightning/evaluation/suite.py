@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from icd_lightning.editing.method import PictureMethod
-from icd_lightning.evaluation import summaries
-from icd_lightning.evaluation.bench import Bench, Outcome
-from icd_lightning.evaluation.benchmark import Benchmark, Measured, Settings, Task
-from icd_lightning.evaluation.decodings import Decoding
-from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
-from icd_lightning.evaluation.methods import Models, guided_as_told
+from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
+from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, constructor_options
+from icd_lightning.evaluation.examples import DataSet, Example
+from icd_lightning.evaluation.methods import Models, edit_options, guided_as_told
 from icd_lightning.evaluation.report import (
     Curve,
     Panel,
@@ -25,58 +23,56 @@ from icd_lightning.evaluation.report import (
     Table,
     draw_section,
     markdown_table,
-    print_table,
-    wide_console,
+    print_tables,
     write_report,
 )
-from icd_lightning.evaluation.rows import Ranks
-from icd_lightning.evaluation.runs import Results, Run, perform, places
+from icd_lightning.evaluation.results import Results, places
+from icd_lightning.evaluation.runs import Run, perform, ranks
 from icd_lightning.evaluation.scoring import Scoring
+from icd_lightning.evaluation.summaries import INTERVALS
 from icd_lightning.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class Suite:
     """Settings, the models to measure, and where everything goes; under torchrun, this rank's share of it.
 
     ValueError, before anything is loaded, for settings that the benchmark or a method does not have.
     """
 
-    settings: Settings
-    models: Models
-    out: Path
-    ranks: Ranks = field(default_factory=Ranks.from_environment)
-
-    def __post_init__(self) -> None:
-        self.benchmark.check(self.settings)
+    def __init__(self, settings: Settings, models: Models, out: Path) -> None:
+        self.settings, self.models, self.out = settings, models, out
+        self.benchmark = Benchmark.find(settings.benchmark)
+        self.benchmark.check(settings)
+        self.methods = tuple(dict.fromkeys(settings.methods or self.benchmark.methods))
+        self.tasks = (*self.benchmark.tasks, *(self.benchmark.grid_tasks if settings.has_grid else ()))
         for task in self.tasks:
             for name in task.methods or self.methods:
-                task.check_grid(self.settings, name, self.models.method_class(name))
-
-    @cached_property
-    def benchmark(self) -> Benchmark:
-        return Benchmark.find(self.settings.benchmark)
+                cls = models.method_class(name)
+                known = [*GUIDANCE_OPTIONS, *(edit_options(cls) if task.edits else []), *constructor_options(cls)]
+                for option in dict.fromkeys(option for options in settings.grid for option in options):
+                    if option not in known:
+                        raise ValueError(f"grid option {option!r} is none of {', '.join(known)} (of method {name})")
 
     @cached_property
     def data(self) -> DataSet:
         """The examples to measure on, always the same and in the same order."""
         return self.benchmark.read(self.settings)
 
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names, each once."""
-        return tuple(dict.fromkeys(self.settings.methods or self.benchmark.methods))
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return (*self.benchmark.tasks, *(self.benchmark.grid_tasks if self.settings.has_grid else ()))
-
     def run(self) -> list[Path]:
         """Measure every method; rank 0 prints and writes the tables and curves, and returns the summary's paths."""
         measured = self.measure()
-        return self._write(measured) if self.ranks.rank == 0 else []
+        if ranks()[0] != 0:
+            return []
+        sections = [*self.benchmark.sections(measured), *(self.benchmark.published if self.data.photographs else ())]
+        printed = []
+        for one in sections:
+            if isinstance(one, Table) and "type" not in one.header:  # by type they are long, and in the files
+                rows = tuple(tuple(float(v) if isinstance(v, float) else v for v in row) for row in one.rows)
+                printed.append(replace(one, rows=rows, note=one.note.removesuffix(INTERVALS)))  # a terminal is narrow
+        print_tables(printed)
+        return (self.benchmark.write or write_summary)(measured, sections)
 
     def measure(self) -> Measured:
         """Let every method do every task; a method's networks are loaded once, and let go before the next one's."""
@@ -101,12 +97,20 @@ class Suite:
         own = self.models.family_guidance() if task.as_family else self.models.guidance(name, method, edit=task.edits)
         default = guided_as_told(own, settings.guidance_scale, settings.tau)
         decodings = task.decodings(settings, default, self.models.method_class(name))
-        bench = Bench(method, self.models.resolution(method), settings.seed or 0, self.models.device)
+        bench = Bench(method, self.models.family.resolution, settings.seed or 0, self.models.device)
+        parts = []  # decodings, by the method as they want it to be constructed
+        for made, group in groupby(decodings, lambda one: one.constructor):
+            parts.append((replace(bench, method=self.models.variant(name, method, made)), list(group)))
+
+        def measure(batch: Sequence[Example]) -> Iterator[Outcome]:
+            for one, group in parts:
+                yield from task.measure(one, batch, group)
+
         run = Run(
             name=label,
             root=self.out,
-            examples=self.data.examples,
-            measure=self._measure(task, bench, name, decodings),
+            data=self.data,
+            measure=measure,
             determinants={
                 **{"benchmark": settings.benchmark, "what": task.name, "seed": bench.seed, "data": self.data.identity},
                 "decodings": {one.name: f"{one.guidance} {one.edit} {one.constructor}" for one in decodings},
@@ -114,35 +118,11 @@ class Suite:
             },
             resolution=bench.resolution,
             batch_size=settings.batch_size or self.benchmark.batch_size,
-            scored_at=PHOTOGRAPH_SIDE if self.data.photographs else None,
             scoring=scoring,
             decodings={one.name: one.options for one in decodings},
         )
-        log.info("%s: %d pictures, %s", label, len(run.examples), run.folder)
-        return replace(perform(run, self.ranks), name=label + task.suffix)
-
-    def _measure(
-        self, task: Task, bench: Bench, name: str, decodings: Sequence[Decoding]
-    ) -> Callable[[Sequence[Example]], Iterator[Outcome]]:
-        """What a run does with a batch, by a method otherwise constructed where decodings want that."""
-        groups = [(dict(made), list(group)) for made, group in groupby(decodings, lambda one: one.constructor)]
-        benches = [replace(bench, method=self.models.variant(name, bench.method, made)) for made, _ in groups]
-
-        def measure(batch: Sequence[Example]) -> Iterator[Outcome]:
-            for one, (_, group) in zip(benches, groups, strict=True):
-                yield from task.measure(one, batch, group)
-
-        return measure
-
-    def _write(self, measured: Measured) -> list[Path]:
-        sections = self.benchmark.sections(measured)
-        sections = [*sections, *(summaries.published(self.benchmark.published) if self.data.photographs else [])]
-        tables = [section for section in sections if isinstance(section, Table)]
-        console = wide_console()
-        for table in tables:
-            if "type" not in table.header:  # long, and in the files
-                print_table(summaries.plain(table), console)
-        return (self.benchmark.write or write_summary)(measured, sections)
+        log.info("%s: %d pictures, %s", label, len(self.data.examples), run.folder)
+        return replace(perform(run), name=label + task.suffix)
 
 
 def write_summary(measured: Measured, sections: Sequence[Section]) -> list[Path]:
@@ -160,13 +140,8 @@ def write_summary(measured: Measured, sections: Sequence[Section]) -> list[Path]
     report = Report(f"icd eval --benchmark {name}", measured.data.name, sections=tuple(sections))
     paths = [markdown, numbers, *write_report(report, out / name)]
     if any(isinstance(section, Panel) for section in sections):
-        figures = {"edits.png": Panel, "trade_off.png": Curve}
-        paths += [
-            draw_section(section, out / name / file)
-            for file, kind in figures.items()
-            for section in sections
-            if isinstance(section, kind)
-        ]
+        for file, kind in (("edits.png", Panel), ("trade_off.png", Curve)):
+            paths += [draw_section(one, out / name / file) for one in sections if isinstance(one, kind)]
     return paths
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.evaluation.benchmark import Published
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.report import MAX_MARKED, Curve, Panel, Table, Value
-from icd_lightning.evaluation.runs import ALL, Results, read_results
-from icd_lightning.evaluation.statistics import Estimate
+from icd_lightning.evaluation.results import ALL, Results, read_results
 
 LAST = ("nfe", "seconds")
 INTERVALS = " ± is half of a 95 % interval over resampled pictures."
@@ -22,48 +19,27 @@ SIDE_BY_SIDE = 6
 
 def table(title: str, note: str, results: Sequence[Results], *, by_kind: bool = False) -> Table:
     """A row for each method and decoding, or for each of their types of edits; ± is half of a 95 % interval."""
-    names = dict.fromkeys(name for r in results for name in (*r.columns, *r.set_scores))
-    columns = [*(name for name in names if name not in LAST), *LAST]
+    names = dict.fromkeys([*(name for r in results for name in r.columns if name not in LAST), *LAST])
     rows: list[tuple[Value, ...]] = []
     for result in results:
         for decoding in result.decodings:
             for kind in result.kinds if by_kind else (ALL,):
-                first = (result.name, decoding, *([kind] if by_kind else []))
-                rows.append((*first, *(_value(result, column, decoding, kind) for column in columns)))
-    styles = [next(r.styles[c] for r in results if c in r.styles) for c in columns]
-    heads = [f"{c} (%)" if s.factor == 100 else c for c, s in zip(columns, styles, strict=True)]
-    lead = ("method", "decoding", *(["type"] if by_kind else []))
+                row: list[Value] = [result.name, decoding, *([kind] if by_kind else [])]
+                for name in names:
+                    if name in LAST:  # of one picture; the same for all, or a matter of the machine
+                        row.append(float(np.nanmean(result.values(name, decoding, kind))))
+                    else:
+                        row.append(result.mean(name, decoding, kind) if name in result.columns else None)
+                rows.append(tuple(row))
+    styles = {name: style for result in reversed(results) for name, style in result.styles.items()}
     return Table(
         title=title,
         note=note + INTERVALS,
-        header=(*lead, *heads),
+        header=("method", "decoding", *(["type"] if by_kind else []), *names),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if str(row[0]).startswith("icd")),
-        digits=(*(None for _ in lead), *(style.digits for style in styles)),
-        best=(*(None for _ in lead), *(None if by_kind else style.best for style in styles)),
+        styles={name: style._replace(best=None) for name, style in styles.items()} if by_kind else styles,
     )
-
-
-def _value(result: Results, column: str, decoding: str, kind: str) -> Value:
-    if column in LAST:  # of one picture; the same for all, or a matter of the machine
-        return float(np.nanmean(result.values(column, decoding, kind)))
-    value = result.mean(column, decoding, kind) if column in (*result.columns, *result.set_scores) else None
-    return value.scaled(result.style(column).factor) if isinstance(value, Estimate) else value
-
-
-def plain(table: Table) -> Table:
-    """The table without its intervals, for a terminal's width."""
-    rows = tuple(tuple(float(v) if isinstance(v, Estimate) else v for v in row) for row in table.rows)
-    return replace(table, rows=rows, note=table.note.removesuffix(INTERVALS))
-
-
-def published(tables: Sequence[Published]) -> list[Table]:
-    """What papers print for a benchmark on photographs, if anything."""
-    listed = []
-    for one in tables:
-        rows = tuple((name, *values) for name, values in one.rows.items())
-        listed.append(Table(f"As published: {one.title}", "Not run here.", ("row", *one.columns), rows))
-    return listed
 
 
 def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
@@ -83,9 +59,8 @@ def panel(results: Sequence[Results], examples: Sequence[Example]) -> Panel:
     if len(results) > SIDE_BY_SIDE:
         heads = (f"{e.kind or e.key}\n{e.target}" for e in shown)
         return Panel("Edits", note, tuple(heads), tuple((name, tuple(images)) for name, images in pictures.items()))
-    rows = ((f"{e.target}\nwas: {e.caption}", tuple(p[i] for p in pictures.values())) for i, e in enumerate(shown))
     ours = tuple(i for i, name in enumerate(pictures) if name.startswith("icd"))
-    return Panel("Edits", note, tuple(pictures), tuple(rows), ours)
+    return Panel.of_columns("Edits", note, pictures, [f"{e.target}\nwas: {e.caption}" for e in shown], ours)
 
 
 def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
@@ -94,20 +69,17 @@ def trade_off(results: Sequence[Results], x: str, y: str, title: str) -> Curve:
     The line follows the settings in their order, not x, as long as from one to the next a single option changes.
     """
     note = "A point for each setting, a line for each method, through its settings in their order."
-    series = {result.name: _line(result, x, y) for result in results[:MAX_MARKED]}
+    series = {}
+    for result in results[:MAX_MARKED]:
+        points: list[tuple[float, float]] = []
+        last: Mapping[str, float] | None = None
+        for decoding in result.decodings:
+            place, options = (result.mean(x, decoding), result.mean(y, decoding)), result.options.get(decoding, {})
+            if None in place:
+                continue
+            if last is not None and len(last.items() ^ options.items()) != 2:
+                points.append((np.nan, np.nan))  # a gap, where more than one option changes
+            points.append((float(place[0]), float(place[1])))
+            last = options
+        series[result.name] = ([a for a, _ in points], [b for _, b in points])
     return Curve(title, note, x, y, series, marks=True)
-
-
-def _line(result: Results, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Means of two columns by decoding, NaN as a gap where more than one option changes."""
-    points: list[tuple[float, float]] = []
-    last: Mapping[str, float] | None = None
-    for decoding in result.decodings:
-        place, options = (result.mean(x, decoding), result.mean(y, decoding)), result.options.get(decoding, {})
-        if None in place:
-            continue
-        if last is not None and len(last.items() ^ options.items()) != 2:
-            points.append((np.nan, np.nan))
-        points.append((float(place[0]), float(place[1])))
-        last = options
-    return [a for a, _ in points], [b for _, b in points]

@@ -11,7 +11,10 @@ ALIASES = {"file_name": "image", "old_caption": "source", "edited_caption": "tar
 
 
 def csv_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV with a heading, cells without spaces around them; ValueError where one of `columns` is missing."""
+    """Rows of a CSV with a heading, cells without spaces around them.
+
+    ValueError where one of `columns` is missing, or empty in a row.
+    """
     if not file.is_file():
         raise ValueError(f"there is no file {file}: give a CSV, or COCO's annotations as JSON")
     try:
@@ -27,4 +30,9 @@ def csv_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             raise ValueError(f"{file} has no column {column}{also}, only {', '.join(heading) or 'none'}")
     if not rows:
         raise ValueError(f"{file} has no rows below its heading")
-    return [{name: (row[key] or "").strip() for key, name in names.items()} for row in rows]
+    rows = [{name: (row[key] or "").strip() for key, name in names.items()} for row in rows]
+    for number, row in enumerate(rows):
+        for column in columns:
+            if not row[column]:
+                raise ValueError(f"{file}, row {number + 1}: {column} is empty")
+    return rows

@@ -12,7 +12,7 @@ from icd_lightning.diffusion import NoisedData, StepGuidance, squared_error
 from icd_lightning.editing.baselines.ddim import DDIMInversion
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.evaluation.examples import Example, stack
-from icd_lightning.evaluation.rows import batches
+from icd_lightning.evaluation.runs import batches
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.progress import progress
@@ -55,9 +55,7 @@ def measure_family(family: Family, *, count: int, seed: int) -> list[Bar]:
     teacher = DDIMInversion(family)
     return [
         *autoencoder_bars(teacher, scenes),
-        *_scene_network(network, scenes),
-        *_teacher(teacher, network, scenes),
-        *_inversion(teacher, scenes),
+        *_teacher_bars(teacher, network, scenes),
         *stage_one_bars(family, teacher, scenes),
     ]
 
@@ -67,11 +65,6 @@ def _each(scenes: Sequence[Example], label: str) -> Iterator[tuple[int, Tensor, 
     parts = batches(scenes, BATCH_SIZE)
     for number, part in enumerate(progress(parts, label, len(parts))):
         yield number * BATCH_SIZE, stack(part, 64), [example.caption for example in part]
-
-
-def _accuracy(predicted: Sequence[Tensor], scenes: Sequence[Example]) -> dict[str, float]:
-    truth = label_tensor([example.picture for example in scenes])
-    return {name: float(share) for name, share in attribute_accuracy(torch.cat(list(predicted)), truth).items()}
 
 
 def autoencoder_bars(teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:
@@ -89,29 +82,22 @@ def autoencoder_bars(teacher: DDIMInversion, scenes: Sequence[Example]) -> list[
     ]
 
 
-def _scene_network(network: SceneNetwork, scenes: Sequence[Example]) -> list[Bar]:
-    accuracy = _accuracy([network.read(images) for _, images, _ in _each(scenes, "scene network")], scenes)
-    return [Bar(f"scene network on true scenes: {name} right", share, 0.97) for name, share in accuracy.items()]
-
-
-def _teacher(teacher: DDIMInversion, network: SceneNetwork, scenes: Sequence[Example]) -> list[Bar]:
-    predicted = []
+def _teacher_bars(teacher: DDIMInversion, network: SceneNetwork, scenes: Sequence[Example]) -> list[Bar]:
+    """What the scene network reads in true scenes and in the teacher's pictures; how near DDIM-50 comes back."""
+    true, made, back = [], [], []
     for first, images, prompts in _each(scenes, "teacher"):
+        true.append(network.read(images))
         noise = seeded_noise(teacher.latent_shape(len(images), 64, 64), first)
-        predicted.append(network.read(teacher.generate(prompts, noise, guidance=StepGuidance(3.0))))
-    return [
-        Bar(f"teacher, DDIM-50 at w 3: {name} right", share, TEACHER_BARS.get(name))
-        for name, share in _accuracy(predicted, scenes).items()
-    ]
-
-
-def _inversion(teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:
-    values = []
-    for _, images, prompts in _each(scenes, "inversion"):
+        made.append(network.read(teacher.generate(prompts, noise, guidance=StepGuidance(3.0))))
         result = teacher.generate(prompts, teacher.invert(images, prompts))
-        values.append(psnr(result, teacher.autoencoder.decode(teacher.autoencoder.encode(images))))
+        back.append(psnr(result, teacher.autoencoder.decode(teacher.autoencoder.encode(images))))
+    labels, bars = label_tensor([example.picture for example in scenes]), []
+    for name, share in attribute_accuracy(torch.cat(true), labels).items():
+        bars.append(Bar(f"scene network on true scenes: {name} right", float(share), 0.97))
+    for name, share in attribute_accuracy(torch.cat(made), labels).items():
+        bars.append(Bar(f"teacher, DDIM-50 at w 3: {name} right", float(share), TEACHER_BARS.get(name)))
     name = "DDIM-50 to noise and back at w 1: PSNR (dB) against the autoencoder's"
-    return [Bar(name, float(torch.cat(values).mean()), 35.0)]
+    return [*bars, Bar(name, float(torch.cat(back).mean()), 35.0)]
 
 
 def stage_one_bars(family: Family, teacher: DDIMInversion, scenes: Sequence[Example]) -> list[Bar]:

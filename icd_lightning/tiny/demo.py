@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,8 @@ from icd_lightning.evaluation.benchmark import Measured, Settings
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.report import (
-    Curve,
-    Panel,
-    Report,
-    Table,
-    markdown_table,
-    print_table,
-    wide_console,
-    write_report,
-)
-from icd_lightning.evaluation.runs import read_results
+from icd_lightning.evaluation.report import Curve, Panel, Report, Table, markdown_table, print_tables, write_report
+from icd_lightning.evaluation.results import read_results
 from icd_lightning.evaluation.suite import Suite
 from icd_lightning.files import write_json, write_text
 from icd_lightning.models.family import Family
@@ -45,34 +35,26 @@ class DemoStudy:
     """Measures into `root`/results, goes on from what it measured, and draws `root`/report.html and .png."""
 
     def __init__(self, root: Path, count: int, family: Family | None = None) -> None:
-        self.root, self.family = root, family or Family()
-        self.settings = Settings("scenes", count=count)
-
-    def _measure(self, methods: tuple[str, ...], **students: str) -> Measured:
-        models = Models(self.family, **students)
-        return Suite(replace(self.settings, methods=methods), models, self.root / "results").measure()
+        self.root, self.settings = root, Settings("scenes", count=count)
+        students = {name: str(root / "training" / name) for name in ("forward", "reverse")}
+        self.teacher, self.trained = Models(family or Family()), Models(family or Family(), **students)
 
     def measure_before(self) -> Measured:
         """DDIM-50 with the teacher, and the untrained students: the teacher's weights through the students' jumps."""
-        ends = Boundaries.uniform(4).boundary_timesteps[1:]
-        return self._measure(("ddim", "untrained"), boundaries=",".join(map(str, ends)))
+        ends = ",".join(map(str, Boundaries.uniform(4).boundary_timesteps[1:]))
+        return self._measure(("ddim", "untrained"), replace(self.teacher, boundaries=ends))
 
     def measure_after(self) -> Measured:
         """The students as the training left them."""
-        return self._measure(("icd",), **self._trained)
+        return self._measure(("icd",), self.trained)
 
-    @property
-    def _trained(self) -> dict[str, str]:
-        return {name: str(self.root / "training" / name) for name in ("forward", "reverse")}
+    def _measure(self, methods: tuple[str, ...], models: Models) -> Measured:
+        return Suite(replace(self.settings, methods=methods), models, self.root / "results").measure()
 
     def report(self, before: Measured, after: Measured, *, seconds: float | None) -> None:
         """Write metrics.json, tables.md, report.html and report.png; print the tables and the paths."""
-        shown = DemoReport(
-            self.root,
-            replace(before, results={task: [*before.results[task], *after.results[task]] for task in before.results}),
-            Models(self.family, **self._trained),
-        )
-        shown.write(seconds)
+        both = {task: [*before.results[task], *after.results[task]] for task in before.results}
+        DemoReport(self.root, replace(before, results=both), self.trained).write(seconds)
 
 
 class DemoReport:
@@ -80,7 +62,7 @@ class DemoReport:
 
     def __init__(self, root: Path, measured: Measured, models: Models) -> None:
         self.root, self.measured, self.models = root, measured, models
-        self.results, self.examples = figures(measured), measured.data.examples
+        self.results, self.about, self.examples = figures(measured), about(measured), measured.data.examples
 
     def write(self, seconds: float | None) -> None:
         """See `DemoStudy.report`."""
@@ -102,21 +84,15 @@ class DemoReport:
         shown = (replace(panels[1], rows=panels[1].rows[:5]), replace(panels[0], rows=panels[0].rows[:3]), tables[0])
         paths = write_report(report, self.root, png_sections=shown)
         write_text(self.root / "tables.md", "\n".join(markdown_table(table) for table in tables))
-        console = wide_console()
-        for table in tables:
-            print_table(table, console)
+        console = print_tables(tables)
         for path in (*paths, self.root / "tables.md", self.root / "metrics.json", self.root / "training"):
             console.print(str(path), highlight=False)
 
     # Numbers
 
-    @cached_property
-    def _about(self) -> dict[str, Any]:
-        return about(self.measured)
-
     def _metrics(self) -> dict[str, Any]:
         return {
-            "settings": {name: value for name, value in self._about.items() if name != "decoding"},
+            "settings": {name: value for name, value in self.about.items() if name != "decoding"},
             "autoencoder_psnr": ceiling(self.measured),
             "before": {DDIM: self.results[DDIM], "students": self.results[UNTRAINED]},
             "after": {"students": self.results[TRAINED]},
@@ -142,51 +118,50 @@ class DemoReport:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "held-out world": f"seed {self._about['seed']}",
+            "held-out world": f"seed {self.about['seed']}",
         }
         return facts if seconds is None else {**facts, "took": f"{seconds / 60:.1f} minutes"}
 
-    def _curves(self) -> tuple[Curve, ...]:
-        scalars = read_scalars(self.root / "training")
+    def _curves(self) -> list[Curve]:
+        scalars, curves = read_scalars(self.root / "training"), []
         losses = {name: scalars[f"train/{name}"] for name in LOSSES if f"train/{name}" in scalars}
-        kinds = (("w 1", "reconstruction/psnr"), ("guided", "reconstruction_guided/psnr"))
-        quality = {label: scalars[key] for label, key in kinds if key in scalars}
-        curves = []
         if losses:
             curves.append(Curve("The four losses", "As in Eq. 5, unweighted.", "step", "loss", losses, log_y=True))
+        kinds = (("w 1", "reconstruction/psnr"), ("guided", "reconstruction_guided/psnr"))
+        quality = {label: scalars[key] for label, key in kinds if key in scalars}
         if quality:
             note = "On validation pictures."
             curves.append(Curve("Reconstruction while training", note, "step", "PSNR (dB)", quality))
-        return tuple(curves)
+        return curves
 
     # Pictures
 
-    def _results(self, task: str, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Each method's pictures in its first decoding, by its name and what they cost."""
-        return {
-            f"{LABELS[r.name]}\n{int(r.values('nfe', r.decodings[0])[0])} evaluations": to_pictures(
-                read_results(r.folder, r.decodings[0], examples)
-            )
-            for r in self.measured.results[task]
-        }
+    def _columns(self, task: str, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """The originals, and each method's pictures in its first decoding, by its name and what they cost."""
+        columns = {"original": stack(examples, 64)}
+        for result in self.measured.results[task]:
+            first = result.decodings[0]
+            head = f"{LABELS[result.name]}\n{int(result.values('nfe', first)[0])} evaluations"
+            columns[head] = read_results(result.folder, first, examples)
+        return {head: to_pictures(images) for head, images in columns.items()}
 
     def _reconstructions(self, examples: Sequence[Example]) -> Panel:
-        columns = {"original": to_pictures(stack(examples, 64)), **self._results("reconstruction", examples)}
-        rows = _rows([example.caption for example in examples], columns)
-        return Panel("Reconstruction", "Encoded to noise and decoded, unguided.", tuple(columns), rows, (3,))
+        columns = self._columns("reconstruction", examples)
+        captions = [example.caption for example in examples]
+        return Panel.of_columns("Reconstruction", "Encoded to noise and decoded, unguided.", columns, captions, (3,))
 
     def _edits(self, examples: Sequence[Example]) -> Panel:
-        columns = {"original": to_pictures(stack(examples, 64)), **self._results("edits", examples)}
+        columns = self._columns("edits", examples)
         columns["true result"] = np.stack([example.truth.draw(64) for example in examples if example.truth])
-        rows = _rows([f"{example.target}\nwas: {example.caption}" for example in examples], columns)
+        labels = [f"{example.target}\nwas: {example.caption}" for example in examples]
         note = "Only the prompt is swapped; the scene's own program draws the true result."
-        return Panel("Edits", note, tuple(columns), rows, (3,))
+        return Panel.of_columns("Edits", note, columns, labels, (3,))
 
     @torch.no_grad()
     def _generations(self, examples: Sequence[Example]) -> Panel:
         prompts, trained = [example.caption for example in examples], self.models.load("icd_swap")
         noise = seeded_noise(trained.latent_shape(len(examples), 64, 64), 0)
-        guidance = StepGuidance(self._about["guidance_scale"], self._about["edit_tau"])
+        guidance = StepGuidance(self.about["guidance_scale"], self.about["edit_tau"])
         columns = {DDIM: to_pictures(self.models.load("ddim").generate(prompts, noise, guidance=guidance))}
         for steps in GENERATION_STEPS:
             parts = (trained.students, trained.autoencoder, trained.conditioner)
@@ -194,9 +169,4 @@ class DemoReport:
             name = f"{steps} step{'s' if steps > 1 else ''}"
             columns[name] = to_pictures(method.generate(prompts, noise, guidance=guidance))
         note = "From drawn noise. The students learnt 4 segments: with fewer steps they jump further than that."
-        return Panel("Generation", note, tuple(columns), _rows(prompts, columns), (4,))
-
-
-def _rows(labels: Sequence[str], columns: dict[str, np.ndarray]) -> tuple[tuple[str, tuple[np.ndarray, ...]], ...]:
-    """Columns of pictures uint8 (B, H, W, 3) to rows."""
-    return tuple((label, tuple(pictures[i] for pictures in columns.values())) for i, label in enumerate(labels))
+        return Panel.of_columns("Generation", note, columns, prompts, (4,))

@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 
 from icd_lightning.data.images import save_png
-from icd_lightning.evaluation.ablations.study import AblationStudy, read_ablations
+from icd_lightning.evaluation.ablations.study import AblationStudy, Comparison, read_ablations
 from icd_lightning.evaluation.ablations.tables import write_study
-from icd_lightning.evaluation.benchmarks.guidance import TURN_ON
+from icd_lightning.evaluation.benchmarks.guidance import GUIDANCES, TURN_ON
 from icd_lightning.evaluation.curves import write_scalars
-from icd_lightning.evaluation.published import GUIDANCES
-from icd_lightning.evaluation.rows import write_rows
-from icd_lightning.evaluation.runs import CONFIG, MEANS, ROWS, Results, places, slug
-from icd_lightning.evaluation.scoring import RECORDED, Style
-from icd_lightning.files import write_json
+from icd_lightning.evaluation.report import Style
+from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, places, slug
+from icd_lightning.evaluation.scoring import RECORDED
+from icd_lightning.files import write_json, write_whole
 from icd_lightning.tiny.scenes import HELD_OUT_SEED
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -51,8 +50,9 @@ def write_results(name: str, folder: Path, means: Mapping[str, Mapping[str, floa
             if decoding == "w 1":
                 save_png(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8), folder / image, about={})
     options = {decoding: options_of(decoding) for decoding in means}
-    results = Results(name, pd.DataFrame(rows), sets or {}, folder, options, STYLES)
-    write_rows(folder / ROWS, rows)
+    frame = pd.DataFrame(rows)
+    results = Results(name, frame, sets or {}, folder, options, STYLES)
+    write_whole(folder / ROWS, frame.to_parquet)
     write_json(folder / MEANS, results.as_dict())
     columns = {column: style._asdict() for column, style in STYLES.items()}
     write_json(folder / CONFIG, {"run": name, "options": options, "columns": columns})
@@ -84,6 +84,11 @@ def write_ablations(root: Path, seeds=(0, 1)) -> AblationStudy:
     study = AblationStudy(read_ablations(CONF / "ablation"), (3.0, 5.0), seeds, runs, trainings)
     write_study(study, root, {"model": "tiny", "pictures": PICTURES})
     return study
+
+
+def by_rows(comparisons) -> dict[str, Comparison]:
+    """By their letters."""
+    return {one.worse.name + one.better.name: one for one in comparisons}
 
 
 def write_log(folder: Path, level: float, letter: str) -> Path:

@@ -4,8 +4,8 @@ import pytest
 
 from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, StepGuidance
 from icd_lightning.editing.baselines.sdedit import SDEdit
-from icd_lightning.evaluation.benchmark import Settings, edited, guided
-from icd_lightning.evaluation.decodings import Decoding, check_grid, constructor_options, parse_grid
+from icd_lightning.evaluation.benchmark import Settings
+from icd_lightning.evaluation.decodings import Decoding, check_grid, constructor_options, edited, guided, parse_grid
 
 DEFAULT = StepGuidance(3.0, 0.8)
 

@@ -61,12 +61,12 @@ def test_pie_bench_is_read_without_brackets_with_words_masks_and_types(pie_bench
             "000": entry("0_random_140/000.jpg", editing_type_id="0", blended_word="", mask=[]),
         }
     )
-    first, second = read_pie_bench(folder)
+    first, second = read_pie_bench(folder).examples
     assert (first.key, first.kind, first.blended_words, first.runs) == ("000", "random", False, ())
     assert (second.caption, second.target) == ("a cat on a wooden bench", "a dog on a wooden bench")
     assert (second.kind, second.blended_words) == ("change object", ("cat", "dog"))
     assert stack([first, second], 64).shape == (2, 3, 64, 64)
-    assert [example.key for example in read_pie_bench(folder, natural=True)] == ["000"]
+    assert [example.key for example in read_pie_bench(folder, natural=True).examples] == ["000"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_pie_bench_is_read_without_brackets_with_words_masks_and_types(pie_bench
     ],
 )
 def test_what_its_authors_read_is_read_and_named(pie_bench, caplog, changes, words, warning):
-    (example,) = read_pie_bench(pie_bench({"7": entry("7.jpg", **changes)}))
+    (example,) = read_pie_bench(pie_bench({"7": entry("7.jpg", **changes)})).examples
     assert example.blended_words == words
     assert warning in caplog.text
     assert "entry '7'" in caplog.text
@@ -88,7 +88,7 @@ def test_what_its_authors_read_is_read_and_named(pie_bench, caplog, changes, wor
 
 def test_an_entry_of_no_type_is_left_out(pie_bench, caplog):
     folder = pie_bench({"1": entry("1.jpg"), "2": entry("2.jpg", editing_type_id="12")})
-    assert [example.key for example in read_pie_bench(folder)] == ["1"]
+    assert [example.key for example in read_pie_bench(folder).examples] == ["1"]
     assert "entry '2': left out, there is no type '12'" in caplog.text
 
 
@@ -125,14 +125,14 @@ def test_coco_gives_each_pictures_first_caption(tmp_path):
         "annotations": [{"id": i, "image_id": image, "caption": caption} for i, image, caption in notes],
     }
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    examples = read_captions(tmp_path / "captions.json", tmp_path / "val")
+    examples = read_captions(tmp_path / "captions.json", tmp_path / "val").examples
     assert [(e.key, e.caption) for e in examples] == [("a.png", "only"), ("b.png", "first")]
     assert examples[0].array(32).shape == (32, 32, 3)
 
 
 def test_a_csv_of_captions_needs_no_pictures(tmp_path):
     (tmp_path / "prompts.csv").write_text('caption\n"a cat, on a bench"\na dog\n')
-    examples = read_captions(tmp_path / "prompts.csv")
+    examples = read_captions(tmp_path / "prompts.csv").examples
     assert [e.caption for e in examples] == ["a cat, on a bench", "a dog"]
     with pytest.raises(ValueError, match="caption-00000 is a caption without a picture"):
         examples[0].array(64)
@@ -169,13 +169,13 @@ EDITS_CSV = """,Unnamed: 0,file_name,old_caption,edited_caption,blended_words
 def test_the_references_table_of_edits_is_read(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "edits.csv").write_text(EDITS_CSV)
-    first, second, third = read_coco_edits(tmp_path / "edits.csv")
+    first, second, third = read_coco_edits(tmp_path / "edits.csv").examples
     assert (first.target, first.blended_words) == ("a small dog on a bench.", ("cat", "dog"))
     assert second.blended_words == ("BENCH.", "BENCH.")
     assert third.blended_words is False  # an empty cell: no blend
     assert len({first.key, second.key, third.key}) == 3
     (tmp_path / "ours.csv").write_text("image,source,target,output\na.png,a cat,a cow,b.png\n")
-    (ours,) = read_coco_edits(tmp_path / "ours.csv")
+    (ours,) = read_coco_edits(tmp_path / "ours.csv").examples
     assert (ours.target, ours.blended_words) == ("a cow", None)  # nobody says
     assert csv_rows(tmp_path / "ours.csv", ("image",)) == [
         {"image": "a.png", "source": "a cat", "target": "a cow", "output": "b.png"}

@@ -6,7 +6,8 @@ from results_case import write_ablations, write_generation, write_guidance, writ
 from test_architecture import users_of
 
 from icd_lightning.evaluation.ablations.figures import distribution_plot, dynamics_plot, rows_plot, verdict_plot
-from icd_lightning.evaluation.published import TABLE_1, TABLE_2
+from icd_lightning.evaluation.benchmarks.guidance import TABLE_1
+from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, points, sheet
 from icd_lightning.evaluation.report.guidance import table_1_plot, threshold_plot, trade_off_plot
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, percentiles

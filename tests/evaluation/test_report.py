@@ -12,18 +12,19 @@ from PIL import Image
 from rich.console import Console
 
 from icd_lightning.evaluation.report import (
+    MISSING,
     Curve,
     Panel,
     Report,
+    Style,
     Table,
     draw_section,
     markdown_table,
-    print_table,
+    print_tables,
     write_report,
 )
 from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, draw_report, wrap
 from icd_lightning.evaluation.report.figures import curve_figure, text_width
-from icd_lightning.evaluation.report.model import MISSING
 from icd_lightning.evaluation.statistics import Estimate
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import random_scene
@@ -243,7 +244,8 @@ def test_wide_tables_stay_on_the_sheet(count):
 
 def test_numbers_of_a_wide_table_keep_to_one_line():
     rows = tuple(("method", *(Estimate(1000.0 * n, 0, 2) for _ in range(9))) for n in range(1, 4))
-    table = Table("", "", ("", *(f"column number {i}" for i in range(9))), rows, digits=(None, *(3,) * 9))
+    header = ("", *(f"column number {i}" for i in range(9)))
+    table = Table("", "", header, rows, styles=dict.fromkeys(header, Style(3)))
     canvas = draw_body(table, width=INNER)
     shown = [text.get_text() for text in canvas.axes.texts]
     assert [text for text in shown if "±" in text] == [cell.text for row in table.cells() for cell in row[1:]]
@@ -332,32 +334,33 @@ def test_numbers_are_rounded_by_column():
         ["ours", "8", "27.8", "0.500"],
         ["untrained", "8", "20.3", "nan"],
     ]
-    assert texts(table(digits=(None, 3, 2, 0)))[0] == ["DDIM", "100", "43.21", MISSING]
+    assert texts(table(styles={"PSNR": Style(2), "other": Style(7)}))[0] == ["DDIM", "100", "43.21", MISSING]
     values = ((math.inf, np.float32(0.25), np.int64(1234567)), (-math.inf, -1234.5, 3))
     assert texts(Table("", "", ("a", "b", "c"), values)) == [["∞", "0", "1,234,567"], ["-∞", "-1,234", "3"]]
 
 
 def test_the_best_of_a_column_are_marked_by_their_means():
-    shown = table(best=(None, "min", "max", "max"))
+    styles = {"Evaluations": Style(best="min"), "PSNR": Style(best="max"), "Share": Style(1, "max", 100)}
+    shown = table(styles=styles)
+    assert [cells[3].text for cells in shown.cells()] == [MISSING, "50.0", "nan"]
     assert [[cell.best for cell in cells] for cells in shown.cells()] == [
         [False, False, True, False],
         [False, True, False, True],
         [False, True, False, False],
     ]
-    assert shown.heads() == ["Method", "Evaluations\u00a0↓", "PSNR\u00a0↑", "Share\u00a0↑"]
+    assert shown.heads() == ["Method", "Evaluations\u00a0↓", "PSNR\u00a0↑", "Share (%)\u00a0↑"]
     assert shown.legend == "↑ higher is better, ↓ lower is better, best in bold"
     assert table().legend == ""
     means = (Estimate(1.001, 0.9, 1.1), Estimate(1.002, 0.5, 1.5), Estimate(0.5, 0.1, 3.0), 1.0)
-    close = Table("", "", ("a",), tuple((mean,) for mean in means), best=("max",), digits=(2,))
+    close = Table("", "", ("a",), tuple((mean,) for mean in means), styles={"a": Style(2, "max")})
     assert texts(close) == [["1.00 ± 0.10"], ["1.00 ± 0.50"], ["0.50 ± 1.45"], ["1.00"]]
     assert [cells[0].best for cells in close.cells()] == [True, True, False, True]  # they read the same
 
 
 def test_terminal_table_shows_values_as_they_are():
     console = Console(file=io.StringIO(), width=120)
-    print_table(
-        Table("Title [red]", HOSTILE, ("Method [b]", "x"), ((HOSTILE, 1.25), ("b", None)), best=(None, "max")), console
-    )
+    rows = ((HOSTILE, 1.25), ("b", None))
+    print_tables([Table("Title [red]", HOSTILE, ("Method [b]", "x"), rows, styles={"x": Style(best="max")})], console)
     out = console.file.getvalue()
     for text in ("Title [red]", "Method [b]", HOSTILE, "1.25", "higher is better"):
         assert text in out
@@ -371,8 +374,6 @@ def test_terminal_table_shows_values_as_they_are():
     [
         (lambda: Panel("P", "", ("a", "b"), (("x", (None,)),)), "row 'x' has 1 pictures for 2 columns"),
         (lambda: Table("T", "", ("a", "b"), ((1,),)), r"1 values for 2 columns: \(1,\)"),
-        (lambda: table(digits=(1,)), "1 values for 4 columns"),
-        (lambda: table(best=("max",)), "1 values for 4 columns"),
         (lambda: Curve("C", "", "x", "y", {}), "0 series"),
         (lambda: Curve("C", "", "x", "y", {str(i): ([], []) for i in range(7)}), "7 series; show 1 to 6"),
     ],
@@ -383,7 +384,7 @@ def test_mistakes_are_named(build, message):
 
 
 def test_a_table_in_markdown_has_a_line_for_each_row_and_its_note():
-    table = Table("Title", "What it means.", ("method", "dB"), (("a", 1.25), ("b", None)), digits=(None, 1))
+    table = Table("Title", "What it means.", ("method", "dB"), (("a", 1.25), ("b", None)), styles={"dB": Style(1)})
     lines = markdown_table(table).splitlines()
     assert lines[0] == "**Title**"
     assert lines[2:6] == ["| method | dB |", "| --- | --: |", "| a | 1.2 |", f"| b | {MISSING} |"]

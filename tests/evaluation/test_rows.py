@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from ranks_case import run_ranks
 
-from icd_lightning.evaluation.examples import Example
-from icd_lightning.evaluation.rows import Gathering, Ranks, gather_rows, read_rows, write_rows
+from icd_lightning.evaluation.examples import DataSet, Example
+from icd_lightning.evaluation.runs import Run
 
 EXAMPLES = [Example(f"picture/{i}", f"caption {i}") for i in range(11)]
 
@@ -16,8 +16,9 @@ def measure(batch):
     return [{"key": example.key, "seed": example.seed(0), "size": len(batch), "none": None} for example in batch]
 
 
-def gather(folder, examples=EXAMPLES, measure=measure, ranks=Ranks(), **options):  # noqa: B008  (frozen)
-    return gather_rows(folder, examples, measure, Gathering(3, ranks), **options)
+def gather(folder, examples=EXAMPLES, measure=measure, **options):
+    run = Run("run", folder, DataSet(examples, "", ""), None, {}, resolution=64, batch_size=3)
+    return run.gather("rows", measure, **options).to_dict("records")
 
 
 def remembering(batches):
@@ -72,16 +73,16 @@ def test_another_version_and_rows_that_are_not_whole_are_measured_again(tmp_path
 
 def test_rows_survive_a_file_and_a_failed_one_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match="object"):
-        write_rows(tmp_path / "rows.parquet", [{"value": object()}])
-    assert not list(tmp_path.iterdir())
+        gather(tmp_path, EXAMPLES[:1], lambda batch: [{"value": object()}])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     rows = [{"a": 1.5, "b": None, "c": "x"}, {"a": float("inf"), "b": 2.0, "c": "ü"}]
-    write_rows(tmp_path / "x.parquet", rows)
-    assert read_rows(tmp_path / "x.parquet") == rows
+    (first, second) = (gather(tmp_path / "rows", EXAMPLES[:1], lambda batch: rows) for _ in range(2))
+    assert first[1] == second[1] == rows[1]
 
 
 def worker(rank, folder):
     mine = []
-    rows = gather(folder / "rows", measure=remembering(mine), ranks=Ranks.from_environment())
+    rows = gather(folder / "rows", measure=remembering(mine))
     (folder / f"rank{rank}.json").write_text(json.dumps([[batch[0].key for batch in mine], rows]))
 
 

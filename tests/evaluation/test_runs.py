@@ -13,14 +13,15 @@ from PIL import Image
 
 from icd_lightning.data.images import to_pictures
 from icd_lightning.diffusion import StepGuidance
-from icd_lightning.evaluation.bench import Bench, Outcome
+from icd_lightning.evaluation.benchmark import Bench, Outcome
 from icd_lightning.evaluation.benchmarks.generation import generate
 from icd_lightning.evaluation.benchmarks.guidance import guide_both_ways
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK, to_noise_and_back
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.runs import Results, Run, perform, read_results, slug
+from icd_lightning.evaluation.results import Results, read_results, slug
+from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.metrics.reconstruction import PSNR
 from icd_lightning.models.family import Family
@@ -40,7 +41,7 @@ def run_of(bench, root, examples=EXAMPLES, measure=None, metrics=("psnr", "tiny-
     return Run(
         "icd",
         root,
-        examples,
+        data_set(examples),
         measure or partial(to_noise_and_back, bench, decodings=DECODINGS),
         {"seed": 0, **changes},
         resolution=64,
@@ -76,7 +77,7 @@ def test_a_run_writes_a_row_and_a_picture_for_each_and_is_read_back(unbroken):
     again = Results.read("icd", run.folder)
     assert comparable(again) == comparable(results)
     assert again.options == {"w 1": {"w": 1.0}, "w 3, tau 0.8": {"w": 3.0, "tau": 0.8}}
-    assert (again.style("psnr").best, again.style("psnr").digits, again.style("tiny-fd").best) == ("max", 2, "min")
+    assert (again.styles["psnr"].best, again.styles["psnr"].digits, again.styles["tiny-fd"].best) == ("max", 2, "min")
 
 
 def test_what_is_scored_is_what_the_files_hold(bench, unbroken):
@@ -158,7 +159,7 @@ def test_edits_are_averaged_by_type(tmp_path):
     def measure(batch):
         yield Outcome("as is", stack(batch, 64), 3, 0.5, {"odd": torch.arange(len(batch)) % 2})
 
-    results = perform(Run("none", tmp_path, examples, measure, {}, resolution=64, batch_size=8))
+    results = perform(Run("none", tmp_path, data_set(examples), measure, {}, resolution=64, batch_size=8))
     assert results.kinds == [example.kind for example in examples[:8]]
     assert results.mean("odd", "as is") == 0.5
     assert results.mean("odd", "as is", "shape") == 1.0

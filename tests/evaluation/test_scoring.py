@@ -11,7 +11,8 @@ from icd_lightning.evaluation.benchmarks.editing import EDITING
 from icd_lightning.evaluation.benchmarks.generation import FROM_NOISE
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
 from icd_lightning.evaluation.examples import DataSet, Example, stack
-from icd_lightning.evaluation.scoring import ByMetric, OfSet, Scoring, Style
+from icd_lightning.evaluation.report import Style
+from icd_lightning.evaluation.scoring import ByMetric, Scoring, score_set
 from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import data_set, scene_edits, scene_examples
@@ -88,9 +89,9 @@ def test_a_metric_scores_each_picture_by_itself_and_a_set_in_any_batches():
     together = psnr(EXAMPLES, damaged, ORIGINALS)["psnr"]
     alone = [psnr([e], d[None], o[None])["psnr"] for e, d, o in zip(EXAMPLES, damaged, ORIGINALS, strict=True)]
     assert torch.equal(together, torch.cat(alone))
-    distance, shifted = OfSet(build_metrics(["tiny-fd"])["tiny-fd"]), ORIGINALS.flip(0)
-    parts = distance([(TRUTHS[:5], shifted[:5]), (TRUTHS[5:], shifted[5:])])
-    assert parts == pytest.approx(distance([(TRUTHS, shifted)]), rel=1e-3)
+    distance, shifted = build_metrics(["tiny-fd"])["tiny-fd"], ORIGINALS.flip(0)
+    parts = score_set(distance, [(TRUTHS[:5], shifted[:5]), (TRUTHS[5:], shifted[5:])])
+    assert parts == pytest.approx(score_set(distance, [(TRUTHS, shifted)]), rel=1e-3)
 
 
 def test_an_edit_is_scored_by_its_target_and_a_picture_by_its_caption():
@@ -111,11 +112,11 @@ def test_a_masked_metric_takes_the_edits_region():
 )
 def test_each_name_works_by_itself(name):
     scoring = Scoring.choose([name], EDITING, EDITS)
-    assert [*scoring.scorers, *scoring.set_scorers] == [name]
+    assert [*scoring.scorers, *scoring.of_sets] == [name]
     for scorer in scoring.scorers.values():
         columns = scorer(EXAMPLES[:2], TRUTHS[:2], ORIGINALS[:2])
         assert columns.keys() == scorer.styles.keys()
-    assert all(score([(TRUTHS, ORIGINALS)]) >= 0 for score in scoring.set_scorers.values())
+    assert all(score_set(metric, [(TRUTHS, ORIGINALS)]) >= 0 for metric in scoring.of_sets.values())
 
 
 def test_the_defaults_suit_the_examples_and_styles_are_the_metrics_own():

@@ -29,6 +29,6 @@ def test_pictures_without_a_value_do_not_count_and_perfect_ones_give_no_nan():
 def test_an_estimate_is_a_number_that_shows_its_interval():
     estimate = Estimate(27.5, 27.0, 28.5)
     assert f"{estimate:.2f}" == "27.50 ± 0.75"
-    assert f"{estimate.scaled(100):.0f}" == "2750 ± 75"
+    assert f"{estimate * 100:.0f}" == "2750 ± 75"
     assert f"{bootstrap([27.5]):.1f}" == "27.5"  # of one picture: no interval
     assert bootstrap([27.5]).as_dict() == {"mean": 27.5, "low": None, "high": None}

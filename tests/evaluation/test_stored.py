@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from results_case import PICTURES, write_ablations, write_generation, write_guidance, write_outputs
+from results_case import PICTURES, by_rows, write_ablations, write_generation, write_guidance, write_outputs
 
 from icd_lightning.commands.condense import condense as icd_condense
 from icd_lightning.evaluation.ablations.study import read_examples, read_study
@@ -15,7 +15,7 @@ from icd_lightning.evaluation.ablations.tables import (
     verdict_table,
 )
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.runs import read_runs
+from icd_lightning.evaluation.results import read_runs
 from icd_lightning.evaluation.shipping import condense
 
 
@@ -64,7 +64,7 @@ def test_a_study_comes_back(tmp_path):
 def test_the_pictures_of_a_study_are_known_by_key(outputs):
     examples = read_examples(outputs / "ablations")
     study = read_study(outputs / "ablations")
-    assert list(examples) == study.ddim.frame.key[:PICTURES].tolist()
+    assert list(examples) == study.runs["ddim"].frame.key[:PICTURES].tolist()
 
 
 def test_what_ships_says_the_same_in_little_room(outputs, tmp_path):
@@ -117,14 +117,14 @@ def test_thinned_scalars_end_where_the_training_did():
 
 def test_effects_are_differences_over_the_same_pictures(outputs):
     study = read_study(outputs / "ablations")
-    found = {effect.rows: effect for effect in study.comparisons(guided=False)}
+    found = by_rows(study.comparisons())
     assert list(found) == ["AB", "BC", "CF", "FG"]
     expected = study.row("G", 1.0).pictures() - study.row("F", 1.0).pictures()
     assert np.array_equal(found["FG"].gain, expected)
-    best, worst = found["FG"].extremes(1)
+    best, worst = telling(study, 1)[-2:]
     assert found["FG"].keys.index(best) == expected.argmax()
     assert found["FG"].keys.index(worst) == expected.argmin()
-    guided = {effect.rows: effect for effect in study.comparisons(guided=True, guidance_scale=5.0)}
+    guided = by_rows(study.comparisons(5.0))
     assert guided["HI"].gain.mean() == pytest.approx(
         study.row("I", 5.0).values().mean() - study.row("H", 5.0).values().mean(), abs=1e-9
     )
@@ -132,8 +132,8 @@ def test_effects_are_differences_over_the_same_pictures(outputs):
 
 def test_gain_by_hardness_parts_all_pictures(outputs):
     study = read_study(outputs / "ablations")
-    effect = study.comparisons(guided=False)[-1]
-    groups = effect.by_hardness(study.ddim.values("psnr", "w 1"))
+    effect = study.comparisons()[-1]
+    groups = effect.by_hardness(study.runs["ddim"].values("psnr", "w 1"))
     assert [x for x, _ in groups] == sorted(x for x, _ in groups)
     assert np.mean([gain for _, gain in groups]) == pytest.approx(effect.gain.mean())
 

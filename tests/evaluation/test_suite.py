@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -12,16 +13,13 @@ from PIL import Image
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
-from icd_lightning.evaluation import suite as suites
-from icd_lightning.evaluation import summaries
-from icd_lightning.evaluation.bench import Outcome
-from icd_lightning.evaluation.benchmark import Benchmark, Settings, Task
+from icd_lightning.evaluation import runs, summaries
+from icd_lightning.evaluation.benchmark import Benchmark, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks import guidance as guidance_benchmark
 from icd_lightning.evaluation.decodings import parse_grid
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.evaluation.methods import Models, all_methods, guided_as_told, teacher_hash
-from icd_lightning.evaluation.rows import read_rows
-from icd_lightning.evaluation.runs import read_results
+from icd_lightning.evaluation.results import read_results
 from icd_lightning.evaluation.suite import Suite, labels_of
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
@@ -278,18 +276,18 @@ def test_coco_edits_are_measured(random_family, tmp_path):
     settings = {"methods": ("icd_p2p",), "data": tmp_path / "edits.csv", "metrics": ("psnr",)}
     run(random_family, tmp_path / "out", "coco_edit", **settings)
     (file,) = (tmp_path / "out").glob("icd_p2p-*/rows.parquet")
-    assert [row["key"] for row in read_rows(file)] == ["00000-a", "00001-a"]
+    assert pd.read_parquet(file).key.tolist() == ["00000-a", "00001-a"]
 
 
 def test_photographs_are_scored_at_one_size_however_large_the_results_are(random_family, tmp_path, monkeypatch):
-    monkeypatch.setattr(suites, "PHOTOGRAPH_SIDE", 32)  # of results of 64
+    monkeypatch.setattr(runs, "PHOTOGRAPH_SIDE", 32)  # of results of 64
     write_picture(tmp_path)
     (tmp_path / "a.csv").write_text("image,caption\na.png,a red circle\n")
     settings = {"data": tmp_path / "a.csv", "grid": parse_grid("tau=1"), "metrics": ("psnr",)}
     run(random_family, tmp_path / "out", "inversion", **settings)
     (folder,) = (tmp_path / "out").glob("icd-*/")
     examples = suite(random_family, tmp_path / "out", "inversion", **settings).data.examples
-    for row in read_rows(folder / "rows.parquet"):
+    for row in pd.read_parquet(folder / "rows.parquet").to_dict("records"):
         made = read_results(folder, row["decoding"], examples, 32)
         assert made.shape[-1] == 32
         assert row["psnr"] == pytest.approx(float(psnr(made, stack(examples, 32))), abs=1e-3)

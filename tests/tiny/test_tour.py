@@ -7,8 +7,7 @@ import pytest
 
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import to_images
-from icd_lightning.evaluation.bench import Outcome
-from icd_lightning.evaluation.benchmark import Measured, Settings
+from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
@@ -43,7 +42,7 @@ def measured(root, edit) -> Measured:
         measure = (lambda batch: iter([Outcome("w 1", edit(batch), 5, 0.1)])) if task.name == "edits" else same
         scoring = Scoring.choose(None, task, DATA)
         options = {"w 1": {"w": 1.0}}
-        run = Run("icd", root / task.name, DATA.examples, measure, {}, 64, scoring=scoring, decodings=options)
+        run = Run("icd", root / task.name, DATA, measure, {}, 64, scoring=scoring, decodings=options)
         results[task.name] = [perform(run)]
     return Measured(SETTINGS, DATA, results, root)
 

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icd_lightning.evaluation.ablations.comparison import Comparison
-from icd_lightning.evaluation.ablations.study import ORDERINGS, ROWS, TAU, UNGUIDED_ROWS, AblationStudy
-from icd_lightning.evaluation.ablations.tables import papers_difference
+from icd_lightning.evaluation.ablations.study import ORDERINGS, ROWS, TAU, UNGUIDED_ROWS, AblationStudy, Comparison
+from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
 from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
-from icd_lightning.evaluation.published import TABLE_2
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
 from icd_lightning.evaluation.statistics import bootstrap, percentiles
 
@@ -64,7 +62,7 @@ def _draw_rows(
     untrained = [study.untrained(len(study.ablations[row.name].boundaries), row.decoding) for row in rows]
     means = [row.pictures().mean() for row in untrained]
     points(axes, means, places, look._replace(marker="x"), label=f"untrained, w {w:g}")
-    ddim = study.ddim.values("psnr", Decoding.step(w, TAU).name if guided else UNGUIDED.name).mean()
+    ddim = study.runs["ddim"].values("psnr", Decoding.step(w, TAU).name if guided else UNGUIDED.name).mean()
     axes.axvline(ddim, color=look.color, linestyle=":", label=f"DDIM-50{' + d.CFG' * guided}, w {w:g}")
 
 
@@ -77,7 +75,7 @@ def verdict_plot(study: AblationStudy) -> Sheet:
         chosen = [(one.difference, place) for place, one in verdicts if one.verdict == verdict]
         if chosen:
             points(axes, *zip(*chosen, strict=True), look._replace(line=""), label=verdict)
-    places, papers = zip(*((place, papers_difference(one)) for place, one in verdicts), strict=True)
+    places, papers = zip(*((place, one.papers) for place, one in verdicts), strict=True)
     axes.plot(papers, places, "D", color="none", markeredgecolor=PAPER.color, label="the paper's")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, [f"{one.worse.name} < {one.better.name}, {one.where}" for _, one in verdicts])
@@ -121,9 +119,15 @@ def dynamics_plot(study: AblationStudy) -> Sheet:
     figure, panels = sheet(3, 2, height=4.2, sharex=True)
     for axes, (name, title) in zip(panels, CURVES.items(), strict=True):
         for students, runs in logs.items():
-            if all(name in run for run in runs):  # a loss without weight is not computed
-                shaded = name.startswith("reconstruction/")
-                _line_of_runs(axes, [run[name] for run in runs], LOOK_OF[students], students, shaded=shaded)
+            if any(name not in run for run in runs):  # a loss without weight is not computed
+                continue
+            by_step = [dict(zip(*run[name], strict=True)) for run in runs]
+            steps = sorted(set.intersection(*map(set, by_step)))
+            values = np.array([[found[step] for step in steps] for found in by_step])
+            look = LOOK_OF[students]
+            axes.plot(steps, values.mean(0), color=look.color, linestyle=look.line, label=students)
+            if name.startswith("reconstruction/"):
+                axes.fill_between(steps, values.min(0), values.max(0), color=look.color, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=8)
         if not name.endswith("psnr"):
             axes.set_yscale("log", subs=(2, 3, 5, 7))
@@ -136,16 +140,6 @@ def dynamics_plot(study: AblationStudy) -> Sheet:
     panels[3].set_ylabel("loss")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
-
-
-def _line_of_runs(
-    axes: Axes, runs: Sequence[tuple[list[int], list[float]]], look: Look, label: str, *, shaded: bool
-) -> None:
-    steps = sorted(set.intersection(*(set(steps) for steps, _ in runs)))
-    values = np.array([[dict(zip(*run, strict=True))[step] for step in steps] for run in runs])
-    axes.plot(steps, values.mean(0), color=look.color, linestyle=look.line, label=label)
-    if shaded:
-        axes.fill_between(steps, values.min(0), values.max(0), color=look.color, alpha=0.15, linewidth=0)
 
 
 @PRINTED
@@ -171,7 +165,7 @@ def scatter_plot(comparisons: Sequence[Comparison]) -> Sheet:
 def gain_plot(study: AblationStudy, comparisons: Sequence[Comparison]) -> Sheet:
     """What each part adds to each picture, sorted; and by how hard a picture is for the teacher's own DDIM-50."""
     figure, (each, groups) = sheet(2, height=2.7)
-    hardness = study.ddim.values("psnr", UNGUIDED.name)
+    hardness = study.runs["ddim"].values("psnr", UNGUIDED.name)
     for one, look in zip(comparisons, LOOKS, strict=False):
         gains = np.sort(one.gain)
         each.plot(100 * (np.arange(len(gains)) + 0.5) / len(gains), gains, color=look.color, linestyle=look.line)

@@ -1,4 +1,4 @@
-"""The study of ablations: its rows, its runs, and how it is measured, written and read back.
+"""The study of ablations: its rows, two of them compared, its runs, and how it is measured and read back.
 
 The rows are conf/ablation/*.yaml. Rows that differ in their decoding only share their students, so that six trainings
 (A, B, C, E, F, G) give ten rows.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import yaml
 
-from icd_lightning.evaluation.ablations.comparison import Comparison, Row
 from icd_lightning.evaluation.benchmark import Settings
-from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
+from icd_lightning.evaluation.benchmarks.inversion import TABLE_2, TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.runs import Results, places, read_runs, read_summary
+from icd_lightning.evaluation.results import Results, read_runs, read_summary
+from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
 
 ROWS = {  # whose students, and what they have that the row before in the ordering has not; there is no D
@@ -80,6 +80,53 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A run for each training, under one decoding; `part` is what it adds to the row before it in an ordering."""
+
+    name: str
+    description: str
+    decoding: str
+    runs: Sequence[Results]
+    part: str = ""
+
+    def values(self, column: str = "psnr") -> np.ndarray:
+        """A column, (trainings, pictures)."""
+        return np.array([run.values(column, self.decoding) for run in self.runs])
+
+    def pictures(self, column: str = "psnr") -> np.ndarray:
+        """A column's means over trainings, (pictures,)."""
+        return self.values(column).mean(0)
+
+
+class Comparison:
+    """Whether `better` really is above `worse` in PSNR, over the same pictures; `where` says how both are decoded.
+
+    The difference's interval is over resampled pictures and, with MIN_SEEDS or more, over trainings as well; with fewer
+    the verdict is of these trainings only: found, reversed, or undecided where the interval holds 0. `papers` is the
+    paper's difference, `gain` (pictures,) that of each picture, by `keys`, as a mean over trainings.
+    """
+
+    def __init__(self, worse: Row, better: Row, where: str = "") -> None:
+        self.worse, self.better, self.where = worse, better, where
+        self.papers = TABLE_2[better.name][2] - TABLE_2[worse.name][2]
+        differences = better.values() - worse.values()
+        self.difference = bootstrap_trainings(differences)
+        self.verdict = "found" if self.difference.low > 0 else "reversed" if self.difference.high < 0 else "undecided"
+        self.seeds_agreeing = int((differences.mean(1) > 0).sum())
+        self.gain = better.pictures() - worse.pictures()
+        self.keys: list[str] = worse.runs[0].of(worse.decoding).key.tolist()
+
+    def by_hardness(self, reference: np.ndarray, groups: int = 4) -> list[tuple[float, Estimate]]:
+        """Mean gain of equal groups of pictures, from those whose `reference` (pictures,) is least, with its mean.
+
+        The reference must not share noise with either side, as a row's own PSNR would: that alone would make what is
+        low before gain most.
+        """
+        parts = np.array_split(np.argsort(reference, kind="stable"), min(groups, len(reference)))
+        return [(float(reference[part].mean()), bootstrap(self.gain[part])) for part in parts]
+
+
+@dataclass(frozen=True)
 class AblationStudy:
     """All that was measured: `runs` of students ("A-0", of A with seed 0), "untrained-4" (segments) and "ddim".
 
@@ -93,18 +140,10 @@ class AblationStudy:
     trainings: Mapping[str, Path] = field(default_factory=dict)
 
     @property
-    def ddim(self) -> Results:
-        """Of the teacher."""
-        return self.runs["ddim"]
-
-    @property
     def columns(self) -> list[str]:
         """Figures of every row that say how near the pictures came back."""
-        return [name for name in self.ddim.columns if name not in ("nfe", "seconds", "nll")]
-
-    def first_run(self, letter: str) -> Results:
-        """Of the row's first training."""
-        return self.runs[f"{self.ablations[letter].students}-{self.seeds[0]}"]
+        left_out = ("nfe", "seconds", "nll", *self.runs["ddim"].set_scores)
+        return [name for name in self.runs["ddim"].columns if name not in left_out]
 
     def row(self, letter: str, guidance_scale: float = 1.0) -> Row:
         """An ablation at this w, with a run for each seed."""
@@ -118,40 +157,29 @@ class AblationStudy:
         label = f"{segments} + {segments} jumps" + (" + d.CFG" if "tau" in decoding else "")
         return Row("untrained", label, decoding, [self.runs[f"untrained-{segments}"]])
 
-    def rows(self, guidance_scale: float | None) -> list[Row]:
+    def rows(self, w: float | None) -> list[Row]:
         """Of Table 2: the teacher, the untrained students and the ablations, guided at this w, or unguided."""
-        w, segments = guidance_scale, sorted({len(row.boundaries) for row in self.ablations.values()})
+        segments = sorted({len(row.boundaries) for row in self.ablations.values()})
         if w is None:
-            rows = [Row("DDIM-50", "teacher", UNGUIDED.name, [self.ddim])]
+            rows = [Row("DDIM-50", "teacher", UNGUIDED.name, [self.runs["ddim"]])]
             rows += [self.untrained(count) for count in segments]
         else:
             throughout, dynamic = (Decoding.step(w, tau).name for tau in (1.0, TAU))
-            rows = [Row("DDIM-50, guided", "teacher", throughout, [self.ddim])]
-            rows += [Row("DDIM-50 + d.CFG", "teacher", dynamic, [self.ddim])]
+            rows = [Row("DDIM-50, guided", "teacher", throughout, [self.runs["ddim"]])]
+            rows += [Row("DDIM-50 + d.CFG", "teacher", dynamic, [self.runs["ddim"]])]
             rows += [self.untrained(segments[-1], decoding) for decoding in (throughout, dynamic)]
         chosen = [row.letter for row in self.ablations.values() if row.guided == (w is not None)]
         return [*rows, *(self.row(letter, w or 1.0) for letter in chosen)]
 
-    def comparisons(self, *, guided: bool, guidance_scale: float = 1.0) -> list[Comparison]:
-        """Of neighbouring rows in the paper's ordering."""
-        rows = [self.row(letter, guidance_scale) for letter in ORDERINGS[guided]]
-        where = f"guided, w {guidance_scale:g}" if guided else "unguided"
+    def comparisons(self, w: float | None = None) -> list[Comparison]:
+        """Of neighbouring rows in the paper's ordering, guided at this w, or unguided."""
+        rows = [self.row(letter, w or 1.0) for letter in ORDERINGS[w is not None]]
+        where = "unguided" if w is None else f"guided, w {w:g}"
         return [Comparison(worse, better, where) for worse, better in pairwise(rows)]
 
     def verdicts(self) -> list[Comparison]:
         """On the paper's orderings, unguided and at every w."""
-        guided = [one for w in self.guidance_scales for one in self.comparisons(guided=True, guidance_scale=w)]
-        return [*self.comparisons(guided=False), *guided]
-
-    def record(self, root: Path) -> dict[str, Any]:
-        """Fit for JSON: all that `read_study` needs to put the study together again from its folder."""
-        return {
-            "ablations": [asdict(ablation) for ablation in self.ablations.values()],
-            "guidance_scales": list(self.guidance_scales),
-            "seeds": list(self.seeds),
-            "runs": places({name: results.folder for name, results in self.runs.items()}, root),
-            "trainings": places(self.trainings, root),
-        }
+        return [one for w in (None, *self.guidance_scales) for one in self.comparisons(w)]
 
 
 def read_study(folder: Path) -> AblationStudy:
@@ -166,42 +194,30 @@ def read_examples(folder: Path) -> dict[str, Example]:
     """The pictures that a study was measured on, by key: of files, those that its command was given."""
     facts = read_summary(folder / TABLE_2_JSON)["facts"]
     data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
-    return {example.key: example for example in read_data(data, images, facts["pictures"]).examples}
+    settings = Settings("inversion", data=data, images=images, count=facts["pictures"])
+    return {example.key: example for example in read_data(settings).examples}
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+def measure_study(study: AblationStudy, models: Models, settings: Settings, root: Path) -> AblationStudy:
+    """The study with its runs, to noise and back: the trained students, the untrained ones of A, B and C, and DDIM-50.
 
+    What is decoded with guidance is so at every w, throughout and dynamically.
+    """
+    every = [one for w in study.guidance_scales for one in steps(w, (1.0, TAU))[1:]]
 
-@dataclass(frozen=True)
-class AblationSettings:
-    """What to measure a study on, `settings` of the benchmark inversion, and where to write it."""
-
-    root: Path
-    models: Models
-    guidance_scales: tuple[float, ...] = (3.0, 5.0)
-    settings: Settings = field(default=Settings("inversion", count=128))
-
-    def measure(self, name: str, method: str, *, guided: bool, **students: str) -> Results:
-        """A method to noise and back, unguided and, if asked for, at every w throughout and dynamically."""
-        settings, models = replace(self.settings, methods=(method,)), replace(self.models, **students)
-        scales = self.guidance_scales if guided else ()
-        decodings = [UNGUIDED, *(one for w in scales for one in steps(w, (1.0, TAU))[1:])]
-        suite = Suite(settings, models, self.root / "runs" / name)
+    def measured(name: str, method: str, *, guided: bool, **students: str) -> Results:
+        decodings = [UNGUIDED, *(every if guided else ())]
+        suite = Suite(replace(settings, methods=(method,)), replace(models, **students), root / "runs" / name)
         (results,) = suite.perform(replace(TO_NOISE_AND_BACK, decodings=lambda *_: decodings))["inversion"]
         return results
 
-
-def measure_study(
-    settings: AblationSettings, ablations: Mapping[str, Ablation], seeds: Sequence[int], trainings: Mapping[str, Path]
-) -> AblationStudy:
-    """Measure the trained students ("A-0": their folder), the untrained ones of A, B and C, and DDIM-50."""
-    guided = {ablation.students for ablation in ablations.values() if ablation.guided}
+    guided = {ablation.students for ablation in study.ablations.values() if ablation.guided}
     runs = {}
-    for name, folder in trainings.items():
+    for name, folder in study.trainings.items():
         students = {part: str(folder / part) for part in ("forward", "reverse")}
-        runs[name] = settings.measure(name, "icd", guided=name[0] in guided, **students)
-    for ends in dict.fromkeys(ablation.boundaries for ablation in ablations.values()):
+        runs[name] = measured(name, "icd", guided=name[0] in guided, **students)
+    for ends in dict.fromkeys(ablation.boundaries for ablation in study.ablations.values()):
         name, boundaries = f"untrained-{len(ends)}", ",".join(map(str, ends))
-        runs[name] = settings.measure(name, "untrained", guided=len(ends) == 4, boundaries=boundaries)
-    runs["ddim"] = settings.measure("ddim", "ddim", guided=True)
-    return AblationStudy(ablations, settings.guidance_scales, seeds, runs, trainings)
+        runs[name] = measured(name, "untrained", guided=len(ends) == 4, boundaries=boundaries)
+    runs["ddim"] = measured("ddim", "ddim", guided=True)
+    return replace(study, runs=runs)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icd_lightning.data.images import read_picture
-from icd_lightning.evaluation.ablations.comparison import Comparison
-from icd_lightning.evaluation.ablations.study import ORDERINGS, TABLE_2_JSON, TAU, UNGUIDED_ROWS, AblationStudy
+from icd_lightning.evaluation.ablations.study import (
+    ORDERINGS,
+    TABLE_2_JSON,
+    TAU,
+    UNGUIDED_ROWS,
+    AblationStudy,
+    Comparison,
+)
+from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
 from icd_lightning.evaluation.decodings import UNGUIDED
 from icd_lightning.evaluation.examples import Example
-from icd_lightning.evaluation.published import TABLE_2
-from icd_lightning.evaluation.report import Curve, Panel, Report, Table, markdown_table, write_report
+from icd_lightning.evaluation.report import Curve, Panel, Report, Style, Table, markdown_table, write_report
+from icd_lightning.evaluation.results import places
 from icd_lightning.evaluation.statistics import MIN_SEEDS, bootstrap
 from icd_lightning.files import write_json, write_text
 
@@ -30,8 +38,10 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         lpips, dino, psnr = TABLE_2.get(row.name, (None,) * 3)
         ours = [bootstrap(row.pictures(column)) for column in columns]
         rows.append((row.name, row.description, *ours, psnr, lpips, dino))
+    known = study.runs["ddim"].styles
+    styles = {n: Style(2 if n == "psnr" else 3, known[n].best if n in known else None) for n in columns}
     seeds = f"mean of {len(study.seeds)} trainings (seeds {', '.join(map(str, study.seeds))})"
-    pictures = len(study.ddim.of(UNGUIDED.name))
+    pictures = len(study.runs["ddim"].of(UNGUIDED.name))
     how = "unguided" if w is None else f"guided at w {w:g}, d.CFG with tau {TAU:g}; the paper's at w 8"
     return Table(
         title="Table 2, unguided" if w is None else f"Table 2, guided at w {w:g}",
@@ -40,14 +50,8 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         header=("row", "students", *columns, "paper: PSNR", "LPIPS", "DinoV2"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),
-        digits=(None, None, *(2 if column == "psnr" else 3 for column in columns), 2, 3, 3),
-        best=(None, None, *(study.ddim.style(column).best for column in columns), None, None, None),
+        styles=styles | {"paper: PSNR": Style(2), "LPIPS": Style(3), "DinoV2": Style(3)},
     )
-
-
-def papers_difference(comparison: Comparison) -> float:
-    """The paper's, in PSNR."""
-    return TABLE_2[comparison.better.name][2] - TABLE_2[comparison.worse.name][2]
 
 
 def verdict_table(study: AblationStudy) -> Table:
@@ -56,23 +60,19 @@ def verdict_table(study: AblationStudy) -> Table:
     for one in study.verdicts():
         agreeing = f"{one.seeds_agreeing} of {len(study.seeds)}"
         ordering = f"{one.worse.name} < {one.better.name}"
-        rows.append((ordering, one.where, one.difference, papers_difference(one), agreeing, one.verdict))
+        rows.append((ordering, one.where, one.difference, one.papers, agreeing, one.verdict))
+    count = len(study.seeds)
+    scope = "other pictures and other trainings; undecided if that holds 0."
+    if count < MIN_SEEDS:
+        of = "this training" if count == 1 else f"these {count} trainings"
+        scope = f"resampled pictures; undecided if that holds 0. Verdicts are of {of}: others may differ."
     return Table(
         title="The paper's orderings",
-        note=f"Differences in PSNR (dB) over the same pictures, ± half of a 95 % interval over {_scope(study)}",
+        note=f"Differences in PSNR (dB) over the same pictures, ± half of a 95 % interval over {scope}",
         header=("ordering", "decoding", "difference", "paper's", "seeds that agree", "verdict"),
         rows=tuple(rows),
-        digits=(None, None, 2, 2, None, None),
+        styles={"difference": Style(2), "paper's": Style(2)},
     )
-
-
-def _scope(study: AblationStudy) -> str:
-    """Of what intervals and verdicts are."""
-    count = len(study.seeds)
-    if count >= MIN_SEEDS:
-        return "other pictures and other trainings; undecided if that holds 0."
-    of = "this training" if count == 1 else f"these {count} trainings"
-    return f"resampled pictures; undecided if that holds 0. Verdicts are of {of}: others may differ."
 
 
 def place_of_e(study: AblationStudy) -> str:
@@ -87,17 +87,21 @@ def place_of_e(study: AblationStudy) -> str:
 
 def losses(study: AblationStudy) -> list[Comparison]:
     """Of unguided rows that a preservation loss tells apart."""
-    return [one for one in study.comparisons(guided=False) if one.better.name in "FG"]
+    return [one for one in study.comparisons() if one.better.name in "FG"]
 
 
 def telling(study: AblationStudy, count: int = 2) -> list[str]:
-    """Keys of the pictures that each preservation loss helps most and least."""
-    return list(dict.fromkeys(key for one in losses(study) for key in one.extremes(count)))
+    """Keys of the pictures that each preservation loss helps most, and then of those that it helps least."""
+    keys = []
+    for one in losses(study):
+        order = np.argsort(-one.gain, kind="stable")
+        keys += [one.keys[i] for i in (*order[:count], *order[-count:])]
+    return list(dict.fromkeys(keys))
 
 
 def result_files(study: AblationStudy, letter: str, keys: Sequence[str]) -> list[str]:
     """Pictures that an unguided row's first training made of these, relative to its run's folder."""
-    rows = study.first_run(letter).of(UNGUIDED.name).set_index("key")
+    rows = study.row(letter).runs[0].of(UNGUIDED.name).set_index("key")
     return rows.image[list(keys)].tolist()
 
 
@@ -106,28 +110,51 @@ def effect_panel(study: AblationStudy, examples: Mapping[str, Example], keys: Se
     gains = {one.better.part: dict(zip(one.keys, one.gain, strict=True)) for one in losses(study)}
     columns = {}
     for letter in UNGUIDED_ROWS:
-        folder = study.first_run(letter).folder
+        folder = study.row(letter).runs[0].folder
         columns[letter] = [np.asarray(read_picture(folder / file)) for file in result_files(study, letter, keys)]
-    side = len(columns["G"][0])
-    rows = []
-    for index, key in enumerate(keys):
+    columns = {"original": [examples[key].array(len(columns["G"][0])) for key in keys], **columns}
+    labels = []
+    for key in keys:
         added = ", ".join(f"{part} {gain[key]:+.1f} dB" for part, gain in gains.items())
-        pictures = (examples[key].array(side), *(results[index] for results in columns.values()))
-        rows.append((f"{examples[key].caption}\n{added}", pictures))
+        labels.append(f"{examples[key].caption}\n{added}")
     note = f"To noise and back, unguided, by the training of seed {study.seeds[0]}; gains are means over all trainings."
-    return Panel("Pictures that the losses help most and least", note, ("original", *columns), tuple(rows), (6,))
+    return Panel.of_columns("Pictures that the losses help most and least", note, columns, labels, (6,))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_study(study: AblationStudy, root: Path, facts: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Write table2.md, table2.json, report.html and report.png; return their paths."""
-    tables, place = [*table_2(study), verdict_table(study)], place_of_e(study)
+    """Write table2.md, table2.json, report.html and report.png; return their paths.
+
+    The JSON file holds all that `read_study` needs to put the study together again, and its figures as plain numbers.
+    """
+    tables, verdicts, place = [*table_2(study), verdict_table(study)], study.verdicts(), place_of_e(study)
     write_text(root / "table2.md", "\n".join(map(markdown_table, tables)) + f"\n{place}\n")
-    numbers = {"rows": _rows(study), "verdicts": _verdicts(study), "place_of_e": place, "facts": dict(facts)}
-    write_json(root / TABLE_2_JSON, {**study.record(root), **numbers})
-    words = [one.verdict for one in study.verdicts()]
+    record = {
+        "ablations": [asdict(ablation) for ablation in study.ablations.values()],
+        "guidance_scales": list(study.guidance_scales),
+        "seeds": list(study.seeds),
+        "runs": places({name: results.folder for name, results in study.runs.items()}, root),
+        "trainings": places(study.trainings, root),
+        "rows": _rows(study),
+        "verdicts": [
+            {
+                "decoding": one.where,
+                "worse": one.worse.name,
+                "better": one.better.name,
+                "difference": one.difference.as_dict(),
+                "seeds_agreeing": one.seeds_agreeing,
+                "seeds": len(study.seeds),
+                "verdict": one.verdict,
+            }
+            for one in verdicts
+        ],
+        "place_of_e": place,
+        "facts": dict(facts),
+    }
+    write_json(root / TABLE_2_JSON, record)
+    words = [one.verdict for one in verdicts]
     report = Report(
         title="What each part adds",
         subtitle="The paper's ablations (Table 2), trained and measured on the tiny family. " + place,
@@ -164,18 +191,3 @@ def _rows(study: AblationStudy) -> list[dict[str, Any]]:
                 per_seed = map(float, row.values().mean(1))
                 rows[-1]["psnr_by_seed"] = dict(zip(map(str, study.seeds), per_seed, strict=True))
     return rows
-
-
-def _verdicts(study: AblationStudy) -> list[dict[str, Any]]:
-    return [
-        {
-            "decoding": one.where,
-            "worse": one.worse.name,
-            "better": one.better.name,
-            "difference": one.difference.as_dict(),
-            "seeds_agreeing": one.seeds_agreeing,
-            "seeds": len(study.seeds),
-            "verdict": one.verdict,
-        }
-        for one in study.verdicts()
-    ]

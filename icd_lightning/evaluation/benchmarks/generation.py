@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from icd_lightning.editing.method import EditingMethod, seeded_noise
-from icd_lightning.evaluation.bench import Bench, Clock, Outcome
-from icd_lightning.evaluation.benchmark import Benchmark, Measured, Published, Task
+from icd_lightning.evaluation.benchmark import Bench, Benchmark, Clock, Measured, Outcome, Task, published
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Section
-from icd_lightning.evaluation.summaries import table, trade_off
+from icd_lightning.evaluation.summaries import LAST, table, trade_off
 
 TABLE_4 = {  # FID, CLIP, ImageReward
     "DDIM-50": (18.73, 0.266, 0.201),
@@ -41,8 +40,10 @@ def _sections(measured: Measured) -> list[Section]:
     results = measured.results["generation"]
     sections: list[Section] = [table("Generation", f"{measured.data.name}: their captions, from drawn noise.", results)]
     if measured.settings.has_grid:
-        both = [one.beside(other) for one, other in zip(results, measured.results["inversion"], strict=True)]
-        if scores := [name for name in (*results[0].columns, *results[0].set_scores) if name not in ("nfe", "seconds")]:
+        keys, both = ["key", "decoding"], []
+        for one, back in zip(results, measured.results["inversion"], strict=True):
+            both.append(replace(one, frame=one.frame.merge(back.frame[[*keys, "latent_mse"]], on=keys)))
+        if scores := [name for name in results[0].columns if name not in LAST]:
             title = f"{scores[0]} of generation against the error of inversion"
             sections.append(trade_off(both, "latent_mse", scores[0], title))
     return sections
@@ -53,5 +54,5 @@ GENERATION = Benchmark(
     (FROM_NOISE,),
     _sections,
     grid_tasks=(replace(TO_NOISE_AND_BACK, suffix=", to noise and back"),),
-    published=(Published("arXiv:2406.14539, Table 4, SD1.5", ("FID", "CLIP", "ImageReward"), TABLE_4),),
+    published=(published("arXiv:2406.14539, Table 4, SD1.5", ("FID", "CLIP", "ImageReward"), TABLE_4),),
 )

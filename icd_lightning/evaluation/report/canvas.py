@@ -13,8 +13,8 @@ from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from PIL import Image
 
+from icd_lightning.evaluation.report import Curve, Panel, Picture, Report, Section, Table
 from icd_lightning.evaluation.report.figures import COLORS, FAMILY, PIXELS, REPORTED, Font, curve_pixels, text_width
-from icd_lightning.evaluation.report.model import Curve, Panel, Picture, Report, Section, Table
 
 WIDTH, MARGIN = 1600, 64
 INNER = WIDTH - 2 * MARGIN
@@ -70,10 +70,10 @@ class Canvas:
         self.axes.set(xlim=(0, width), ylim=(1, 0), autoscale_on=False)
         self.axes.axis("off")
 
-    def write(self, x: float, y: float, lines: Sequence[Line], *, align: str = "left") -> float:
+    def write(self, x: float, y: float, lines: Sequence[Line]) -> float:
         """Write lines under one another, the first below y; return the y below them."""
         for text, font in lines:
-            style = {"fontsize": font.size, "color": COLORS[font.color], "weight": font.weight, "ha": align}
+            style = {"fontsize": font.size, "color": COLORS[font.color], "weight": font.weight, "ha": font.align}
             self.axes.text(x, y + font.size, text, family=FAMILY, parse_math=False, **style)
             y += round(1.4 * font.size)
         return y
@@ -129,13 +129,19 @@ def _rounded(box: tuple[float, float, float, float], radius: float, **options) -
 def draw_report(report: Report) -> Canvas:
     """Draw the report; the corners are transparent, so that the sheet sits well on a dark page too."""
     canvas = Canvas(WIDTH)
-    y = _header(canvas, report)
+    head = [*wrap(report.title, TITLE, INNER), *wrap(report.subtitle, SUBTITLE, NOTE_WIDTH)]
+    y = canvas.write(MARGIN, MARGIN, head)
+    if report.summary:
+        y = _tiles(canvas, report.summary, y + 20)
     for are_curves, group in groupby(report.sections, key=lambda section: isinstance(section, Curve)):
         sections, per_row = list(group), 2 if are_curves else 1
         for start in range(0, len(sections), per_row):
             y = _side_by_side(canvas, sections[start : start + per_row], y + SECTION_GAP)
-    if report.facts:
-        y = _facts(canvas, report.facts, y + SECTION_GAP)
+    if report.facts:  # a paragraph that breaks between facts where it can
+        facts = [f"{name}: {value}".replace(" ", "\u00a0") for name, value in report.facts.items()]
+        canvas.rule(MARGIN, y + SECTION_GAP, INNER)
+        lines = wrap(" \u00a0·\u00a0\u00a0 ".join(facts), SMALL, INNER)
+        y = canvas.write(MARGIN, y + SECTION_GAP + 22, lines)
     return canvas.end(y + MARGIN, radius=28)
 
 
@@ -168,12 +174,6 @@ def _side_by_side(canvas: Canvas, sections: Sequence[Section], y: float) -> floa
     return max(_body(canvas, section, x, max(tops), width) for x, section in zip(lefts, sections, strict=True))
 
 
-def _header(canvas: Canvas, report: Report) -> float:
-    lines = [*wrap(report.title, TITLE, INNER), *wrap(report.subtitle, SUBTITLE, NOTE_WIDTH)]
-    y = canvas.write(MARGIN, MARGIN, lines)
-    return _tiles(canvas, report.summary, y + 20) if report.summary else y
-
-
 def _tiles(canvas: Canvas, summary: Sequence[tuple[str, str]], y: float) -> float:
     gap, inset = 18, 26
     width = (INNER - gap * (len(summary) - 1)) / len(summary)
@@ -186,13 +186,6 @@ def _tiles(canvas: Canvas, summary: Sequence[tuple[str, str]], y: float) -> floa
         canvas.write(x + inset, y + 72 - font.size, [(value, font)])
         canvas.write(x + inset, y + 92, label)
     return bottom
-
-
-def _facts(canvas: Canvas, facts: dict[str, str], y: float) -> float:
-    """A paragraph that breaks between facts where it can."""
-    whole = [f"{name}: {value}".replace(" ", "\u00a0") for name, value in facts.items()]
-    canvas.rule(MARGIN, y, INNER)
-    return canvas.write(MARGIN, y + 22, wrap(" \u00a0·\u00a0\u00a0 ".join(whole), SMALL, INNER))
 
 
 # --- pictures and numbers ---------------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> floa
         _two_sizes(column, head_font._replace(color=color), side)
         for column, color in zip(panel.columns, colors, strict=True)
     ]
-    bottom = _row(canvas, y + 8, lefts, [[], *heads], centred=False) + 10
+    bottom = _row(canvas, y + 8, lefts, [[], *heads], down=0) + 10
     for label, pictures in panel.rows:
         cells = [_two_sizes(label, BODY, label_width - 28), *pictures]
         bottom = _row(canvas, bottom, lefts, cells, side=side) + PICTURE_GAP
@@ -230,26 +223,27 @@ def _row(
     places: Sequence[float],
     cells: Sequence[Sequence[Line] | Picture | None],
     *,
-    aligns: Sequence[str] = (),
     side: int = 0,
-    centred: bool = True,
+    down: float = 0.5,
 ) -> float:
-    """Draw cells, lines or a picture with a longer side of `side`, around the middle of a row; return the y below."""
-    sizes = [_fitted(cell, side) if isinstance(cell, np.ndarray) else (0, lines_height(cell or [])) for cell in cells]
-    height = max(size[1] for size in sizes)
-    for index, (x, cell, size) in enumerate(zip(places, cells, sizes, strict=True)):
-        top = y + (height - size[1]) / 2 * centred
+    """Draw a row of cells, lines or a picture with a longer side of `side`; return the y below.
+
+    Cells that are lower than the row stand `down` in it: 0 is at its top, 1 at its bottom.
+    """
+    sizes = []
+    for cell in cells:
         if isinstance(cell, np.ndarray):
-            canvas.picture(cell, x + (side - size[0]) // 2, top, size, radius=8)
+            sizes.append([max(round(length * side / max(cell.shape[:2])), 1) for length in cell.shape[:2]])
         else:
-            canvas.write(x, top, cell or [], align=aligns[index] if aligns else "left")
-    return y + height
-
-
-def _fitted(picture: Picture, side: int) -> tuple[int, int]:
-    """Width and height."""
-    height, width = (max(round(length * side / max(picture.shape[:2])), 1) for length in picture.shape[:2])
-    return width, height
+            sizes.append([lines_height(cell or []), 0])
+    tallest = max(height for height, _ in sizes)
+    for x, cell, (height, width) in zip(places, cells, sizes, strict=True):
+        top = y + (tallest - height) * down
+        if isinstance(cell, np.ndarray):
+            canvas.picture(cell, x + (side - width) // 2, top, (width, height), radius=8)
+        else:
+            canvas.write(x, top, cell or [])
+    return y + tallest
 
 
 def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> float:
@@ -257,17 +251,16 @@ def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> floa
     aligns = ["right" if table.is_numeric(index) else "left" for index in range(len(widths))]
     lefts = x + np.cumsum([0, *(column + gap for column in widths[:-1])])
     places = lefts + np.array(widths) * [align == "right" for align in aligns]
-    heads = [wrap(head, Font(size, "muted"), column) for head, column in zip(table.heads(), widths, strict=True)]
-    tallest = max(map(len, heads))
-    heads = [[("", Font(size))] * (tallest - len(head)) + head for head in heads]
-    y = _row(canvas, y, places, heads, aligns=aligns) + 12
+    fonts = [Font(size, "muted", align=align) for align in aligns]
+    heads = [wrap(head, font, column) for head, font, column in zip(table.heads(), fonts, widths, strict=True)]
+    y = _row(canvas, y, places, heads, down=1) + 12
     canvas.rule(x, y, width, "muted")
     for number, cells in enumerate(table.cells()):
         ours, pad, top = number in table.highlight_rows, round(0.4 * size), y
-        fonts = [Font(size, weight="bold" if cell.best else "normal") for cell in cells]
-        fonts[0] = Font(size, "accent", "bold") if ours else fonts[0]
+        fonts = [Font(size, "ink", "bold" if c.best else "normal", a) for c, a in zip(cells, aligns, strict=True)]
+        fonts[0] = Font(size, "accent", "bold", aligns[0]) if ours else fonts[0]
         lines = [wrap(cell.text, font, column) for cell, font, column in zip(cells, fonts, widths, strict=True)]
-        y = _row(canvas, y + pad, places, lines, aligns=aligns) + pad
+        y = _row(canvas, y + pad, places, lines) + pad
         if ours:
             canvas.box((x - BLEED, top + 1, x + width + BLEED, y), "tint", 10)
         canvas.rule(x, y, width, thickness=1)
@@ -276,15 +269,11 @@ def _table(canvas: Canvas, table: Table, x: float, y: float, width: int) -> floa
 
 def _columns(table: Table, width: int) -> tuple[int, list[float], float]:
     """The largest letters with which the table fits, the columns' widths and their gap."""
-    columns = zip(table.heads(), *([cell.text for cell in row] for row in table.cells()), strict=True)
-    widths, gaps = [_natural_width(*column) for column in columns], max(len(table.header) - 1, 1)
+    widths, gaps = [], max(len(table.header) - 1, 1)
+    for head, *texts in zip(table.heads(), *([cell.text for cell in row] for row in table.cells()), strict=True):
+        longest = max(text_width(text, HEAD) for text in (*head.split(" "), *texts))  # the head wraps between words
+        widths.append(min(max(longest, min(text_width(head, HEAD), 8 * HEAD.size)), 18 * HEAD.size) + 2)
     share = min((width - 30 * gaps) / sum(widths), 1)
     size = max(int(BODY.size * share), 11)  # too many columns even so: break inside words, stay on the sheet
     widths = [column * min(share, size / BODY.size) for column in widths]
     return size, widths, min((width - sum(widths)) / gaps, 120)
-
-
-def _natural_width(head: str, *texts: str) -> float:
-    """Of a column in bold letters of BODY's size, whose head wraps between words, as very long text does."""
-    longest = max(text_width(text, HEAD) for text in (*head.split(" "), *texts))
-    return min(max(longest, min(text_width(head, HEAD), 8 * HEAD.size)), 18 * HEAD.size) + 2

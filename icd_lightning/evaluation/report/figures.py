@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO, StringIO
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from icd_lightning.evaluation.report.model import Curve
+from icd_lightning.evaluation.report import Curve
 from icd_lightning.evaluation.statistics import Estimate
 
 COLORS = {
@@ -108,36 +108,25 @@ LOOKS = tuple(map(Look, SERIES, "osDv^X", ("-", "--", "-.", (0, (1, 1)), (0, (5,
 
 def points(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, label: str = "") -> None:
     """Points joined by a line; a coordinate that is an `Estimate` has the bar of its interval."""
-    axes.errorbar(
-        list(map(float, x)),
-        list(map(float, y)),
-        xerr=_bars(x),
-        yerr=_bars(y),
-        color=look.color,
-        ecolor=(look.color, 0.55),
-        marker=look.marker,
-        linestyle=look.line,
-        label=label,
-        elinewidth=0.9,
-    )
-
-
-def _bars(values: Iterable[float]) -> NDArray[np.float64] | None:
-    """From each mean down and up to its limits, (2, N); None where no value has any."""
-    limits = [(v - v.low, v.high - v) if isinstance(v, Estimate) else (0.0, 0.0) for v in values]
-    bars = np.nan_to_num(np.array(limits, dtype=float).T)  # one picture alone has no interval
-    return bars if bars.any() else None
+    bars = []
+    for values in (x, y):
+        limits = [(v - v.low, v.high - v) if isinstance(v, Estimate) else (0.0, 0.0) for v in values]
+        down_and_up = np.nan_to_num(np.array(limits, dtype=float).T)  # one picture alone has no interval
+        bars.append(down_and_up if down_and_up.any() else None)
+    style = {"color": look.color, "ecolor": (look.color, 0.55), "marker": look.marker, "linestyle": look.line}
+    axes.errorbar(list(map(float, x)), list(map(float, y)), bars[1], bars[0], label=label, elinewidth=0.9, **style)
 
 
 # --- curves of a report -----------------------------------------------------------------------------------------------
 
 
 class Font(NamedTuple):
-    """How letters look: size in pixels, colour, weight."""
+    """How letters look: size in pixels, colour, weight; and on which side of their place they stand."""
 
     size: float
     color: str = "ink"
     weight: str = "normal"
+    align: str = "left"
 
 
 @lru_cache(maxsize=8192)
@@ -173,12 +162,12 @@ def curve_pixels(curve: Curve, width: int) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())
 
 
-def curve_svg(curve: Curve, colors: dict[str, str], *, width: int = 520, height: int = 312) -> str:
+def curve_svg(curve: Curve, colors: dict[str, str]) -> str:
     """The curve without its names as an element <svg>; `colors` replaces hex colours by what CSS understands."""
     buffer = StringIO()
     with rc_context({**REPORTED, "svg.hashsalt": curve.title}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        curve_figure(curve, width, height, 13).savefig(buffer, format="svg", metadata=metadata)
+        curve_figure(curve, 520, 312, 13).savefig(buffer, format="svg", metadata=metadata)
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # numbered anew in each figure
     return re.sub(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icd_lightning.evaluation.published import GUIDANCES, TABLE_1, TABLE_1_NLL
+from icd_lightning.evaluation.benchmarks.guidance import GUIDANCES, TABLE_1, TABLE_1_NLL
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Sheet, points, sheet
-from icd_lightning.evaluation.runs import Results
+from icd_lightning.evaluation.results import Results
 from icd_lightning.evaluation.scoring import RECORDED
-from icd_lightning.evaluation.statistics import Estimate, bootstrap
+from icd_lightning.evaluation.statistics import bootstrap
 from icd_lightning.metrics.registry import label_of
 
 LATENT_MSE = "latent MSE, to noise and back"
@@ -42,7 +42,10 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
     """
     quality = next(name for name in generated.columns if name not in RECORDED)  # the first that was asked for
     settings = {name: options for name, options in generated.options.items() if "tau2" in options}
-    places = {decoding: _place(generated, inverted, quality, decoding) for decoding in generated.decodings}
+    places = {}
+    for decoding in generated.decodings:
+        value = bootstrap(generated.values(quality, decoding)) * generated.styles[quality].factor
+        places[decoding] = (bootstrap(inverted.values("latent_mse", decoding)), value)
     figure, (axes,) = sheet(height=3.6, width=5.6)
     for tau2, look in zip(sorted({options["tau2"] for options in settings.values()}), LOOKS, strict=False):
         line = {options["tau1"]: places[name] for name, options in settings.items() if options["tau2"] == tau2}
@@ -56,11 +59,6 @@ def trade_off_plot(generated: Results, inverted: Results) -> Sheet:
     axes.set(xlabel=LATENT_MSE, ylabel=label_of(quality))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="numbers: tau1\nrings: tau1 = tau2", alignment="left")
     return figure
-
-
-def _place(generated: Results, inverted: Results, quality: str, decoding: str) -> tuple[Estimate, Estimate]:
-    value = bootstrap(generated.values(quality, decoding)).scaled(generated.style(quality).factor)
-    return bootstrap(inverted.values("latent_mse", decoding)), value
 
 
 @PRINTED

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from icd_lightning.evaluation.report import Curve, Panel, Picture, Report
 from icd_lightning.evaluation.report.figures import COLORS, SERIES, curve_svg
-from icd_lightning.evaluation.report.model import Curve, Panel, Picture, Report
 
 MAX_SIDE = 384  # pixels of a picture in the page; larger ones would make it heavy, and are shown smaller anyhow
 VARIABLES = {**COLORS, **{f"series-{index}": color for index, color in enumerate(SERIES)}}
@@ -28,7 +28,8 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.tests["panel"] = lambda section: isinstance(section, Panel)
-    environment.filters.update(image=_image, svg=_svg)
+    variables = {color: f"var(--{name})" for name, color in VARIABLES.items()}  # the page's colours, light or dark
+    environment.filters.update(image=_image, svg=lambda curve: Markup(curve_svg(curve, variables)))
     numbered = groupby(enumerate(report.sections), key=lambda pair: isinstance(pair[1], Curve))
     groups = [(are_curves, list(group)) for are_curves, group in numbered]
     return environment.get_template("page.html.j2").render(report=report, groups=groups, colors=VARIABLES)
@@ -42,8 +43,3 @@ def _image(picture: Picture) -> dict[str, object]:
     image.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return {"width": image.width, "height": image.height, "src": f"data:image/png;base64,{data}"}
-
-
-def _svg(curve: Curve) -> Markup:
-    """Drawn in the page's colours, light or dark."""
-    return Markup(curve_svg(curve, {color: f"var(--{name})" for name, color in VARIABLES.items()}))
