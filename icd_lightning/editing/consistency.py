@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from icd_lightning.diffusion import (
     Boundaries,
@@ -54,7 +54,8 @@ class InvertibleConsistency(EditingMethod):
         *,
         merge: bool = False,
     ) -> None:
-        self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
+        self.students = self.network = students
+        self.autoencoder, self.conditioner = autoencoder, conditioner
         self.process, self.boundaries, self.merge = students.process, boundaries, merge
         self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
 
@@ -96,18 +97,6 @@ class InvertibleConsistency(EditingMethod):
         for direction in DIRECTIONS:
             students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
-
-    def networks(self) -> Sequence[nn.Module]:
-        return [self.students]
-
-    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
-        """Network evaluations of an edit, there and back, whatever its guidance, which is an input of the network."""
-        return 2 * self.boundaries.num_segments
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the pictures that the network was trained on."""
-        return self.students.backbone.sample_size(self.students.network) * self.autoencoder.downsampling
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
@@ -165,10 +154,6 @@ class AttentionControlled(InvertibleConsistency):
     """iCD whose edits borrow attention from the picture that they edit."""
 
     control = PromptToPrompt()
-
-    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
-        """Network evaluations of an edit: to noise once, and back with the source beside the target."""
-        return 3 * self.boundaries.num_segments
 
     def edit(
         self,

@@ -193,7 +193,7 @@ class StudentPipeline(DiffusionPipeline):
     @property
     def resolution(self) -> int:
         """Pixels of a side of the pictures that the UNet was trained on."""
-        return self.method.resolution
+        return self.students.backbone.sample_size(self.unet) * self.method.autoencoder.downsampling
 
     def unknown_words(self, *prompts: str) -> list[str]:
         """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""

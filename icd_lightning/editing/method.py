@@ -1,4 +1,4 @@
-"""The protocol of all editing methods: invert, edit, nfe, over pictures (B, 3, H, W) in [-1, 1].
+"""The protocol of all editing methods: invert and edit pictures (B, 3, H, W) in [-1, 1].
 
 `PictureMethod` is that protocol. `EditingMethod` adds what holds where a picture becomes plain noise and nothing else,
 as in iCD and DDIM: such noise can also be drawn. The baselines that keep more than noise are in `baselines/`.
@@ -44,11 +44,6 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
     return [check_seed(one) for one in seeds]
 
 
-def usual_swap_tau(guidance: GuidanceSchedule) -> float:
-    """Until when edits follow the source's prompt, unless told otherwise: the guidance's tau, or 1, never."""
-    return getattr(guidance, "tau", 1.0)
-
-
 @dataclass(eq=False)
 class PromptSwap:
     """(x0, eps) = denoise(x, t) by the source's denoiser for t > tau T, else the target's: early steps keep the layout.
@@ -74,7 +69,7 @@ class PromptSwap:
 
 
 class PictureMethod(ABC):
-    """What every way to edit offers: `invert` pictures, `edit` them, and say what an edit costs, `nfe`.
+    """What every way to edit offers: `invert` pictures, and `edit` them.
 
     What `invert` returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs.
     """
@@ -86,6 +81,8 @@ class PictureMethod(ABC):
     uses_students: bool = False
     """Runs on iCD's students, so that its results depend on them."""
 
+    network: nn.Module
+    """What noises and decodes."""
     process: Process
     autoencoder: LatentAutoencoder
     conditioner: Conditioner
@@ -100,13 +97,9 @@ class PictureMethod(ABC):
         students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
         """
 
-    @abstractmethod
-    def networks(self) -> Sequence[nn.Module]:
-        """Those that noise and decode."""
-
     def to(self: Method, device: torch.device | str) -> Method:
         """Move all networks; returns itself."""
-        for part in (*self.networks(), self.process, self.autoencoder, self.conditioner):
+        for part in (self.network, self.process, self.autoencoder, self.conditioner):
             part.to(device)
         return self
 
@@ -133,10 +126,6 @@ class PictureMethod(ABC):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Edit pictures (B, 3, H, W) that source prompts describe towards the target prompts."""
-
-    def nfe(self, *, guidance: GuidanceSchedule) -> int:
-        """Network evaluations that an edit of one picture takes under this guidance, there and back."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it costs")
 
     def framed_for(self: Method, latents: Tensor) -> Method:
         """This method for whole pictures of latents (B, C, h, w), whose size SDXL is told; all else is shared."""
@@ -200,7 +189,7 @@ class EditingMethod(PictureMethod):
         By default swap_tau is the guidance's tau, or 1, never, where it has none.
         """
         source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
-        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
+        swap_tau = getattr(guidance, "tau", 1.0) if swap_tau is None else swap_tau
         return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 
     @torch.no_grad()

@@ -25,8 +25,9 @@ ICD, BASELINES = "icd_lightning.editing.consistency", "icd_lightning.editing.bas
 DDIM, NPI = f"{BASELINES}.ddim", f"{BASELINES}.negative_prompt.NegativePromptInversion"
 NTI, RENOISE = f"{BASELINES}.null_text.NullTextInversion", f"{BASELINES}.renoise.ReNoise"
 PIE_CONTROL = {"cross_replace": 0.4, "self_replace": 0.6, "alignment": "refine", "amplify": 2.0}
-PIE = {"guidance_scale": 7.5, "control": {**PIE_CONTROL, "amplified": "blended", "blend_from": 0.2}}
-"""As PIE-Bench sets Prompt-to-Prompt: `baselines.base.PIE_CONTROL`."""
+PIE_CONTROL |= {"amplified": "blended", "blend_from": 0.2}
+"""As PIE-Bench (arXiv:2310.01506) sets Prompt-to-Prompt."""
+PIE = {"guidance_scale": 7.5, "control": PIE_CONTROL}
 UNCORRECTED = {"regularization": None, "correction": 0.0}
 
 OURS = {

@@ -12,13 +12,12 @@ source's prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, falling, lcm_timesteps
-from icd_lightning.editing.baselines.base import Baseline, Borrowed, Inversion
+from icd_lightning.editing.baselines.base import Baseline, Borrowed, Followed, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
 from icd_lightning.editing.method import Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
@@ -53,8 +52,7 @@ class InfEdit(Baseline):
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
         super().__init__(parts, guidance_scale, control)
-        grid = lcm_timesteps(num_inference_steps, LCM_SOLVER_TIMESTEPS)
-        self.steps, self.inversion_nfe = falling(grid), 0
+        self.steps = falling(lcm_timesteps(num_inference_steps, LCM_SOLVER_TIMESTEPS))
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -77,12 +75,10 @@ class InfEdit(Baseline):
         ]
         return torch.cat([self.process.alpha(s) * x0 + noise, *others])
 
-    def followed(
-        self, index: int, guidance: GuidanceSchedule, control: Borrowed
-    ) -> list[tuple[Literal["source", "target"], GuidanceSchedule]]:
+    def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
         """Source and target, and between them the mutual branch from when it differs from the source."""
         source, target = super().followed(index, guidance, control)
-        mutual = control is not None and index >= mutual_begins(control, self.control_steps)
+        mutual = control is not None and index >= mutual_begins(control, len(self.steps))
         return [source, source, target] if mutual else [source, target]
 
     def attention_control(
