@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,7 +24,7 @@ from icd_lightning.diffusion import (
 )
 from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.merging import MergedStudent
-from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, StudentPaths, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
@@ -60,9 +60,7 @@ class InvertibleConsistency(EditingMethod):
         self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
 
     @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> InvertibleConsistency:
+    def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> InvertibleConsistency:
         return cls.from_pretrained(family, **(students or {}), **settings)
 
     @classmethod
@@ -187,9 +185,7 @@ class Untrained(InvertibleConsistency):
     uses_students = False
 
     @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> Untrained:
+    def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> Untrained:
         """Through the boundaries given, or those of the trained students."""
         paths = dict(students or {})
         text = paths.pop("boundaries", None)

@@ -28,6 +28,9 @@ Method = TypeVar("Method", bound="PictureMethod")
 Seed = int | Sequence[int]
 """Of a batch: sample i has seed + i, or the i-th of B seeds."""
 
+StudentPaths = Mapping[str, str | None] | None
+"""Where iCD's students are: what `InvertibleConsistency.from_pretrained` takes beside the family, all or some of it."""
+
 
 def seeded_noise(shape: Sequence[int], seed: Seed, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise (B, C, H, W); a sample depends on its own seed alone, not on the batch or the device."""
@@ -69,9 +72,11 @@ class PromptSwap:
 
 
 class PictureMethod(ABC):
-    """What every way to edit offers: `invert` pictures, and `edit` them.
+    """What every way to edit offers, for pictures (B, 3, H, W) and B prompts.
 
-    What `invert` returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs.
+    `edit(pictures, source_prompts, target_prompts, guidance=..., seed=..., on_step=...)` edits them. What `invert`
+    returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs. `on_step` is called
+    after each step with the evaluations that it took of one picture (see `diffusion.jumps`).
     """
 
     version: ClassVar[int] = 1
@@ -88,14 +93,9 @@ class PictureMethod(ABC):
     conditioner: Conditioner
 
     @classmethod
-    @abstractmethod
-    def from_family(
-        cls: type[Method], family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> Method:
-        """Load what the method needs of a family; settings are the constructor's.
-
-        students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
-        """
+    def from_family(cls: type[Method], family: Family, *, students: StudentPaths = None, **settings: Any) -> Method:
+        """Load what the method needs of a family, the students where it uses them; settings are the constructor's."""
+        return cls(family, **settings)
 
     def to(self: Method, device: torch.device | str) -> Method:
         """Move all networks; returns itself."""
@@ -114,18 +114,6 @@ class PictureMethod(ABC):
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Any:
         """From latents (B, C, h, w) to what an edit descends from."""
-
-    @abstractmethod
-    def edit(
-        self,
-        images: Tensor,
-        source_prompts: Sequence[str],
-        target_prompts: Sequence[str],
-        *,
-        seed: Seed = 0,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Edit pictures (B, 3, H, W) that source prompts describe towards the target prompts."""
 
     def framed_for(self: Method, latents: Tensor) -> Method:
         """This method for whole pictures of latents (B, C, h, w), whose size SDXL is told; all else is shared."""
@@ -150,10 +138,7 @@ class PictureMethod(ABC):
 
 
 class EditingMethod(PictureMethod):
-    """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided.
-
-    `on_step` is called after each step with the evaluations that it took (see `diffusion.jumps`).
-    """
+    """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided."""
 
     @abstractmethod
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:

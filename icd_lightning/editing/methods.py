@@ -12,13 +12,12 @@ A name stands for a class and the settings in which it differs from the class's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from icd_lightning.registry import Entry, Registry, typed
 
 if TYPE_CHECKING:
-    from icd_lightning.editing.method import PictureMethod
+    from icd_lightning.editing.method import PictureMethod, StudentPaths
     from icd_lightning.models.family import Family
 
 ICD, BASELINES = "icd_lightning.editing.consistency", "icd_lightning.editing.baselines"
@@ -51,11 +50,7 @@ OTHERS = {
     "renoise_sdxl": Entry(
         RENOISE,
         "fixed-point inversion of SDXL, 50 steps each way",
-        {
-            "sampler": {"kind": "ddim", "num_inference_steps": 50},
-            "renoising": {"count": 1},
-            "correction": 0.0,
-        },
+        {"sampler": {"kind": "ddim", "num_inference_steps": 50}, "renoising": {"count": 1}, "correction": 0.0},
     ),
     "renoise_lcm": Entry(
         RENOISE,
@@ -69,9 +64,7 @@ LOADED = {"parts", "family", "students", "autoencoder", "conditioner", "boundari
 """What a method's constructor takes that is no setting: loaded from the family."""
 
 
-def build(
-    name: str, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-) -> PictureMethod:
+def build(name: str, family: Family, *, students: StudentPaths = None, **settings: Any) -> PictureMethod:
     """Load a method for a family; settings go before those of its entry.
 
     students: {"forward": ..., "reverse": ..., "boundaries": ...}, all or some, for methods that use iCD's students; by

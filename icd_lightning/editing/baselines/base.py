@@ -7,7 +7,7 @@ Of n branches, in `x` (n B, C, h, w), the source's is the first and the target's
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, StepGuidance, ddim_timesteps, falling
 from icd_lightning.editing.baselines.parts import Branch, Parts, descend
 from icd_lightning.editing.limits import for_each
-from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed
+from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed, StudentPaths
 from icd_lightning.editing.methods import PIE
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.conditioning import Conditioning
@@ -53,14 +53,11 @@ class Baseline(PictureMethod):
 
     `guidance` is any schedule of w, to which `edit` also fits what a method fits; `control` is what a target's branch
     borrows of its source's attention (None: nothing); by default both are the method's own. `seed` is of the first
-    picture, or a seed for each. `on_step` is called after each step with the evaluations that it took of one picture
-    (see `diffusion.jumps`).
+    picture, or a seed for each.
     """
 
     few_step: ClassVar[bool] = False
     """Made for an LCM or Turbo; otherwise for the teacher."""
-    needs_source: ClassVar[bool] = False
-    """Descends along the source's branch too where no attention is borrowed."""
     guides_source: ClassVar[bool] = False
     """The source's branch is guided as the target's; otherwise not at all."""
     fits_guidance: ClassVar[bool] = False
@@ -80,9 +77,7 @@ class Baseline(PictureMethod):
         self.autoencoder, self.conditioner = parts.autoencoder, parts.conditioner
 
     @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> Baseline:
+    def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> Baseline:
         """As `PictureMethod.from_family`: the teacher, or a few-step network."""
         return cls(Parts.load(family, few_step=cls.few_step), **settings)
 
@@ -149,7 +144,7 @@ class Baseline(PictureMethod):
         A branch may begin at any step; until then it is the source's.
         """
         source = ("source", guidance if self.guides_source else UNGUIDED)
-        return [source, ("target", guidance)] if self.needs_source or control is not None else [("target", guidance)]
+        return [("target", guidance)] if control is None else [source, ("target", guidance)]
 
     def attention_control(
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]

@@ -5,7 +5,7 @@ To noise it is the paper's fDDIM-50, unguided; back it is DDIM-50 under any guid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,26 +36,11 @@ class DDIMInversion(EditingMethod):
         self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.guidance = StepGuidance(guidance_scale, tau)
 
-    @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> DDIMInversion:
-        return cls(family, **settings)
-
-    def edit(
-        self,
-        images: Tensor | None,
-        source_prompts: Sequence[str],
-        target_prompts: Sequence[str],
-        *,
-        guidance: GuidanceSchedule | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def edit(self, *told: Any, guidance: GuidanceSchedule | None = None, **options: Any) -> Tensor:
         """As `EditingMethod.edit`, by default under the method's own guidance."""
-        return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
+        return super().edit(*told, guidance=guidance or self.guidance, **options)
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The teacher, guided by two evaluations where it is guided."""
         unconditional = self.conditioner.unconditional(len(prompts))
         return self.model.denoiser(self.conditioner(prompts), guidance, unconditional)
 

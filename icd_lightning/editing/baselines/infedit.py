@@ -19,7 +19,7 @@ from torch import Tensor
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, falling, lcm_timesteps
 from icd_lightning.editing.baselines.base import Baseline, Borrowed, Followed, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
-from icd_lightning.editing.method import Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.unified import UnifiedAttentionControl, mutual_begins
 
@@ -41,7 +41,7 @@ class InfEdit(Baseline):
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
 
-    few_step, needs_source, paired = True, True, True
+    few_step, paired = True, True
 
     def __init__(
         self,
@@ -77,9 +77,8 @@ class InfEdit(Baseline):
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
         """Source and target, and between them the mutual branch from when it differs from the source."""
-        source, target = super().followed(index, guidance, control)
         mutual = control is not None and index >= mutual_begins(control, len(self.steps))
-        return [source, source, target] if mutual else [source, target]
+        return [("source", UNGUIDED)] * (1 + mutual) + [("target", guidance)]
 
     def attention_control(
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]

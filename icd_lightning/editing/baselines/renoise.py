@@ -74,12 +74,6 @@ class Renoising:
         if min(self.count, self.early_count) < 0:
             raise ValueError(f"re-noisings {self.count} and {self.early_count} must be 0 or more")
 
-    def at(self, t: int) -> tuple[int, tuple[int, int]]:
-        """Re-noisings of a step from t, and the range that is averaged."""
-        if t < EARLY_TIMESTEP:
-            return min(self.count, self.early_count), self.early_average
-        return self.count, self.average
-
 
 @dataclass(frozen=True)
 class Regularization:
@@ -121,13 +115,8 @@ class ReNoise(Baseline):
     student instead: it too makes a picture in 3 or 4 large steps. They keep their re-noisings; the steps are the
     student's jumps, which draw no noise, so that nothing is corrected.
 
-    Args:
-        parts: what the family is made of.
-        sampler: the sampler and its steps.
-        renoising: how each step is iterated.
-        regularization: of the averaged prediction; None for none.
-        correction: how far (L2) the noise of a step may move to bring the step back; the authors take ten gradient
-            steps of 1.8. 0 is no correction, infinity an exact one. A sampler's last step draws none.
+    `regularization` is of the averaged prediction. `correction` is how far (L2) the noise of a step may move to bring
+    the step back, from 0 to infinity, which is exact; the authors take ten gradient steps of 1.8.
     """
 
     def __init__(
@@ -186,7 +175,9 @@ class ReNoise(Baseline):
         """From x_s (B, C, h, w), `below`, to x_t; with the step's noise corrected, and its evaluations."""
         t, s = self.steps[index]
         how = self._how(t, s)
-        count, (first, last) = self.renoising.at(t)
+        count, (first, last) = self.renoising.count, self.renoising.average
+        if t < EARLY_TIMESTEP:
+            count, (first, last) = min(count, self.renoising.early_count), self.renoising.early_average
         regularizes = self.regularization is not None and first <= count
         bare, x, predictions = below - how["noise_std"] * noise, below, []
 

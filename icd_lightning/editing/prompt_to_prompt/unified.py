@@ -35,13 +35,7 @@ def mutual_begins(settings: PromptToPrompt | Sequence[PromptToPrompt], num_steps
 
 
 class UnifiedAttentionControl(PromptToPromptControl):
-    """What goes between the branches of P edits.
-
-    Args:
-        edits: settings, sources, targets and noise, as of `PromptToPromptControl`.
-        tokenizer: the text encoder's.
-        alphas: the process's alpha at the t of each step.
-    """
+    """What goes between the branches of P edits, as `PromptToPromptControl`; alphas are alpha(t) of each step."""
 
     steps_beyond, both_halves = 0, True
 
