@@ -48,16 +48,18 @@ class Parts:
         the code of InfEdit and ReNoise, an LCM is told no w, although it takes one.
         """
         guided = few_step and has_guided_network(family)
-        parts = cls.of(family.load_model(guided=guided), family.load_autoencoder(), family.load_conditioner())
+        without_w = few_step and not guided
         if guided:
             log.info("%s is no LCM or Turbo; its guidance-distilled network stands in for one", family.model)
-        elif few_step:
+        if without_w:
             log.warning(
                 "%s has no guidance-distilled network, so its own is taken for an LCM or Turbo; if it is none, give "
                 "one as --model, or a guidance-distilled network as --guided_unet",
                 family.model,
             )
-            return replace(parts, predict=partial(_without_w, parts.model), takes_guidance=False)
+        parts = cls.of(family.load_model(guided=guided), family.load_autoencoder(), family.load_conditioner())
+        if without_w:
+            parts = replace(parts, predict=partial(_without_w, parts.model), takes_guidance=False)
         return parts
 
     @classmethod

@@ -172,6 +172,11 @@ class Pair:
     target: PromptTokens
     settings: PromptToPrompt
 
+    def lent(self, length: int) -> tuple[Tensor, Tensor]:
+        """What replaced attention takes of the source's (L, L) and of the target's own (L,)."""
+        found, factors = align(self.source, self.target, length, self.settings.alignment), self.factors(length)
+        return found.mapper * (found.aligned * factors), (1 - found.aligned) * factors
+
     def factors(self, length: int) -> Tensor:
         """The factor (L,) of the attention to each of the target's tokens."""
         amplify, factors = self.settings.amplify, torch.ones(length)

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from icd_lightning.diffusion import GuidanceSchedule, Step
 from icd_lightning.editing.limits import PromptToPrompt
-from icd_lightning.editing.prompt_to_prompt.alignment import Pair, PromptTokens, align
+from icd_lightning.editing.prompt_to_prompt.alignment import Pair, PromptTokens
 from icd_lightning.editing.prompt_to_prompt.attention import (
     Attend,
     Rows,
@@ -118,19 +118,12 @@ class PromptToPromptControl:
         own_counts = self_counts(each, num_steps)
         self._own_steps, self._own_counts = max(own_counts), torch.tensor(own_counts, device=self.device)
         self._source = torch.arange(len(each), device=self.device)
-        self._from_source, self._from_target = self._factors()
+        from_source, from_target = zip(*(pair.lent(self.length) for pair in self.pairs), strict=True)
+        self._from_source = torch.stack(from_source).to(self.device)  # (P, L, L)
+        self._from_target = torch.stack(from_target).to(self.device)  # (P, L)
         self.blend = LocalBlend(self.pairs, self.length, num_steps, self.device)
         self._step = 0
         self._evaluated: set[str] = set()
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """What replaced cross-attention takes of the sources' (P, L, L) and of the targets' own (P, L)."""
-        alignments = [align(pair.source, pair.target, self.length, pair.settings.alignment) for pair in self.pairs]
-        factors = torch.stack([pair.factors(self.length) for pair in self.pairs])
-        aligned = torch.stack([alignment.aligned for alignment in alignments])
-        mappers = torch.stack([alignment.mapper for alignment in alignments])
-        from_source, from_target = mappers * (aligned * factors)[:, None], (1 - aligned) * factors
-        return from_source.to(self.device), from_target.to(self.device)
 
     def replaced(self, source: Tensor, target: Tensor) -> Tensor:
         """The targets' cross-attention (P, heads, N, L) as it would come from the sources'."""
