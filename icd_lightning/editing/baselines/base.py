@@ -88,20 +88,11 @@ class Baseline(PictureMethod):
         return method
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        inversion: Inversion,
-        *,
-        guidance: GuidanceSchedule | None = None,
-        control: Borrowed = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Decode an inversion under prompts to pictures (B, 3, H, W); here no attention is borrowed unless it is given.
+    def generate(self, prompts: Sequence[str], inversion: Inversion, **options: Any) -> Tensor:
+        """Decode an inversion under prompts to pictures (B, 3, H, W), with the options of `generate_latents`.
 
         Under the inversion's own prompts this is a reconstruction.
         """
-        options = {"guidance": guidance or self.guidance, "control": control, "on_step": on_step}
         return self.autoencoder.decode(self.framed_for(inversion.x0).generate_latents(prompts, inversion, **options))
 
     def edit(
@@ -162,11 +153,12 @@ class Baseline(PictureMethod):
         prompts: Sequence[str],
         inversion: Inversion,
         *,
-        guidance: GuidanceSchedule,
+        guidance: GuidanceSchedule | None = None,
         control: Borrowed = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Decode an inversion under prompts to latents (B, C, h, w)."""
+        """Decode an inversion under prompts to latents (B, C, h, w); attention is borrowed where control is given."""
+        guidance = guidance or self.guidance
         conditioning = {"source": self.conditioner(inversion.prompts), "target": self.conditioner(prompts)}
         empty = self.conditioner.unconditional(len(prompts))
         followed = [self.followed(index, guidance, control) for index in range(len(self.steps))]
