@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import icd_lightning  # noqa: F401  first: it mends torchvision beside a CPU build of torch
 
 import torch  # isort: skip
-from edits import BASE, REFERENCE, Edit, Edited, ReferenceEdit, Setting  # isort: skip
+from edits import BASE, REFERENCE, SLOW_NFE, Edit, Edited, ReferenceEdit, Setting  # isort: skip
 from measuring import bytes_of, in_turns, measure_memory, peak_memory, run, table, threads_or_gpu  # isort: skip
 from icd_lightning.editing.methods import METHODS
 
@@ -45,7 +45,7 @@ def main() -> None:
         sys.stdout.write(f"{peak_memory(setting.device)}\n")
         return
     forms, left_out = build_all(chosen(args.methods), setting, args.peer)
-    repeats = {name: args.slow_repeats if form.slow else args.repeats for name, form in forms.items()}
+    repeats = {name: args.slow_repeats if form(0).nfe > SLOW_NFE else args.repeats for name, form in forms.items()}
     results, weights = in_turns(forms, repeats), {name: bytes_of(form.modules()) for name, form in forms.items()}
     forms.clear()  # others need the memory now
     report(setting, results, weights, {name: measure_memory(name) for name in results}, left_out)

@@ -99,7 +99,6 @@ class Edit:
         models = setting.models()
         self.method, self.device = models.load(name), models.device
         self.guidance = models.guidance(name, self.method, edit=True)
-        self.slow = self.method.nfe(guidance=self.guidance) > SLOW_NFE
         resolution = setting.resolution(models, self.method)
         self.examples = [(edit, stack([edit], resolution).to(self.device)) for edit in recolourings()]
 
@@ -129,8 +128,6 @@ class ReferenceEdit:
     networks, with the students merged into two. Adapted are what it assumes of SD1.5 at 512 pixels (the picture's size,
     16 x 16 maps, 77 tokens, the autoencoder's scaling, eps prediction) and its progress bars, which are left out.
     """
-
-    slow = False
 
     def __init__(self, setting: Setting, checkout: Path) -> None:
         if not (checkout / "utils" / "p2p.py").is_file():

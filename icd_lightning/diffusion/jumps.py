@@ -170,21 +170,6 @@ def ddim_invert(
     return run_jumps(SamplerJump(denoise, process), x0, rising(timesteps), on_step=on_step)
 
 
-def ddim_path(
-    denoise: Denoiser, x0: Tensor, timesteps: Sequence[int], process: Process, *, on_step: OnStep | None = None
-) -> list[Tensor]:
-    """Every latent (B, C, H, W) that `ddim_invert` passes, x0 first, the noise last."""
-    path = [x0]
-
-    def keep(step: Step) -> None:
-        path.append(step.x)
-        if on_step is not None:
-            on_step(step)
-
-    ddim_invert(denoise, x0, timesteps, process, on_step=keep)
-    return path
-
-
 def _checked(num_inference_steps: int, most: int) -> int:
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps {num_inference_steps} must lie between 1 and {most}")

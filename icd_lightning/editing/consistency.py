@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from icd_lightning.diffusion import (
     Boundaries,
@@ -24,7 +24,7 @@ from icd_lightning.diffusion import (
 )
 from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.merging import MergedStudent
-from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, StudentPaths, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance, PromptToPrompt, PromptToPromptControl
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
@@ -54,14 +54,13 @@ class InvertibleConsistency(EditingMethod):
         *,
         merge: bool = False,
     ) -> None:
-        self.students, self.autoencoder, self.conditioner = students, autoencoder, conditioner
+        self.students = self.network = students
+        self.autoencoder, self.conditioner = autoencoder, conditioner
         self.process, self.boundaries, self.merge = students.process, boundaries, merge
         self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
 
     @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> InvertibleConsistency:
+    def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> InvertibleConsistency:
         return cls.from_pretrained(family, **(students or {}), **settings)
 
     @classmethod
@@ -96,18 +95,6 @@ class InvertibleConsistency(EditingMethod):
         for direction in DIRECTIONS:
             students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
-
-    def networks(self) -> Sequence[nn.Module]:
-        return [self.students]
-
-    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
-        """Network evaluations of an edit, there and back, whatever its guidance, which is an input of the network."""
-        return 2 * self.boundaries.num_segments
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the pictures that the network was trained on."""
-        return self.students.backbone.sample_size(self.students.network) * self.autoencoder.downsampling
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
@@ -166,10 +153,6 @@ class AttentionControlled(InvertibleConsistency):
 
     control = PromptToPrompt()
 
-    def nfe(self, *, guidance: GuidanceSchedule | None = None) -> int:
-        """Network evaluations of an edit: to noise once, and back with the source beside the target."""
-        return 3 * self.boundaries.num_segments
-
     def edit(
         self,
         images: Tensor | None,
@@ -202,9 +185,7 @@ class Untrained(InvertibleConsistency):
     uses_students = False
 
     @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> Untrained:
+    def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> Untrained:
         """Through the boundaries given, or those of the trained students."""
         paths = dict(students or {})
         text = paths.pop("boundaries", None)

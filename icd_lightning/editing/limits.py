@@ -25,13 +25,6 @@ def check_fraction(value: float, name: str) -> float:
     return value
 
 
-def check_factor(value: float, name: str = "amplify") -> float:
-    """A factor of attention."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} {value} must be 0 or more: 1 leaves attention alone, 0 takes it away")
-    return value
-
-
 def check_seed(value: int) -> int:
     """What a generator of torch's can be seeded with."""
     if not 0 <= value < 2**63:
@@ -88,7 +81,8 @@ class PromptToPrompt:
             raise ValueError(f"blend {self.blend!r} is neither True, False nor the words of source and target")
         factors = self.amplify.values() if isinstance(self.amplify, Mapping) else [self.amplify]
         for factor in factors:
-            check_factor(factor)
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"amplify {factor} must be 0 or more: 1 leaves attention alone, 0 takes it away")
 
     def changed(self, options: Mapping[str, Any]) -> PromptToPrompt:
         """The same with other settings; ValueError for one that does not exist."""

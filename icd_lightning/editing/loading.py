@@ -22,7 +22,7 @@ from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
 from icd_lightning.models.student_file import write_diffusers
 from icd_lightning.models.students import DIRECTIONS, LoraStudents
-from icd_lightning.models.text import CLIPConditioner, Conditioner, DualCLIPConditioner, unknown_words
+from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner, unknown_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,22 +71,15 @@ class StudentPipeline(DiffusionPipeline):
         super().__init__()
         ends = Boundaries.uniform(4).boundary_timesteps if boundaries is None else boundaries
         ends = Boundaries(tuple(ends), start_timestep, allow_off_grid=True)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-        )
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
+        edit_scale = guidance_scale if edit_guidance_scale is None else edit_guidance_scale
         self.register_to_config(
             boundaries=list(ends.boundary_timesteps),
             guidance_scale=check_guidance_scale(guidance_scale),
             tau=check_fraction(suitable_tau(ends) if tau is None else tau, "tau"),
-            edit_guidance_scale=check_guidance_scale(
-                guidance_scale if edit_guidance_scale is None else edit_guidance_scale, "edit_guidance_scale"
-            ),
+            edit_guidance_scale=check_guidance_scale(edit_scale, "edit_guidance_scale"),
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
             start_timestep=start_timestep,
@@ -96,17 +89,15 @@ class StudentPipeline(DiffusionPipeline):
         )
         self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
         _PLANTED[id(unet)] = self.students
-        autoencoder = LatentAutoencoder(vae)
-        parts = (self.students, autoencoder, self._conditioner(autoencoder))
-        self.method = InvertibleConsistency(*parts, ends, merge=True)
+        autoencoder, conditioner = LatentAutoencoder(vae), CLIPConditioner(tokenizer, text_encoder)
+        self.boundaries = ends  # of the students' segments
+        # pixels of a side of the pictures that the UNet was trained on
+        self.resolution = model.backbone.sample_size(unet) * autoencoder.downsampling
+        if text_encoder_2 is not None:
+            second = CLIPConditioner(tokenizer_2, text_encoder_2)
+            conditioner = DualCLIPConditioner(conditioner, second, self.resolution)
+        self.method = InvertibleConsistency(self.students, autoencoder, conditioner, ends, merge=True)
         self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
-
-    def _conditioner(self, autoencoder: LatentAutoencoder) -> Conditioner:
-        first = CLIPConditioner(self.tokenizer, self.text_encoder)
-        if self.text_encoder_2 is None:
-            return first
-        resolution = int(self.unet.config.sample_size) * autoencoder.downsampling
-        return DualCLIPConditioner(first, CLIPConditioner(self.tokenizer_2, self.text_encoder_2), resolution)
 
     @classmethod
     def from_pretrained(
@@ -184,16 +175,6 @@ class StudentPipeline(DiffusionPipeline):
         """As diffusers has it, which asks every module there is; where nothing is offloaded one weight knows."""
         offloaded = hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook")
         return super()._execution_device if offloaded else self.students.backbone.weight(self.unet).device
-
-    @property
-    def boundaries(self) -> Boundaries:
-        """The ends of the students' segments."""
-        return self.method.boundaries
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the pictures that the UNet was trained on."""
-        return self.method.resolution
 
     def unknown_words(self, *prompts: str) -> list[str]:
         """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,15 @@ class MergedStudent:
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self._mergeable:
             return self.students.predict(self.direction, x, t, conditioning, w)
-        with self._in_place():
+        if self._merged is None:
+            self._merged = list(self._merge())
+        try:
+            for holder, name, merged, _ in self._merged:
+                setattr(holder, name, merged)
             return self.students.predict("teacher", x, t, conditioning, w)
+        finally:
+            for holder, name, _, layer in self._merged:
+                setattr(holder, name, layer)
 
     @property
     def _mergeable(self) -> bool:
@@ -39,18 +45,6 @@ class MergedStudent:
         scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
         # torch has no public way to ask whether a module was compiled in place
         return not scattered and network._compiled_call_impl is None and weight.dtype == torch.float32
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        if self._merged is None:
-            self._merged = list(self._merge())
-        try:
-            for holder, name, merged, _ in self._merged:
-                setattr(holder, name, merged)
-            yield
-        finally:
-            for holder, name, _, layer in self._merged:
-                setattr(holder, name, layer)
 
     def _merge(self) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """For each layer with LoRA: whose child it is, under which name, the merged layer, and itself."""

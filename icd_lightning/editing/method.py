@@ -1,4 +1,4 @@
-"""The protocol of all editing methods: invert, edit, nfe, over pictures (B, 3, H, W) in [-1, 1].
+"""The protocol of all editing methods: invert and edit pictures (B, 3, H, W) in [-1, 1].
 
 `PictureMethod` is that protocol. `EditingMethod` adds what holds where a picture becomes plain noise and nothing else,
 as in iCD and DDIM: such noise can also be drawn. The baselines that keep more than noise are in `baselines/`.
@@ -28,6 +28,9 @@ Method = TypeVar("Method", bound="PictureMethod")
 Seed = int | Sequence[int]
 """Of a batch: sample i has seed + i, or the i-th of B seeds."""
 
+StudentPaths = Mapping[str, str | None] | None
+"""Where iCD's students are: what `InvertibleConsistency.from_pretrained` takes beside the family, all or some of it."""
+
 
 def seeded_noise(shape: Sequence[int], seed: Seed, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise (B, C, H, W); a sample depends on its own seed alone, not on the batch or the device."""
@@ -42,11 +45,6 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
     return [check_seed(one) for one in seeds]
-
-
-def usual_swap_tau(guidance: GuidanceSchedule) -> float:
-    """Until when edits follow the source's prompt, unless told otherwise: the guidance's tau, or 1, never."""
-    return getattr(guidance, "tau", 1.0)
 
 
 @dataclass(eq=False)
@@ -74,9 +72,11 @@ class PromptSwap:
 
 
 class PictureMethod(ABC):
-    """What every way to edit offers: `invert` pictures, `edit` them, and say what an edit costs, `nfe`.
+    """What every way to edit offers, for pictures (B, 3, H, W) and B prompts.
 
-    What `invert` returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs.
+    `edit(pictures, source_prompts, target_prompts, guidance=..., seed=..., on_step=...)` edits them. What `invert`
+    returns is the method's own; `generate(prompts, inverted)` decodes it, and so reconstructs. `on_step` is called
+    after each step with the evaluations that it took of one picture (see `diffusion.jumps`).
     """
 
     version: ClassVar[int] = 1
@@ -86,27 +86,20 @@ class PictureMethod(ABC):
     uses_students: bool = False
     """Runs on iCD's students, so that its results depend on them."""
 
+    network: nn.Module
+    """What noises and decodes."""
     process: Process
     autoencoder: LatentAutoencoder
     conditioner: Conditioner
 
     @classmethod
-    @abstractmethod
-    def from_family(
-        cls: type[Method], family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> Method:
-        """Load what the method needs of a family; settings are the constructor's.
-
-        students: for methods that use them, what `InvertibleConsistency.from_pretrained` takes beside the family.
-        """
-
-    @abstractmethod
-    def networks(self) -> Sequence[nn.Module]:
-        """Those that noise and decode."""
+    def from_family(cls: type[Method], family: Family, *, students: StudentPaths = None, **settings: Any) -> Method:
+        """Load what the method needs of a family, the students where it uses them; settings are the constructor's."""
+        return cls(family, **settings)
 
     def to(self: Method, device: torch.device | str) -> Method:
         """Move all networks; returns itself."""
-        for part in (*self.networks(), self.process, self.autoencoder, self.conditioner):
+        for part in (self.network, self.process, self.autoencoder, self.conditioner):
             part.to(device)
         return self
 
@@ -121,22 +114,6 @@ class PictureMethod(ABC):
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Any:
         """From latents (B, C, h, w) to what an edit descends from."""
-
-    @abstractmethod
-    def edit(
-        self,
-        images: Tensor,
-        source_prompts: Sequence[str],
-        target_prompts: Sequence[str],
-        *,
-        seed: Seed = 0,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Edit pictures (B, 3, H, W) that source prompts describe towards the target prompts."""
-
-    def nfe(self, *, guidance: GuidanceSchedule) -> int:
-        """Network evaluations that an edit of one picture takes under this guidance, there and back."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it costs")
 
     def framed_for(self: Method, latents: Tensor) -> Method:
         """This method for whole pictures of latents (B, C, h, w), whose size SDXL is told; all else is shared."""
@@ -161,10 +138,7 @@ class PictureMethod(ABC):
 
 
 class EditingMethod(PictureMethod):
-    """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided.
-
-    `on_step` is called after each step with the evaluations that it took (see `diffusion.jumps`).
-    """
+    """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided."""
 
     @abstractmethod
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
@@ -200,7 +174,7 @@ class EditingMethod(PictureMethod):
         By default swap_tau is the guidance's tau, or 1, never, where it has none.
         """
         source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
-        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
+        swap_tau = getattr(guidance, "tau", 1.0) if swap_tau is None else swap_tau
         return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 
     @torch.no_grad()

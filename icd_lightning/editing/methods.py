@@ -12,21 +12,21 @@ A name stands for a class and the settings in which it differs from the class's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from icd_lightning.registry import Entry, Registry, typed
 
 if TYPE_CHECKING:
-    from icd_lightning.editing.method import PictureMethod
+    from icd_lightning.editing.method import PictureMethod, StudentPaths
     from icd_lightning.models.family import Family
 
 ICD, BASELINES = "icd_lightning.editing.consistency", "icd_lightning.editing.baselines"
 DDIM, NPI = f"{BASELINES}.ddim", f"{BASELINES}.negative_prompt.NegativePromptInversion"
 NTI, RENOISE = f"{BASELINES}.null_text.NullTextInversion", f"{BASELINES}.renoise.ReNoise"
 PIE_CONTROL = {"cross_replace": 0.4, "self_replace": 0.6, "alignment": "refine", "amplify": 2.0}
-PIE = {"guidance_scale": 7.5, "control": {**PIE_CONTROL, "amplified": "blended", "blend_from": 0.2}}
-"""As PIE-Bench sets Prompt-to-Prompt: `baselines.base.PIE_CONTROL`."""
+PIE_CONTROL |= {"amplified": "blended", "blend_from": 0.2}
+"""As PIE-Bench (arXiv:2310.01506) sets Prompt-to-Prompt."""
+PIE = {"guidance_scale": 7.5, "control": PIE_CONTROL}
 UNCORRECTED = {"regularization": None, "correction": 0.0}
 
 OURS = {
@@ -50,11 +50,7 @@ OTHERS = {
     "renoise_sdxl": Entry(
         RENOISE,
         "fixed-point inversion of SDXL, 50 steps each way",
-        {
-            "sampler": {"kind": "ddim", "num_inference_steps": 50},
-            "renoising": {"count": 1},
-            "correction": 0.0,
-        },
+        {"sampler": {"kind": "ddim", "num_inference_steps": 50}, "renoising": {"count": 1}, "correction": 0.0},
     ),
     "renoise_lcm": Entry(
         RENOISE,
@@ -68,9 +64,7 @@ LOADED = {"parts", "family", "students", "autoencoder", "conditioner", "boundari
 """What a method's constructor takes that is no setting: loaded from the family."""
 
 
-def build(
-    name: str, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-) -> PictureMethod:
+def build(name: str, family: Family, *, students: StudentPaths = None, **settings: Any) -> PictureMethod:
     """Load a method for a family; settings go before those of its entry.
 
     students: {"forward": ..., "reverse": ..., "boundaries": ...}, all or some, for methods that use iCD's students; by

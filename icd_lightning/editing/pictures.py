@@ -17,7 +17,6 @@ Pictures = str | Path | Image.Image | np.ndarray | Tensor | Sequence
 """One picture or several: files, PIL images, arrays (H, W, 3) uint8 or in [0, 1], tensors (B, 3, H, W) in [0, 1]."""
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def as_images(pictures: Pictures, height: int, width: int) -> Tensor:
@@ -26,18 +25,17 @@ def as_images(pictures: Pictures, height: int, width: int) -> Tensor:
     Files, PIL images and arrays of uint8 are turned upright, put on white, resized to cover height x width, and the
     centre is cut out. Tensors, and arrays in [0, 1], must be of that size.
     """
+    if isinstance(pictures, (list, tuple)):
+        if not pictures:
+            raise ValueError("there is no picture: give at least one")
+        return torch.cat([as_images(one, height, width) for one in pictures])
+    if isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f":
+        pictures = torch.from_numpy(pictures).movedim(-1, -3)
     if isinstance(pictures, Tensor):
         return _from_unit(pictures if pictures.ndim == 4 else pictures[None], height, width)
-    if isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f":
-        batch = pictures if pictures.ndim == 4 else pictures[None]
-        return _from_unit(torch.from_numpy(batch).movedim(-1, 1), height, width)
-    several = isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
-    each = list(pictures) if several else [pictures]
-    if not each:
-        raise ValueError("there is no picture: give at least one")
-    if isinstance(each[0], Tensor) or (isinstance(each[0], np.ndarray) and each[0].dtype.kind == "f"):
-        return torch.cat([as_images(one, height, width) for one in each])
-    return to_images([np.asarray(resize_and_crop(_opened(one), height, width)[0]) for one in each])
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
+        return as_images(list(pictures), height, width)
+    return to_images([np.asarray(resize_and_crop(_opened(pictures), height, width)[0])])
 
 
 def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
@@ -77,7 +75,7 @@ def _opened(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(picture, (str, Path)):
         return read_picture(picture)
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
-        return to_rgb(Image.fromarray(picture))
+        picture = Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
     kind = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -25,7 +25,6 @@ from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.pictures import (
-    OUTPUT_TYPES,
     OutputType,
     Pictures,
     as_images,
@@ -48,10 +47,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
 
     What it is made of, how it is loaded and saved: see `StudentPipeline`.
     """
-
-    def __call__(self, prompt: Prompts, **options: Any) -> ImagePipelineOutput:
-        """Make pictures from prompts: see `generate`."""
-        return self.generate(prompt, **options)
 
     @torch.no_grad()
     def generate(
@@ -90,7 +85,12 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         if latents is None:
             latents = self._noise(len(prompts), *self._size(height, width), generator, seed)
         with self._followed(self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
-            return self._output(self._fall(latents, prompts, guided, on_step), output_type)
+            count = batch_size(prompt=prompts, latents=latents)
+            method, noise = self._bound(latents, count)
+            denoise = method.denoiser(one_for_each(prompts, count), guided)
+            return self._output(method.from_noise(denoise, noise, on_step=on_step), output_type)
+
+    __call__ = generate
 
     @torch.no_grad()
     def invert(
@@ -116,24 +116,9 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         with self._followed(self.boundaries.num_segments, callback_on_step_end) as on_step:
             return self._climb(images, as_texts(prompt, "prompt"), generator, seed, on_step)
 
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        image: Pictures,
-        prompt: Prompts,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        generator: Generators = None,
-        seed: Seed | None = None,
-        output_type: OutputType = "pil",
-        callback_on_step_end: OnStepEnd | None = None,
-    ) -> ImagePipelineOutput:
-        """Take pictures to noise and back, unguided. Arguments as of `invert` and `generate`."""
-        images, prompts = as_images(image, *self._size(height, width)), as_texts(prompt, "prompt")
-        with self._followed(2 * self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
-            noise = self._climb(images, prompts, generator, seed, on_step)
-            return self._output(self._fall(noise, prompts, UNGUIDED, on_step), output_type)
+    def reconstruct(self, image: Pictures, prompt: Prompts, **options: Any) -> ImagePipelineOutput:
+        """Take pictures to noise and back, unguided; options of `edit`, such as sizes, seed, output_type."""
+        return self.edit(image, prompt, prompt, control=None, guidance=UNGUIDED, **options)
 
     @torch.no_grad()
     def edit(
@@ -195,8 +180,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
     @contextmanager
     def _followed(self, total: int, callback: OnStepEnd | None, output_type: str = "pil") -> Iterator[OnStep]:
         """What follows steps: counts evaluations, moves the progress bar, calls the callback; afterwards, offloads."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type {output_type!r} is none of {', '.join(get_args(OutputType))}")
         self.nfe, bar, numbers = 0, self.progress_bar(total=total), itertools.count()
 
         def on_step(step: Step) -> None:
@@ -225,13 +210,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         method, noise = self._bound(self._noise(count, *images.shape[-2:], generator, seed), count)
         latents = method.autoencoder.encode(images.to(noise.device))
         return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=on_step)
-
-    def _fall(self, latents: Tensor, prompts: list[str], guidance: GuidanceSchedule, on_step: OnStep) -> Tensor:
-        """Noise to latents (B, C, h, w), each under its prompt."""
-        count = batch_size(prompt=prompts, latents=latents)
-        method, noise = self._bound(latents, count)
-        denoise = method.denoiser(one_for_each(prompts, count), guidance)
-        return method.from_noise(denoise, noise, on_step=on_step)
 
     def _bound(self, latents: Tensor, count: int) -> tuple[InvertibleConsistency, Tensor]:
         """The method for latents (B or 1, C, h, w) on the device that runs, and these as (count, C, h, w)."""

@@ -140,8 +140,6 @@ from icd_lightning.editing.baselines.base import Baseline, Inversion
 
 
 class Middle(Baseline):
-    inversion_nfe = 0
-
     def __init__(self, parts, *, t: int = 500, guidance_scale: float = 7.0):
         super().__init__(parts, guidance_scale)
         self.steps = [(t, 0)]

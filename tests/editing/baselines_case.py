@@ -10,7 +10,6 @@ from torch import Tensor
 
 import icd_lightning  # noqa: F401  must come before diffusers
 from icd_lightning.diffusion import VP, Denoiser, Process
-from icd_lightning.editing.baselines.branches import ConditionalNetwork
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
@@ -42,6 +41,9 @@ def golden_parts() -> tuple[Parts, dict[str, Tensor], str]:
 
 def analytic_parts(denoise: Denoiser, process: Process) -> Parts:
     """A network known by formula, whatever the prompt says."""
-    network = ConditionalNetwork(lambda x, t, conditioning, w: denoise(x, t).eps)
+
+    def predict(x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
+        return process.target(*denoise(x, t), t)
+
     embeds = {name: torch.zeros(1, 1) for name in ("", "source", "target")}
-    return Parts(network, None, GivenEmbeddings(embeds), DiffusionModel(None, process, UNet()))
+    return Parts(DiffusionModel(None, process, UNet()), None, GivenEmbeddings(embeds), predict, takes_guidance=False)

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icd_lightning.diffusion import ConstantGuidance, Step, StepGuidance
-from icd_lightning.editing.baselines.branches import Branch, predict_branches
 from icd_lightning.editing.baselines.ddim import DDIMInversion, DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
-from icd_lightning.editing.baselines.parts import Parts
+from icd_lightning.editing.baselines.parts import Branch, Parts, predict_branches
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
 from icd_lightning.editing.baselines.sdedit import SDEdit
@@ -65,15 +64,18 @@ def method(request, parts):
     return cls(parts[request.param == "infedit"], **settings)
 
 
-def test_evaluations_are_counted_and_declared(method, images):
+def test_evaluations_are_counted(method, images):
     steps, rows = list[Step](), []
     hook = method.parts.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     method.edit(images, SOURCES, TARGETS, on_step=steps.append)
-    assert sum(step.nfe for step in steps) == sum(rows) / len(images) == method.nfe()
+    assert sum(step.nfe for step in steps) == sum(rows) / len(images)
+    cost = sum(rows)
     rows.clear()
-    method.edit(images, SOURCES, TARGETS, guidance=UNGUIDED, control=None)
+    steps.clear()
+    method.edit(images, SOURCES, TARGETS, guidance=UNGUIDED, control=None, on_step=steps.append)
     hook.remove()
-    assert sum(rows) / len(images) == method.nfe(guidance=UNGUIDED, control=None) <= method.nfe()
+    assert sum(step.nfe for step in steps) == sum(rows) / len(images)
+    assert sum(rows) <= cost
 
 
 def test_a_picture_alone_is_as_in_its_batch(method, images):
@@ -129,9 +131,10 @@ def test_an_edit_fits_to_the_guidance_that_it_is_given(parts, family, images):
 
 def test_pnp_inversion_finds_its_differences_under_the_guidance_given(parts, images):
     here, there = (PnPInversion(parts[False], **FEW | {"guidance_scale": w}) for w in (3.0, 1.0))
-    edited = here.edit(images, SOURCES, TARGETS, guidance=UNGUIDED)
+    steps = list[Step]()
+    edited = here.edit(images, SOURCES, TARGETS, guidance=UNGUIDED, on_step=steps.append)
     assert torch.equal(edited, there.edit(images, SOURCES, TARGETS))
-    assert here.nfe(guidance=UNGUIDED) == there.nfe() == 4 * 4
+    assert sum(step.nfe for step in steps) == 4 * 4
 
 
 def test_words_say_where_an_edit_blends(parts, images):
@@ -185,7 +188,7 @@ def test_ddim_swaps_no_prompt_under_constant_guidance(family, images):
     method, dynamic = (DDIMInversion(family, num_inference_steps=5, guidance_scale=3.0, tau=t) for t in (1.0, 0.7))
     steps = list[Step]()
     edited = method.edit(images, SOURCES, TARGETS, on_step=steps.append)
-    assert sum(step.nfe for step in steps) == method.nfe() == 15
+    assert sum(step.nfe for step in steps) == 15
     noise = method.invert(images, SOURCES)
     assert torch.equal(edited, method.generate(TARGETS, noise, guidance=method.guidance))
     for guidance, swap_tau in ((dynamic.guidance, 0.7), (ConstantGuidance(3.0), 1.0)):
@@ -197,9 +200,11 @@ def test_ddim_counts_what_guidance_takes(family, images):
     method = DDIMInversion(family, num_inference_steps=5, guidance_scale=3.0, tau=0.7)
     for guidance in (None, UNGUIDED, StepGuidance(3.0)):
         for swap_tau in (0.5, 0.8, 1.0):
-            steps = list[Step]()
+            rows, steps = [], list[Step]()
+            hook = method.network.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0])))
             method.edit(images, SOURCES, TARGETS, guidance=guidance, swap_tau=swap_tau, on_step=steps.append)
-            assert sum(step.nfe for step in steps) == method.nfe(guidance=guidance, swap_tau=swap_tau)
+            hook.remove()
+            assert sum(step.nfe for step in steps) == sum(rows) / len(images)
 
 
 def test_branches_joined_are_branches_apart(parts):
@@ -211,10 +216,9 @@ def test_branches_joined_are_branches_apart(parts):
         empty = part.conditioner.unconditional(2)
         branches = [Branch(told[0], empty), Branch(told[1], empty, StepGuidance(3.0))]
         with torch.no_grad():
-            joined, nfe = predict_branches(part.network, x, 500, branches)
+            joined, nfe = predict_branches(part, x, 500, branches)
             apart = [
-                predict_branches(part.network, half, 500, [branch])
-                for half, branch in zip(x.chunk(2), branches, strict=True)
+                predict_branches(part, half, 500, [branch]) for half, branch in zip(x.chunk(2), branches, strict=True)
             ]
         torch.testing.assert_close(joined, torch.cat([eps for eps, _ in apart]), rtol=1e-4, atol=1e-4)
         assert nfe == sum(cost for _, cost in apart) == costs
@@ -228,11 +232,9 @@ def test_other_families(architecture, layouts):
     image, told = torch.rand(1, 3, 64, 64) * 2 - 1, (["a red cat"], ["a red dog"])
     for name, few in (("npi", False), ("nti", False), ("edit_friendly", False), ("infedit", True), ("renoise", False)):
         cls, settings = SMALL[name]
-        method, steps = cls(few_step if few else teacher, **settings), list[Step]()
-        edited = method.edit(image, *told, on_step=steps.append)
+        edited = cls(few_step if few else teacher, **settings).edit(image, *told)
         assert edited.isfinite().all()
         assert edited.shape == image.shape
-        assert sum(step.nfe for step in steps) == method.nfe()
 
 
 def test_null_text_inversion_needs_classifier_free_guidance(parts):
@@ -293,11 +295,13 @@ def test_methods_are_built_by_name_or_file(family, tmp_path):
 
 @pytest.mark.parametrize("name", ["renoise_turbo", "renoise_lcm"])
 def test_families_of_students_have_those_inverted(family, images, name):
-    method, steps = build(name, family), list[Step]()
+    method, steps, rows = build(name, family), list[Step](), []
     assert method.sampler.kind == "jumps"
     assert method.steps == [(999, 779), (779, 519), (519, 259), (259, 0)]
+    hook = method.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     method.edit(images, SOURCES, TARGETS, on_step=steps.append)
-    assert sum(step.nfe for step in steps) == method.nfe()
+    hook.remove()
+    assert sum(step.nfe for step in steps) == sum(rows) / len(images)
 
 
 def test_the_students_that_are_named_are_inverted(family, images, tmp_path):

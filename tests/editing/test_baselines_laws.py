@@ -168,11 +168,15 @@ def test_the_same_prompt_returns_the_source(parts, few_step_parts, latents, few_
 def test_a_mutual_branch_is_its_source_until_it_is_run(few_step_parts, latents):
     """A batch runs the branch from the first step on that any of its pictures needs it; the others' results stay."""
     method = InfEdit(few_step_parts)
-    assert (method.nfe(), method.nfe(control=None)) == (12 * 2 + 4, 12 * 2)
     inversion, steps = method.invert_latents(latents, SOURCE, seed=1), list[Step]()
+    for control, cost in ((CONTROL, 12 * 2 + 4), (None, 12 * 2)):
+        steps.clear()
+        method.generate_latents(TARGET, inversion, guidance=GUIDED, control=control, on_step=steps.append)
+        assert sum(step.nfe for step in steps) == cost
+    steps.clear()
     each = [replace(CONTROL, self_replace=0.0), CONTROL]
-    assert method.nfe(control=each) == 12 * 3
     both = method.generate_latents(TARGET, inversion, guidance=GUIDED, control=each, on_step=steps.append)
+    assert sum(step.nfe for step in steps) == 12 * 3
     for index, step in enumerate(steps):
         source, mutual, _ = step.x.split(2)
         assert torch.allclose(source[1], mutual[1], atol=1e-4) == (index < 8)
@@ -186,7 +190,7 @@ def test_a_mutual_branch_is_its_source_until_it_is_run(few_step_parts, latents):
 def test_a_mutual_branch_has_the_sources_content_in_the_targets_layout(few_step_parts, latents):
     method = InfEdit(few_step_parts)
     inversion = method.invert_latents(latents, SOURCE, seed=1)
-    own = method.attention_control(CONTROL, inversion, TARGET).own
+    own = method.attention_control(CONTROL, inversion, TARGET).rows
     early, late = own(7), own(8)
     assert early.query.tolist() == early.key.tolist() == [0, 1, 0, 1]
     assert early.value is None
@@ -203,10 +207,10 @@ def test_unconditional_rows_have_their_own_mutual_branch(parts, latents):
     x = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
     told = parts.conditioner([*SOURCE, *SOURCE, *TARGET]).repeat(2)
     with torch.no_grad(), method.attention_control(control, inversion, TARGET).attached(parts.model.network):
-        unconditional, conditional = parts.network(x, torch.full((12,), 500), told).chunk(2)
+        unconditional, conditional = parts.eps(x, 500, told).chunk(2)
     close(unconditional, conditional)
     with torch.no_grad():
-        free = parts.network(x[:6], torch.full((6,), 500), told[:6])
+        free = parts.eps(x[:6], 500, told[:6])
     assert not torch.allclose(free[2:], conditional[2:], atol=1e-3)
 
 
@@ -226,7 +230,7 @@ def test_an_lcm_is_told_no_w_and_guided_by_a_second_evaluation(layouts, tmp_path
     hook.remove()
     assert [rows for rows, _ in calls] == [4, 4, 6, 6]  # two branches, then three
     assert all(embedding is None for _, embedding in calls)
-    assert sum(step.nfe for step in steps) == method.nfe() == 20
+    assert sum(step.nfe for step in steps) == 20
 
 
 def test_what_is_not_changed_is_the_mutual_branch(few_step_parts, latents):
@@ -267,7 +271,7 @@ def test_a_network_without_a_place_for_the_negative_prompt_is_refused(few_step_p
 def test_strength_from_nothing_to_all(parts, latents):
     kept = SDEdit(parts, num_inference_steps=4, strength=0.0)
     assert torch.equal(kept.generate_latents(TARGET, kept.invert_latents(latents, SOURCE), guidance=GUIDED), latents)
-    assert kept.nfe() == 0
+    assert not kept.steps
     free = SDEdit(parts, num_inference_steps=4, strength=1.0)
     results = [
         free.generate_latents(TARGET, free.invert_latents(x0, SOURCE, seed=2), guidance=GUIDED)
@@ -338,22 +342,15 @@ def test_corrected_noise_brings_all_but_the_last_step_back(process, latents, kin
 
 def test_published_evaluations(parts, latents):
     """44 calls for Turbo and 150 for SDXL, a second sample riding along where it regularises; 35 for an LCM."""
-    methods = {
-        name: ReNoise(parts, **typed(ReNoise, METHODS.find(name).init_args, skip={"parts"}))
-        for name in ("renoise_turbo", "renoise_sdxl", "renoise_lcm")
-    }
-    assert {name: method.nfe() for name, method in methods.items()} == {
-        "renoise_turbo": 44 + 4,
-        "renoise_sdxl": 150 + 13,
-        "renoise_lcm": 35,
-    }
-    calls, steps, method = [], list[Step](), methods["renoise_turbo"]
-    hook = parts.model.network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    inversion = method.invert_latents(latents[:1], SOURCE[:1], on_step=steps.append)
-    method.generate_latents(TARGET[:1], inversion, guidance=method.guidance, on_step=steps.append)
-    hook.remove()
-    assert len(calls) == 44
-    assert sum(calls) == sum(step.nfe for step in steps) == 48
+    published = {"renoise_turbo": (44, 44 + 4), "renoise_sdxl": (150, 150 + 13), "renoise_lcm": (35, 35)}
+    for name, expected in published.items():
+        method, calls, steps = ReNoise(parts, **typed(ReNoise, METHODS.find(name).init_args, skip={"parts"})), [], []
+        hook = method.network.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(len(args[0])))
+        inversion = method.invert_latents(latents[:1], SOURCE[:1], on_step=steps.append)
+        method.generate_latents(TARGET[:1], inversion, guidance=method.guidance, on_step=steps.append)
+        hook.remove()
+        assert (len(calls), sum(calls)) == expected
+        assert sum(step.nfe for step in steps) == sum(calls)
 
 
 def test_predictions_are_regularised_where_they_are_averaged(parts, latents):

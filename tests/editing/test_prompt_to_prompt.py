@@ -19,7 +19,7 @@ from icd_lightning.editing.prompt_to_prompt import (
     PromptToPrompt,
     PromptToPromptControl,
 )
-from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
+from icd_lightning.editing.prompt_to_prompt.control import LocalBlend
 from icd_lightning.editing.prompt_to_prompt.layers import choose_layers
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
@@ -351,7 +351,7 @@ def test_one_evaluation_is_one_step(method, noise):
 
 def test_one_control_at_a_time(method, noise):
     first, second = (control_of(method, noise).attached(method.students.network) for _ in range(2))
-    with first, pytest.raises(ValueError, match="already changed by CrossAttention"), second:
+    with first, pytest.raises(ValueError, match="already changed by ControlledAttention"), second:
         pass
 
 

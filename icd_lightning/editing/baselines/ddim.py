@@ -5,10 +5,10 @@ To noise it is the paper's fDDIM-50, unguided; back it is DDIM-50 under any guid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from icd_lightning.diffusion import (
     Denoiser,
@@ -20,7 +20,7 @@ from icd_lightning.diffusion import (
     ddim_timesteps,
 )
 from icd_lightning.editing.baselines.base import DDIMBaseline
-from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, usual_swap_tau
+from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed
 from icd_lightning.models.family import Family
 
 
@@ -31,42 +31,16 @@ class DDIMInversion(EditingMethod):
         self, family: Family, *, num_inference_steps: int = 50, guidance_scale: float = 8.0, tau: float = 1.0
     ) -> None:
         self.model = family.load_model(guided=False)
-        self.process = self.model.process
+        self.network, self.process = self.model.network, self.model.process
         self.autoencoder, self.conditioner = family.load_autoencoder(), family.load_conditioner()
         self.timesteps = ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)
         self.guidance = StepGuidance(guidance_scale, tau)
 
-    @classmethod
-    def from_family(
-        cls, family: Family, *, students: Mapping[str, str | None] | None = None, **settings: Any
-    ) -> DDIMInversion:
-        return cls(family, **settings)
-
-    def networks(self) -> Sequence[nn.Module]:
-        return [self.model.network]
-
-    def nfe(self, *, guidance: GuidanceSchedule | None = None, swap_tau: float | None = None) -> int:
-        """Evaluations that an edit of one picture takes, there and back: two where it is guided, one elsewhere."""
-        guidance = guidance or self.guidance
-        swap_tau = usual_swap_tau(guidance) if swap_tau is None else swap_tau
-        swap = swap_tau * self.process.num_train_timesteps
-        guided = [t for t in self.timesteps if t <= swap and guidance.at(t) != 1]
-        return 2 * len(self.timesteps) + len(guided)
-
-    def edit(
-        self,
-        images: Tensor | None,
-        source_prompts: Sequence[str],
-        target_prompts: Sequence[str],
-        *,
-        guidance: GuidanceSchedule | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def edit(self, *told: Any, guidance: GuidanceSchedule | None = None, **options: Any) -> Tensor:
         """As `EditingMethod.edit`, by default under the method's own guidance."""
-        return super().edit(images, source_prompts, target_prompts, guidance=guidance or self.guidance, **options)
+        return super().edit(*told, guidance=guidance or self.guidance, **options)
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The teacher, guided by two evaluations where it is guided."""
         unconditional = self.conditioner.unconditional(len(prompts))
         return self.model.denoiser(self.conditioner(prompts), guidance, unconditional)
 
@@ -87,6 +61,4 @@ class DDIMPromptToPrompt(DDIMBaseline):
     path by which inversion came.
     """
 
-    def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
-        """As the target's."""
-        return guidance
+    guides_source = True

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from icd_lightning.diffusion import OnStep, ddim_timesteps, falling
 from icd_lightning.editing.baselines.base import Baseline, Inversion
-from icd_lightning.editing.baselines.branches import Branch, descend
-from icd_lightning.editing.baselines.parts import Parts
+from icd_lightning.editing.baselines.parts import Branch, Parts, descend
 from icd_lightning.editing.method import Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
@@ -41,17 +40,7 @@ class EditFriendlyInversion(Baseline):
         # One later than DDIM's grid, as Stable Diffusion's own scheduler has it: a step from 0 to 0 would draw nothing.
         grid = [t + 1 for t in ddim_timesteps(num_inference_steps, self.process.num_train_timesteps)]
         self.steps = falling(grid[: num_inference_steps - skip])
-        self.num_inference_steps = num_inference_steps
-
-    @property
-    def inversion_nfe(self) -> int:
-        """One a step."""
-        return len(self.steps)
-
-    @property
-    def control_steps(self) -> int:
-        """All of them, as published: what is skipped counts too."""
-        return self.num_inference_steps
+        self.skipped = skip
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -64,6 +53,7 @@ class EditFriendlyInversion(Baseline):
         drawn = seeded_noise((batch, len(self.steps), *size), seed, x0.device).unbind(1)
         points = [self.process.add_noise(x0, noise, t) for noise, (t, _) in zip(drawn, self.steps, strict=True)]
         source = self.conditioner(prompts)
+        branches = [Branch(source, source)]
         stored: list[Tensor] = []
 
         def solve(x: Tensor, eps: Tensor, index: int) -> Tensor:
@@ -72,9 +62,7 @@ class EditFriendlyInversion(Baseline):
             stored.append((following - mean) / std)
             return mean + std * stored[-1]  # equal to `following` but for rounding, which so cannot add up
 
-        descend(
-            self.parts.network, points[0], self.steps, lambda index: [Branch(source, source)], solve, on_step=on_step
-        )
+        descend(self.parts, points[0], self.steps, lambda index: branches, solve, on_step=on_step)
         return Inversion(prompts, x0, points[0], stored)
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:

@@ -12,15 +12,14 @@ source's prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, falling, lcm_timesteps
-from icd_lightning.editing.baselines.base import Baseline, Borrowed, Inversion
+from icd_lightning.editing.baselines.base import Baseline, Borrowed, Followed, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
-from icd_lightning.editing.method import Seed, seeded_noise
+from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.unified import UnifiedAttentionControl, mutual_begins
 
@@ -42,7 +41,7 @@ class InfEdit(Baseline):
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
 
-    few_step, needs_source, paired = True, True, True
+    few_step, paired = True, True
 
     def __init__(
         self,
@@ -53,8 +52,7 @@ class InfEdit(Baseline):
         control: PromptToPrompt | None = CONTROL,
     ) -> None:
         super().__init__(parts, guidance_scale, control)
-        grid = lcm_timesteps(num_inference_steps, LCM_SOLVER_TIMESTEPS)
-        self.steps, self.inversion_nfe = falling(grid), 0
+        self.steps = falling(lcm_timesteps(num_inference_steps, LCM_SOLVER_TIMESTEPS))
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -77,13 +75,10 @@ class InfEdit(Baseline):
         ]
         return torch.cat([self.process.alpha(s) * x0 + noise, *others])
 
-    def followed(
-        self, index: int, guidance: GuidanceSchedule, control: Borrowed
-    ) -> list[tuple[Literal["source", "target"], GuidanceSchedule]]:
+    def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
         """Source and target, and between them the mutual branch from when it differs from the source."""
-        source, target = super().followed(index, guidance, control)
-        mutual = control is not None and index >= mutual_begins(control, self.control_steps)
-        return [source, source, target] if mutual else [source, target]
+        mutual = control is not None and index >= mutual_begins(control, len(self.steps))
+        return [("source", UNGUIDED)] * (1 + mutual) + [("target", guidance)]
 
     def attention_control(
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]

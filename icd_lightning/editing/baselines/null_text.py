@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, classifier_free_guidance
+from icd_lightning.diffusion import OnStep, Step, classifier_free_guidance
 from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed
@@ -43,14 +43,13 @@ OPTIMIZATION = NullTextOptimization()
 
 
 class NullTextInversion(DDIMBaseline):
-    """num_inference_steps evaluations to noise, then up to inner_steps + 2 for each step; back, four a
-    step: two for each branch.
+    """num_inference_steps evaluations to noise, then up to inner_steps + 2 for each step; back, two for each branch.
 
-    Inner evaluations also run backward, which `nfe` does not count. Set as in iCD's script; `nti_pie` is set as in
+    Inner evaluations also run backward, which is not counted. Set as in iCD's script; `nti_pie` is set as in
     PIE-Bench's.
     """
 
-    fits_guidance, leads_from_prompts = True, True
+    fits_guidance, guides_source, leads_from_prompts = True, True, True  # the embeddings were fitted to guidance
 
     def __init__(
         self,
@@ -64,33 +63,21 @@ class NullTextInversion(DDIMBaseline):
         super().__init__(parts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, control=control)
         self.optimization = optimization
 
-    @property
-    def inversion_nfe(self) -> int:
-        """One a step to noise, and up to inner_steps + 2 to fit it."""
-        return len(self.steps) * (3 + self.optimization.inner_steps)
-
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Inversion:
         """Climb the solver's grid, then fit; per_step holds null embeddings (B, L, D). `seed` has no effect."""
-        source = self.conditioner(prompts)
-        path = self.path(x0, source, on_step=on_step)
-        null_embeds = self.fit(path[::-1], source, self.conditioner.unconditional(len(prompts)), on_step=on_step)
+        source, null = self.conditioner(prompts), self.conditioner.unconditional(len(prompts))
+        path, null_embeds = self.path(x0, source, on_step=on_step), []
+        x = path[-1]
+        for index, (t, s) in enumerate(self.steps):
+            x, null, rounds = self.fit_step(x, path[-2 - index], index, source, null)
+            null_embeds.append(null.tensors["prompt_embeds"])
+            if on_step is not None:
+                on_step(Step(t, s, x, rounds + 2))
         return Inversion(prompts, x0, path[-1], null_embeds)
 
     @torch.no_grad()
-    def fit(
-        self, path: Sequence[Tensor], source: Conditioning, empty: Conditioning, *, on_step: OnStep | None = None
-    ) -> list[Tensor]:
-        """Null embeddings (B, L, D), one for each step, that keep guided decoding on the path down (B, C, h, w)."""
-        x, null_embeds = path[0], []
-        for index, (t, s) in enumerate(self.steps):
-            x, empty, rounds = self.fit_step(x, path[index + 1], index, source, empty)
-            null_embeds.append(empty.tensors["prompt_embeds"])
-            if on_step is not None:
-                on_step(Step(t, s, x, rounds + 2))
-        return null_embeds
-
     def fit_step(
         self, x: Tensor, wanted: Tensor, index: int, source: Conditioning, null: Conditioning
     ) -> tuple[Tensor, Conditioning, int]:
@@ -100,11 +87,10 @@ class NullTextInversion(DDIMBaseline):
         """
         settings, t = self.optimization, self.steps[index][0]
         w = self.guidance.at(t)
-        time = torch.full((len(x),), t, dtype=torch.long, device=x.device)
-        eps_cond = self.parts.network(x, time, source)
+        eps_cond = self.parts.eps(x, t, source)
 
         def guided(null: Conditioning) -> Tensor:
-            eps = classifier_free_guidance(self.parts.network(x, time, null), eps_cond, w)
+            eps = classifier_free_guidance(self.parts.eps(x, t, null), eps_cond, w)
             return self.ddim_step(x, eps, index)
 
         embeds = null.tensors["prompt_embeds"].float().clone().requires_grad_()
@@ -123,10 +109,6 @@ class NullTextInversion(DDIMBaseline):
             running &= error.detach() >= settings.tolerance + index * settings.tolerance_growth
         null = null.replace(prompt_embeds=embeds.detach())
         return guided(null), null, rounds
-
-    def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
-        """As the target's: the embeddings were fitted to guidance."""
-        return guidance
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The null embedding fitted for this step."""

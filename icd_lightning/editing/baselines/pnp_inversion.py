@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep
-from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
-from icd_lightning.editing.baselines.branches import Branch, descend
+from icd_lightning.editing.baselines.base import Borrowed, DDIMBaseline, Followed, Inversion
+from icd_lightning.editing.baselines.parts import Branch, descend
 from icd_lightning.editing.method import Seed
 
 
 class PnPInversion(DDIMBaseline):
     """num_inference_steps evaluations to noise, two a step for the differences, and four a step for both branches."""
 
-    needs_source, fits_guidance = True, True
-
-    @property
-    def inversion_nfe(self) -> int:
-        """One a step to noise, and what guidance takes for the differences."""
-        return len(self.steps) + sum(self.parts.network.cost([self.guidance.at(t)]) for t, _ in self.steps)
+    fits_guidance = True
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -34,19 +29,19 @@ class PnPInversion(DDIMBaseline):
         """Climb the solver's grid; per_step holds what guided steps miss of it (B, C, h, w). `seed` has no effect."""
         source = self.conditioner(prompts)
         path = self.path(x0, source, on_step=on_step)
-        branch = Branch(source, self.conditioner.unconditional(len(prompts)), self.guidance)
+        branches = [Branch(source, self.conditioner.unconditional(len(prompts)), self.guidance)]
         missed: list[Tensor] = []
 
         def compare(x: Tensor, eps: Tensor, index: int) -> Tensor:
             missed.append(path[-2 - index] - self.ddim_step(x, eps, index))
             return path[-2 - index]
 
-        descend(self.parts.network, path[-1], self.steps, lambda index: [branch], compare, on_step=on_step)
+        descend(self.parts, path[-1], self.steps, lambda index: branches, compare, on_step=on_step)
         return Inversion(prompts, x0, path[-1], missed)
 
-    def source_guidance(self, guidance: GuidanceSchedule) -> GuidanceSchedule:
-        """The guidance under which the differences were found, whatever the target's."""
-        return self.guidance
+    def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
+        """The source under the guidance by which the differences were found, whatever the target's."""
+        return [("source", self.guidance), ("target", guidance)]
 
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step, and the source's branch back on its path."""

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from icd_lightning.diffusion import (
-    OnStep,
-    Process,
-    Step,
-    ddim_timesteps,
-    falling,
-    lcm_timesteps,
-    trailing_timesteps,
-)
+from icd_lightning.diffusion import OnStep, Step, ddim_timesteps, falling, lcm_timesteps, trailing_timesteps
 from icd_lightning.editing.baselines.base import Baseline, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts, has_guided_network
 from icd_lightning.editing.consistency import InvertibleConsistency
@@ -55,7 +47,7 @@ class Sampler:
         """Whether its steps draw noise."""
         return self.kind in ("ancestral", "lcm")
 
-    @cached_property
+    @property
     def steps(self) -> list[tuple[int, int]]:
         """(t, s) on the way down."""
         if self.kind == "jumps":
@@ -63,25 +55,6 @@ class Sampler:
         if self.kind == "lcm":
             return falling(lcm_timesteps(self.num_inference_steps, LCM_SOLVER_TIMESTEPS))
         return falling((ddim_timesteps if self.kind == "ddim" else trailing_timesteps)(self.num_inference_steps))
-
-    def noise_std(self, process: Process, t: int, s: int) -> Tensor:
-        """Deviation (1, 1, 1, 1) of the noise that a step from t to s draws."""
-        if not self.draws:
-            return torch.zeros_like(process.sigma(s))
-        return process.sigma(s) if self.kind == "lcm" else process.posterior_std(t, s)
-
-    def down(self, process: Process, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
-        """x_s (B, C, h, w) from x_t, without the noise that is drawn."""
-        return process.ddim_step(x, eps, t, s, **self._how(process, t, s))
-
-    def up(self, process: Process, x: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
-        """x_t (B, C, h, w) from x_s that has no drawn noise in it: the inverse of `down` at the same eps."""
-        how = self._how(process, t, s)
-        x0 = process.x0_from_eps(x, eps, s, **how)
-        return process.mix(x0, eps, t, set_alpha_to_one=how["set_alpha_to_one"])
-
-    def _how(self, process: Process, t: int, s: int) -> dict:
-        return {"noise_std": self.noise_std(process, t, s), "set_alpha_to_one": self.kind != "ddim"}
 
 
 @dataclass(frozen=True)
@@ -100,12 +73,6 @@ class Renoising:
     def __post_init__(self) -> None:
         if min(self.count, self.early_count) < 0:
             raise ValueError(f"re-noisings {self.count} and {self.early_count} must be 0 or more")
-
-    def at(self, t: int) -> tuple[int, tuple[int, int]]:
-        """Re-noisings of a step from t, and the range that is averaged."""
-        if t < EARLY_TIMESTEP:
-            return min(self.count, self.early_count), self.early_average
-        return self.count, self.average
 
 
 @dataclass(frozen=True)
@@ -141,20 +108,15 @@ class ReNoise(Baseline):
     """Evaluations of a step up: 1 + its re-noisings, 1 to regularise, 1 to correct; of a step down: 1.
 
     Turbo's 4 + 4 steps take 44 calls of the network, as published. In four of them a second sample rides along, the
-    regulariser's reference, and `nfe`, which counts samples, says 48. SDXL's 50 + 50 with one re-noising take 150;
-    there predictions are regularised at t < 250 alone, where they are averaged, and `nfe` says 163.
+    regulariser's reference, so that 48 samples are counted. SDXL's 50 + 50 with one re-noising take 150;
+    there predictions are regularised at t < 250 alone, where they are averaged, and 163 are counted.
 
     tiny has no Turbo and no LCM. There, and in all families that hold iCD's students, both settings invert the reverse
     student instead: it too makes a picture in 3 or 4 large steps. They keep their re-noisings; the steps are the
     student's jumps, which draw no noise, so that nothing is corrected.
 
-    Args:
-        parts: what the family is made of.
-        sampler: the sampler and its steps.
-        renoising: how each step is iterated.
-        regularization: of the averaged prediction; None for none.
-        correction: how far (L2) the noise of a step may move to bring the step back; the authors take ten gradient
-            steps of 1.8. 0 is no correction, infinity an exact one. A sampler's last step draws none.
+    `regularization` is of the averaged prediction. `correction` is how far (L2) the noise of a step may move to bring
+    the step back, from 0 to infinity, which is exact; the authors take ten gradient steps of 1.8.
     """
 
     def __init__(
@@ -172,7 +134,6 @@ class ReNoise(Baseline):
             raise ValueError(f"a {sampler.kind} sampler draws no noise that could be corrected: set correction to 0")
         self.sampler, self.renoising, self.steps = sampler, renoising, sampler.steps
         self.regularization, self.correction = regularization, correction
-        self.inversion_nfe = sum(self._cost(t) for t, _ in self.steps)
         self.uses_students = sampler.kind == "jumps"
 
     @classmethod
@@ -189,18 +150,10 @@ class ReNoise(Baseline):
             return cls(Parts.load(family, few_step=sampler.draws), sampler=sampler, **settings)
         log.info("%s is no Turbo or LCM; iCD's reverse student stands in for one", family.model)
         icd = InvertibleConsistency.from_pretrained(family, **(students or {}))
-        predict = partial(icd.students.predict, "reverse")
-        parts = Parts.of(icd.students.model, icd.autoencoder, icd.conditioner, predict=predict)
+        parts = Parts.of(icd.students.model, icd.autoencoder, icd.conditioner)
+        parts = replace(parts, predict=partial(icd.students.predict, "reverse"))
         ends = icd.boundaries.boundary_timesteps[1:]
         return cls(parts, sampler=Sampler("jumps", len(ends), ends), **{**settings, "correction": 0.0})
-
-    def _regularizes(self, t: int) -> bool:
-        """Whether a step from t comes to the predictions that count."""
-        count, (first, _) = self.renoising.at(t)
-        return self.regularization is not None and first <= count
-
-    def _cost(self, t: int) -> int:
-        return 1 + self.renoising.at(t)[0] + self._regularizes(t) + bool(self.correction)
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -213,50 +166,57 @@ class ReNoise(Baseline):
         for index in reversed(range(len(self.steps))):
             t, s = self.steps[index]
             noised = self.process.add_noise(x0, reference, t)
-            x, drawn[index] = self._climb(x, drawn[index], index, source, noised, rolls)
+            x, drawn[index], nfe = self._climb(x, drawn[index], index, source, noised, rolls)
             if on_step is not None:
-                on_step(Step(s, t, x, self._cost(t)))
+                on_step(Step(s, t, x, nfe))
         return Inversion(prompts, x0, x, drawn)
 
-    def _climb(self, x, noise, index, source, noised, rolls) -> tuple[Tensor, Tensor]:
-        """From x_s (B, C, h, w) to x_t, and the step's noise corrected."""
+    def _climb(self, below, noise, index, source, noised, rolls) -> tuple[Tensor, Tensor, int]:
+        """From x_s (B, C, h, w), `below`, to x_t; with the step's noise corrected, and its evaluations."""
         t, s = self.steps[index]
-        std = self.sampler.noise_std(self.process, t, s)
-        count, (first, last) = self.renoising.at(t)
-        bare, guess, predictions, reference = x - std * noise, x, [], None
+        how = self._how(t, s)
+        count, (first, last) = self.renoising.count, self.renoising.average
+        if t < EARLY_TIMESTEP:
+            count, (first, last) = min(count, self.renoising.early_count), self.renoising.early_average
+        regularizes = self.regularization is not None and first <= count
+        bare, x, predictions = below - how["noise_std"] * noise, below, []
 
-        def up(eps: Tensor) -> Tensor:
-            return self.sampler.up(self.process, bare, eps, t, s)
+        def up(eps: Tensor) -> Tensor:  # what the step down undoes at the same eps
+            x0 = self.process.x0_from_eps(bare, eps, s, **how)
+            return self.process.mix(x0, eps, t, set_alpha_to_one=how["set_alpha_to_one"])
 
         def regular(eps: Tensor) -> Tensor:
-            return eps if reference is None else self.regularization(eps, reference, rolls)
+            return self.regularization(eps, reference, rolls) if regularizes else eps
 
         for i in range(count + 1):
-            if i == 0 and self._regularizes(t):  # one call for both
-                reference, eps = self._eps(torch.cat([noised, guess]), t, source.repeat(2)).chunk(2)
+            if i == 0 and regularizes:  # one call for both
+                reference, eps = self.parts.eps(torch.cat([noised, x]), t, source.repeat(2)).chunk(2)
             else:
-                eps = self._eps(guess, t, source)
+                eps = self.parts.eps(x, t, source)
             predictions.append(eps)
-            guess = up(eps if i < first else regular(eps))
+            x = up(eps if i < first else regular(eps))
         if averaged := predictions[first:last]:
-            guess = up(regular(torch.stack(averaged).mean(0)))
-        return guess, self._correct(guess, x, noise, index, source)
+            x = up(regular(torch.stack(averaged).mean(0)))
+        if self.correction:
+            noise = self._corrected(noise, x, below, index, source)
+        return x, noise, len(predictions) + regularizes + bool(self.correction)
 
-    def _correct(self, x: Tensor, below: Tensor, noise: Tensor, index: int, source: Conditioning) -> Tensor:
+    def _corrected(self, noise: Tensor, x: Tensor, below: Tensor, index: int, source: Conditioning) -> Tensor:
         """The step's noise (B, C, h, w), moved towards what takes x (B, C, h, w) to `below` (B, C, h, w)."""
         t, s = self.steps[index]
-        if not self.correction:
-            return noise
-        eps = self._eps(x, t, source)
+        eps, how = self.parts.eps(x, t, source), self._how(t, s)
         if s == 0:  # no noise is drawn here; the evaluation is in the published count
             return noise
-        mean, std = self.sampler.down(self.process, x, eps, t, s), self.sampler.noise_std(self.process, t, s)
-        gap = (below - mean) / std - noise
+        gap = (below - self.process.ddim_step(x, eps, t, s, **how)) / how["noise_std"] - noise
         length = torch.linalg.vector_norm(gap, dim=(1, 2, 3), keepdim=True)
         return noise + gap * (self.correction / length).clamp(max=1)
 
-    def _eps(self, x: Tensor, t: int, source: Conditioning) -> Tensor:
-        return self.parts.network(x, torch.full((len(x),), t, dtype=torch.long, device=x.device), source)
+    def _how(self, t: int, s: int) -> dict[str, Any]:
+        """Options of a step from t to s, without the noise that it draws: its deviation (1, 1, 1, 1), and what 0 is."""
+        std = self.process.sigma(s) if self.sampler.draws else torch.zeros_like(self.process.sigma(s))
+        if self.sampler.kind == "ancestral":
+            std = self.process.posterior_std(t, s)
+        return {"noise_std": std, "set_alpha_to_one": self.sampler.kind != "ddim"}
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """The source prompt, which matters where the edit is guided by a network that does not take w as an input."""
@@ -265,8 +225,9 @@ class ReNoise(Baseline):
     def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
         """One step of the sampler with the noise of the inversion."""
         t, s = self.steps[index]
-        noise = self.sampler.noise_std(self.process, t, s) * inversion.per_step[index]
-        return self.sampler.down(self.process, x, eps, t, s) + noise.repeat(len(x) // len(noise), 1, 1, 1)
+        how = self._how(t, s)
+        noise = how["noise_std"] * inversion.per_step[index]
+        return self.process.ddim_step(x, eps, t, s, **how) + noise.repeat(len(x) // len(noise), 1, 1, 1)
 
 
 def patch_divergence(x: Tensor, reference: Tensor, size: int = 4) -> Tensor:
@@ -306,12 +267,10 @@ def auto_correlation(x: Tensor, rolls: Sequence[Sequence[int]]) -> Tensor:
 
 def _draw_rolls(height: int, generator: torch.Generator) -> list[int]:
     """How far to roll at each scale of a latent: height, height / 2 ... down to 8."""
-    amounts = []
-    while True:
-        amounts.append(int(torch.randint(0, max(height // 2, 1), (1,), generator=generator)))
-        if height <= 8:
-            return amounts
-        height //= 2
+    sides = [height]
+    while sides[-1] > 8:
+        sides.append(sides[-1] // 2)
+    return [int(torch.randint(0, max(side // 2, 1), (1,), generator=generator)) for side in sides]
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class SDEdit(DDIMBaseline):
     Raises ValueError for a strength outside [0, 1].
     """
 
-    reads_source, inversion_nfe = False, 0
+    reads_source = False
 
     def __init__(
         self, parts: Parts, *, num_inference_steps: int = 50, strength: float = 0.5, guidance_scale: float = 7.5

@@ -128,15 +128,6 @@ def refinement(source: PromptTokens, target: PromptTokens, length: int) -> Token
     return TokenAlignment(mapper, aligned)
 
 
-def absent_words(source: PromptTokens, target: PromptTokens) -> list[int]:
-    """Places of the target's words that do not occur in the source, without stop words: exact spelling counts.
-
-    So the reference's script chooses the words that it amplifies.
-    """
-    chosen = [i for i, word in enumerate(target.words) if word not in source.words and word not in stop_words()]
-    return [place for i in chosen for place in target.places[i]]
-
-
 @cache
 def stop_words() -> frozenset[str]:
     """English words that say little: the list of the Natural Language Toolkit."""
@@ -181,6 +172,11 @@ class Pair:
     target: PromptTokens
     settings: PromptToPrompt
 
+    def lent(self, length: int) -> tuple[Tensor, Tensor]:
+        """What replaced attention takes of the source's (L, L) and of the target's own (L,)."""
+        found, factors = align(self.source, self.target, length, self.settings.alignment), self.factors(length)
+        return found.mapper * (found.aligned * factors), (1 - found.aligned) * factors
+
     def factors(self, length: int) -> Tensor:
         """The factor (L,) of the attention to each of the target's tokens."""
         amplify, factors = self.settings.amplify, torch.ones(length)
@@ -189,8 +185,10 @@ class Pair:
                 factors[self.target.places_of(words)] = factor
         elif self.settings.amplified == "blended":
             factors[self.blend_words(length)[1].bool()] = amplify
-        else:
-            factors[absent_words(self.source, self.target)] = amplify
+        else:  # as the reference's script chooses: words that the source lacks by exact spelling, but for stop words
+            common = stop_words().union(self.source.words)
+            absent = [i for i, word in enumerate(self.target.words) if word not in common]
+            factors[[place for i in absent for place in self.target.places[i]]] = amplify
         return factors
 
     def blend_words(self, length: int) -> Tensor:

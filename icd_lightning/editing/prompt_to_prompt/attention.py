@@ -1,14 +1,13 @@
-"""Attention processors of diffusers that let the rows of a batch look where others look, and how to put them in place.
+"""An attention processor of diffusers that lets the rows of a batch look where others look, and how to put it in place.
 
 Only the last rows of a batch are touched; those before them, the unconditional ones of classifier-free
-guidance, are attended as ever. A processor that has nothing to do at an evaluation hands it to the one it stands for.
+guidance, are attended as ever. Where nothing is to be done, the processor hands over to the one it stands for.
 
 Shapes: R rows touched, N queries, M keys (N of self-attention, L tokens of cross-attention).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-Rewrite = Callable[[Tensor], Tensor]
-"""New attention probabilities (R, heads, N, M) float32 from those of the network."""
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(B, heads, N, d) of queries (B, heads, N, d), keys and values (B, heads, M, d), and the scale of their products."""
 
 
 class Rows(NamedTuple):
@@ -29,15 +28,11 @@ class Rows(NamedTuple):
     key: Tensor
     value: Tensor | None = None
 
-    def twice(self) -> Rows:
-        """For a batch of two halves, each with rows like these."""
-        return Rows(*(None if rows is None else torch.cat([rows, rows + len(rows)]) for rows in self))
 
-
-class _RowProcessor(ABC):
+class ControlledAttention:
     """Stands for the processor `original`, and attends otherwise where `change()` says how; None: not now."""
 
-    def __init__(self, original: Any, change: Callable[[], Any]) -> None:
+    def __init__(self, original: Any, change: Callable[[], Attend | None]) -> None:
         self.original, self.change = original, change
 
     def __call__(
@@ -47,107 +42,78 @@ class _RowProcessor(ABC):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        change = self.change()
-        if change is None:
+        attend = self.change()
+        if attend is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
         assert attention_mask is None, "nothing here masks attention"
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return _output(attn, self.attend(attn, _project(attn, hidden_states, context), change))
-
-    @abstractmethod
-    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Any) -> Tensor:
-        """(B, heads, N, d) of queries (B, heads, N, d), keys and values (B, heads, M, d)."""
-
-    def free_rows(self, batch_size: int, num_rows: int) -> int:
-        """How many rows come before the last `num_rows`, which are touched."""
-        if batch_size < num_rows:
-            raise ValueError(
-                f"the network got a batch of {batch_size} while attention of {num_rows} rows, sources and "
-                "targets, is controlled: evaluate them together"
-            )
-        return batch_size - num_rows
+        projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        project, dropout = attn.to_out
+        return dropout(project(attend(query, key, value, attn.scale).transpose(1, 2).flatten(2)))
 
 
-class CrossAttention(_RowProcessor):
-    """Attends with probabilities that `rewrite()` changes: it returns how, or None to leave this evaluation alone.
+def attend_rewritten(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, num_rows: int, rewrite: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Attend with the last rows' probabilities (R, heads, N, M) float32 as `rewrite` changes them.
 
-    While it does, the rows touched leave the fused kernel, which never shows its probabilities.
+    These rows leave the fused kernel, which never shows its probabilities.
     """
-
-    def __init__(self, original: Any, num_rows: int, rewrite: Callable[[], Rewrite | None]) -> None:
-        super().__init__(original, rewrite)
-        self.num_rows = num_rows
-
-    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Rewrite) -> Tensor:
-        query, key, value = projected
-        free = self.free_rows(len(query), self.num_rows)
-        scores = (query[free:] * attn.scale) @ key[free:].transpose(-1, -2)
-        attended = change(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
-        if not free:
-            return attended
-        others = scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=attn.scale)
-        return torch.cat([others, attended])
+    free = _free_rows(query, num_rows)
+    scores = (query[free:] * scale) @ key[free:].transpose(-1, -2)
+    attended = rewrite(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
+    if not free:
+        return attended
+    others = scaled_dot_product_attention(query[:free], key[:free], value[:free], scale=scale)
+    return torch.cat([others, attended])
 
 
-class SelfAttention(_RowProcessor):
-    """Attends with the queries, keys and values of other rows: `borrow()` returns whose, or None for its own.
+def attend_borrowed(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, rows: Rows, both_halves: bool
+) -> Tensor:
+    """Attend with the queries, keys and values of other rows; `both_halves`: so do as many unconditional ones.
 
-    `both_halves`: so do the unconditional rows, where there are as many. Equal queries and keys make equal
-    probabilities, so that this needs no look at them and stays in the fused kernel.
+    Equal queries and keys make equal probabilities, so that this needs no look at them and stays in the fused kernel.
     """
-
-    def __init__(self, original: Any, borrow: Callable[[], Rows | None], *, both_halves: bool = False) -> None:
-        super().__init__(original, borrow)
-        self.both_halves = both_halves
-
-    def attend(self, attn: Attention, projected: tuple[Tensor, ...], change: Rows) -> Tensor:
-        free = self.free_rows(len(projected[0]), len(change.query))
-        if self.both_halves and free == len(change.query):
-            change, free = change.twice(), 0
-        query, key, value = (_lent(x, whose, free) for x, whose in zip(projected, change, strict=True))
-        return scaled_dot_product_attention(query, key, value, scale=attn.scale)
+    count = len(rows.query)
+    free = _free_rows(query, count)
+    lent = []
+    for x, whose in zip((query, key, value), rows, strict=True):
+        halves = [x[:free], x[free:]]
+        if whose is not None:
+            halves[1] = halves[1][whose]
+            if both_halves and free == count:
+                halves[0] = halves[0][whose]
+        lent.append(torch.cat(halves))
+    return scaled_dot_product_attention(*lent, scale=scale)
 
 
 @contextmanager
-def processors_in_place(network: nn.Module, processors: Mapping[str, _RowProcessor]) -> Iterator[None]:
-    """Put processors in place by name; afterwards, also after an error, every layer has the one that it had."""
-    layers = {name: layer_of(network, name) for name in processors}
+def attention_changed(network: nn.Module, changes: Mapping[str, Callable[[], Attend | None]]) -> Iterator[None]:
+    """Attend as `changes` say, by the names of processors; afterwards, also after an error, as before."""
+    layers = {name: network.get_submodule(name.removesuffix(".processor")) for name in changes}
     before = {name: layer.processor for name, layer in layers.items()}
     for name, processor in before.items():
-        if isinstance(processor, (nn.Module, _RowProcessor)):
+        if isinstance(processor, (nn.Module, ControlledAttention)):
             raise ValueError(
                 f"attention of this UNet is already changed by {type(processor).__name__}, at {name}: unload "
                 "IP-Adapters, and control one edit at a time"
             )
     try:
-        for name, processor in processors.items():
-            layers[name].set_processor(processor)
+        for name, layer in layers.items():
+            layer.set_processor(ControlledAttention(before[name], changes[name]))
         yield
     finally:
-        for name, processor in before.items():
-            layers[name].set_processor(processor)
+        for name, layer in layers.items():
+            layer.set_processor(before[name])
 
 
-def layer_of(network: nn.Module, name: str) -> Attention:
-    """The layer of a processor, by the processor's name."""
-    return network.get_submodule(name.removesuffix(".processor"))
-
-
-def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-    """Queries (B, heads, N, d), keys and values (B, heads, M, d) of a transformer block's attention."""
-    projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-    return tuple(x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-
-
-def _lent(x: Tensor, rows: Tensor | None, free: int) -> Tensor:
-    """x (free + R, ...) with each of its last R rows taken from another of these; None: from itself."""
-    if rows is None:
-        return x
-    lent = x[free:][rows]
-    return torch.cat([x[:free], lent]) if free else lent
-
-
-def _output(attn: Attention, attended: Tensor) -> Tensor:
-    """(B, heads, N, d) to (B, N, D)."""
-    project, dropout = attn.to_out
-    return dropout(project(attended.transpose(1, 2).flatten(2)))
+def _free_rows(query: Tensor, num_rows: int) -> int:
+    """How many rows come before the last `num_rows`, which are touched."""
+    if len(query) < num_rows:
+        raise ValueError(
+            f"the network got a batch of {len(query)} while attention of {num_rows} rows, sources and "
+            "targets, is controlled: evaluate them together"
+        )
+    return len(query) - num_rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -22,23 +22,35 @@ Grid = tuple[int, int]
 class Layers:
     """Names of processors: all of cross-attention, all and the replaced ones of self-attention, the maps blended by."""
 
-    cross: tuple[str, ...]
-    own: tuple[str, ...]
-    own_replaced: tuple[str, ...]
+    cross: list[str]
+    own: list[str]
+    own_replaced: list[str]
     blend: dict[str, Grid]
 
 
 def choose_layers(network: nn.Module, size: Grid) -> Layers:
     """The layers of a UNet at latents of size (h, w)."""
-    grids = {name: _grid(size, _halvings(name, network)) for name in processor_names(network)}
-    cross = {name: grid for name, grid in grids.items() if name.endswith(".attn2.processor")}
-    own = {name: grid for name, grid in grids.items() if name.endswith(".attn1.processor")}
-    replaced = _up_to(max(32 * 32, _area(_grid(size, 1))), own)
-    sided = {name: grid for name, grid in cross.items() if not name.startswith("mid_block")}
-    coarse = _up_to(max(16 * 16, _area(_grid(size, 2))), sided)
-    finest = max(coarse.values(), key=_area, default=None)
-    blend = {name: grid for name, grid in coarse.items() if grid == finest}
-    return Layers(tuple(cross), tuple(own), tuple(replaced), blend)
+    last = len(network.config.block_out_channels) - 1
+
+    def grid(name: str) -> Grid:
+        block, index = name.split(".")[:2]
+        if block == "mid_block":
+            return _halved(size, last)
+        return _halved(size, int(index) if block == "down_blocks" else last - int(index))
+
+    grids = {name: grid(name) for name in processor_names(network)}
+    cross = [name for name in grids if name.endswith(".attn2.processor")]
+    own = [name for name in grids if name.endswith(".attn1.processor")]
+    replaced = max(32 * 32, prod(_halved(size, 1)))
+    blended = max(16 * 16, prod(_halved(size, 2)))
+    sided = [name for name in cross if not name.startswith("mid_block") and prod(grids[name]) <= blended]
+    finest = max((grids[name] for name in sided), key=prod, default=None)
+    return Layers(
+        cross,
+        own,
+        own_replaced=[name for name in own if prod(grids[name]) <= replaced],
+        blend={name: grids[name] for name in sided if grids[name] == finest},
+    )
 
 
 def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:
@@ -50,23 +62,5 @@ def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:
             yield from processor_names(child, f"{name}{child_name}.")
 
 
-def _halvings(name: str, network: nn.Module) -> int:
-    """How often the latents were halved where a layer is."""
-    last = len(network.config.block_out_channels) - 1
-    block, index = name.split(".")[:2]
-    if block == "mid_block":
-        return last
-    return int(index) if block == "down_blocks" else last - int(index)
-
-
-def _grid(size: Grid, halvings: int) -> Grid:
-    height, width = size
-    return ceil(height / 2**halvings), ceil(width / 2**halvings)  # as a convolution of stride 2 rounds
-
-
-def _area(grid: Grid) -> int:
-    return grid[0] * grid[1]
-
-
-def _up_to(limit: int, grids: dict[str, Grid]) -> dict[str, Grid]:
-    return {name: grid for name, grid in grids.items() if _area(grid) <= limit}
+def _halved(size: Grid, times: int) -> Grid:
+    return ceil(size[0] / 2**times), ceil(size[1] / 2**times)  # as a convolution of stride 2 rounds

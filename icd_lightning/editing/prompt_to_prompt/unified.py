@@ -22,10 +22,8 @@ from torch.nn.functional import interpolate
 from icd_lightning.editing.limits import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.alignment import Pair
 from icd_lightning.editing.prompt_to_prompt.attention import Rows
-from icd_lightning.editing.prompt_to_prompt.blend import LocalBlend
-from icd_lightning.editing.prompt_to_prompt.control import AttentionControl
+from icd_lightning.editing.prompt_to_prompt.control import LocalBlend, PromptToPromptControl, self_counts
 from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers
-from icd_lightning.editing.prompt_to_prompt.replacement import CrossReplacement, SelfReplacement, self_counts
 
 BLUR = 0.15
 """The blend's threshold is at least this over alpha(t): where noise is high, maps are vague and no place is changed."""
@@ -36,28 +34,27 @@ def mutual_begins(settings: PromptToPrompt | Sequence[PromptToPrompt], num_steps
     return min(self_counts([settings] if isinstance(settings, PromptToPrompt) else settings, num_steps))
 
 
-class UnifiedAttentionControl(AttentionControl):
-    """What goes between the branches of P edits.
+class UnifiedAttentionControl(PromptToPromptControl):
+    """What goes between the branches of P edits, as `PromptToPromptControl`; alphas are alpha(t) of each step."""
 
-    Args:
-        edits: settings, sources, targets and noise, as of `AttentionControl`.
-        tokenizer: the text encoder's.
-        alphas: the process's alpha at the t of each step.
-    """
-
-    both_halves = True
+    steps_beyond, both_halves = 0, True
 
     def __init__(self, *edits: Any, tokenizer: Any, alphas: Sequence[float]) -> None:
-        self._alphas = alphas
         super().__init__(*edits, tokenizer=tokenizer, num_steps=len(alphas))
+        self._mutual_begins = mutual_begins([pair.settings for pair in self.pairs], len(alphas))
+        self.blend = MutualBlend(self.pairs, self.length, alphas, self.device)
 
-    def parts(self) -> tuple[CrossReplacement, MutualSelfAttention, MutualBlend]:
-        """From the mutual branch across and where blending, within as `MutualSelfAttention` says."""
-        counts = [int(pair.settings.cross_replace * self.num_steps) for pair in self.pairs]
-        return (
-            CrossReplacement(self.pairs, self.length, counts, self.device),
-            MutualSelfAttention(self.pairs, self.num_steps, self.device),
-            MutualBlend(self.pairs, self.length, self._alphas, self.device),
+    def rows(self, step: int) -> Rows | None:
+        """Of [sources, targets] while all targets have their source's, then of [sources, mutuals, targets]."""
+        if step < self._mutual_begins:
+            return super().rows(step)
+        source = self._source
+        target = source + 2 * len(source)
+        looking = torch.where(step < self._own_counts, source, target)
+        return Rows(
+            torch.cat([source, looking, looking]),
+            torch.cat([source, source, looking]),
+            torch.cat([source, source, target]),
         )
 
     def own_layers(self, layers: Layers) -> Sequence[str]:
@@ -65,30 +62,8 @@ class UnifiedAttentionControl(AttentionControl):
         return layers.own
 
     def seen(self, probabilities: Tensor, attended: Tensor) -> Tensor:
-        """At every step the mutual branch's attention as the target would have it."""
-        mutual, target = probabilities.chunk(2)
-        return torch.cat([mutual, self.cross.replaced(mutual, target)])
-
-
-class MutualSelfAttention(SelfReplacement):
-    """Whose queries, keys and values P sources, P mutual branches and P targets have."""
-
-    def __init__(self, pairs: Sequence[Pair], num_steps: int, device: torch.device) -> None:
-        super().__init__(pairs, num_steps, device)
-        self._mutual_begins = int(self._counts.min())
-
-    def __call__(self, step: int) -> Rows | None:
-        """The rows of [sources, targets] while all targets have their source's, then of [sources, mutuals, targets]."""
-        if step < self._mutual_begins:
-            return super().__call__(step)
-        source, count = self._source, len(self._source)
-        target = source + 2 * count
-        looking = torch.where(step < self._counts, source, target)
-        return Rows(
-            torch.cat([source, looking, looking]),
-            torch.cat([source, source, looking]),
-            torch.cat([source, source, target]),
-        )
+        """At every step the mutual branch's attention (P, heads, N, L) as the target would have it."""
+        return self.replaced(*probabilities.chunk(2))
 
 
 class MutualBlend(LocalBlend):
@@ -106,16 +81,16 @@ class MutualBlend(LocalBlend):
         self._by_step = [self._thresholds[: len(pairs)].clamp(min=BLUR / alpha) for alpha in alphas]
 
     def observe(self, probabilities: Tensor, grid: Grid) -> None:
-        """Add the cross-attention (2 P, heads, h' w', L) of a layer whose grid is (h', w'), of which the targets'."""
-        target = probabilities[len(self._words) :].sum(dim=1) * self._words[:, None]
+        """Add the targets' cross-attention (P, heads, h' w', L) of a layer whose grid is (h', w')."""
+        target = probabilities.sum(dim=1) * self._words[:, None]
         seen = target.transpose(1, 2).unflatten(2, grid)  # (P, L, h', w')
-        self._maps = seen if self._maps is None else self._maps + seen
+        self.maps = seen if self.maps is None else self.maps + seen
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """x (n P, C, h, w), mutual branches and targets last, with the targets blended after so many steps."""
-        if self._maps is None or step == len(self._by_step):
+        if self.maps is None or step == len(self._by_step):
             return x
-        maps = interpolate(self._maps.amax(dim=1, keepdim=True), size=x.shape[2:])
+        maps = interpolate(self.maps.amax(dim=1, keepdim=True), size=x.shape[2:])
         threshold = self._by_step[step - 1].view(-1, 1, 1, 1)
         changed = maps > threshold * maps.amax(dim=(2, 3), keepdim=True)
         free = ~self._blended | (step <= self._begins)
