@@ -18,7 +18,7 @@ from students_case import (
     tiny_unet,
 )
 
-from icd_lightning.diffusion import VP, ConstantGuidance
+from icd_lightning.diffusion import VP, StepGuidance
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.students import DIRECTIONS, FullStudents, LoraSettings, LoraStudents
 
@@ -74,7 +74,7 @@ def test_lora_targets_that_match_no_layer_are_one_error():
 @torch.no_grad()
 def test_guidance_is_a_number_a_tensor_or_a_schedule(students, batch):
     conditioning = Conditioning(prompt_embeds=batch["prompt_embeds"])
-    forms = (5.0, torch.full((4,), 5.0), ConstantGuidance(5.0))
+    forms = (5.0, torch.full((4,), 5.0), StepGuidance(5.0))
     eps = [students.reverse_model(conditioning, guidance)(batch["x"], batch["t"]).eps for guidance in forms]
     assert torch.equal(eps[0], eps[1])
     assert torch.equal(eps[0], eps[2])

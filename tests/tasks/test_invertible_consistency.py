@@ -4,6 +4,7 @@ from functools import partial
 import lightning
 import pytest
 import torch
+from golden_case import consistency, preservation
 from training_case import FEW, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
@@ -14,8 +15,6 @@ from icd_lightning.diffusion import (
     NoisedData,
     Preservation,
     StepGuidance,
-    consistency,
-    preservation,
 )
 from icd_lightning.diffusion.calls import Call
 from icd_lightning.diffusion.draws import Draws
