@@ -64,10 +64,15 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; FileNotFoundError or ValueError that name it."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}")
+    return parse_object(file.read_bytes(), str(file))
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object; ValueError that says of `what` the text is."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON file ({error})") from error
+        raise ValueError(f"{what} is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, not a JSON object")
+        raise ValueError(f"{what} holds {type(content).__name__}, not a JSON object")
     return content

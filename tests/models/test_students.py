@@ -184,13 +184,6 @@ def test_a_network_with_adapters_is_refused(students):
         LoraStudents(students.model)
 
 
-def test_an_unknown_role_is_refused(students, batch):
-    with pytest.raises(ValueError, match="no role 'fcd'; there is: teacher, forward, reverse"):
-        output_of(students, "fcd", batch)
-    with pytest.raises(ValueError, match="no student 'teacher'"):
-        students.parameters_of("teacher")
-
-
 @pytest.mark.parametrize("switch", ["set_adapter", "disable_adapters"])
 def test_a_switch_by_peft_is_refused_before_it_does_harm(students, batch, switch):
     getattr(students.network, switch)(*([] if switch == "disable_adapters" else ["fcd"]))

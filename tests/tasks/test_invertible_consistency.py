@@ -9,6 +9,7 @@ from training_case import FEW, distillation, frozen_weights, same, scenes_data, 
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.diffusion import (
+    VP,
     Boundaries,
     Consistency,
     Loss,
@@ -338,6 +339,17 @@ def test_a_checkpoint_of_another_rank_is_refused_by_the_trainer(random_family, s
         trainer_for(tmp_path, max_steps=3).fit(
             other, datamodule=scenes_data(scenes), ckpt_path=trained[0] / "checkpoints" / "last.ckpt"
         )
+
+
+def test_a_run_goes_on_with_the_process_that_it_was_trained_for(random_family, trained):
+    checkpoint = torch.load(trained[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    task = distillation(random_family)
+    changed = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[task.process.prediction_type]
+    task.process = VP(prediction_type=changed)
+    with pytest.raises(ValueError, match=rf"was trained with process .*\(here .*{changed}"):
+        task.check_recipe(checkpoint)
+    del checkpoint["recipe"]["process"]  # as older versions wrote them
+    task.check_recipe(checkpoint)
 
 
 def test_exported_students_load_into_the_pipeline(random_family, trained, batch):
