@@ -89,7 +89,7 @@ def layout_at(location: str, variant: str | None = None) -> Layout:
 
 
 class Source(ABC):
-    """The parts of a model. One that is no layout itself has the configs of its `layout`."""
+    """The parts of a model. One that is not in diffusers' layout itself has the configs of its `layout`."""
 
     layout: Layout
 

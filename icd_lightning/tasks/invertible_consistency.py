@@ -167,7 +167,7 @@ class InvertibleConsistencyDistillation(Task):
             NoisedData(latents, draws.of("noise").normal(*latents.shape), self.process),
             self.boundaries,
             self.guidance_scales,
-            partial(self.students.solver, conditioning),
+            partial(self.students.jump, "teacher", conditioning),
             {direction: partial(self.students.jump, direction, conditioning) for direction in DIRECTIONS},
         )
 

@@ -111,7 +111,7 @@ def by_hand(task, batch, draws: Draws, c: float) -> dict[str, torch.Tensor]:
     prompts, students = task.conditioner(batch.captions), task.students
     forward, reverse = (students.jump(direction, prompts, 1.0) for direction in DIRECTIONS)
     guided_reverse = students.jump("reverse", prompts, w)
-    solver, guided_solver = (students.solver(prompts, scale) for scale in (1.0, w))
+    solver, guided_solver = (students.jump("teacher", prompts, scale) for scale in (1.0, w))
     return {
         "reverse_cd": consistency(guided_reverse, guided_solver, data, pairs["reverse"], huber_c=c),
         "forward_cd": consistency(forward, solver, data, pairs["forward"], huber_c=c),

@@ -45,7 +45,7 @@ class UNet(Backbone):
     ) -> Tensor:
         """eps or v (B, C, H, W); SDXL is also told the pooled embeddings and the time ids."""
         dtype = self.weight(network).dtype
-        embeds = {name: part.to(dtype) for name, part in conditioning.tensors.items() if name != "time_ids"}
+        embeds = {name: part.to(dtype) for name, part in conditioning.embeds().items()}
         added = None
         if "pooled_prompt_embeds" in embeds:  # time ids stay float32: 1023 is no bfloat16 number
             added = {"text_embeds": embeds["pooled_prompt_embeds"], "time_ids": conditioning.tensors["time_ids"]}
