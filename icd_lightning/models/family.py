@@ -19,7 +19,7 @@ from icd_lightning.files import read_object
 from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
-from icd_lightning.models.sources import Folder, Random, Source, layout_at, open_source
+from icd_lightning.models.sources import Layout, Random, Source, open_source
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
@@ -80,11 +80,11 @@ class Family:
     @property
     def root(self) -> Path:
         """The model's folder; ValueError if the model is none."""
-        if not isinstance(self.source, Folder):
+        if self.source.folder is None:
             raise ValueError(
                 f"model {self.model!r} is not a folder, so it brings no students: name both (--forward and --reverse)"
             )
-        return Path(self.source.location)
+        return self.source.folder
 
     @property
     def resolution(self) -> int:
@@ -97,8 +97,7 @@ class Family:
 
     def load_defaults(self) -> EditingDefaults:
         """What the model's folder says; ValueError for anything else than a JSON object of these fields."""
-        file = self.source.file("icd.json") if isinstance(self.source, Folder) else None
-        if file is None or not file.is_file():
+        if self.source.folder is None or not (file := self.source.folder / "icd.json").is_file():
             return EditingDefaults()
         try:
             return EditingDefaults(**read_object(file))
@@ -116,7 +115,7 @@ class Family:
         return _autoencoder(self.source, "vae", self.dtype, f"the autoencoder of {self.model}")
 
     def _autoencoder_config(self) -> dict[str, Any]:
-        return self.source.config("vae") if self.vae is None else layout_at(self.vae).config("")
+        return self.source.config("vae") if self.vae is None else Layout(self.vae).config("")
 
     def load_conditioner(self) -> Conditioner:
         """The frozen text side; where it tells sizes of pictures, by default the model's own."""
@@ -151,12 +150,12 @@ class Family:
         if self.guided_unet and path.is_file():
             return partial(backbone.guided_from_file, path, source.config(backbone.part), self.dtype)
         folders = [path, path / usual] if self.guided_unet else []
-        if isinstance(source, Folder):
-            folders.append(self.root / path)
+        if source.folder is not None:
+            folders.append(source.folder / path)
         for folder in folders:
             if (folder / "config.json").is_file():
                 variant = self.variant if list(folder.glob(f"*.{self.variant}.*")) else None
-                return partial(Folder(str(folder), variant).network, "", backbone.network_class, self.dtype)
+                return partial(Layout(str(folder), variant).network, "", backbone.network_class, self.dtype)
         if self.guided_unet in (None, usual):
             if isinstance(source, Random):
                 config = backbone.config_with_guidance(source.config(backbone.part), GUIDANCE_WIDTH)
@@ -174,9 +173,9 @@ class Family:
 
 def load_autoencoder(location: str | Path, dtype: torch.dtype = torch.float32) -> LatentAutoencoder:
     """Load the autoencoder in a folder or on the hub, of whichever class its config names."""
-    layout = layout_at(str(location))
-    if isinstance(layout, Folder) and not layout.file("config.json").is_file():
-        raise FileNotFoundError(f"no autoencoder at {location}: there is no {layout.file('config.json')}")
+    layout = Layout(str(location))
+    if not (file := layout.file("config.json")).is_file():
+        raise FileNotFoundError(f"no autoencoder at {location}: there is no {file}")
     return _autoencoder(layout, "", dtype, str(location))
 
 

@@ -59,19 +59,19 @@ def open_source(model: str, part: str, *, variant: str | None = None, config: st
     """
     path = shipped() if model == "tiny" else Path(model)
     if any((path / name).is_dir() for name in (part, "vae")):
-        return Folder(str(path), variant)
+        return Layout(str(path), variant)
     if path.is_file():
-        return SingleFile(path, None if config is None else layout_at(config))
+        return SingleFile(path, None if config is None else Layout(config))
     try:
         if model.startswith(RANDOM):
             name = model.removeprefix(RANDOM)
             folder = architecture(name) if architecture(name).is_dir() else Path(name)
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
-            return Random(Folder(str(folder)))
-        if path.exists() or not HUB_ID.fullmatch(model):
+            return Random(Layout(str(folder)))
+        if not on_hub(model):
             raise FileNotFoundError(f"{path} has neither {part}/ nor vae/" if path.exists() else f"there is no {path}")
-        hub = Hub(model, variant)
+        hub = Layout(model, variant)
         hub.file("model_index.json")
         return hub
     except OSError as error:
@@ -82,16 +82,18 @@ def open_source(model: str, part: str, *, variant: str | None = None, config: st
         ) from error
 
 
-def layout_at(location: str, variant: str | None = None) -> Layout:
-    """The folder, or else the model on the hub, that a name stands for."""
-    on_hub = HUB_ID.fullmatch(location) and not Path(location).exists()
-    return Hub(location, variant) if on_hub else Folder(location, variant)
+def on_hub(location: str) -> bool:
+    """Whether this is the name of a model on the hub, and not of a folder here."""
+    return bool(HUB_ID.fullmatch(location)) and not Path(location).exists()
 
 
 class Source(ABC):
-    """The parts of a model. One that is not in diffusers' layout itself has the configs of its `layout`."""
+    """The parts of a model."""
 
     layout: Layout
+    """Where the configs are, for a model that is not in diffusers' layout itself."""
+    folder: Path | None = None
+    """Where the model is, if it is a folder in that layout."""
 
     def has(self, part: str) -> bool:
         """Whether the model has this part."""
@@ -112,18 +114,27 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Layout(Source):
-    """diffusers' layout; `variant` picks files such as `model.fp16.safetensors`. Where it is one part, that is ""."""
+    """A folder in diffusers' layout, or a model on the hub; if it is a single part, that is "".
+
+    Of a model on the hub, what the local cache holds is taken from there, and the rest is downloaded. `variant` picks
+    files such as `model.fp16.safetensors`.
+    """
 
     location: str
     variant: str | None = None
 
-    @abstractmethod
+    @property
+    def folder(self) -> Path | None:
+        return None if on_hub(self.location) else Path(self.location)
+
     def file(self, name: str) -> Path:
         """A small file."""
+        if self.folder is not None:
+            return self.folder / name
+        return Path(self._read(partial(huggingface_hub.hf_hub_download, self.location, name)))
 
-    @abstractmethod
-    def _read(self, load: Callable[..., Result]) -> Result:
-        """What load(local_files_only=...) returns."""
+    def has(self, part: str) -> bool:
+        return self.file(part).is_dir() if self.folder else part in read_object(self.file("model_index.json"))
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -133,9 +144,20 @@ class Layout(Source):
         options = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype, "variant": self.variant}
         if part:
             options["subfolder"] = part
-        load = partial(cls.from_pretrained, self.location, output_loading_info=True, **options)
-        network, info = self._read(load)
-        refuse_missing(sorted(info["missing_keys"]), str(Path(self.location) / part))
+        place = Path(self.location) / part
+        try:
+            load = partial(cls.from_pretrained, self.location, output_loading_info=True, **options)
+            network, info = self._read(load)
+        except OSError as error:
+            if self.folder is None:
+                raise
+            present = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in place.glob(pattern))
+            raise FileNotFoundError(
+                f"{place} has no weights{f' of variant {self.variant}' if self.variant else ''} that can be read; it "
+                f"holds {', '.join(present) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be "
+                f"named by --variant, of icd fit --model.init_args.family.variant)"
+            ) from error
+        refuse_missing(sorted(info["missing_keys"]), str(place))
         return network
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
@@ -148,46 +170,13 @@ class Layout(Source):
 
         return self._read(load)
 
-
-class Folder(Layout):
-    """A folder in diffusers' layout."""
-
-    def has(self, part: str) -> bool:
-        return (Path(self.location) / part).is_dir()
-
-    def file(self, name: str) -> Path:
-        return Path(self.location) / name
-
-    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        try:
-            return super().network(part, cls, dtype)
-        except OSError as error:
-            folder, variant = Path(self.location) / part, f" of variant {self.variant}" if self.variant else ""
-            present = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-            raise FileNotFoundError(
-                f"{folder} has no weights{variant} that can be read; it holds "
-                f"{', '.join(present) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be named by "
-                f"--variant, of icd fit --model.init_args.family.variant)"
-            ) from error
-
     def _read(self, load: Callable[..., Result]) -> Result:
-        return load(local_files_only=True)
-
-
-class Hub(Layout):
-    """A model on the hub. What the local cache holds is taken from there; the rest is downloaded."""
-
-    def has(self, part: str) -> bool:
-        return part in read_object(self.file("model_index.json"))
-
-    def file(self, name: str) -> Path:
-        return Path(self._read(partial(huggingface_hub.hf_hub_download, self.location, name)))
-
-    def _read(self, load: Callable[..., Result]) -> Result:
+        """What load(local_files_only=True) returns; and on the hub, if the cache lacks anything, with False."""
         try:
             return load(local_files_only=True)
         except (OSError, EntryNotFoundError):
-            pass
+            if self.folder is not None:
+                raise
         try:  # it fails at once, where a download would try for half a minute
             huggingface_hub.model_info(self.location, timeout=10)
         except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
@@ -220,7 +209,7 @@ class SingleFile(Source):
                 f"{' or '.join(SINGLE_FILES.values())}: if it is another model of the same kind, name a folder in "
                 "diffusers' layout that fits it by --config (icd fit: --model.init_args.family.config)"
             )
-        return Folder(str(architecture(name)))
+        return Layout(str(architecture(name)))
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
         weights, options = self._weights(), {"config": self.layout.location, "subfolder": part}
@@ -240,7 +229,7 @@ class SingleFile(Source):
         if self.configs is not None:
             return self.configs.tokenizer(part)
         try:
-            return _padded(Hub(CLIP_TOKENIZER).tokenizer(""), part)
+            return _padded(Layout(CLIP_TOKENIZER).tokenizer(""), part)
         except OSError as error:
             raise FileNotFoundError(
                 f"{self.file} has no tokenizer, as no single file has, and {first_line(error)}: name a folder in "
@@ -259,7 +248,7 @@ class SingleFile(Source):
 class Random(Source):
     """Networks of a true architecture with random weights, the same ones every time, for trials of everything else."""
 
-    layout: Folder
+    layout: Layout
 
     def network(
         self, part: str, cls: type[nn.Module], dtype: torch.dtype, *, config: dict[str, Any] | None = None
