@@ -85,7 +85,8 @@ OnStep = Callable[[Step], object]
 def run_jumps(jump: Jump, x: Tensor, steps: Iterable[tuple[int, int]], *, on_step: OnStep | None = None) -> Tensor:
     """Take x (B, C, H, W) along the steps (t, s); returns x (B, C, H, W) at the last s."""
     for t, s in steps:
-        x = jump(x, _batch_of(t, x), _batch_of(s, x))
+        t_batch, s_batch = (torch.full((len(x),), time, device=x.device) for time in (t, s))
+        x = jump(x, t_batch, s_batch)
         if on_step is not None:
             on_step(Step(t, s, x, getattr(getattr(jump, "denoise", None), "nfe", 1)))
     return x
@@ -179,7 +180,3 @@ def _checked(num_inference_steps: int, most: int) -> int:
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps {num_inference_steps} must lie between 1 and {most}")
     return num_inference_steps
-
-
-def _batch_of(t: int, x: Tensor) -> Tensor:
-    return torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
