@@ -23,6 +23,7 @@ from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 SOURCES = ["a large red circle", "a small blue square", "a green ring on a plain white background", "a star"]
 TARGETS = ["a large blue circle", "a small blue star", "a red ring on a plain white background", "a yellow star"]
@@ -510,4 +511,12 @@ def test_a_family_of_a_flow_is_refused_by_the_pipeline_and_taken_by_the_method(r
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"VP process, and .* has Flow: take InvertibleConsistency.from_pretrained"):
         InvertibleConsistencyPipeline.from_pretrained(str(folder))
-    assert isinstance(InvertibleConsistency.from_pretrained(Family(str(folder))).process, Flow)
+    family = Family(str(folder))
+    with pytest.raises(
+        ValueError, match=r"was trained for the process .*v_prediction.*, and this network's is .*shift"
+    ):
+        InvertibleConsistency.from_pretrained(family)
+    students = LoraStudents(family.load_model(guided=True), lora=LoraSettings(rank=4))
+    for direction in DIRECTIONS:
+        students.export(direction, folder / "students", {"boundaries": [0, 259, 519, 779, 999]})
+    assert isinstance(InvertibleConsistency.from_pretrained(family).process, Flow)
