@@ -13,7 +13,7 @@ from icd_lightning.models.sources import on_hub
 
 PAPER = "[Invertible Consistency Distillation](https://arxiv.org/abs/2406.14539)"
 
-HEAD = """\
+PAGE = """\
 ---
 library_name: diffusers
 {base}tags:
@@ -23,6 +23,12 @@ library_name: diffusers
 
 # {title}
 
+{text}
+## Training
+
+```json
+{settings}
+```
 """
 
 STUDENT = """\
@@ -98,5 +104,5 @@ def write_guided_card(folder: Path, settings: Mapping[str, Any]) -> None:
 def _write(folder: Path, title: str, text: str, settings: Mapping[str, Any]) -> None:
     family = settings["family"]
     base = f"base_model: {family}\n" if on_hub(family) else ""
-    trained = f"\n## Training\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
-    write_text(folder / "README.md", HEAD.format(base=base, title=title) + text + trained)
+    page = PAGE.format(base=base, title=title, text=text, settings=json.dumps(settings, indent=2))
+    write_text(folder / "README.md", page)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.sources import Source
+from icd_lightning.models.text import Conditioner
 from icd_lightning.models.weights import check_fit, read_weights
-
-if TYPE_CHECKING:
-    from icd_lightning.models.sources import Source
-    from icd_lightning.models.text import Conditioner
 
 
 class Backbone(ABC):
