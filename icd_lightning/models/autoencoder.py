@@ -25,22 +25,14 @@ class LatentAutoencoder(nn.Module):
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
+        self.latent_channels = int(vae.config["latent_channels"])
+        self.downsampling = downsampling_of(vae.config)
         self.scaling_factor = float(vae.config.get("scaling_factor", 1.0))
         self.shift_factor = float(vae.config.get("shift_factor", None) or 0.0)
 
     def train(self, mode: bool = True) -> LatentAutoencoder:
         """Stay in evaluation mode: a frozen network has no other."""
         return super().train(False)
-
-    @property
-    def latent_channels(self) -> int:
-        """C of the latents."""
-        return int(self.vae.config["latent_channels"])
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent, along each side."""
-        return downsampling_of(self.vae.config)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -67,11 +67,8 @@ class CLIPConditioner(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self.max_length = int(text_encoder.config.max_position_embeddings)
         self._reported: set[str] = set()
-
-    @property
-    def max_length(self) -> int:
-        return int(self.text_encoder.config.max_position_embeddings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,6 +119,7 @@ class DualCLIPConditioner(nn.Module):
     def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int = 1024) -> None:
         super().__init__()
         self.first, self.second, self.size = first, second, (resolution, resolution)
+        self.tokenizer = first.tokenizer  # the second differs in its padding alone
         second._reported = first._reported  # both cut a prompt alike: say it once
 
     def for_size(self, height: int, width: int) -> DualCLIPConditioner:
@@ -129,11 +127,6 @@ class DualCLIPConditioner(nn.Module):
         other = copy(self)
         other.size = (height, width)
         return other
-
-    @property
-    def tokenizer(self) -> Any:
-        """The first one's; the second differs in its padding alone."""
-        return self.first.tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
