@@ -139,6 +139,7 @@ class ExactStudents:
     process: Process
 
     def denoiser(self, role, conditioning, guidance) -> PointMass:
+        assert role == "reverse" or guidance == 1.0, "the forward model is trained unguided"
         return PointMass(self.x0, self.process)
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import lightning
@@ -12,6 +13,7 @@ from icd_lightning.diffusion import (
     VP,
     Boundaries,
     Consistency,
+    DDIMJump,
     Loss,
     NoisedData,
     Preservation,
@@ -111,7 +113,9 @@ def by_hand(task, batch, draws: Draws, c: float) -> dict[str, torch.Tensor]:
     prompts, students = task.conditioner(batch.captions), task.students
     forward, reverse = (students.jump(direction, prompts, 1.0) for direction in DIRECTIONS)
     guided_reverse = students.jump("reverse", prompts, w)
-    solver, guided_solver = (students.jump("teacher", prompts, scale) for scale in (1.0, w))
+    teacher, guided_teacher = (students.denoiser("teacher", prompts, scale) for scale in (1.0, w))
+    solver = DDIMJump(teacher, task.process, set_alpha_to_one=False)
+    guided_solver = replace(solver, denoise=guided_teacher)
     return {
         "reverse_cd": consistency(guided_reverse, guided_solver, data, pairs["reverse"], huber_c=c),
         "forward_cd": consistency(forward, solver, data, pairs["forward"], huber_c=c),
