@@ -33,7 +33,6 @@ from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.family import Family
-from icd_lightning.models.sources import Folder
 from icd_lightning.models.students import ADAPTERS
 from icd_lightning.tiny.benchmarks import scene_edits
 from icd_lightning.tiny.scenes import HELD_OUT_SEED
@@ -80,7 +79,7 @@ class WithStudents(Models):
     def load(self, name: str, **settings: float) -> PictureMethod:
         """With the family's own, or else new ones for the paper's four segments; they take as long."""
         cls = self.method_class(name)
-        if isinstance(self.family.source, Folder) or not issubclass(cls, InvertibleConsistency):
+        if self.family.source.folder is not None or not issubclass(cls, InvertibleConsistency):
             return super().load(name, **settings)
         new = Untrained.of_teacher(self.family, Boundaries.uniform(4))
         return cls(new.students, new.autoencoder, new.conditioner, new.boundaries, merge=True).to(self.device)

@@ -20,7 +20,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import Boundaries, DDIMJump, Draws, NoisedData, consistency, preservation
+from icd_lightning.diffusion import Boundaries, DDIMJump, Draws, NoisedData
+from icd_lightning.diffusion.calls import alone
+from icd_lightning.diffusion.losses import consistency_plan, preservation_plan
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
@@ -145,11 +147,11 @@ class ReferenceStyle:
         for direction, guidance in (("reverse", w), ("forward", 1.0)):
             pairs = ends.pairs[direction][draws.integers(count, len(ends.pairs[direction]))]
             student, solver = jump(direction, guidance), jump("teacher", guidance)
-            self._step(direction, partial(consistency, student, solver, data, pairs, **options), 1.0)
+            self._step(direction, consistency_plan(student, solver, data, pairs, **options), 1.0)
         for direction, other in (("forward", "reverse"), ("reverse", "forward")):
             trips = ends.trips[direction][draws.integers(count, ends.num_segments)]
             away, back = jump(other, 1.0), jump(direction, 1.0)
-            self._step(direction, partial(preservation, away, back, data, trips, **options), PRESERVATION_WEIGHT)
+            self._step(direction, preservation_plan(away, back, data, trips, **options), PRESERVATION_WEIGHT)
 
     def _jump(self, conditioning: Any, role: str, guidance: float | Tensor) -> DDIMJump:
         model = replace(self.model, network=self.students.get(role, self.teacher))
@@ -158,7 +160,7 @@ class ReferenceStyle:
 
     def _step(self, direction: str, loss: Any, weight: float) -> None:
         with self.setting.autocast():
-            value = weight * loss().mean()
+            value = weight * alone(loss).mean()
         value.backward()
         nn.utils.clip_grad_norm_(self.students[direction].parameters(), CLIP)
         self.optimizers[direction].step()
@@ -194,9 +196,9 @@ class Peer(ReferenceStyle):
     def __init__(self, style: ReferenceStyle, checkout: Path) -> None:
         vars(self).update(vars(style))
         lcm, self.functions = reference_code(checkout)
-        alphas_cumprod = self.process.alphas_cumprod.cpu()
+        alphas_cumprod = self.process.alphas.square()
         self.solver = lcm.DDIMSolver(
-            alphas_cumprod.numpy(),
+            alphas_cumprod.cpu().numpy(),
             timesteps=1000,
             ddim_timesteps=50,
             num_endpoints=len(BOUNDARIES),
@@ -219,7 +221,7 @@ class Peer(ReferenceStyle):
         )
         config = SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
         self.noise_scheduler = SimpleNamespace(
-            config=config, alphas_cumprod=self.process.alphas_cumprod, add_noise=self.process.add_noise
+            config=config, alphas_cumprod=alphas_cumprod, add_noise=self.process.add_noise
         )
         self.no_schedule = SimpleNamespace(step=lambda: None)
 

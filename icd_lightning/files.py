@@ -73,11 +73,20 @@ def read_bounded(file: Path, most: int = 64 << 20) -> str:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; FileNotFoundError or ValueError that name it."""
     try:
-        content = json.loads(read_bounded(file))
+        text = read_bounded(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error})") from error
+    return parse_object(text, str(file))
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object; ValueError that says of `what` the text is."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON file ({error})") from error
+        raise ValueError(f"{what} is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, not a JSON object")
+        raise ValueError(f"{what} holds {type(content).__name__}, not a JSON object")
     return content
 
 

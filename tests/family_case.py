@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import write_diffusers
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 BOUNDARIES = [0, 259, 519, 779, 999]

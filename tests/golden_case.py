@@ -22,18 +22,17 @@ from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
     Boundaries,
-    ConstantGuidance,
     DDIMJump,
     Denoiser,
     NoisedData,
     Process,
     Step,
     StepGuidance,
-    consistency,
     generate,
     invert,
-    preservation,
 )
+from icd_lightning.diffusion.calls import alone
+from icd_lightning.diffusion.losses import consistency_plan, preservation_plan
 
 SHIPPED = Path(__file__).parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -46,7 +45,17 @@ Guidance = Callable[[Tensor], Tensor]
 Bind = Callable[[Tensor, Guidance], Denoiser]
 """denoise = bind(prompt_embeds (B, L, D), guidance)"""
 
-UNGUIDED = ConstantGuidance(1.0)
+UNGUIDED = StepGuidance(1.0)
+
+
+def consistency(*parts: Any, huber_c: float) -> Tensor:
+    """The loss (B,) of `consistency_plan`, evaluated alone."""
+    return alone(consistency_plan(*parts, huber_c=huber_c))
+
+
+def preservation(*parts: Any, huber_c: float) -> Tensor:
+    """The loss (B,) of `preservation_plan`, evaluated alone."""
+    return alone(preservation_plan(*parts, huber_c=huber_c))
 
 
 @dataclass(frozen=True)

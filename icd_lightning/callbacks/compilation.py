@@ -6,7 +6,7 @@ import logging
 
 import lightning
 
-from icd_lightning.models.compilation import compile_networks, why_not_compiled
+from icd_lightning.models.diffusion_model import compile_networks, why_not_compiled
 from icd_lightning.tasks.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)

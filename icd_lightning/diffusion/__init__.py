@@ -1,10 +1,11 @@
 """The mathematics of invertible consistency distillation; torch and the standard library only."""
 
+# ruff: noqa: F401  (names for others to import from here)
+
 from icd_lightning.diffusion.boundaries import Boundaries, Direction, RoundTrips, TrainingPairs
 from icd_lightning.diffusion.draws import Draws
 from icd_lightning.diffusion.guidance import (
     CADSGuidance,
-    ConstantGuidance,
     GuidanceSchedule,
     IntervalGuidance,
     StepGuidance,
@@ -16,7 +17,6 @@ from icd_lightning.diffusion.jumps import (
     DDIMJump,
     Jump,
     OnStep,
-    SamplerJump,
     Step,
     ddim_generate,
     ddim_invert,
@@ -34,56 +34,8 @@ from icd_lightning.diffusion.losses import (
     LossInputs,
     LossValues,
     Preservation,
-    consistency,
     guidance_distillation,
-    preservation,
     pseudo_huber,
     squared_error,
 )
 from icd_lightning.diffusion.process import VP, Denoiser, Flow, NoisedData, Process, Split
-
-__all__ = [
-    "VP",
-    "Boundaries",
-    "CADSGuidance",
-    "Consistency",
-    "ConstantGuidance",
-    "DDIMJump",
-    "Denoiser",
-    "Direction",
-    "Draws",
-    "Flow",
-    "GuidanceSchedule",
-    "IntervalGuidance",
-    "Jump",
-    "Loss",
-    "LossInputs",
-    "LossValues",
-    "NoisedData",
-    "OnStep",
-    "Preservation",
-    "Process",
-    "RoundTrips",
-    "SamplerJump",
-    "Split",
-    "Step",
-    "StepGuidance",
-    "TrainingPairs",
-    "classifier_free_guidance",
-    "consistency",
-    "ddim_generate",
-    "ddim_invert",
-    "ddim_timesteps",
-    "falling",
-    "generate",
-    "guidance_balance",
-    "guidance_distillation",
-    "guidance_embedding",
-    "invert",
-    "lcm_timesteps",
-    "preservation",
-    "pseudo_huber",
-    "run_jumps",
-    "squared_error",
-    "trailing_timesteps",
-]

@@ -5,8 +5,7 @@ num_solver_steps points; boundary_timesteps are the m + 1 ends of m segments. Re
 nothing but what they read here: one falls to the lower end of its segment, the other climbs to the upper end.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -35,10 +34,6 @@ class _Table:
     def __getitem__(self: _T, index: Tensor) -> _T:
         """The rows at index (B,) long, each column (B,), on the index's device."""
         return type(self)(*(getattr(self, f.name).to(index.device)[index] for f in fields(self)))
-
-    def to(self: _T, device: torch.device | str) -> _T:
-        """The same rows on another device."""
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +79,19 @@ class Boundaries:
         ends = tuple(self.boundary_timesteps)
         ends = ends if ends[:1] == (0,) else (0, *ends)
         object.__setattr__(self, "boundary_timesteps", ends)
-        self._check_solver()
+        steps, total = self.num_solver_steps, self.num_train_timesteps
+        if not 1 <= steps <= total or total % steps:
+            raise ValueError(f"num_solver_steps {steps} does not divide num_train_timesteps {total}; choose a divisor")
         self._check_ends()
         if not self.allow_off_grid:
             for end in ends[1:]:
                 self._check_on_grid(end, "boundary")
             self._check_on_grid(self.start_timestep, "start_timestep")
 
-    def _check_solver(self) -> None:
-        steps, total = self.num_solver_steps, self.num_train_timesteps
-        if not 1 <= steps <= total or total % steps:
-            raise ValueError(f"num_solver_steps {steps} does not divide num_train_timesteps {total}; choose a divisor")
-
     def _check_ends(self) -> None:
         ends, last = self.boundary_timesteps, self.num_train_timesteps - 1
         for end in ends:
-            if not isinstance(end, int) or isinstance(end, bool):
+            if not isinstance(end, int):
                 raise ValueError(f"boundary {end!r} is not a whole number; give timesteps between 0 and {last}")
             if not 0 <= end <= last:
                 raise ValueError(f"boundary {end} is out of range; give timesteps between 0 and {last}")
@@ -133,7 +125,7 @@ class Boundaries:
 
         Raises ValueError if that many segments would leave the last one empty.
         """
-        grid = _solver_grid(cls.num_solver_steps, cls.num_train_timesteps)
+        grid = cls((cls.num_train_timesteps - 1,)).solver_timesteps
         if not 1 <= num_segments <= len(grid):
             raise ValueError(f"num_segments {num_segments} is out of range; choose between 1 and {len(grid)}")
         points = -(-len(grid) // num_segments)
@@ -165,7 +157,8 @@ class Boundaries:
     @cached_property
     def solver_timesteps(self) -> tuple[int, ...]:
         """The teacher's grid, ascending: 19, 39, ..., 999 for 50 steps of 1000."""
-        return _solver_grid(self.num_solver_steps, self.num_train_timesteps)
+        stride = self.num_train_timesteps // self.num_solver_steps
+        return tuple(range(stride - 1, self.num_train_timesteps, stride))
 
     @cached_property
     def jumps(self) -> dict[Direction, tuple[tuple[int, int], ...]]:
@@ -179,12 +172,12 @@ class Boundaries:
 
         The boundary is the one beyond t_next, not beyond t: a student at a boundary trains for the next segment.
         """
-        grid, ends = self.solver_timesteps, self.boundary_timesteps
-        down, up = (0, *grid[:-1]), grid[1:]
-        lower, upper = [bisect_right(ends, t) - 1 for t in down], [bisect_left(ends, t) for t in up]
+        grid, ends = torch.tensor(self.solver_timesteps), torch.tensor(self.boundary_timesteps)
+        down, up = torch.cat([ends[:1], grid[:-1]]), grid[1:]
+        lower, upper = torch.searchsorted(ends, down, right=True) - 1, torch.searchsorted(ends, up)
         return {
-            "reverse": _rows(TrainingPairs, grid, down, [ends[k] for k in lower], lower),
-            "forward": _rows(TrainingPairs, grid[:-1], up, [ends[k] for k in upper], [k - 1 for k in upper]),
+            "reverse": TrainingPairs(grid, down, ends[lower], lower),
+            "forward": TrainingPairs(grid[:-1], up, ends[upper], upper - 1),
         }
 
     @cached_property
@@ -194,12 +187,9 @@ class Boundaries:
         The forward student returns to each segment's upper end, the reverse student to the lower one. Both kinds turn
         at start_timestep instead of 0, where the forward student begins.
         """
-        lower, upper = zip(*self.jumps["forward"], strict=True)
-        segments = range(self.num_segments)
-        return {
-            "forward": _rows(RoundTrips, upper, lower, segments),
-            "reverse": _rows(RoundTrips, lower, upper, segments),
-        }
+        lower, upper = torch.tensor(self.jumps["forward"]).T
+        segments = torch.arange(self.num_segments)
+        return {"forward": RoundTrips(upper, lower, segments), "reverse": RoundTrips(lower, upper, segments)}
 
     def check_process(self, process: Process) -> None:
         """Raise ValueError if the process has another time axis than these."""
@@ -208,12 +198,3 @@ class Boundaries:
                 f"boundaries on {self.num_train_timesteps} timesteps do not fit a process of "
                 f"{process.num_train_timesteps}: give boundaries of num_train_timesteps {process.num_train_timesteps}"
             )
-
-
-def _rows(kind: type[_T], *columns: Iterable[int]) -> _T:
-    return kind(*(torch.tensor(list(column)) for column in columns))
-
-
-def _solver_grid(num_solver_steps: int, num_train_timesteps: int) -> tuple[int, ...]:
-    stride = num_train_timesteps // num_solver_steps
-    return tuple(range(stride - 1, num_train_timesteps, stride))

@@ -1,5 +1,6 @@
 """Random numbers of a training: a pure function of seed, step and sample, whoever owns the sample."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,8 +34,9 @@ class Draws:
 
     def of(self, name: str) -> "Draws":
         """The stream of this name, at its beginning."""
-        place = {"rank": self.rank, "world_size": self.world_size, "device": self.device}
-        return Draws(self.seed, self.step, name=f"{self.name}/{name}", **place)  # type: ignore[arg-type]
+        stream = copy.copy(self)
+        stream.name, stream._generators = f"{self.name}/{name}", []
+        return stream
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, float32; the first dimension is this rank's batch size."""
@@ -54,17 +56,14 @@ class Draws:
         return options[self.integers(count, len(options))]
 
     def _each(self, count: int, draw: Callable[..., Tensor]) -> Tensor:
-        drawn = [draw(generator=generator) for generator in self._of_samples(count)]
-        return torch.stack(drawn).to(self.device, non_blocking=True)
-
-    def _of_samples(self, count: int) -> list[torch.Generator]:
-        """On the CPU: the same numbers on any device."""
+        """Draw for each sample, on the CPU: the same numbers on any device."""
         if not self._generators:
             first = self.rank * count
             self._generators = [torch.Generator().manual_seed(self._seed(first + i)) for i in range(count)]
         if len(self._generators) != count:
             raise ValueError(f"{count} samples in a stream of {len(self._generators)}: a stream is of one batch")
-        return self._generators
+        drawn = [draw(generator=generator) for generator in self._generators]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
 
     def _seed(self, place: int) -> int:
         key = f"{self.seed}/{self.step}/{self.name}/{place}"

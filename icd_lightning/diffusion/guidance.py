@@ -7,6 +7,8 @@ of w that a guidance-distilled network was taught to obey. A `GuidanceSchedule` 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,8 +52,11 @@ def guidance_balance(guidance_scale: Tensor, balance: float) -> Tensor:
 class GuidanceSchedule(ABC):
     """w(t) (B,) float32 of t (B,): guidance_scale where guidance is on, 1 where it is off, between where it fades.
 
-    Limits of the subclasses are fractions of num_train_timesteps; ValueError if they are not ordered within [0, 1].
+    Raises ValueError for a scale that is negative or not finite, and for `limits` not ordered within [0, 1].
     """
+
+    limits: ClassVar[tuple[str, ...]] = ()
+    """The fields of a subclass that are fractions of num_train_timesteps, in ascending order."""
 
     guidance_scale: float
     _: KW_ONLY
@@ -60,6 +65,10 @@ class GuidanceSchedule(ABC):
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 (unconditional; 1 is unguided) or more")
+        limits = {name: getattr(self, name) for name in self.limits}
+        if not all(lower <= upper for lower, upper in pairwise((0, *limits.values(), 1))):
+            named = ", ".join(f"{name}={value}" for name, value in limits.items())
+            raise ValueError(f"{named}: choose fractions of the time axis between 0 and 1, in ascending order")
 
     def __call__(self, t: Tensor) -> Tensor:
         """The guidance scale (B,) float32 at timesteps t (B,)."""
@@ -74,30 +83,14 @@ class GuidanceSchedule(ABC):
     def strength(self, t: Tensor) -> Tensor:
         """How much of the guidance applies (B,), 0 to 1, at t (B,) float32."""
 
-    def _check_limits(self, **limits: float) -> None:
-        values = list(limits.values())
-        if not 0 <= values[0] <= values[-1] <= 1:
-            named = ", ".join(f"{name}={value}" for name, value in limits.items())
-            raise ValueError(f"{named}: choose fractions of the time axis between 0 and 1, in ascending order")
-
-
-@dataclass(frozen=True)
-class ConstantGuidance(GuidanceSchedule):
-    """The same w (B,) at every t (B,)."""
-
-    def strength(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
 
 @dataclass(frozen=True)
 class StepGuidance(GuidanceSchedule):
     """Dynamic guidance (arXiv:2406.14539): guided for t (B,) <= tau T, unguided above; tau = 1 is constant."""
 
-    tau: float = 1.0
+    limits = ("tau",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_limits(tau=self.tau)
+    tau: float = 1.0
 
     def strength(self, t: Tensor) -> Tensor:
         return (t <= self.tau * self.num_train_timesteps).float()
@@ -107,12 +100,10 @@ class StepGuidance(GuidanceSchedule):
 class CADSGuidance(GuidanceSchedule):
     """Guided below tau1, unguided above tau2, fading linearly between (arXiv:2310.17347); tau1 = tau2 is the step."""
 
+    limits = ("tau1", "tau2")
+
     tau1: float
     tau2: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_limits(tau1=self.tau1, tau2=self.tau2)
 
     def strength(self, t: Tensor) -> Tensor:
         full, none = self.tau1 * self.num_train_timesteps, self.tau2 * self.num_train_timesteps
@@ -124,12 +115,10 @@ class CADSGuidance(GuidanceSchedule):
 class IntervalGuidance(GuidanceSchedule):
     """Guided for lo T <= t (B,) <= hi T only (Kynkaanniemi et al., arXiv:2404.07724)."""
 
+    limits = ("lo", "hi")
+
     lo: float
     hi: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_limits(lo=self.lo, hi=self.hi)
 
     def strength(self, t: Tensor) -> Tensor:
         total = self.num_train_timesteps

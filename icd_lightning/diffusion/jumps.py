@@ -2,7 +2,7 @@
 
 A `Jump` binds a network to prompt, guidance and adapter; whoever takes jumps knows nothing of these. Latents stay
 float32 between jumps. `on_step` is called after each with a `Step`; to keep every latent and count network evaluations,
-collect them:
+collect them (a denoiser says by `nfe` how many its latest call took, by default 1):
 
     steps: list[Step] = []
     x = generate(reverse_model, noise, boundaries, on_step=steps.append)
@@ -42,11 +42,6 @@ class DDIMJump:
         return torch.where((t == s).view(-1, 1, 1, 1), x, moved)
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations of the latest jump."""
-        return int(getattr(self.denoise, "nfe", 1))
-
-    @property
     def joins(self) -> Hashable | None:
         """Jumps of one value can be made as one batch by `join`; None: this one cannot."""
         network = getattr(self.denoise, "joins", None)
@@ -74,11 +69,6 @@ class SamplerJump:
         up = self.process.x0_from_eps(x, eps, t)
         return self.process.mix(torch.where((t < s).view(-1, 1, 1, 1), up, x0), eps, s, set_alpha_to_one=False)
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of the latest step."""
-        return int(getattr(self.denoise, "nfe", 1))
-
 
 class Step(NamedTuple):
     """One jump made: from timestep t to s, x (B, C, H, W) at s, the evaluations nfe it took (2 for guidance by CFG)."""
@@ -95,9 +85,10 @@ OnStep = Callable[[Step], object]
 def run_jumps(jump: Jump, x: Tensor, steps: Iterable[tuple[int, int]], *, on_step: OnStep | None = None) -> Tensor:
     """Take x (B, C, H, W) along the steps (t, s); returns x (B, C, H, W) at the last s."""
     for t, s in steps:
-        x = jump(x, _batch_of(t, x), _batch_of(s, x))
+        t_batch, s_batch = (torch.full((len(x),), time, device=x.device) for time in (t, s))
+        x = jump(x, t_batch, s_batch)
         if on_step is not None:
-            on_step(Step(t, s, x, int(getattr(jump, "nfe", 1))))
+            on_step(Step(t, s, x, getattr(getattr(jump, "denoise", None), "nfe", 1)))
     return x
 
 
@@ -174,7 +165,3 @@ def _checked(num_inference_steps: int, most: int) -> int:
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps {num_inference_steps} must lie between 1 and {most}")
     return num_inference_steps
-
-
-def _batch_of(t: int, x: Tensor) -> Tensor:
-    return torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)

@@ -8,6 +8,7 @@ The equations are plans (see `calls`), so that their network evaluations can be 
 evaluated before the one call that does, so a loss never holds more than one graph.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion.boundaries import Boundaries, Direction, RoundTrips, TrainingPairs
-from icd_lightning.diffusion.calls import Call, Plan, alone
+from icd_lightning.diffusion.calls import Call, Plan
 from icd_lightning.diffusion.draws import Draws
 from icd_lightning.diffusion.jumps import Jump
 from icd_lightning.diffusion.process import Denoiser, NoisedData
@@ -71,16 +72,6 @@ def preservation_plan(away: Jump, back: Jump, data: NoisedData, trips: RoundTrip
     x_away = yield Call(away, x, trips.t, trips.s, turn=1)
     returned = yield Call(back, x_away, trips.s, trips.t, turn=2)
     return pseudo_huber(returned, x, huber_c)
-
-
-def consistency(student: Jump, solver: Jump, data: NoisedData, pairs: TrainingPairs, *, huber_c: float) -> Tensor:
-    """`consistency_plan` evaluated alone, (B,)."""
-    return alone(consistency_plan(student, solver, data, pairs, huber_c=huber_c))
-
-
-def preservation(away: Jump, back: Jump, data: NoisedData, trips: RoundTrips, *, huber_c: float) -> Tensor:
-    """`preservation_plan` evaluated alone, (B,)."""
-    return alone(preservation_plan(away, back, data, trips, huber_c=huber_c))
 
 
 def guidance_distillation(student: Denoiser, teacher: Denoiser, data: NoisedData, t: Tensor) -> Tensor:
@@ -137,18 +128,12 @@ class Loss(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What checkpoints and cards say of it: its class and its plain values; of anything else only the kind."""
-        return {"kind": type(self).__name__, **{name: _plain(value) for name, value in vars(self).items()}}
+        plain = json.dumps(vars(self), default=lambda value: type(value).__name__)
+        return {"kind": type(self).__name__, **json.loads(plain)}
 
     @abstractmethod
     def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
         """Draw, and yield the jumps to make; only those of turn 2 are differentiated."""
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it, or the name of its class."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 class Consistency(Loss):

@@ -11,14 +11,18 @@ Timestep 0 has two meanings. For a network it is the first level of the table, s
 is the data itself, alpha 1 and sigma 0. Diffusers calls the choice `set_alpha_to_one`, and so do we.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Time = Tensor | int
+"""Timesteps (B,) long, or one int for all."""
 
 
 class Split(NamedTuple):
@@ -35,12 +39,18 @@ Denoiser = Callable[[Tensor, Tensor], Split]
 class Process(nn.Module, ABC):
     """The levels alphas, sigmas (T,) float32 of T timesteps, and everything computed from them.
 
-    A subclass says what its networks output (`target`), how that splits x_t (`split`), and which config of diffusers
-    makes it (`read`).
+    A subclass says what its networks output (`target`) and how that splits x_t (`split`), and of diffusers' schedulers:
+        schedulers: their classes, whose config holds the arguments of the subclass.
+        refused: options of theirs that change the levels in a way not known here.
     """
+
+    schedulers: ClassVar[tuple[str, ...]]
+    refused: ClassVar[tuple[str, ...]]
 
     alphas: Tensor
     sigmas: Tensor
+    settings: dict[str, Any]
+    """What a network of the process was trained for, by name: plain values."""
 
     def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
         super().__init__()
@@ -62,7 +72,15 @@ class Process(nn.Module, ABC):
         if kind is None:
             known = ", ".join((*VP.schedulers, *Flow.schedulers))
             raise ValueError(f"scheduler {name!r} is of no known process; known schedulers (_class_name): {known}")
-        return kind.read(config)
+        given = {key: config[key] for key in inspect.signature(kind).parameters if key in config}
+        unknown = [key for key in kind.refused if config.get(key)]
+        unknown += [key for key, value in given.items() if value is None]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}={config[unknown[0]]!r} of a scheduler is not supported by {kind.__name__}: unset it "
+                "(and set a flow's shift to the number to use), or take a model without it"
+            )
+        return kind(**given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Process":
         # The tables follow the module's device but never its precision: model.bfloat16() would leave 8 bits of them.
@@ -70,26 +88,26 @@ class Process(nn.Module, ABC):
         return self
 
     @abstractmethod
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         """What a network is trained to output (B, C, H, W) where x_t is mixed of x0 and noise: the inverse of split."""
 
     @abstractmethod
-    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+    def split(self, output: Tensor, x: Tensor, t: Time) -> Split:
         """What a network's output (B, C, H, W) for x (B, C, H, W) at t means."""
 
     def network_time(self, t: Tensor) -> Tensor:
         """How networks are told the timesteps t (B,)."""
         return t
 
-    def alpha(self, t: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+    def alpha(self, t: Time, *, set_alpha_to_one: bool = True) -> Tensor:
         """alpha(t) (B, 1, 1, 1) of t (B,), or (1, 1, 1, 1) of an int; 1 at t = 0 if `set_alpha_to_one`."""
         return self._level(t, set_alpha_to_one)[0]
 
-    def sigma(self, t: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+    def sigma(self, t: Time, *, set_alpha_to_one: bool = True) -> Tensor:
         """sigma(t) (B, 1, 1, 1) of t (B,), or (1, 1, 1, 1) of an int; 0 at t = 0 if `set_alpha_to_one`."""
         return self._level(t, set_alpha_to_one)[1]
 
-    def _level(self, t: Tensor | int, set_alpha_to_one: bool = False) -> tuple[Tensor, Tensor]:
+    def _level(self, t: Time, set_alpha_to_one: bool = False) -> tuple[Tensor, Tensor]:
         """alpha(t), sigma(t); by default as networks know them, so that eps and x0 differ at t = 0 too."""
         t = torch.as_tensor(t, device=self.alphas.device).view(-1, 1, 1, 1)
         alpha, sigma = self.alphas[t], self.sigmas[t]
@@ -97,19 +115,13 @@ class Process(nn.Module, ABC):
             alpha, sigma = torch.where(t == 0, 1.0, alpha), torch.where(t == 0, 0.0, sigma)
         return alpha, sigma
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         """x_t (B, C, H, W) from x0 and noise (B, C, H, W), as networks are trained on it."""
         alpha, sigma = self._level(t)
         return alpha * x0 + sigma * noise
 
     def mix(
-        self,
-        x0: Tensor,
-        eps: Tensor,
-        s: Tensor | int,
-        *,
-        noise_std: Tensor | None = None,
-        set_alpha_to_one: bool = True,
+        self, x0: Tensor, eps: Tensor, s: Time, *, noise_std: Tensor | None = None, set_alpha_to_one: bool = True
     ) -> Tensor:
         """x_s (B, C, H, W) = alpha(s) x0 + sigma(s) eps: where every move of every sampler ends.
 
@@ -120,24 +132,18 @@ class Process(nn.Module, ABC):
         return alpha * x0 + _kept(sigma, noise_std) * eps
 
     def x0_from_eps(
-        self,
-        x: Tensor,
-        eps: Tensor,
-        t: Tensor | int,
-        *,
-        noise_std: Tensor | None = None,
-        set_alpha_to_one: bool = False,
+        self, x: Tensor, eps: Tensor, t: Time, *, noise_std: Tensor | None = None, set_alpha_to_one: bool = False
     ) -> Tensor:
         """The data (B, C, H, W) left when eps (B, C, H, W) is taken out of x (B, C, H, W) at t: undoes `mix`."""
         alpha, sigma = self._level(t, set_alpha_to_one)
         return (x - _kept(sigma, noise_std) * eps) / alpha
 
-    def eps_from_x0(self, x: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+    def eps_from_x0(self, x: Tensor, x0: Tensor, t: Time) -> Tensor:
         """The noise (B, C, H, W) left when x0 (B, C, H, W) is taken out of x (B, C, H, W) at t."""
         alpha, sigma = self._level(t)
         return (x - alpha * x0) / sigma
 
-    def split_by_eps(self, x: Tensor, eps: Tensor, t: Tensor | int) -> Split:
+    def split_by_eps(self, x: Tensor, eps: Tensor, t: Time) -> Split:
         """The split of x (B, C, H, W) at t whose noise is eps (B, C, H, W)."""
         return Split(self.x0_from_eps(x, eps, t), eps)
 
@@ -145,8 +151,8 @@ class Process(nn.Module, ABC):
         self,
         x: Tensor,
         eps: Tensor,
-        t: Tensor | int,
-        s: Tensor | int,
+        t: Time,
+        s: Time,
         *,
         noise_std: Tensor | None = None,
         set_alpha_to_one: bool = True,
@@ -159,7 +165,7 @@ class Process(nn.Module, ABC):
         x0 = self.x0_from_eps(x, eps, t, set_alpha_to_one=set_alpha_to_one)
         return self.mix(x0, eps, s, noise_std=noise_std, set_alpha_to_one=set_alpha_to_one)
 
-    def posterior_std(self, t: Tensor | int, s: Tensor | int, *, set_alpha_to_one: bool = True) -> Tensor:
+    def posterior_std(self, t: Time, s: Time, *, set_alpha_to_one: bool = True) -> Tensor:
         """Deviation (B, 1, 1, 1) of x_s given x_t and the data, s <= t. Eq. 16 at eta = 1, arXiv:2010.02502."""
         alpha_t, sigma_t = self._level(t, set_alpha_to_one)
         alpha_s, sigma_s = self._level(s, set_alpha_to_one)
@@ -181,12 +187,7 @@ class VP(Process):
         *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
         *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDIMInverseScheduler"),
     )
-    options = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     refused = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
-    beta_schedules = ("scaled_linear", "linear")
-    prediction_types = ("epsilon", "v_prediction")
-
-    alphas_cumprod: Tensor
 
     def __init__(
         self,
@@ -197,10 +198,10 @@ class VP(Process):
         beta_schedule: str = "scaled_linear",
         prediction_type: str = "epsilon",
     ) -> None:
-        if beta_schedule not in self.beta_schedules:
-            raise ValueError(f"beta_schedule {beta_schedule!r} is not supported; choose one of {self.beta_schedules}")
-        if prediction_type not in self.prediction_types:
-            raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(self.prediction_types)}")
+        if beta_schedule not in ("scaled_linear", "linear"):
+            raise ValueError(f"beta_schedule {beta_schedule!r} is not supported; choose one of scaled_linear, linear")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {prediction_type!r} is not one of epsilon, v_prediction")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         power = 2.0 if beta_schedule == "scaled_linear" else 1.0
@@ -209,25 +210,16 @@ class VP(Process):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         super().__init__(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
         self.prediction_type = prediction_type
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.settings = {"prediction_type": prediction_type}
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "VP":
-        """From a diffusers config; ValueError for options that change the levels."""
-        if changed := [key for key in cls.refused if config.get(key)]:
-            raise ValueError(
-                f"{changed[0]}={config[changed[0]]!r} is not supported: unset it, or take a teacher with plain betas"
-            )
-        return cls(**{key: config[key] for key in cls.options if config.get(key) is not None})
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         """The noise, or v."""
         if self.prediction_type == "epsilon":
             return noise
         alpha, sigma = self._level(t)
         return alpha * noise - sigma * x0
 
-    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+    def split(self, output: Tensor, x: Tensor, t: Time) -> Split:
         """By eps, what is left of x is x0; by v, both are a rotation of x and v."""
         if self.prediction_type == "epsilon":
             return self.split_by_eps(x, output, t)
@@ -242,6 +234,7 @@ class Flow(Process):
     """
 
     schedulers = ("FlowMatchEulerDiscreteScheduler",)
+    refused = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "prediction_type")
 
     def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         if not 0 < shift < math.inf:
@@ -249,19 +242,13 @@ class Flow(Process):
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)
         super().__init__(1 - sigmas, sigmas)
+        self.settings = {"shift": shift}
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "Flow":
-        """From a diffusers config; ValueError for options that change the levels."""
-        if changed := [key for key in ("use_dynamic_shifting", "invert_sigmas") if config.get(key)]:
-            raise ValueError(f"{changed[0]}=True is not supported: set it to false, and shift to the number to use")
-        return cls(num_train_timesteps=config.get("num_train_timesteps", 1000), shift=config.get("shift", 1.0))
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         """The velocity, the same all along the path."""
         return noise - x0
 
-    def split(self, output: Tensor, x: Tensor, t: Tensor | int) -> Split:
+    def split(self, output: Tensor, x: Tensor, t: Time) -> Split:
         """Along the velocity, down to the data and up to the noise; no division at either end."""
         alpha, sigma = self._level(t)
         return Split(x - sigma * output, x + alpha * output)
@@ -287,6 +274,6 @@ class NoisedData:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def at(self, t: Tensor | int) -> Tensor:
+    def at(self, t: Time) -> Tensor:
         """x_t (B, C, H, W) at t (B,): every loss of an iteration sees a point of the same straight mixture."""
         return self.process.add_noise(self.x0, self.noise, t)

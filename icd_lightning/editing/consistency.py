@@ -97,7 +97,7 @@ class InvertibleConsistency(EditingMethod):
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        return self._sampling("reverse", self.students.reverse_model(self.conditioner(prompts), guidance))
+        return self._sampling("reverse", self.students.denoiser("reverse", self.conditioner(prompts), guidance))
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -107,7 +107,7 @@ class InvertibleConsistency(EditingMethod):
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
-        forward_model = self._sampling("forward", self.students.forward_model(self.conditioner(prompts)))
+        forward_model = self._sampling("forward", self.students.denoiser("forward", self.conditioner(prompts), 1.0))
         jump = DDIMJump(forward_model, self.process)
         return invert(jump, latents, noise, self.boundaries, self.process, on_step=on_step)
 

@@ -9,7 +9,6 @@ from typing import Any
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.files import read_object
 from icd_lightning.models.family import EditingDefaults, Family
-from icd_lightning.models.sources import Folder
 
 DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
 """What a pipeline's config says for calls that do not."""
@@ -29,7 +28,7 @@ def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[st
 
     tau is for students of these boundaries, by default the paper's four.
     """
-    if isinstance(family.source, Folder):
+    if family.source.folder is not None:
         index = family.root / "model_index.json"
         config = read_object(index) if index.is_file() else {}
         if config.keys() >= set(DEFAULTS):  # a pipeline's own

@@ -20,9 +20,8 @@ from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.methods import LOADED, METHODS, build, class_of, says_guidance
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.models.family import Family
+from icd_lightning.models.family import Family, parse_style
 from icd_lightning.models.student_file import weights_file
-from icd_lightning.models.style import parse_style
 from icd_lightning.registry import typed
 
 CPU = torch.device("cpu")

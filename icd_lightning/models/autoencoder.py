@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.models.weights import fingerprint
 
 
 class LatentAutoencoder(nn.Module):
@@ -24,22 +25,14 @@ class LatentAutoencoder(nn.Module):
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
+        self.latent_channels = int(vae.config["latent_channels"])
+        self.downsampling = downsampling_of(vae.config)
         self.scaling_factor = float(vae.config.get("scaling_factor", 1.0))
         self.shift_factor = float(vae.config.get("shift_factor", None) or 0.0)
 
     def train(self, mode: bool = True) -> LatentAutoencoder:
         """Stay in evaluation mode: a frozen network has no other."""
         return super().train(False)
-
-    @property
-    def latent_channels(self) -> int:
-        """C of the latents."""
-        return int(self.vae.config["latent_channels"])
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent, along each side."""
-        return downsampling_of(self.vae.config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,7 +54,7 @@ class LatentAutoencoder(nn.Module):
                 f"image of {height} x {width} pixels: both sides must be multiples of {self.downsampling}; "
                 "crop or resize it first"
             )
-        with _own_precision(images), _graph(gradients):
+        with _running(images, gradients):
             encoded = self.vae.encode(images.to(self.vae.dtype))
         moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
         return moments.to(images.dtype)
@@ -84,7 +77,7 @@ class LatentAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor, *, gradients: bool = False) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
-        with _own_precision(latents), _graph(gradients):
+        with _running(latents, gradients):
             unscaled = latents / self.scaling_factor + self.shift_factor
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
             return images.clamp(-1, 1).to(latents.dtype)
@@ -96,11 +89,11 @@ def downsampling_of(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(stages) - 1))
 
 
-def _graph(gradients: bool) -> torch.set_grad_enabled:
-    """Where a graph is built: on request, and never inside `torch.no_grad`."""
-    return torch.set_grad_enabled(gradients and torch.is_grad_enabled())
+@contextmanager
+def _running(like: Tensor, gradients: bool) -> Iterator[None]:
+    """A graph is built on request, and never inside `torch.no_grad`.
 
-
-def _own_precision(like: Tensor) -> torch.autocast:
-    """Autocast off: in float16, an autoencoder that is kept in float32 for a reason would give NaN."""
-    return torch.autocast(like.device.type, enabled=False)
+    Autocast is off: in float16, an autoencoder that is kept in float32 for a reason would give NaN.
+    """
+    with torch.autocast(like.device.type, enabled=False), torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+        yield

@@ -9,11 +9,11 @@ from typing import Any
 
 from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.files import write_text
-from icd_lightning.models.sources import HUB_ID
+from icd_lightning.models.sources import on_hub
 
 PAPER = "[Invertible Consistency Distillation](https://arxiv.org/abs/2406.14539)"
 
-HEAD = """\
+PAGE = """\
 ---
 library_name: diffusers
 {base}tags:
@@ -23,6 +23,12 @@ library_name: diffusers
 
 # {title}
 
+{text}
+## Training
+
+```json
+{settings}
+```
 """
 
 STUDENT = """\
@@ -97,6 +103,6 @@ def write_guided_card(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _write(folder: Path, title: str, text: str, settings: Mapping[str, Any]) -> None:
     family = settings["family"]
-    base = f"base_model: {family}\n" if HUB_ID.fullmatch(family) and not Path(family).exists() else ""
-    trained = f"\n## Training\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
-    write_text(folder / "README.md", HEAD.format(base=base, title=title) + text + trained)
+    base = f"base_model: {family}\n" if on_hub(family) else ""
+    page = PAGE.format(base=base, title=title, text=text, settings=json.dumps(settings, indent=2))
+    write_text(folder / "README.md", page)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Conditioning:
         if isinstance(index, int):
             index = range(len(self))[index]  # negative counts from the end, and out of range is an IndexError
             index = slice(index, index + 1)
-        return self._map(lambda tensor: tensor[index])
+        return Conditioning(**{name: tensor[index] for name, tensor in self.tensors.items()})
 
     def replace(self, **tensors: Tensor) -> Conditioning:
         """The same with other tensors of these names."""
@@ -53,16 +53,9 @@ class Conditioning:
         count = len(self)
         return Conditioning.cat([self, other])[torch.arange(count, device=chosen.device) + count * ~chosen]
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        """On another device; each backbone casts what it feeds to its network."""
-        return self._map(lambda tensor: tensor.to(device))
-
     def embeds(self) -> dict[str, Tensor]:
         """What text encoders made, by name: all but the framing."""
         return {name: tensor for name, tensor in self.tensors.items() if name != "time_ids"}
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(**{name: change(tensor) for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)

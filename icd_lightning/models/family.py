@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -18,26 +19,13 @@ from icd_lightning.files import read_object
 from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
-from icd_lightning.models.sources import (
-    GUIDANCE_WIDTH,
-    HUB_ID,
-    Folder,
-    Random,
-    Source,
-    config_on_hub,
-    network_in,
-    network_on_hub,
-    open_source,
-    read_weights,
-    shipped,
-)
-from icd_lightning.models.style import parse_style
-from icd_lightning.models.text import Conditioner
-
-__all__ = ["EditingDefaults", "Family", "load_autoencoder", "shipped"]
+from icd_lightning.models.sources import Layout, Random, Source, open_source
+from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +37,6 @@ class EditingDefaults:
     guidance_scale: float = 8.0
     tau: float = 0.8
     closed_vocabulary: bool = False  # it knows those words only that its tokenizer keeps whole
-
-    @classmethod
-    def read(cls, file: Path) -> EditingDefaults:
-        """From a JSON object of these fields; ValueError for any other content."""
-        try:
-            return cls(**read_object(file))
-        except (ValueError, TypeError) as error:
-            known = ", ".join(field.name for field in fields(cls))
-            raise ValueError(f"{file} must be a JSON object with {known} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -96,29 +75,35 @@ class Family:
     @cached_property
     def source(self) -> Source:
         """Where the parts come from; FileNotFoundError, with what to do, if there is no such model."""
-        return open_source(self.model, variant=self.variant, config=self.config)
+        return open_source(self.model, self.backbone.part, variant=self.variant, config=self.config)
 
     @property
     def root(self) -> Path:
         """The model's folder; ValueError if the model is none."""
-        if not isinstance(self.source, Folder):
+        if self.source.folder is None:
             raise ValueError(
                 f"model {self.model!r} is not a folder, so it brings no students: name both (--forward and --reverse)"
             )
-        return Path(self.source.location)
+        return self.source.folder
 
     @property
     def resolution(self) -> int:
         """Pixels of a side of the pictures that the network was trained on."""
-        return int(self.source.config(self.backbone.part)["sample_size"]) * downsampling_of(self.source.config("vae"))
+        return int(self.source.config(self.backbone.part)["sample_size"]) * downsampling_of(self._autoencoder_config())
 
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""
         self._guided_network()
 
     def load_defaults(self) -> EditingDefaults:
-        file = Path(self.source.location) / "icd.json" if isinstance(self.source, Folder) else None
-        return EditingDefaults.read(file) if file is not None and file.is_file() else EditingDefaults()
+        """What the model's folder says; ValueError for anything else than a JSON object of these fields."""
+        if self.source.folder is None or not (file := self.source.folder / "icd.json").is_file():
+            return EditingDefaults()
+        try:
+            return EditingDefaults(**read_object(file))
+        except (ValueError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(EditingDefaults))
+            raise ValueError(f"{file} must be a JSON object with {known} ({error})") from error
 
     def load_process(self) -> Process:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
@@ -127,12 +112,17 @@ class Family:
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
             return load_autoencoder(self.vae, self.dtype)
-        load = partial(self.source.network, "vae")
-        return _autoencoder(self.source.config("vae"), load, self.dtype, f"the autoencoder of {self.model}")
+        return _autoencoder(self.source, "vae", self.dtype, f"the autoencoder of {self.model}")
+
+    def _autoencoder_config(self) -> dict[str, Any]:
+        return self.source.config("vae") if self.vae is None else Layout(self.vae).config("")
 
     def load_conditioner(self) -> Conditioner:
-        """The frozen text side."""
-        return self.backbone.conditioner(self.source, self.dtype)
+        """The frozen text side; where it tells sizes of pictures, by default the model's own."""
+        conditioner = self.backbone.conditioner(self.source, self.dtype)
+        if isinstance(conditioner, DualCLIPConditioner):
+            return conditioner.for_size(self.resolution, self.resolution)
+        return conditioner
 
     def load_model(self, *, guided: bool) -> DiffusionModel:
         """The plain teacher, or the guidance-distilled one of stage 1; frozen."""
@@ -146,7 +136,7 @@ class Family:
 
     def _check_channels(self, network: nn.Module) -> None:
         """Refuse networks that are fed more than latents, such as those for inpainting."""
-        taken, latent = self.backbone.latent_channels(network), self.source.config("vae").get("latent_channels")
+        taken, latent = network.config["in_channels"], self._autoencoder_config().get("latent_channels")
         if latent is not None and taken != latent:
             raise ValueError(
                 f"the {self.backbone.part} of {self.model} takes {taken} channels, and its latents have {latent}: it "
@@ -158,15 +148,14 @@ class Family:
         backbone, source, usual = self.backbone, self.source, f"{self.backbone.part}_guided"
         path = Path(self.guided_unet or usual)
         if self.guided_unet and path.is_file():
-            config = source.config(backbone.part)
-            return lambda: backbone.guided_from_file(path, config, read_weights(path, self.dtype))
+            return partial(backbone.guided_from_file, path, source.config(backbone.part), self.dtype)
         folders = [path, path / usual] if self.guided_unet else []
-        if isinstance(source, Folder):
-            folders.append(self.root / path)
+        if source.folder is not None:
+            folders.append(source.folder / path)
         for folder in folders:
             if (folder / "config.json").is_file():
                 variant = self.variant if list(folder.glob(f"*.{self.variant}.*")) else None
-                return partial(network_in, folder, backbone.network_class, self.dtype, variant=variant)
+                return partial(Layout(str(folder), variant).network, "", backbone.network_class, self.dtype)
         if self.guided_unet in (None, usual):
             if isinstance(source, Random):
                 config = backbone.config_with_guidance(source.config(backbone.part), GUIDANCE_WIDTH)
@@ -184,18 +173,15 @@ class Family:
 
 def load_autoencoder(location: str | Path, dtype: torch.dtype = torch.float32) -> LatentAutoencoder:
     """Load the autoencoder in a folder or on the hub, of whichever class its config names."""
-    name, folder = str(location), Path(location)
-    if not folder.exists() and HUB_ID.fullmatch(name):
-        return _autoencoder(read_object(config_on_hub(name)), partial(network_on_hub, name), dtype, name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no autoencoder at {folder}: there is no {folder / 'config.json'}")
-    return _autoencoder(read_object(folder / "config.json"), partial(network_in, folder), dtype, name)
+    layout = Layout(str(location))
+    if not (file := layout.file("config.json")).is_file():
+        raise FileNotFoundError(f"no autoencoder at {location}: there is no {file}")
+    return _autoencoder(layout, "", dtype, str(location))
 
 
-def _autoencoder(
-    config: dict[str, Any], load: Callable[[type[nn.Module], torch.dtype], nn.Module], dtype: torch.dtype, name: str
-) -> LatentAutoencoder:
-    """By its config, from load(class, type)."""
+def _autoencoder(source: Source, part: str, dtype: torch.dtype, name: str) -> LatentAutoencoder:
+    """By its config."""
+    config = source.config(part)
     cls = AUTOENCODERS.get(config.get("_class_name", ""))
     if cls is None:
         raise ValueError(
@@ -208,4 +194,18 @@ def _autoencoder(
             name,
         )
         dtype = torch.float32
-    return LatentAutoencoder(load(cls, dtype))
+    return LatentAutoencoder(source.network(part, cls, dtype))
+
+
+def parse_style(style: str) -> tuple[Path, float]:
+    """The file and the scale, by default 1, of a style `FILE:SCALE`; ValueError for no file, or no such scale."""
+    name, _, text = style.rpartition(":")
+    try:
+        file, scale = (Path(style), 1.0) if not name or Path(style).is_file() else (Path(name), float(text))
+    except ValueError:
+        raise ValueError(f"style {style!r} must be FILE or FILE:SCALE, SCALE a number") from None
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ValueError(f"style {style!r}: there is no .safetensors file {file}")
+    if not math.isfinite(scale):
+        raise ValueError(f"style {style!r}: scale {scale} is not finite")
+    return file, scale

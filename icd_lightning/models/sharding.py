@@ -37,13 +37,8 @@ def gather_weights(module: nn.Module) -> None:
                 setattr(part, name, nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad))
         if isinstance(part, FSDPModule):
             # FSDP2 has no way back. These hooks are all its own; the class was made of FSDPModule and the real one
-            for hooks in (
-                "_forward_pre_hooks",
-                "_forward_hooks",
-                "_state_dict_pre_hooks",
-                "_load_state_dict_pre_hooks",
-            ):
-                getattr(part, hooks).clear()
+            for kind in ("forward_pre", "forward", "state_dict_pre", "load_state_dict_pre"):
+                getattr(part, f"_{kind}_hooks").clear()
             part.__class__ = type(part).__bases__[1]
 
 

@@ -8,54 +8,38 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import build_tokenizer
+from icd_lightning.models.weights import first_line, refuse_missing
 
 RANDOM = "random:"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
-TOKENIZER_OPTIONS = {"tokenizer_2": {"pad_token": "!"}}  # SDXL's second text encoder was trained so
+PAD_TOKENS = {"tokenizer_2": "!"}  # SDXL's second text encoder was trained so
 SINGLE_FILES = {  # a key by which a single file is known to be of one of our architectures
     "sdxl": "conditioner.embedders.1.model.positional_embedding",
     "sd15": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
 }
-GUIDANCE_WIDTH = 512  # of its guidance embedding, where its weights are random; that of the released ones
 
 Result = TypeVar("Result")
-
-
-class Source(Protocol):
-    """The parts of a model."""
-
-    def has(self, part: str) -> bool:
-        """Whether the model has this part."""
-
-    def config(self, part: str) -> dict[str, Any]:
-        """What the part's config file says, without a library's defaults."""
-
-    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        """A part with its weights; ValueError or FileNotFoundError if any of them is missing."""
-
-    def tokenizer(self, part: str) -> CLIPTokenizer:
-        """A tokenizer."""
 
 
 def shipped(name: str = "tiny") -> Path:
@@ -68,20 +52,27 @@ def architecture(name: str) -> Path:
     return Path(str(files("icd_lightning") / "models" / "architectures" / name))
 
 
-def open_source(model: str, *, variant: str | None = None, config: str | None = None) -> Source:
-    """What a model's name stands for; FileNotFoundError, with what was tried and what to do, if that is nothing."""
+def open_source(model: str, part: str, *, variant: str | None = None, config: str | None = None) -> Source:
+    """What a model's name stands for; `part` is its network.
+
+    Raises FileNotFoundError, with what was tried and what to do, if that is nothing.
+    """
     path = shipped() if model == "tiny" else Path(model)
-    if any((path / part).is_dir() for part in ("unet", "vae")):
-        return Folder(str(path), variant)
+    if any((path / name).is_dir() for name in (part, "vae")):
+        return Layout(str(path), variant)
     if path.is_file():
-        return SingleFile(path, None if config is None else _configs(config))
+        return SingleFile(path, None if config is None else Layout(config))
     try:
         if model.startswith(RANDOM):
-            return Random.of(model.removeprefix(RANDOM))
-        if path.exists() or not HUB_ID.fullmatch(model):
-            raise FileNotFoundError(f"{path} has neither unet/ nor vae/" if path.exists() else f"there is no {path}")
-        hub = Hub(model, variant)
-        hub.index()
+            name = model.removeprefix(RANDOM)
+            folder = architecture(name) if architecture(name).is_dir() else Path(name)
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
+            return Random(Layout(str(folder)))
+        if not on_hub(model):
+            raise FileNotFoundError(f"{path} has neither {part}/ nor vae/" if path.exists() else f"there is no {path}")
+        hub = Layout(model, variant)
+        hub.file("model_index.json")
         return hub
     except OSError as error:
         raise FileNotFoundError(
@@ -91,63 +82,112 @@ def open_source(model: str, *, variant: str | None = None, config: str | None = 
         ) from error
 
 
-def _configs(location: str) -> Folder | Hub:
-    return Hub(location) if HUB_ID.fullmatch(location) and not Path(location).exists() else Folder(location)
+def on_hub(location: str) -> bool:
+    """Whether this is the name of a model on the hub, and not of a folder here."""
+    return bool(HUB_ID.fullmatch(location)) and not Path(location).exists()
+
+
+class Source(ABC):
+    """The parts of a model."""
+
+    layout: Layout
+    """Where the configs are, for a model that is not in diffusers' layout itself."""
+    folder: Path | None = None
+    """Where the model is, if it is a folder in that layout."""
+
+    def has(self, part: str) -> bool:
+        """Whether the model has this part."""
+        return self.layout.has(part)
+
+    def config(self, part: str) -> dict[str, Any]:
+        """What the part's config file says, without a library's defaults."""
+        return self.layout.config(part)
+
+    @abstractmethod
+    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+        """A part with its weights; ValueError or FileNotFoundError if any of them is missing."""
+
+    @abstractmethod
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        """A tokenizer."""
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder in diffusers' layout; `variant` picks files such as `model.fp16.safetensors`."""
+class Layout(Source):
+    """A folder in diffusers' layout, or a model on the hub; if it is a single part, that is "".
+
+    Of a model on the hub, what the local cache holds is taken from there, and the rest is downloaded. `variant` picks
+    files such as `model.fp16.safetensors`.
+    """
 
     location: str
     variant: str | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        return None if on_hub(self.location) else Path(self.location)
+
+    def file(self, name: str) -> Path:
+        """A small file."""
+        if self.folder is not None:
+            return self.folder / name
+        return Path(self._read(partial(huggingface_hub.hf_hub_download, self.location, name)))
+
     def has(self, part: str) -> bool:
-        return (Path(self.location) / part).is_dir()
+        return self.file(part).is_dir() if self.folder else part in read_object(self.file("model_index.json"))
 
     def config(self, part: str) -> dict[str, Any]:
-        return read_object(Path(self.location) / part / _config_name(part))
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return read_object(self.file(str(Path(part) / name)))
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        return network_in(Path(self.location) / part, cls, dtype, variant=self.variant)
+        options = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype, "variant": self.variant}
+        if part:
+            options["subfolder"] = part
+        place = Path(self.location) / part
+        try:
+            load = partial(cls.from_pretrained, self.location, output_loading_info=True, **options)
+            network, info = self._read(load)
+        except OSError as error:
+            if self.folder is None:
+                raise
+            present = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in place.glob(pattern))
+            raise FileNotFoundError(
+                f"{place} has no weights{f' of variant {self.variant}' if self.variant else ''} that can be read; it "
+                f"holds {', '.join(present) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be "
+                f"named by --variant, of icd fit --model.init_args.family.variant)"
+            ) from error
+        refuse_missing(sorted(info["missing_keys"]), str(place))
+        return network
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
-        if not self.has(part):
-            raise FileNotFoundError(f"{self.location} has no {part}/")
-        return _tokenizer(str(Path(self.location) / part))
+        def load(**local: bool) -> CLIPTokenizer:
+            tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
+            if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
+                place = Path(self.location) / part
+                raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
+            return tokenizer
+
+        return self._read(load)
+
+    def _read(self, load: Callable[..., Result]) -> Result:
+        """What load(local_files_only=True) returns; and on the hub, if the cache lacks anything, with False."""
+        try:
+            return load(local_files_only=True)
+        except (OSError, EntryNotFoundError):
+            if self.folder is not None:
+                raise
+        try:  # it fails at once, where a download would try for half a minute
+            huggingface_hub.model_info(self.location, timeout=10)
+        except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
+            raise FileNotFoundError(
+                f"{self.location} is not in the hub's cache here and cannot be downloaded ({first_line(error)})"
+            ) from error
+        return load(local_files_only=False)
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A model on the hub. What the local cache holds is taken from there; the rest is downloaded."""
-
-    location: str
-    variant: str | None = None
-
-    def index(self) -> dict[str, Any]:
-        """The list of the model's parts."""
-        return self._read("model_index.json")
-
-    def has(self, part: str) -> bool:
-        return part in self.index()
-
-    def config(self, part: str) -> dict[str, Any]:
-        return self._read(f"{part}/{_config_name(part)}")
-
-    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        return network_on_hub(self.location, cls, dtype, variant=self.variant, subfolder=part)
-
-    def tokenizer(self, part: str, **options: Any) -> CLIPTokenizer:
-        return cached_first(
-            self.location, lambda **local: _tokenizer(self.location, subfolder=part, **options, **local)
-        )
-
-    def _read(self, name: str) -> dict[str, Any]:
-        return read_object(config_on_hub(self.location, name))
-
-
-@dataclass(frozen=True)
-class SingleFile:
+class SingleFile(Source):
     """All weights in one file, the form in which Stable Diffusion was first released, and most of what came of it.
 
     Such a file holds neither configs nor a tokenizer, so `configs` is a model that does. None: the configs are the
@@ -155,17 +195,24 @@ class SingleFile:
     """
 
     file: Path
-    configs: Folder | Hub | None = None
+    configs: Layout | None = None
 
-    def has(self, part: str) -> bool:
-        return self._configs().has(part)
-
-    def config(self, part: str) -> dict[str, Any]:
-        return self._configs().config(part)
+    @cached_property
+    def layout(self) -> Layout:
+        if self.configs is not None:
+            return self.configs
+        weights = self._weights()
+        name = next((name for name, key in SINGLE_FILES.items() if key in weights), None)
+        if name is None:
+            raise ValueError(
+                f"{self.file} is neither Stable Diffusion 1.5 nor SDXL, for it has no weight named "
+                f"{' or '.join(SINGLE_FILES.values())}: if it is another model of the same kind, name a folder in "
+                "diffusers' layout that fits it by --config (icd fit: --model.init_args.family.config)"
+            )
+        return Layout(str(architecture(name)))
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        weights = self._weights()
-        options = {"config": self._configs(weights).location, "subfolder": part}
+        weights, options = self._weights(), {"config": self.layout.location, "subfolder": part}
         try:
             if issubclass(cls, PreTrainedModel):
                 network = create_diffusers_clip_model_from_ldm(cls, weights, **options)
@@ -182,25 +229,12 @@ class SingleFile:
         if self.configs is not None:
             return self.configs.tokenizer(part)
         try:
-            return Hub(CLIP_TOKENIZER).tokenizer("", **TOKENIZER_OPTIONS.get(part, {}))
+            return _padded(Layout(CLIP_TOKENIZER).tokenizer(""), part)
         except OSError as error:
             raise FileNotFoundError(
                 f"{self.file} has no tokenizer, as no single file has, and {first_line(error)}: name a folder in "
                 f"diffusers' layout with {part}/ by --config (icd fit: --model.init_args.family.config)"
             ) from error
-
-    def _configs(self, weights: dict[str, Tensor] | None = None) -> Folder | Hub:
-        if self.configs is not None:
-            return self.configs
-        weights = self._weights() if weights is None else weights
-        for name, key in SINGLE_FILES.items():
-            if key in weights:
-                return Folder(str(architecture(name)))
-        raise ValueError(
-            f"{self.file} is neither Stable Diffusion 1.5 nor SDXL, for it has no weight named "
-            f"{' or '.join(SINGLE_FILES.values())}: if it is another model of the same kind, name a folder in "
-            "diffusers' layout that fits it by --config (icd fit: --model.init_args.family.config)"
-        )
 
     def _weights(self) -> dict[str, Tensor]:
         """By reference to the file, where its format allows; read anew for each part, so that none stays in memory."""
@@ -211,33 +245,19 @@ class SingleFile:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Source):
     """Networks of a true architecture with random weights, the same ones every time, for trials of everything else."""
 
-    configs: Folder
-    seed: int = 0
-
-    @classmethod
-    def of(cls, name: str) -> Random:
-        """Of one of the package's architectures, or of a folder of config files in diffusers' layout."""
-        folder = architecture(name) if architecture(name).is_dir() else Path(name)
-        if not (folder / "unet").is_dir():
-            raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
-        return cls(Folder(str(folder)))
-
-    def has(self, part: str) -> bool:
-        return self.configs.has(part)
-
-    def config(self, part: str) -> dict[str, Any]:
-        return self.configs.config(part)
+    layout: Layout
 
     def network(
         self, part: str, cls: type[nn.Module], dtype: torch.dtype, *, config: dict[str, Any] | None = None
     ) -> nn.Module:
         """A part with random weights; `config` in the place of its own, for parts that the configs lack."""
         config = self.config(part) if config is None else config
-        with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
-            torch.manual_seed(self.seed + zlib.crc32(part.encode()))
+        # made in this type, not cast to it: SDXL's UNet takes 5 GB instead of 15
+        with torch.random.fork_rng(devices=[]), local_torch_dtype(dtype):
+            torch.manual_seed(zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
                 return cls.from_config(config)
             tokenizer = self.tokenizer(part.replace("text_encoder", "tokenizer"))
@@ -247,102 +267,9 @@ class Random:
     def tokenizer(self, part: str) -> CLIPTokenizer:
         """One that knows bytes alone, which any text encoder's vocabulary has room for."""
         length = self.config(part.replace("tokenizer", "text_encoder"))["max_position_embeddings"]
-        tokenizer = build_tokenizer((), length)
-        for name, value in TOKENIZER_OPTIONS.get(part, {}).items():
-            setattr(tokenizer, name, value)
-        return tokenizer
+        return _padded(build_tokenizer((), length), part)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New networks are made in this type, not cast to it: SDXL's UNet takes 5 GB instead of 15."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def network_in(folder: Path, cls: type[nn.Module], dtype: torch.dtype, *, variant: str | None = None) -> nn.Module:
-    """Load a network from its folder."""
-    try:
-        return _from_pretrained(str(folder), cls, dtype, variant=variant, local_files_only=True)
-    except OSError as error:
-        present = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-        raise FileNotFoundError(
-            f"{folder} has no weights{f' of variant {variant}' if variant else ''} that can be read; it holds "
-            f"{', '.join(present) or 'no file of weights'} (name.fp16.safetensors is variant fp16, to be named by "
-            f"--variant, of icd fit --model.init_args.family.variant)"
-        ) from error
-
-
-def network_on_hub(
-    name: str, cls: type[nn.Module], dtype: torch.dtype, *, variant: str | None = None, subfolder: str | None = None
-) -> nn.Module:
-    """Load a network from the hub or its cache."""
-    options = {} if subfolder is None else {"subfolder": subfolder}
-    return cached_first(name, lambda **local: _from_pretrained(name, cls, dtype, variant=variant, **options, **local))
-
-
-def config_on_hub(name: str, file: str = "config.json") -> Path:
-    """A small file from the hub or its cache."""
-    return Path(cached_first(name, lambda **local: huggingface_hub.hf_hub_download(name, file, **local)))
-
-
-def _from_pretrained(location: str, cls: type[nn.Module], dtype: torch.dtype, **options: Any) -> nn.Module:
-    precision = "dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"
-    network, info = cls.from_pretrained(location, output_loading_info=True, **{precision: dtype}, **options)
-    refuse_missing(sorted(info["missing_keys"]), location)
-    return network
-
-
-def _tokenizer(location: str, **options: Any) -> CLIPTokenizer:
-    tokenizer = CLIPTokenizer.from_pretrained(location, **options)
-    if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
-        raise FileNotFoundError(f"{location} has no tokenizer: there is neither tokenizer.json nor vocab.json")
+def _padded(tokenizer: CLIPTokenizer, part: str) -> CLIPTokenizer:
+    tokenizer.pad_token = PAD_TOKENS.get(part, tokenizer.pad_token)
     return tokenizer
-
-
-def cached_first(name: str, load: Callable[..., Result]) -> Result:
-    """Call load(local_files_only=True), and if the cache lacks anything, load(local_files_only=False)."""
-    try:
-        return load(local_files_only=True)
-    except (OSError, EntryNotFoundError):
-        pass
-    try:
-        huggingface_hub.model_info(name, timeout=10)  # it fails at once, where a download would try for half a minute
-    except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
-        raise FileNotFoundError(
-            f"{name} is not in the hub's cache here and cannot be downloaded ({first_line(error)})"
-        ) from error
-    return load(local_files_only=False)
-
-
-def refuse_missing(names: list[str], where: str) -> None:
-    """Libraries would fill weights that are not there with random ones, and say so in a warning at most."""
-    if names:
-        raise ValueError(f"{where} lacks {len(names)} of the network's weights, for example {names[0]}")
-
-
-def read_weights(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict in this type, safetensors or pickled; nothing in a pickle is run."""
-    try:
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
-    return {name: weight.to(dtype) for name, weight in weights.items()}
-
-
-def first_line(error: Exception) -> str:
-    """The gist of another library's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
-
-
-def _config_name(part: str) -> str:
-    return "scheduler_config.json" if part == "scheduler" else "config.json"

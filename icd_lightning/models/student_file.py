@@ -1,9 +1,8 @@
 """Students in files: one adapter, one file, in the format that plain diffusers loads, marked with its direction.
 
 `write_diffusers` writes `pytorch_lora_weights.safetensors`. Its header holds the alpha for diffusers and, for us, what
-iCD must know (direction, boundaries, ...); the latter is repeated as `icd.json` for people. `write_kohya` and
-`write_released` write the same weights for programs that read other names. `StudentFile.read` reads all of these and
-peft's folders.
+iCD must know (direction, boundaries, ...); the latter is repeated as `icd.json` for people. `write_kohya` writes the
+same weights for programs that read other names. `StudentFile.read` reads both, released files and peft's folders:
 
     diffusers  unet.<module>.lora_A.weight                    alpha in the header
     kohya      lora_unet_<module, _ for .>.lora_down.weight   alpha beside each pair of weights
@@ -13,7 +12,6 @@ peft's folders.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -23,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Direction
-from icd_lightning.files import read_object, replaced_folder, write_whole
+from icd_lightning.files import parse_object, read_object, replaced_folder, write_whole
+from icd_lightning.models.weights import check_fit, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +35,9 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name `load_lora_weights
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RELEASED = "unet.base_model.model."  # the prefix that the released files have, and no others
 RELEASED_ALPHA = 8.0  # the released files do not say; read without it they act 8 times too strong
-PEFT = "base_model.model."
+PREFIX = re.compile(r"lora_(unet|transformer)_|((unet|transformer)\.)?(base_model\.model\.)?")
+PART = re.compile(r"(?P<kohya>lora_)?(?P<part>unet|transformer)[._]")
 START, LAST = Boundaries.start_timestep, Boundaries.num_train_timesteps - 1  # where released students begin and end
-KOHYA_PARTS = {"lora_down": "lora_A", "lora_up": "lora_B"}
-PARTS = ("unet", "transformer")
 NOT_HAD = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
 """Options of peft that change what weights mean."""
 
@@ -67,32 +65,27 @@ class StudentFile:
         student too weak or too strong.
         """
         file = weights_file(path)
-        tensors, header = _read(file)
-        part = next((p for p in PARTS if any(name.startswith((f"{p}.", f"lora_{p}_")) for name in tensors)), "unet")
-        if kohya := any(name.startswith(f"lora_{part}_") for name in tensors):
-            weights, options = _from_kohya(tensors, f"lora_{part}_", file)
-        else:
-            weights = {_without_prefix(name): tensor for name, tensor in tensors.items()}
-            options = _read_json(header.get("lora_adapter_metadata", "{}"), file)
-            options = {key.removeprefix(f"{part}."): value for key, value in options.items()}
-        beside = {**_beside(file, PEFT_CONFIG), **options}
-        about = _read_json(header["icd"], file) if "icd" in header else _beside(file, "icd.json")
-        if refused := [key for key in NOT_HAD if beside.get(key)]:
+        tensors = read_weights(file)
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+        named = next(filter(None, map(PART.match, tensors)), None)
+        part, kohya = (named["part"], named["kohya"]) if named else ("unet", None)
+        options = parse_object(header.get("lora_adapter_metadata", "{}"), f"{file}: its header")
+        options = {key.removeprefix(f"{part}."): value for key, value in options.items()}
+        if kohya:
+            tensors, options["lora_alpha"] = _from_kohya(tensors, file)
+        options = {**_beside(file, PEFT_CONFIG), **options}
+        about = parse_object(header["icd"], f"{file}: its header") if "icd" in header else _beside(file, "icd.json")
+        if refused := [key for key in NOT_HAD if options.get(key)]:
             raise ValueError(f"{file} uses {refused[0]}, which students do not have")
-        modules = beside.get("target_modules")
         released = not kohya and all(name.startswith(RELEASED) for name in tensors)
-        stated = (beside.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None)
+        stated = (options.get("lora_alpha"), about.get("alpha"), RELEASED_ALPHA if released else None)
         if alpha is not None and not any(value is not None for value in stated):
             log.warning("%s does not say its alpha: it is taken to be %g", file, alpha)
-        return cls(
-            weights,
-            _rank(weights, file),
-            _alpha((*stated, alpha), file),
-            about,
-            tuple(modules) if isinstance(modules, list) else None,
-            part,
-            file,
-        )
+        weights = {PREFIX.sub("", name, count=1): tensor for name, tensor in tensors.items()}
+        modules = options.get("target_modules")
+        targets = tuple(modules) if isinstance(modules, list) else None
+        return cls(weights, _rank(weights, file), _alpha((*stated, alpha), file), about, targets, part, file)
 
     @property
     def direction(self) -> Direction | None:
@@ -128,17 +121,7 @@ class StudentFile:
         """The weights by the names expected; ValueError if any is missing, too many, or of another shape."""
         dotted = {_kohya_name(name): name for name in expected}
         weights = {dotted.get(name, name): weight for name, weight in self.weights.items()}
-        if missing := expected.keys() - weights.keys():
-            raise ValueError(f"{self.path} lacks {len(missing)} of {len(expected)} weights, for example {min(missing)}")
-        if unexpected := weights.keys() - expected.keys():
-            raise ValueError(
-                f"{self.path} has {len(unexpected)} weights that these students have no place for, for example "
-                f"{min(unexpected)}: another network or other target_modules?"
-            )
-        for name, weight in weights.items():
-            if weight.shape != expected[name].shape:
-                shapes = f"{tuple(weight.shape)}, these students need {tuple(expected[name].shape)}"
-                raise ValueError(f"{self.path}: {name} is {shapes}: another network?")
+        check_fit(weights, expected, self.path, "this network and these target_modules")
         return weights
 
 
@@ -147,16 +130,10 @@ def write_diffusers(file: StudentFile, folder: str | Path) -> Path:
     weights = {f"{file.part}.{name}": weight for name, weight in file.weights.items()}
     # diffusers makes a LoraConfig of this; no more keys than it needs, since versions of peft differ in theirs
     options = {"r": file.rank, "lora_alpha": file.alpha, "target_modules": list(file.target_modules or ())}
-    about = _described(file)
-    header = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"{file.part}.{key}": value for key, value in options.items()}),
-        "icd": about,
-    }
+    header = {"lora_adapter_metadata": json.dumps({f"{file.part}.{key}": value for key, value in options.items()})}
     with replaced_folder(folder) as temporary:
-        data = sorted_metadata(save(weights, metadata=header))
-        (temporary / WEIGHTS_NAME).write_bytes(data)  # save_file lets nobody else read
-        (temporary / "icd.json").write_text(about + "\n")
+        (temporary / WEIGHTS_NAME).write_bytes(_packed(file, weights, header))  # save_file lets nobody else read
+        (temporary / "icd.json").write_text(_described(file) + "\n")
     return Path(folder).absolute() / WEIGHTS_NAME
 
 
@@ -168,24 +145,11 @@ def write_kohya(file: StudentFile, path: str | Path) -> Path:
     weights = {}
     for name, weight in file.weights.items():
         module, part, _ = _kohya_name(name).split(".")
-        kohya_part = next(kohya for kohya, usual in KOHYA_PARTS.items() if usual == part)
+        kohya_part = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
         weights[f"lora_{file.part}_{module}.{kohya_part}.weight"] = weight
         weights[f"lora_{file.part}_{module}.alpha"] = torch.tensor(float(file.alpha))
     sizes = {"ss_network_dim": str(file.rank), "ss_network_alpha": str(file.alpha)}
-    header = {"format": "pt", "ss_network_module": "networks.lora", **sizes, "icd": _described(file)}
-    data = sorted_metadata(save(weights, metadata=header))
-    write_whole(Path(path), lambda temporary: temporary.write_bytes(data))
-    return Path(path)
-
-
-def write_released(file: StudentFile, path: str | Path) -> Path:
-    """Write one student as those of the paper were released, for its code; return the file's path.
-
-    That code knows students of alpha 8 only, and tells their direction and boundaries by the name of the file.
-    """
-    if file.alpha != RELEASED_ALPHA:
-        raise ValueError(f"files in the released format mean alpha {RELEASED_ALPHA:g}, this is {file.alpha:g}")
-    data = save({f"{RELEASED}{name}": weight for name, weight in file.weights.items()})
+    data = _packed(file, weights, {"ss_network_module": "networks.lora", **sizes})
     write_whole(Path(path), lambda temporary: temporary.write_bytes(data))
     return Path(path)
 
@@ -195,7 +159,7 @@ def weights_file(path: str | Path) -> Path:
     file = Path(path)
     if file.is_dir():
         file = next((file / name for name in (WEIGHTS_NAME, PEFT_NAME) if (file / name).is_file()), file / WEIGHTS_NAME)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".safetensors":
         raise FileNotFoundError(
             f"no student at {path}: give a .safetensors file or a folder that holds {WEIGHTS_NAME} or {PEFT_NAME}"
         )
@@ -212,34 +176,15 @@ def sorted_metadata(data: bytes) -> bytes:
     return data[:8] + text + data[8 + size :]
 
 
+def _packed(file: StudentFile, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """A safetensors file of the student's weights under other names."""
+    return sorted_metadata(save(weights, metadata={"format": "pt", **header, "icd": _described(file)}))
+
+
 def _described(file: StudentFile) -> str:
     """What a student's file says of it, as JSON."""
-    if clash := {"rank", "alpha"} & file.about.keys():
-        raise ValueError(f"`about` of a student may not set {sorted(clash)}: the student itself says so")
-    return json.dumps({"rank": file.rank, "alpha": file.alpha, **file.about}, indent=2, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know: dataclasses such as settings, and paths."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise ValueError(f"metadata must be JSON values or dataclasses, not {type(value).__name__}: {value!r}")
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as they are named in the file, and its header."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            header = opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error})") from error
-    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    if wrong is not None:
-        raise ValueError(f"{file}: {wrong} is not finite, so this is no trained student")
-    return weights, header
+    assert not {"rank", "alpha"} & file.about.keys(), "the student itself says so"
+    return json.dumps({"rank": file.rank, "alpha": file.alpha, **file.about}, indent=2)
 
 
 def _beside(file: Path, name: str) -> dict[str, Any]:
@@ -247,32 +192,17 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
     return read_object(file.with_name(name)) if file.with_name(name).is_file() else {}
 
 
-def _read_json(text: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file}: its header is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: its header holds {content!r}, not a JSON object")
-    return content
-
-
-def _from_kohya(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, the dots of modules still missing, and their alpha."""
+def _from_kohya(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], float]:
+    """Weights with their pairs named as elsewhere, the dots of modules still missing, and their alpha."""
     alphas = {float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     if len(alphas) != 1:
         raise ValueError(f"{file} has the alphas {sorted(alphas)}: a student has one")
-    weights = {}
-    for name, weight in tensors.items():
-        module, _, part = name.removeprefix(prefix).partition(".")
-        if part != "alpha":
-            weights[f"{module}.{KOHYA_PARTS.get(part.removesuffix('.weight'), part)}.weight"] = weight
-    return weights, {"lora_alpha": alphas.pop()}
-
-
-def _without_prefix(name: str) -> str:
-    prefixes = (RELEASED, PEFT, *(f"{part}." for part in PARTS))
-    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+    usual = {
+        name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): value
+        for name, value in tensors.items()
+        if not name.endswith(".alpha")
+    }
+    return usual, alphas.pop()
 
 
 def _kohya_name(name: str) -> str:

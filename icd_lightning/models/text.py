@@ -1,27 +1,57 @@
-"""Prompts -> Conditioning. Every difference between the families' text sides ends here."""
+"""Prompts -> Conditioning. Every difference between the families' text sides ends here.
+
+Beside it, a tokenizer made of words: for families whose vocabulary is known, and for random ones.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTokenizer
 
-from icd_lightning.models.autoencoder import downsampling_of
 from icd_lightning.models.conditioning import Conditioning, Framing
-from icd_lightning.models.fingerprint import fingerprint
-from icd_lightning.models.sources import Source
+from icd_lightning.models.weights import fingerprint
 
 log = logging.getLogger(__name__)
 
-
+END_OF_WORD = "</w>"
 MAX_REPORTS = 20
 """Cut prompts that are logged; captions on the web are long, and a training sees millions of them."""
+
+
+def build_tokenizer(words: Iterable[str], max_length: int) -> CLIPTokenizer:
+    """A byte-pair tokenizer in which each of `words` (of lower-case ASCII letters) is one token.
+
+    Any other word falls apart into shorter pieces, down to bytes. Prompts are cut to max_length tokens.
+    """
+    merges: dict[tuple[str, str], int] = {}  # pair -> rank
+    for word in sorted(set(words)):
+        pieces = _split(word, merges)
+        while len(pieces) > 1:  # of lower rank than all merges before, so that no earlier word changes
+            merges[pieces[0], pieces[1]] = len(merges)
+            pieces[:2] = [pieces[0] + pieces[1]]
+    letters = sorted(ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *map("".join, merges), *special]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=max_length)
+
+
+def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """Cut a word as byte-pair encoding does: join the pair of the lowest rank until none is left."""
+    pieces = [*word[:-1], word[-1] + END_OF_WORD]
+    while known := [(merges[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in merges]:
+        _, at = min(known)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def unknown_words(tokenizer: Any, *prompts: str) -> list[str]:
@@ -37,11 +67,8 @@ class CLIPConditioner(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self.max_length = int(text_encoder.config.max_position_embeddings)
         self._reported: set[str] = set()
-
-    @property
-    def max_length(self) -> int:
-        return int(self.text_encoder.config.max_position_embeddings)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,12 +113,13 @@ class DualCLIPConditioner(nn.Module):
 
     Args:
         first, second: the encoders; the second one's has a projection (`CLIPTextModelWithProjection`).
-        resolution: pixels of a side of a picture of unknown framing; see `for_size`.
+        resolution: pixels of a side of a picture of unknown framing, where it is not yet told by `for_size`.
     """
 
-    def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int) -> None:
+    def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int = 1024) -> None:
         super().__init__()
         self.first, self.second, self.size = first, second, (resolution, resolution)
+        self.tokenizer = first.tokenizer  # the second differs in its padding alone
         second._reported = first._reported  # both cut a prompt alike: say it once
 
     def for_size(self, height: int, width: int) -> DualCLIPConditioner:
@@ -99,11 +127,6 @@ class DualCLIPConditioner(nn.Module):
         other = copy(self)
         other.size = (height, width)
         return other
-
-    @property
-    def tokenizer(self) -> Any:
-        """The first one's; the second differs in its padding alone."""
-        return self.first.tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,17 +164,3 @@ class DualCLIPConditioner(nn.Module):
 
 Conditioner = CLIPConditioner | DualCLIPConditioner
 """Prompts to `Conditioning`; the text side of a family."""
-
-
-def clip_conditioner(source: Source, dtype: torch.dtype) -> Conditioner:
-    """The frozen text side of a model with one CLIP text encoder, or two, as its source has."""
-
-    def side(number: str, cls: type[nn.Module]) -> CLIPConditioner:
-        encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
-        return CLIPConditioner(source.tokenizer(f"tokenizer{number}"), encoder)
-
-    first = side("", CLIPTextModel)
-    if not source.has("text_encoder_2"):
-        return first
-    resolution = source.config("unet")["sample_size"] * downsampling_of(source.config("vae"))
-    return DualCLIPConditioner(first, side("_2", CLIPTextModelWithProjection), resolution)

@@ -263,8 +263,8 @@ class Task(lightning.LightningModule):
     def check_recipe(self, checkpoint: dict) -> None:
         """ValueError if the checkpoint was trained for something else; a changed optimizer is told of."""
         ours = self.recipe()
-        saved = checkpoint.get("recipe", ours)
-        if other := [f"{name} {saved.get(name)} (here {ours[name]})" for name in ours if saved.get(name) != ours[name]]:
+        saved = {**ours, **checkpoint.get("recipe", {})}
+        if other := [f"{name} {saved[name]} (here {ours[name]})" for name in ours if saved[name] != ours[name]]:
             raise ValueError(
                 f"the checkpoint of this run was trained with {', '.join(other)}: give this training another "
                 "trainer.default_root_dir, or ckpt_path null"

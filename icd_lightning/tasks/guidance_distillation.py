@@ -17,7 +17,7 @@ from icd_lightning.models.cards import write_guided_card
 from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.models.weights import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings, Task, check_guidance_scales, check_not_negative
 
 
@@ -95,6 +95,7 @@ class GuidanceDistillation(Task):
             "guidance_scales": list(self.guidance_scales),
             "balance": self.balance,
             "teacher": self._teacher,
+            "process": self.process.settings,
         }
 
     def export(self, folder: Path) -> None:

@@ -29,8 +29,8 @@ from icd_lightning.models.cards import write_student_card
 from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.models.fingerprint import fingerprint
 from icd_lightning.models.students import DIRECTIONS, LoraStudents, Students
+from icd_lightning.models.weights import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings, Task, check_guidance_scales, check_share, drop_captions
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class InvertibleConsistencyDistillation(Task):
             NoisedData(latents, draws.of("noise").normal(*latents.shape), self.process),
             self.boundaries,
             self.guidance_scales,
-            partial(self.students.solver, conditioning),
+            partial(self.students.jump, "teacher", conditioning),
             {direction: partial(self.students.jump, direction, conditioning) for direction in DIRECTIONS},
         )
 
@@ -187,6 +187,7 @@ class InvertibleConsistencyDistillation(Task):
             "caption_dropout": self.caption_dropout,
             "step_after": "sum" if self.automatic_optimization else "each_loss",
             "teacher": self._teacher,
+            "process": self.process.settings,
             **self.students.settings(),
         }
 

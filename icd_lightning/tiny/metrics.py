@@ -23,7 +23,7 @@ HALVING = 6  # modules of the network's body to each halving of the picture
 
 def load_scene_network() -> SceneNetwork:
     """The one that comes with the package, whatever family is measured, so that figures stay comparable."""
-    from icd_lightning.models.family import shipped
+    from icd_lightning.models.sources import shipped
 
     return SceneNetwork.from_pretrained(shipped() / "scene_network")
 

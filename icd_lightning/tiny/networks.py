@@ -9,8 +9,7 @@ from typing import Any
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.models.text import CLIPConditioner
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import CLIPConditioner, build_tokenizer
 
 
 def build_autoencoder(config: dict[str, Any]) -> AutoencoderDC:

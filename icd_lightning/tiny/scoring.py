@@ -13,7 +13,7 @@ from icd_lightning.data.manifest import sha256
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.evaluation.scoring import Columns
-from icd_lightning.models.family import shipped
+from icd_lightning.models.sources import shipped
 from icd_lightning.tiny.attributes import GROUPS, label_tensor
 from icd_lightning.tiny.datamodule import scene_batch
 from icd_lightning.tiny.metrics import load_scene_network, psnr_within

@@ -22,7 +22,7 @@ from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
 from icd_lightning.data.tars import TEXT
 from icd_lightning.models.family import Family
-from icd_lightning.models.fingerprint import fingerprint
+from icd_lightning.models.weights import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 

@@ -7,9 +7,9 @@ from golden_case import UNGUIDED, GoldenCase, GoldenNetworks, guidance_of, load_
 
 from icd_lightning.diffusion import (
     VP,
-    ConstantGuidance,
     Process,
     Step,
+    StepGuidance,
     ddim_generate,
     ddim_invert,
     ddim_timesteps,
@@ -38,7 +38,7 @@ def test_every_latent_of_encoding_and_decoding(case: GoldenCase, golden_networks
 
 def test_noise_levels():
     process = Process.from_config(load_json("meta.json")["schedule"])
-    assert torch.equal(process.alphas_cumprod, load_tensors("steps.safetensors")["alphas_cumprod"])
+    assert torch.equal(process.alphas, load_tensors("steps.safetensors")["alphas_cumprod"].sqrt())
 
 
 def test_guidance_embedding():
@@ -98,6 +98,6 @@ def test_ddim_decoding_by_classifier_free_guidance(baselines: Baselines, decodin
 
 def test_a_prompt_as_its_own_negative_is_unguided(baselines: Baselines):
     """Negative-prompt inversion: any scale leaves the conditional prediction, so w 8 decodes as w 1 does."""
-    guided = baselines.denoiser("prompt_embeds", ConstantGuidance(8.0), negative="prompt_embeds")
+    guided = baselines.denoiser("prompt_embeds", StepGuidance(8.0), negative="prompt_embeds")
     x = ddim_generate(guided, baselines.tensors["invert_w1.x_T"], baselines.timesteps, baselines.process)
     baselines.expect("npi.decode_w8.x_0", x, 8.0)

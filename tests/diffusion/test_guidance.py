@@ -3,7 +3,6 @@ import torch
 
 from icd_lightning.diffusion import (
     CADSGuidance,
-    ConstantGuidance,
     GuidanceSchedule,
     IntervalGuidance,
     StepGuidance,
@@ -61,7 +60,6 @@ def test_a_width_that_holds_no_sines_and_cosines_is_refused(dim: int):
 @pytest.mark.parametrize(
     ("schedule", "first", "last"),
     [
-        (ConstantGuidance(8.0), 0, 999),
         (StepGuidance(8.0, tau=0.7), 0, 700),
         (StepGuidance(8.0, tau=0.57), 0, 570),  # 0.57 * 1000 is 569.99... in float64
         (StepGuidance(8.0), 0, 999),
@@ -90,7 +88,6 @@ def test_cads_approaches_the_step():
 
 def test_scale_one_is_unguided_in_every_schedule():
     for schedule in (
-        ConstantGuidance(1.0),
         StepGuidance(1.0, 0.5),
         CADSGuidance(1.0, 0.4, 0.8),
         IntervalGuidance(1.0, 0.2, 0.6),
@@ -112,7 +109,7 @@ def test_limits_are_fractions_of_the_models_timesteps():
         (lambda: IntervalGuidance(8.0, lo=-0.1, hi=0.6), "lo=-0.1"),
         (lambda: StepGuidance(8.0, tau=float("nan")), "tau=nan"),
         (lambda: StepGuidance(float("nan")), "guidance_scale nan must be 0"),
-        (lambda: ConstantGuidance(float("inf")), "guidance_scale inf must be 0"),
+        (lambda: StepGuidance(float("inf")), "guidance_scale inf must be 0"),
     ],
 )
 def test_limits_out_of_order_are_refused(build, message: str):

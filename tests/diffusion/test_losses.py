@@ -3,6 +3,7 @@
 import pytest
 import torch
 from analytic import Gaussian, PointMass
+from golden_case import consistency, preservation
 from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
@@ -16,9 +17,7 @@ from icd_lightning.diffusion import (
     Preservation,
     Process,
     Split,
-    consistency,
     guidance_distillation,
-    preservation,
     pseudo_huber,
     squared_error,
 )

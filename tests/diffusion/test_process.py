@@ -6,6 +6,7 @@ from torch import nn
 
 from icd_lightning.diffusion import VP, DDIMJump, Flow, NoisedData, Process
 
+FLOW = "FlowMatchEulerDiscreteScheduler"
 TIMESTEPS = torch.tensor([0, 19, 259, 699, 999])
 
 
@@ -29,7 +30,7 @@ def test_variance_is_preserved(process: VP):
 def test_zero_is_data_for_a_jump_and_the_first_row_for_a_network(process: VP):
     assert process.alpha(0).item() == 1
     assert process.sigma(0).item() == 0
-    assert process.alpha(0, set_alpha_to_one=False) == process.alphas_cumprod[0].sqrt()
+    assert process.alpha(0, set_alpha_to_one=False) == process.alphas[0]
     assert 0.02 < process.sigma(0, set_alpha_to_one=False).item() < 0.04
 
 
@@ -42,7 +43,8 @@ def test_int_and_tensor_timesteps_agree(process: VP, x0, noise):
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
 def test_betas_run_from_start_to_end(beta_schedule: str):
     process = VP(beta_schedule=beta_schedule, beta_start=0.001, beta_end=0.02)
-    betas = 1 - process.alphas_cumprod.double() / torch.cat([torch.ones(1), process.alphas_cumprod[:-1]]).double()
+    kept = process.alphas.double().square()
+    betas = 1 - kept / torch.cat([torch.ones(1), kept[:-1]])
     middle = {"linear": 0.0105, "scaled_linear": ((0.001**0.5 + 0.02**0.5) / 2) ** 2}[beta_schedule]
     expected = torch.tensor([0.001, middle, 0.02], dtype=torch.float64)
     torch.testing.assert_close(betas[[0, 500, 999]], expected, rtol=5e-3, atol=1e-6)
@@ -104,9 +106,9 @@ def test_the_true_noise_leads_exactly_to_the_data(process: VP, x0, noise):
 def test_arithmetic_stays_float32_for_half_precision_networks(x0, noise):
     module = nn.Module()
     module.process = VP()
-    exact = module.process.alphas_cumprod.clone()
+    exact = module.process.alphas.clone()
     module.to(torch.bfloat16)
-    assert torch.equal(module.process.alphas_cumprod, exact)
+    assert torch.equal(module.process.alphas, exact)
     x, eps = x0.bfloat16(), noise.bfloat16()
     for step in (
         module.process.ddim_step(x, eps, 999, 979),
@@ -126,7 +128,7 @@ def test_from_config_reads_what_diffusers_writes():
 
     theirs = DDIMScheduler(beta_start=0.001, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction")
     ours = Process.from_config(theirs.config)
-    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert torch.equal(ours.alphas, theirs.alphas_cumprod.sqrt())
     assert ours.prediction_type == "v_prediction"
 
 
@@ -200,13 +202,16 @@ def test_a_step_is_undone(process: VP, set_alpha_to_one: bool, x0, noise):
         ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2' is not supported; choose one of"),
         ({"prediction_type": "sample"}, "'sample' is not one of epsilon, v_prediction"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "got 0.5 and 0.1"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True of a scheduler is not supported by VP"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"beta_start": float("nan")}, "got nan"),
         ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "'EDMEulerScheduler' is of no known process"),
         ({"shift": 3.0, "base_shift": 0.5}, "'with shift' is of no known process"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "shift 0.0 must be positive"),
+        ({"_class_name": FLOW, "use_dynamic_shifting": True}, "use_dynamic_shifting=True of .* not supported by Flow"),
+        ({"_class_name": FLOW, "shift_terminal": 0.1}, "shift_terminal=0.1 of a scheduler is not supported by Flow"),
+        ({"_class_name": FLOW, "prediction_type": "epsilon"}, "prediction_type='epsilon' .* not supported by Flow"),
+        ({"_class_name": FLOW, "shift": None}, "shift=None of a scheduler is not supported by Flow: .* a flow's shift"),
+        ({"_class_name": FLOW, "shift": 0.0}, "shift 0.0 must be positive"),
     ],
 )
 def test_a_schedule_that_cannot_be_had_is_refused(config: dict, message: str):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icd_lightning.diffusion import ConstantGuidance, Step, StepGuidance
+from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.baselines.ddim import DDIMInversion, DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.infedit import InfEdit
@@ -191,7 +191,7 @@ def test_ddim_swaps_no_prompt_under_constant_guidance(family, images):
     assert sum(step.nfe for step in steps) == 15
     noise = method.invert(images, SOURCES)
     assert torch.equal(edited, method.generate(TARGETS, noise, guidance=method.guidance))
-    for guidance, swap_tau in ((dynamic.guidance, 0.7), (ConstantGuidance(3.0), 1.0)):
+    for guidance, swap_tau in ((dynamic.guidance, 0.7), (StepGuidance(3.0), 1.0)):
         usual = dynamic.edit(images, SOURCES, TARGETS, guidance=guidance)
         assert torch.equal(usual, dynamic.edit(images, SOURCES, TARGETS, guidance=guidance, swap_tau=swap_tau))
 

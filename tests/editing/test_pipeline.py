@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from family_case import BOUNDARIES, TEXT_ENCODER, UNET
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -23,7 +23,7 @@ from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
-from icd_lightning.models.student_file import write_released
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 SOURCES = ["a large red circle", "a small blue square", "a green ring on a plain white background", "a star"]
 TARGETS = ["a large blue circle", "a small blue star", "a red ring on a plain white background", "a yellow star"]
@@ -322,7 +322,8 @@ def test_students_of_the_released_formats(pipe, random_family, images, tmp_path)
     paths = {"forward": "iCD-SD15-forward_19_259_519_779", "reverse": "iCD-SD15-reverse_259_519_779_999"}
     paths = {name: str(tmp_path / f"{stem}.safetensors") for name, stem in paths.items()}
     for direction, path in paths.items():
-        write_released(pipe.students.file(direction, {}), path)
+        weights = pipe.students.file(direction, {}).weights
+        save_file({f"unet.base_model.model.{name}": weight for name, weight in weights.items()}, path)
     released = loaded(model, guided_unet=str(tmp_path / "cfg_distill.pt"), **paths)
     assert released.boundaries == dataclasses.replace(pipe.boundaries)
     assert (released.config.guidance_scale, released.config.edit_guidance_scale, released.config.tau) == (
@@ -357,7 +358,7 @@ def test_a_pipeline_can_be_cast(own_pipe, images):
     expected = edited(own_pipe, images)
     own_pipe.to(torch.bfloat16)
     assert next(own_pipe.unet.parameters()).dtype == torch.bfloat16
-    assert own_pipe.students.process.alphas_cumprod.dtype == torch.float32
+    assert own_pipe.students.process.alphas.dtype == torch.float32
     assert (edited(own_pipe, images) - expected).abs().mean() < 0.05
 
 
@@ -510,4 +511,10 @@ def test_a_family_of_a_flow_is_refused_by_the_pipeline_and_taken_by_the_method(r
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"VP process, and .* has Flow: take InvertibleConsistency.from_pretrained"):
         InvertibleConsistencyPipeline.from_pretrained(str(folder))
-    assert isinstance(InvertibleConsistency.from_pretrained(Family(str(folder))).process, Flow)
+    family = Family(str(folder))
+    with pytest.raises(ValueError, match=r"trained for the process .*v_prediction.*, and this network's is .*shift"):
+        InvertibleConsistency.from_pretrained(family)
+    students = LoraStudents(family.load_model(guided=True), lora=LoraSettings(rank=4))
+    for direction in DIRECTIONS:
+        students.export(direction, folder / "students", {"boundaries": [0, 259, 519, 779, 999]})
+    assert isinstance(InvertibleConsistency.from_pretrained(family).process, Flow)

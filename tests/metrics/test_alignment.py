@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImag
 from icd_lightning.data.images import to_pictures
 from icd_lightning.metrics.alignment import CLIPScore, CLIPText, ImageCosine
 from icd_lightning.metrics.reconstruction import Within
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 

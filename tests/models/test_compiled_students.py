@@ -13,7 +13,7 @@ from students_case import (
     tiny_unet,
 )
 
-from icd_lightning.models.compilation import compile_networks, why_not_compiled
+from icd_lightning.models.diffusion_model import compile_networks, why_not_compiled
 from icd_lightning.models.students import DIRECTIONS, LoraSettings
 
 SMALLEST = {  # each kind of block once, and of layer with an adapter: tracing takes seconds a block

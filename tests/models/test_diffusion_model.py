@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from students_case import run, tiny_batch, tiny_model, tiny_unet
 from training_case import same
 
-from icd_lightning.diffusion import VP, ConstantGuidance, Split, StepGuidance
+from icd_lightning.diffusion import VP, Split, StepGuidance
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
 
@@ -69,7 +69,7 @@ def test_unguided_steps_cost_one_evaluation(unet, batch):
 
 @torch.no_grad()
 def test_numbers_tensors_and_schedules_guide_alike(unet, batch):
-    forms = (3.0, torch.full((4,), 3.0), ConstantGuidance(3.0))
+    forms = (3.0, torch.full((4,), 3.0), StepGuidance(3.0))
     eps = [cfg(unet, batch, guidance)(batch["x"], batch["t"]).eps for guidance in forms]
     assert torch.equal(eps[0], eps[1])
     assert torch.equal(eps[0], eps[2])

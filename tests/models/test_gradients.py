@@ -89,8 +89,8 @@ def test_backward_does_not_ask_which_adapter_is_on(students, batch, expected, sc
 
 def test_gradients_flow_through_one_student_into_the_other(students, batch):
     conditioning = Conditioning(prompt_embeds=batch["prompt_embeds"])
-    there = students.forward_model(conditioning, batch["w"])(batch["x"], batch["t"]).eps
-    students.reverse_model(conditioning, batch["w"])(there, batch["t"]).eps.square().mean().backward()
+    there = students.denoiser("forward", conditioning, batch["w"])(batch["x"], batch["t"]).eps
+    students.denoiser("reverse", conditioning, batch["w"])(there, batch["t"]).eps.square().mean().backward()
 
     alone = {direction: separate_unet(students, direction) for direction in DIRECTIONS}
     run(alone["reverse"], {**batch, "x": run(alone["forward"], batch)}).square().mean().backward()

@@ -18,7 +18,7 @@ from students_case import (
     tiny_unet,
 )
 
-from icd_lightning.diffusion import VP, ConstantGuidance
+from icd_lightning.diffusion import VP, StepGuidance
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.students import DIRECTIONS, FullStudents, LoraSettings, LoraStudents
 
@@ -74,11 +74,11 @@ def test_lora_targets_that_match_no_layer_are_one_error():
 @torch.no_grad()
 def test_guidance_is_a_number_a_tensor_or_a_schedule(students, batch):
     conditioning = Conditioning(prompt_embeds=batch["prompt_embeds"])
-    forms = (5.0, torch.full((4,), 5.0), ConstantGuidance(5.0))
-    eps = [students.reverse_model(conditioning, guidance)(batch["x"], batch["t"]).eps for guidance in forms]
+    forms = (5.0, torch.full((4,), 5.0), StepGuidance(5.0))
+    eps = [students.denoiser("reverse", conditioning, guidance)(batch["x"], batch["t"]).eps for guidance in forms]
     assert torch.equal(eps[0], eps[1])
     assert torch.equal(eps[0], eps[2])
-    assert not torch.equal(eps[0], students.reverse_model(conditioning, 1.0)(batch["x"], batch["t"]).eps)
+    assert not torch.equal(eps[0], students.denoiser("reverse", conditioning, 1.0)(batch["x"], batch["t"]).eps)
 
 
 @torch.no_grad()
@@ -96,8 +96,8 @@ def test_a_v_prediction_network_is_split_as_such(batch):
 def test_only_the_students_have_gradients(batch, kind):
     students, conditioning = kind(tiny_model()), Conditioning(prompt_embeds=batch["prompt_embeds"])
     assert not students.denoiser("teacher", conditioning, 1.0)(batch["x"], batch["t"]).eps.requires_grad
-    assert students.forward_model(conditioning)(batch["x"], batch["t"]).eps.requires_grad
-    assert students.reverse_model(conditioning, 3.0)(batch["x"], batch["t"]).x0.requires_grad
+    assert students.denoiser("forward", conditioning, 1.0)(batch["x"], batch["t"]).eps.requires_grad
+    assert students.denoiser("reverse", conditioning, 3.0)(batch["x"], batch["t"]).x0.requires_grad
     students.freeze("forward")
     assert not any(parameter.requires_grad for parameter in students.parameters_of("forward"))
     assert all(parameter.requires_grad for parameter in students.parameters_of("reverse"))
@@ -182,13 +182,6 @@ def test_the_guidance_embedding_cannot_be_left_out(students, batch):
 def test_a_network_with_adapters_is_refused(students):
     with pytest.raises(ValueError, match="already carries adapters"):
         LoraStudents(students.model)
-
-
-def test_an_unknown_role_is_refused(students, batch):
-    with pytest.raises(ValueError, match="no role 'fcd'; there is: teacher, forward, reverse"):
-        output_of(students, "fcd", batch)
-    with pytest.raises(ValueError, match="no student 'teacher'"):
-        students.parameters_of("teacher")
 
 
 @pytest.mark.parametrize("switch", ["set_adapter", "disable_adapters"])

@@ -4,10 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from icd_lightning.models.family import Family
+from icd_lightning.models.family import Family, parse_style
 from icd_lightning.models.student_file import WEIGHTS_NAME, StudentFile, write_kohya
 from icd_lightning.models.students import LoraSettings, LoraStudents
-from icd_lightning.models.style import parse_style
 
 T, W = torch.tensor([259, 999]), torch.tensor([1.0, 3.0])
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner, build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH, WIDTH = 24, 16

@@ -1,21 +1,23 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import lightning
 import pytest
 import torch
+from golden_case import consistency, preservation
 from training_case import FEW, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
 from icd_lightning.diffusion import (
+    VP,
     Boundaries,
     Consistency,
+    DDIMJump,
     Loss,
     NoisedData,
     Preservation,
     StepGuidance,
-    consistency,
-    preservation,
 )
 from icd_lightning.diffusion.calls import Call
 from icd_lightning.diffusion.draws import Draws
@@ -111,7 +113,9 @@ def by_hand(task, batch, draws: Draws, c: float) -> dict[str, torch.Tensor]:
     prompts, students = task.conditioner(batch.captions), task.students
     forward, reverse = (students.jump(direction, prompts, 1.0) for direction in DIRECTIONS)
     guided_reverse = students.jump("reverse", prompts, w)
-    solver, guided_solver = (students.solver(prompts, scale) for scale in (1.0, w))
+    teacher, guided_teacher = (students.denoiser("teacher", prompts, scale) for scale in (1.0, w))
+    solver = DDIMJump(teacher, task.process, set_alpha_to_one=False)
+    guided_solver = replace(solver, denoise=guided_teacher)
     return {
         "reverse_cd": consistency(guided_reverse, guided_solver, data, pairs["reverse"], huber_c=c),
         "forward_cd": consistency(forward, solver, data, pairs["forward"], huber_c=c),
@@ -339,6 +343,17 @@ def test_a_checkpoint_of_another_rank_is_refused_by_the_trainer(random_family, s
         trainer_for(tmp_path, max_steps=3).fit(
             other, datamodule=scenes_data(scenes), ckpt_path=trained[0] / "checkpoints" / "last.ckpt"
         )
+
+
+def test_a_run_goes_on_with_the_process_that_it_was_trained_for(random_family, trained):
+    checkpoint = torch.load(trained[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    task = distillation(random_family)
+    changed = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[task.process.prediction_type]
+    task.process = VP(prediction_type=changed)
+    with pytest.raises(ValueError, match=rf"was trained with process .*\(here .*{changed}"):
+        task.check_recipe(checkpoint)
+    del checkpoint["recipe"]["process"]  # as older versions wrote them
+    task.check_recipe(checkpoint)
 
 
 def test_exported_students_load_into_the_pipeline(random_family, trained, batch):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from icd_lightning.models.tokenizer import build_tokenizer
+from icd_lightning.models.text import build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH = 24

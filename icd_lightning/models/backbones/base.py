@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from icd_lightning.models.conditioning import Conditioning
-
-if TYPE_CHECKING:
-    from icd_lightning.models.sources import Source
-    from icd_lightning.models.text import Conditioner
+from icd_lightning.models.sources import Source
+from icd_lightning.models.text import Conditioner
+from icd_lightning.models.weights import check_fit, read_weights
 
 
 class Backbone(ABC):
@@ -67,14 +66,6 @@ class Backbone(ABC):
         """Merge a style's LoRA, `scale` times, into the network for good; ValueError for a file that fits no layer."""
         raise ValueError(f"style {file} cannot be merged: styles are of UNets, this is a {type(network).__name__}")
 
-    def latent_channels(self, network: nn.Module) -> int:
-        """C of the latents that the network takes."""
-        return int(network.config["in_channels"])
-
-    def sample_size(self, network: nn.Module) -> int:
-        """Latents of a side of the pictures that the network was trained on."""
-        return int(network.config["sample_size"])
-
     def bare(self, network: nn.Module) -> nn.Module:
         """The network without adapters; it shares the weights."""
         named = network.state_dict().items()
@@ -87,31 +78,24 @@ class Backbone(ABC):
         other = self.from_weights({**config, **changes}, weights)
         return other.train(network.training)
 
-    def from_weights(self, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
-        """The network of this config with these weights, every one of them."""
+    def from_weights(self, config: dict[str, Any], weights: dict[str, Tensor], file: Path = Path()) -> nn.Module:
+        """The network of this config with these weights; ValueError, with their file's name, unless all of them fit."""
         with torch.device("meta"):  # every weight is replaced below, so none is drawn
             network = self.network_class.from_config(config)
+        check_fit(weights, network.state_dict(), file, f"this model's {self.part}")
         network.load_state_dict(weights, assign=True)
         return network
 
-    def guided_from_file(self, file: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    def guided_from_file(self, file: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         """The guidance-distilled network of this plain network's config, from the state dict that a file holds.
 
         Raises ValueError, with the file's name, for another network's weights, or those of one without embedding.
         """
+        weights = read_weights(file, dtype)
         if self.guidance_weight not in weights:
             raise ValueError(
                 f"{file} holds {len(weights)} weights and no {self.guidance_weight}, so it is not the state dict of a "
                 f"guidance-distilled {self.part}"
             )
-        config = self.config_with_guidance(config, weights[self.guidance_weight].shape[1])
-        with torch.device("meta"):
-            expected = self.network_class.from_config(config).state_dict()
-        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-        other = [name for name in expected.keys() & weights.keys() if weights[name].shape != expected[name].shape]
-        if wrong := [*missing, *unknown, *sorted(other)]:
-            raise ValueError(
-                f"{file} is not of this model's {self.part}: {len(missing)} weights missing, {len(unknown)} unknown, "
-                f"{len(other)} of another shape, for example {wrong[0]}"
-            )
-        return self.from_weights(config, weights)
+        width = weights[self.guidance_weight].shape[1]
+        return self.from_weights(self.config_with_guidance(config, width), weights, file)

@@ -13,12 +13,13 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from icd_lightning.diffusion import guidance_embedding
 from icd_lightning.models.backbones.base import Backbone
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
-from icd_lightning.models.text import Conditioner, clip_conditioner
+from icd_lightning.models.text import CLIPConditioner, Conditioner, DualCLIPConditioner
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class UNet(Backbone):
     ) -> Tensor:
         """eps or v (B, C, H, W); SDXL is also told the pooled embeddings and the time ids."""
         dtype = self.weight(network).dtype
-        embeds = {name: part.to(dtype) for name, part in conditioning.tensors.items() if name != "time_ids"}
+        embeds = {name: part.to(dtype) for name, part in conditioning.embeds().items()}
         added = None
         if "pooled_prompt_embeds" in embeds:  # time ids stay float32: 1023 is no bfloat16 number
             added = {"text_embeds": embeds["pooled_prompt_embeds"], "time_ids": conditioning.tensors["time_ids"]}
@@ -81,8 +82,16 @@ class UNet(Backbone):
         return self.with_weights(network, weights, time_cond_proj_dim=None)
 
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
-        """CLIP, once or twice."""
-        return clip_conditioner(source, dtype)
+        """CLIP, once or twice, as the model has it."""
+
+        def side(number: str, cls: type[nn.Module]) -> CLIPConditioner:
+            encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
+            return CLIPConditioner(source.tokenizer(f"tokenizer{number}"), encoder)
+
+        first = side("", CLIPTextModel)
+        if not source.has("text_encoder_2"):
+            return first
+        return DualCLIPConditioner(first, side("_2", CLIPTextModelWithProjection))
 
     def merge_lora(self, network: UNet2DConditionModel, file: Path, scale: float) -> None:
         """By diffusers, whose own or kohya's scripts wrote it; what it holds for text encoders is left out."""

@@ -35,15 +35,11 @@ class Students(nn.Module, ABC):
                 "the students' teacher needs a guidance embedding: pass the model of guidance distillation (stage 1), "
                 "which trains it, or begin with an untrained one by with_guidance_embedding()"
             )
+        self.model = teacher
         self.network = teacher.network.requires_grad_(False)
         self.process, self.backbone = teacher.process, teacher.backbone
         self.boundaries: dict[Direction, list[int]] = {}
         """Of students that were loaded: what their files say."""
-
-    @property
-    def model(self) -> DiffusionModel:
-        """The network that carries the teacher."""
-        return DiffusionModel(self.network, self.process, self.backbone)
 
     def diffusion_models(self) -> list[DiffusionModel]:
         """Every network there is, to be spread over devices or compiled."""
@@ -81,21 +77,10 @@ class Students(nn.Module, ABC):
         """Bind a network to prompt and guidance; the teacher is without gradient."""
         return GuidedDenoiser(_Network(self, role), self.process, conditioning, guidance)
 
-    def forward_model(self, conditioning: Conditioning, guidance: Guidance = 1.0) -> GuidedDenoiser:
-        """Image -> noise; it is trained unguided."""
-        return self.denoiser("forward", conditioning, guidance)
-
-    def reverse_model(self, conditioning: Conditioning, guidance: Guidance) -> GuidedDenoiser:
-        """Noise -> image."""
-        return self.denoiser("reverse", conditioning, guidance)
-
-    def jump(self, direction: Direction, conditioning: Conditioning, guidance: Guidance) -> DDIMJump:
-        """A student's jump."""
-        return DDIMJump(self.denoiser(direction, conditioning, guidance), self.process)
-
-    def solver(self, conditioning: Conditioning, guidance: Guidance) -> DDIMJump:
-        """The teacher's solver step."""
-        return DDIMJump(self.denoiser("teacher", conditioning, guidance), self.process, set_alpha_to_one=False)
+    def jump(self, role: Role, conditioning: Conditioning, guidance: Guidance) -> DDIMJump:
+        """A student's jump, or the teacher's solver step."""
+        denoise = self.denoiser(role, conditioning, guidance)
+        return DDIMJump(denoise, self.process, set_alpha_to_one=role != "teacher")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +28,32 @@ class FullStudents(Students):
 
     def __init__(self, teacher: DiffusionModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__(teacher)
-        self.copies = nn.ModuleDict({_key(d): copy.deepcopy(self.network).float() for d in DIRECTIONS})
-        self.copies.requires_grad_(True)
-        for network in self.copies.values() if gradient_checkpointing else ():
-            network.enable_gradient_checkpointing()
+        copies = {direction: copy.deepcopy(self.network).float().requires_grad_(True) for direction in DIRECTIONS}
+        self.copies = nn.ModuleDict({f"{d}_model": network for d, network in copies.items()})  # `forward` is no key
+        self.models: dict[Role, DiffusionModel] = {"teacher": teacher}
+        for direction, network in copies.items():
+            self.models[direction] = replace(teacher, network=network)
+            if gradient_checkpointing:
+                network.enable_gradient_checkpointing()
 
     def diffusion_models(self) -> list[DiffusionModel]:
         """The teacher and both students."""
-        return [self.model, *(self._model_of(direction) for direction in DIRECTIONS)]
+        return list(self.models.values())
 
     def predict(self, role: Role, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
         """Raw network output (B, C, H, W) for x (B, C, H, W) at t (B,) and guidance scale w (B,)."""
-        model = self.model if role == "teacher" else self._model_of(role)
-        return model.predict(x, t, conditioning, w)
+        return self.models[role].predict(x, t, conditioning, w)
 
     def parameters_of(self, direction: Direction) -> list[nn.Parameter]:
         """All of a copy's parameters."""
-        return list(self.copies[_key(direction)].parameters())
+        return list(self.models[direction].network.parameters())
 
     def export(self, direction: Direction, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the network to `<direction>/` in diffusers' layout, with icd.json beside it."""
         with replaced_folder(folder / direction) as temporary:
-            self.copies[_key(direction)].save_pretrained(temporary)
+            self.models[direction].network.save_pretrained(temporary)
             (temporary / "icd.json").write_text(json.dumps({"direction": direction, **about}, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
         """Nothing but their kind."""
         return {"students": "full"}
-
-    def _model_of(self, direction: Direction) -> DiffusionModel:
-        return DiffusionModel(self.copies[_key(direction)], self.process, self.backbone)
-
-
-def _key(direction: Direction) -> str:
-    return f"{direction}_model"  # a ModuleDict takes no key `forward`

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -109,7 +109,6 @@ class LoraStudents(Students):
 
     def named_parameters_of(self, direction: Direction) -> dict[str, nn.Parameter]:
         """A student's parameters by the names of its file: `<module>.lora_A.weight`, `<module>.lora_B.weight`."""
-        _check(direction)
         return {
             f"{name}.{part}.weight": getattr(layer, part)[ADAPTERS[direction]].weight
             for name, layer in self._layers.items()
@@ -130,6 +129,9 @@ class LoraStudents(Students):
 
     def load(self, direction: Direction, file: StudentFile) -> None:
         """Take a student from its file. Every key and shape must fit, and so must alpha, rank and direction."""
+        ours = self.process.settings
+        if (theirs := file.about.get("process", ours)) != ours:
+            raise ValueError(f"{file.path} was trained for the process {theirs}, and this network's is {ours}")
         if file.direction not in (None, direction):
             raise ValueError(f"{file.path} holds the {file.direction} model, and is given as the {direction} model")
         if (file.rank, file.alpha) != (self.lora.rank, self.lora.alpha):
@@ -149,10 +151,8 @@ class LoraStudents(Students):
         parameters = self.named_parameters_of(direction)
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         targets = self.lora.target_modules or self.backbone.lora_targets
-        known = {"adapter": ADAPTERS[direction], "direction": direction}
-        return StudentFile(
-            weights, self.lora.rank, self.lora.alpha, {**known, **about}, targets, part=self.backbone.part
-        )
+        known = {"adapter": ADAPTERS[direction], "direction": direction, "process": self.process.settings}
+        return StudentFile(weights, self.lora.rank, self.lora.alpha, {**known, **about}, targets, self.backbone.part)
 
     def export(self, direction: Direction, folder: Path, about: Mapping[str, Any]) -> None:
         """Write `<direction>/`, which plain diffusers loads, and `kohya/<direction>.safetensors` for other programs."""
@@ -174,8 +174,6 @@ class LoraStudents(Students):
     @contextmanager
     def using(self, role: Role) -> Iterator[None]:
         """Turn one adapter on (teacher: both off) and restore what was; `requires_grad` is left alone."""
-        if role not in get_args(Role):
-            raise ValueError(f"no role {role!r}; there is: {', '.join(get_args(Role))}")
         before = self._active[:]
         self._active[:] = [] if role == "teacher" else [ADAPTERS[role]]
         try:
@@ -205,8 +203,3 @@ class LoraStudents(Students):
             )
         with self.using(role):
             return self.model.predict(x, t, conditioning, w)
-
-
-def _check(direction: str) -> None:
-    if direction not in ADAPTERS:
-        raise ValueError(f"no student {direction!r}: it is forward (image -> noise) or reverse (noise -> image)")

@@ -1,0 +1,72 @@
+"""Weights as files hold them: read, checked against a network, and told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state dict, in this type if one is given, safetensors or pickled; nothing in a pickle is run.
+
+    Raises ValueError for a file of anything else, and for weights that are not finite.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise ValueError(f"{file}: {wrong} is not finite, so these are no trained weights")
+    return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, what: str) -> None:
+    """Raise ValueError unless these weights of a file have the names and shapes expected, of `what`."""
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    other = {name for name in expected.keys() & weights.keys() if weights[name].shape != expected[name].shape}
+    if wrong := [*sorted(missing), *sorted(unknown), *sorted(other)]:
+        first, shapes = wrong[0], ""
+        if first in other:
+            shapes = f" of {tuple(weights[first].shape)} in the place of {tuple(expected[first].shape)}"
+        raise ValueError(
+            f"{file} is not of {what}: {len(missing)} weights missing, {len(unknown)} unknown, "
+            f"{len(other)} of another shape, for example {first}{shapes}"
+        )
+
+
+def refuse_missing(names: list[str], where: str) -> None:
+    """Libraries would fill weights that are not there with random ones, and say so in a warning at most."""
+    if names:
+        raise ValueError(f"{where} lacks {len(names)} of the network's weights, for example {names[0]}")
+
+
+def fingerprint(*networks: nn.Module, most: int | None = None) -> str:
+    """Tells networks apart by the signs of their weights, which no rounding to another precision changes.
+
+    most: how many to look at in each tensor; by default all.
+    """
+    digest = hashlib.sha256()
+    for network in networks:
+        for parameter in network.parameters():
+            digest.update(np.packbits(torch.signbit(parameter.detach().flatten()[:most]).cpu().numpy()))
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """The gist of another library's error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
