@@ -112,17 +112,16 @@ def read_factors(text: float | str) -> float | dict[str, float]:
     raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Pixels of the result; None is the model's own."""
+Size = tuple[int | None, int | None]
+"""Height and width of the result in pixels; None is the model's own."""
 
-    height: int | None = None
-    width: int | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more")
+def check_size(height: int | None, width: int | None) -> Size:
+    """The size, or ValueError."""
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be 1 or more")
+    return height, width
 
 
 GRID_KEYS = {"w": "guidance_scale", **SHORT_NAMES} | {

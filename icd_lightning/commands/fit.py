@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from icd_lightning.commands.parsing import OneLineErrors
+from icd_lightning.commands.main import fail
 from icd_lightning.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ WEIGHT_ALONE = re.compile(r'"losses\.(\w+)".*Given value: ([\d.eE+-]+)$', re.DOT
 NO_LOSS = re.compile(r"(--model\.init_args\.losses)\.(\w+)[=\0]null(?=\0|$)")
 
 
-class FitParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with our errors."""
+class FitParser(LightningArgumentParser):
+    """LightningCLI's parser with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Name the new spelling of an old configuration."""
@@ -68,7 +69,7 @@ class FitParser(OneLineErrors, LightningArgumentParser):
         elif weight := WEIGHT_ALONE.search(message):
             key = f"model.init_args.losses.{weight[1]}"
             message = f"{key} is no number {weight[2]}: its weight is {key}.init_args.weight, and null leaves it out"
-        super().error(message, ex)
+        fail(message)
 
 
 class FitCommand(LightningCLI):
@@ -191,6 +192,20 @@ def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
         f"global_batch_size {global_batch_size} is not a multiple of {batch_size * devices} "
         f"(batch_size {batch_size} x {devices} devices): {remedy}, or another global_batch_size"
     )
+
+
+def conf_files(conf: str, names: Iterable[str]) -> list[Path]:
+    """Configuration files by their names in the folder `conf`; FileNotFoundError if one is not there."""
+    files = [Path(conf) / f"{name}.yaml" for name in names]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise FileNotFoundError(f"no configuration {missing}: run this in the repository, or name its conf/ by --conf")
+    return files
+
+
+def train(files: Iterable[Path], options: Mapping[str, object]) -> None:
+    """`icd fit` by configuration files, with options in the place of what they say."""
+    overlays = [word for file in files for word in ("--config", str(file))]
+    run(["fit", *overlays, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def run(args: list[str]) -> None:
