@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -14,19 +13,12 @@ MEASURED = ("reconstruction", "reconstruction_guided", "generation", "guidance_s
 
 
 class FinalMetrics(lightning.Callback):
-    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`.
-
-    Args:
-        groups: the beginnings of the names of the metrics to keep.
-    """
-
-    def __init__(self, groups: Sequence[str] = MEASURED) -> None:
-        self.groups = tuple(groups)
+    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`."""
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log once the last validation is over."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in self.groups}
+        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in MEASURED}
         if not metrics or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:

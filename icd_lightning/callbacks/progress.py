@@ -33,7 +33,7 @@ class TrainingProgress(RichProgressBar):
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._throughput.restart(trainer.global_step)
-        self._last_step = trainer.estimated_stepping_batches
+        self._last_step = pl_module.total_steps
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Update the bar, or write a line."""

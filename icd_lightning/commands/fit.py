@@ -131,9 +131,10 @@ class FitCommand(LightningCLI):
     before_test = before_validate
 
     def before_fit(self) -> None:
-        """Refuse another run's checkpoint before anything is written; accumulate up to the global batch size."""
+        """Refuse what cannot go on or together before anything is written; accumulate up to the global batch size."""
         if (file := self._checkpoint()) is not None:
             self.model.check_recipe(_read_checkpoint(file))
+        self.model.check_strategy(self.trainer.strategy)
         self._accumulate()
 
     def _checkpoint(self) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -135,6 +136,7 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.optimizer_settings = optimizer
         self.seed = seed
+        self.steps_per_batch = 1
         self.skipped_steps = 0
         self._batch_keys: list[str] = []
 
@@ -145,6 +147,13 @@ class Task(lightning.LightningModule):
     def diffusion_models(self) -> list[DiffusionModel]:
         """The networks that can be spread over devices and compiled."""
         return []
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """ValueError for one that cannot train this; asked before processes are started."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
@@ -168,9 +177,16 @@ class Task(lightning.LightningModule):
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
         # with fp16 a fused one would unscale gradients by itself, after we clip them
         optimizer = settings.build(groups, fused=self.trainer.precision != "16-mixed")
-        total = self.trainer.estimated_stepping_batches
+        total = self.total_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps until the training ends; infinite where nothing ends it."""
+        batches = self.trainer.estimated_stepping_batches  # or max_steps, if that is less
+        most = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
+        return min(most, batches * self.steps_per_batch) if batches >= 0 else math.inf
 
     def on_train_start(self) -> None:
         """Let the configuration's optimizer settings apply to a run that goes on, whose checkpoint holds the old."""
@@ -243,6 +259,12 @@ class Task(lightning.LightningModule):
         captioned = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
         return encoded.where(captioned, self.conditioner.unconditional(len(captioned), framing))
 
+    def encoded(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning, Framing]:
+        """The latents (B, C, h, w), the conditioning of the captions, and how the pictures are framed."""
+        latents = self.latents(batch, draws)
+        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
+        return latents, self.conditioning(batch, framing), framing
+
     def validation_draws(self, batch_idx: int) -> Draws:
         """The same random numbers for this batch in every validation."""
         return self._draws(-1 - batch_idx)
@@ -259,6 +281,11 @@ class Task(lightning.LightningModule):
     def recipe(self) -> dict[str, Any]:
         """What a run that goes on must share with its checkpoint, since it says what is learned; plain values."""
         return {}
+
+    def about(self) -> dict[str, Any]:
+        """What a card says of the training."""
+        made = {"steps": self.global_step, "optimizer": self._plain_settings(), "seed": self.seed}
+        return {"family": self.family.model, **self.recipe(), **made}
 
     def check_recipe(self, checkpoint: dict) -> None:
         """ValueError if the checkpoint was trained for something else; a changed optimizer is told of."""
