@@ -85,11 +85,6 @@ class EditSettings(Weights):
         readers = {"amplify": read_factors, "blend": read_blend}
         return {name: readers[name](value) if name in readers else value for name, value in given.items()}
 
-    @property
-    def reads_source(self) -> bool:
-        """Whether the source prompt matters to the method; this loads torch."""
-        return bool(self.control) or class_of(self.method).reads_source
-
 
 def read_blend(text: str) -> tuple[str, ...] | Literal[False]:
     """Two words, "cat dog", or none; ValueError for anything else."""
@@ -180,7 +175,7 @@ class Edit:
             raise ValueError(f"there is no picture at {self.image}")
         if not self.target:
             raise ValueError(f"{self.image} has no target prompt: say what it shall show")
-        if not self.source and settings.reads_source:
+        if not self.source and (settings.control or class_of(settings.method).reads_source):  # which loads torch
             raise ValueError(
                 f"{self.image} has no source prompt: say what it shows, which method {settings.method} reads "
                 "(sdedit needs none)"

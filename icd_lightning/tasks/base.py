@@ -45,8 +45,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr {self.lr} must be positive and finite")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more, and finite")
+        check_not_negative("weight_decay", self.weight_decay)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must be 0 or more and less than 1")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -55,10 +54,9 @@ class OptimizerSettings:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and max_skipped_steps {self.max_skipped_steps} must be 0 or more"
             )
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"decay {self.decay!r} is not one of constant, cosine")
-        if self.kind not in ("adamw", "adamw8bit"):
-            raise ValueError(f"kind {self.kind!r} is not one of adamw, adamw8bit")
+        for name, known in (("decay", ("constant", "cosine")), ("kind", ("adamw", "adamw8bit"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 
     def factor(self, step: int, total: float) -> float:
         """The learning rate at `step` of `total` (infinite: the cosine never falls), as a share of lr."""

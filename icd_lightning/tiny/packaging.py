@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from icd_lightning.files import read_object
 from icd_lightning.models.student_file import sorted_metadata
+from icd_lightning.models.students import DIRECTIONS
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 SHIPPED = "tiny"  # what `Family` knows it by
@@ -21,18 +23,17 @@ STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance
 
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
-    missing = [part for part in PARTS if not (source / "model" / part).is_dir()]
-    missing += [f"{name}/icd.json" for name in ("forward", "reverse") if not _about(source, name).is_file()]
-    missing += [f"{stage}/config.yaml" for stage in STAGES if not (source / stage / "config.yaml").is_file()]
-    if missing:
+    parts = {part: source / "model" / part for part in PARTS}
+    parts |= {f"students/{direction}": source / "students" / direction for direction in DIRECTIONS}
+    files = [source / "students" / direction / "icd.json" for direction in DIRECTIONS]
+    files += [source / stage / "config.yaml" for stage in STAGES]
+    if missing := [str(path.relative_to(source)) for path in (*parts.values(), *files) if not path.exists()]:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    trained_on = json.loads(_about(source, "forward").read_text())["family"]
-    for part in PARTS:
-        _copy(source / "model" / part, temporary / part, trained_on)
-    for name in ("forward", "reverse"):
-        _copy(source / "students" / name, temporary / "students" / name, trained_on)
+    trained_on = read_object(files[0])["family"]
+    for part, folder in parts.items():
+        _copy(folder, temporary / part, trained_on)
     for stage in STAGES:
         _record(source / stage, temporary / "training" / stage)
     (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
@@ -46,11 +47,6 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return size
-
-
-def _about(source: Path, student: str) -> Path:
-    """Where `save_student` says what a student is, the family it was trained on among it."""
-    return source / "students" / student / "icd.json"
 
 
 def _copy(source: Path, target: Path, trained_on: str) -> None:
