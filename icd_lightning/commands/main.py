@@ -52,20 +52,20 @@ def main(args: list[str] | None = None) -> None:
         _run(name, rest)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("ICD_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("ICD_TRACEBACK") or (message := _told(error)) is None:
             raise
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if os.environ.get("ICD_TRACEBACK") or not _lacks_memory(error):
-            raise
-        fail(f"memory is full ({str(error).split('. ')[0]}): take smaller pictures or batches, or half precision")
+        fail(message)
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """True of Python's own error, of torch's on a GPU, and of its allocator's for the processor, which has no class."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+def _told(error: Exception) -> str | None:
+    """What to say of a user's mistake, or of full memory; None of a mistake of ours."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    text = str(error).lower()  # torch's error of a GPU has a class, its allocator's for the processor has none
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"memory is full ({str(error).split('. ')[0]}): take smaller pictures or batches, or half precision"
+    return None
 
 
 class _Console(logging.StreamHandler):

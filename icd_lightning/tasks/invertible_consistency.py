@@ -108,7 +108,10 @@ class InvertibleConsistencyDistillation(Task):
                     f"the {direction} model to begin with was made for boundaries {ends}, this training is for "
                     f"{list(boundaries.boundary_timesteps)}: give it those, or another model to begin with"
                 )
-        self._freeze_untrained()
+        for direction in set(DIRECTIONS) - set(self.trained):  # else DDP would wait for its gradients
+            self.students.freeze(direction)
+            if direction not in self.students.boundaries:
+                log.warning("no loss trains the %s model, and none is loaded: it stays the teacher itself", direction)
 
     def check_strategy(self, strategy: Strategy) -> None:
         several = self.steps_per_batch > 1 and isinstance(strategy, DDPStrategy)
@@ -117,13 +120,6 @@ class InvertibleConsistencyDistillation(Task):
                 "step_after each_loss goes backward once for each loss, and DDP would wait each time for all gradients"
                 ": take trainer.strategy ddp_find_unused_parameters_true"
             )
-
-    def _freeze_untrained(self) -> None:
-        """A student that no loss reaches is not in training: DDP would wait for its gradients."""
-        for direction in set(DIRECTIONS) - set(self.trained):
-            self.students.freeze(direction)
-            if direction not in self.students.boundaries:
-                log.warning("no loss trains the %s model, and none is loaded: it stays the teacher itself", direction)
 
     @property
     def trained(self) -> list[Direction]:
