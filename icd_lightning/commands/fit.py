@@ -35,9 +35,10 @@ NOT_NEWS = (
     ".*is smaller than the logging interval.*",  # which counts steps, not batches of an epoch
     ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
+NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
+"""Of warnings, and of what Lightning logs."""
 
 INTERRUPTED = 128 + signal.SIGINT
-
 
 MOVED = {  # keys of stage 2's model.init_args before students and losses were parts of their own, and what they are now
     "lora": "students.init_args.lora",
@@ -120,9 +121,7 @@ class FitCommand(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""
-        if (file := self._checkpoint()) is not None:
-            _read_checkpoint(file)
-        elif self._get(self.config, "ckpt_path") == "last":
+        if self._checkpoint() is None and self._get(self.config, "ckpt_path") == "last":
             raise ValueError(
                 f"there is no checkpoint in {self.trainer.default_root_dir}: name the run's folder by "
                 "trainer.default_root_dir; ckpt_path null measures what has not been trained"
@@ -132,30 +131,34 @@ class FitCommand(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what cannot go on or together before anything is written; accumulate up to the global batch size."""
-        if (file := self._checkpoint()) is not None:
-            self.model.check_recipe(_read_checkpoint(file))
+        if (checkpoint := self._checkpoint()) is not None:
+            self.model.check_recipe(checkpoint)
         self.model.check_strategy(self.trainer.strategy)
-        self._accumulate()
+        if (total := self._get(self.config, "global_batch_size")) is not None:
+            self._accumulate(total)
 
-    def _checkpoint(self) -> Path | None:
-        """The file that ckpt_path names, if it is there; the last is where RunCheckpoint keeps it."""
+    def _checkpoint(self) -> dict | None:
+        """What ckpt_path names, if it is there, its tensors not yet read; the last is where RunCheckpoint keeps it."""
         named = self._get(self.config, "ckpt_path")
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
-        return file if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or "
+                "take it away to begin anew"
+            ) from error
 
-    def _accumulate(self) -> None:
-        trainer, total = self.trainer, self._get(self.config, "global_batch_size")
-        if total is None:
-            return
+    def _accumulate(self, total: int) -> None:
+        trainer, batch_size = self.trainer, self._get(self.config, "data.init_args.batch_size")
+        devices = trainer.num_devices * trainer.num_nodes
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"global_batch_size {total} sets trainer.accumulate_grad_batches, which is given as well "
                 f"({trainer.accumulate_grad_batches}): leave out one of them"
             )
-        batch_size, devices = (
-            self._get(self.config, "data.init_args.batch_size"),
-            trainer.num_devices * trainer.num_nodes,
-        )
         trainer.accumulate_grad_batches = micro_batches(total, batch_size, devices)
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
@@ -169,17 +172,6 @@ class FitCommand(LightningCLI):
             root = self._get(self.config_init, "trainer.default_root_dir") or "outputs/run"
             kwargs["logger"] = TensorBoardLogger(root, name="", version="")
         return super().instantiate_trainer(**kwargs)
-
-
-def _read_checkpoint(file: Path) -> dict:
-    """A checkpoint, its tensors not yet read; ValueError for a damaged file."""
-    try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or take it "
-            "away to begin anew"
-        ) from error
 
 
 def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
@@ -226,8 +218,4 @@ def run(args: list[str]) -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tips and advertisements are not, nor what RunCheckpoint says better."""
-    message = record.getMessage()
-    return not any(
-        word in message
-        for word in ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
-    )
+    return not any(words in record.getMessage() for words in NOT_NEWS_EITHER)

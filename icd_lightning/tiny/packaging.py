@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from icd_lightning.files import read_object
+from icd_lightning.files import read_object, replaced_folder, write_json
 from icd_lightning.models.student_file import sorted_metadata
 from icd_lightning.models.students import DIRECTIONS
 
@@ -29,23 +29,20 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     files += [source / stage / "config.yaml" for stage in STAGES]
     if missing := [str(path.relative_to(source)) for path in (*parts.values(), *files) if not path.exists()]:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     trained_on = read_object(files[0])["family"]
-    for part, folder in parts.items():
-        _copy(folder, temporary / part, trained_on)
-    for stage in STAGES:
-        _record(source / stage, temporary / "training" / stage)
-    (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
-    for name in WRITTEN:
-        if (out / name).is_file():
-            shutil.copy(out / name, temporary / name)
-    size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
-    if size > max_megabytes:
-        shutil.rmtree(temporary)
-        raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    with replaced_folder(out) as temporary:
+        for part, folder in parts.items():
+            _copy(folder, temporary / part, trained_on)
+        for stage in STAGES:
+            _record(source / stage, temporary / "training" / stage)
+        (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
+        for file in (out / name for name in WRITTEN):
+            if file.is_file():
+                shutil.copy(file, temporary)
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
+        if size > max_megabytes:
+            raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
+        shutil.rmtree(out, ignore_errors=True)
     return size
 
 
@@ -58,7 +55,7 @@ def _copy(source: Path, target: Path, trained_on: str) -> None:
         elif file.name == "config.json":
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)  # diffusers' note of the folder that the training began from
-            (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
+            write_json(target / file.name, config)
         elif file.name in ("icd.json", "README.md"):
             (target / file.name).write_text(_renamed(file.read_text(), trained_on))
         else:
