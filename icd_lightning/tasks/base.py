@@ -138,9 +138,13 @@ class Task(lightning.LightningModule):
         self.skipped_steps = 0
         self._batch_keys: list[str] = []
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its full name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by name; each group is clipped by itself."""
-        return {"network": [p for p in self.parameters() if p.requires_grad]}
+        """What is trained, by a group's name; each group is clipped by itself."""
+        return {"network": list(self.trained_parameters().values())}
 
     def diffusion_models(self) -> list[DiffusionModel]:
         """The networks that can be spread over devices and compiled."""
@@ -159,15 +163,15 @@ class Task(lightning.LightningModule):
             return
         for model in self.diffusion_models():
             shard(model, self.device_mesh["data_parallel"])
-        if unspread := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
+        if unspread := next((n for n, p in self.trained_parameters().items() if not isinstance(p, DTensor)), None):
             raise ValueError(
-                f"{type(self).__name__} trains more than its networks ({unspread[0]}, ...), which this strategy cannot "
+                f"{type(self).__name__} trains more than its networks ({unspread}, ...), which this strategy cannot "
                 "spread: take strategy ddp"
             )
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
-        if half := next((n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None):
+        if half := next((n for n, p in self.trained_parameters().items() if p.dtype != torch.float32), None):
             raise ValueError(
                 f"{half} would be trained in half precision, which loses small steps, under trainer.precision "
                 f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"
@@ -312,7 +316,7 @@ class Task(lightning.LightningModule):
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
         checkpoint["skipped_steps"] = self.skipped_steps
-        trained = self._trained_keys()
+        trained = self.trained_parameters()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
@@ -322,22 +326,19 @@ class Task(lightning.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.check_recipe(checkpoint)
             self.skipped_steps = checkpoint.get("skipped_steps", 0)
-        trained, saved = self._trained_keys(), checkpoint["state_dict"].keys()
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        other = {name for name in trained & saved if checkpoint["state_dict"][name].shape != shapes[name]}
-        if wrong := sorted((trained ^ saved) | other):
+        parameters, saved = self.trained_parameters(), checkpoint["state_dict"]
+        trained = parameters.keys()
+        other = {name for name in trained & saved.keys() if saved[name].shape != parameters[name].shape}
+        if wrong := sorted((trained ^ saved.keys()) | other):
             raise ValueError(
-                f"checkpoint does not fit this task: {len(trained - saved)} trained tensors missing, "
-                f"{len(saved - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
+                f"checkpoint does not fit this task: {len(trained - saved.keys())} trained tensors missing, "
+                f"{len(saved.keys() - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
                 "was it made with another model or LoRA rank?"
             )
         frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = {**frozen, **checkpoint[key]}
-
-    def _trained_keys(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def _plain_settings(self) -> dict[str, Any]:
         """The optimizer's settings as a checkpoint and a card hold them."""
