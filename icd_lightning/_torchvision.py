@@ -15,9 +15,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-OPS = ("nms", "qnms")
-
 
 class _DeclareOpsBeforeImport(MetaPathFinder):
     """Steps in at the first `import torchvision`, so that importing icd_lightning itself stays light."""
@@ -43,6 +40,7 @@ def declare_missing_ops(torchvision_folder: Path) -> None:
     for library in [*torchvision_folder.glob("_C*.so"), *torchvision_folder.glob("_C*.pyd")]:
         with contextlib.suppress(OSError):  # linked against a CUDA runtime that is not here
             torch.ops.load_library(str(library))
-    for name in OPS:
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", SCHEMA)
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
 from icd_lightning.models.sharding import gathered, part_like
 
@@ -38,7 +37,7 @@ class ExponentialAverage(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Follow the weights to their device, and go on with those of the checkpoint, if any."""
         self._averaged_step = trainer.global_step
-        for name, parameter in self._trained(pl_module):
+        for name, parameter in pl_module.trained_parameters().items():
             if name in self._averages:
                 self._averages[name] = self._averages[name].to(parameter.device)
         self._place_averages(pl_module, False)
@@ -49,7 +48,7 @@ class ExponentialAverage(lightning.Callback):
         if trainer.global_step == self._averaged_step:
             return
         self._averaged_step = trainer.global_step
-        for name, parameter in self._trained(pl_module):
+        for name, parameter in pl_module.trained_parameters().items():
             if name in self._averages:
                 self._averages[name].lerp_(parameter, 1 - self.decay)
             else:  # the first step
@@ -85,7 +84,7 @@ class ExponentialAverage(lightning.Callback):
         if "current_model_state" not in checkpoint:
             log.warning("the checkpoint was made without averaging: averages begin at its weights")
         current = checkpoint.get("current_model_state", checkpoint["state_dict"])
-        self._averages = {n: part_like(current[n], p).clone() for n, p in self._trained(pl_module)}
+        self._averages = {n: part_like(current[n], p).clone() for n, p in pl_module.trained_parameters().items()}
         self._in_place = True
 
     @torch.no_grad()
@@ -93,11 +92,7 @@ class ExponentialAverage(lightning.Callback):
         if not self._averages or self._in_place == in_place:
             return
         self._in_place = in_place
-        for name, parameter in self._trained(pl_module):
+        for name, parameter in pl_module.trained_parameters().items():
             here = parameter.detach().clone()
             parameter.copy_(self._averages[name])
             self._averages[name].copy_(here)
-
-    @staticmethod
-    def _trained(pl_module: lightning.LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import lightning
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchmetrics import Metric
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.data.images import to_pictures
 from icd_lightning.editing.consistency import InvertibleConsistency
+from icd_lightning.evaluation.report import Panel
 from icd_lightning.metrics.registry import build_metrics, expand
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
+
+CELL = 128  # pixels of a picture in a grid, at least
 
 
 class StudentEvaluation(lightning.Callback):
@@ -24,10 +32,12 @@ class StudentEvaluation(lightning.Callback):
     a picture's noise is drawn from a seed that its key makes, and networks are only evaluated.
     """
 
-    def __init__(self, metrics: Sequence[str], places: Sequence[str], num_images: int) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} must be 1 or more")
+    def __init__(self, metrics: Sequence[str], places: Sequence[str], num_images: int, grid_columns: int = 8) -> None:
+        for name, value in (("num_images", num_images), ("grid_columns", grid_columns)):
+            if value < 1:
+                raise ValueError(f"{name} {value} must be 1 or more")
         self.names, self.places, self.num_images = expand(metrics), places, num_images
+        self.grid_columns = grid_columns
         self.metrics: dict[str, dict[str, Metric]] = {}  # by place and name
         self._seen = 0
 
@@ -43,11 +53,7 @@ class StudentEvaluation(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse a task without students, and load what the metrics need, before anything is trained."""
-        if not isinstance(pl_module, InvertibleConsistencyDistillation):
-            raise ValueError(
-                f"{type(self).__name__} needs both students, and {type(pl_module).__name__} has none: "
-                "take it out of trainer.callbacks"
-            )
+        check_students(self, pl_module)
         if not self.metrics:
             self.metrics = {place: dict(build_metrics(self.names)) for place in self.places}
 
@@ -86,7 +92,41 @@ class StudentEvaluation(lightning.Callback):
         for name in self.names:
             self.metrics[place][name].update(results, batch.images, prompts=batch.captions, noise=noise)
 
+    def draw(self, trainer: lightning.Trainer, name: str, rows: Mapping[str, Tensor], captions: Sequence[str]) -> None:
+        """Log a `grid` of the first pictures where the trainer has a TensorBoard log, on rank 0."""
+        shown = {label: images[: self.grid_columns] for label, images in rows.items()}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_image(name, grid(shown, captions), trainer.global_step, dataformats="HWC")
+
+
+def check_students(callback: lightning.Callback, task: lightning.LightningModule) -> None:
+    """ValueError for a task without students."""
+    if not isinstance(task, InvertibleConsistencyDistillation):
+        raise ValueError(
+            f"{type(callback).__name__} needs both students, and {type(task).__name__} has none: "
+            "take it out of trainer.callbacks"
+        )
+
 
 def pipeline_of(task: InvertibleConsistencyDistillation) -> InvertibleConsistency:
     """The pipeline over the very students in training."""
     return InvertibleConsistency(task.students, task.autoencoder, task.conditioner, task.boundaries)
+
+
+def grid(rows: Mapping[str, Tensor], captions: Sequence[str]) -> NDArray[np.uint8]:
+    """One picture of rows of images (B, 3, H, W) in [-1, 1], labelled at the left, with captions above the columns."""
+    from icd_lightning.evaluation.report.canvas import MAX_PICTURE, MIN_LABEL, PICTURE_GAP, draw_body
+
+    pictures = {label: to_pictures(images.float()) for label, images in rows.items()}
+    count, _, width = next(iter(pictures.values())).shape[:3]
+    heads = tuple(f"\n{caption}" for caption in captions[:count])  # in small letters
+    panel = Panel("", "", heads, tuple((label, tuple(shown)) for label, shown in pictures.items()))
+    canvas = draw_body(panel, width=MIN_LABEL + count * (MAX_PICTURE + PICTURE_GAP))
+    return canvas.pixels(scale=max(width, CELL) / MAX_PICTURE)
+
+
+def noise_images(noise: Tensor, images: Tensor) -> Tensor:
+    """Three channels of noise (B, C, h, w) as colours, as large as images (B, 3, H, W): no picture should show."""
+    colors = (noise[:, :3].float() / 3).clamp(-1, 1)  # three standard deviations
+    return interpolate(colors, size=images.shape[-2:], mode="nearest")

@@ -23,8 +23,8 @@ class ExportWeights(lightning.Callback):
         """Export once the training is over and averaged weights are in place."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        trained = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
-        if wrong := next((name for name, parameter in trained if not parameter.isfinite().all()), None):
+        trained = pl_module.trained_parameters()
+        if wrong := next((name for name, parameter in trained.items() if not parameter.isfinite().all()), None):
             raise ValueError(
                 f"{wrong} is not finite after step {trainer.global_step}, so nothing is exported: begin anew with a "
                 "smaller lr, or precision bf16-mixed, in another trainer.default_root_dir"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import lightning
 
 from icd_lightning.callbacks.evaluation import StudentEvaluation, pipeline_of
-from icd_lightning.callbacks.pictures import log_grid
 from icd_lightning.data.batch import Batch
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
 
@@ -25,10 +24,7 @@ class GenerationCallback(StudentEvaluation):
     """
 
     def __init__(self, metrics: Sequence[str], *, num_images: int = 64, grid_columns: int = 8) -> None:
-        if grid_columns < 1:
-            raise ValueError(f"grid_columns {grid_columns} must be 1 or more")
-        super().__init__(metrics, (GENERATED,), num_images)
-        self.grid_columns = grid_columns
+        super().__init__(metrics, (GENERATED,), num_images, grid_columns)
 
     def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seeds: list[int], draw: bool) -> None:
         pipeline = pipeline_of(task)
@@ -39,5 +35,4 @@ class GenerationCallback(StudentEvaluation):
         if draw:
             unguided = pipeline.generate(batch.captions, noise, guidance=UNGUIDED)
             rows = {"w 1": unguided, f"w {task.decoding.guidance_scale:g}": result}
-            shown = {label: images[: self.grid_columns] for label, images in rows.items()}
-            log_grid(trainer, "pictures/samples", shown, batch.captions)
+            self.draw(trainer, "pictures/samples", rows, batch.captions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -14,37 +13,27 @@ MEASURED = ("reconstruction", "reconstruction_guided", "generation", "guidance_s
 
 
 class FinalMetrics(lightning.Callback):
-    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`.
-
-    Args:
-        groups: the beginnings of the names of the metrics to keep.
-    """
-
-    def __init__(self, groups: Sequence[str] = MEASURED) -> None:
-        self.groups = tuple(groups)
+    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`."""
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log once the last validation is over."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in self.groups}
+        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in MEASURED}
         if not metrics or not trainer.is_global_zero:
             return
+        settings = {"max_steps": trainer.max_steps}
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveConfigCallback):
+                config = callback.config.as_dict()
+                for name in SETTINGS:
+                    settings |= _flat(config.get(name, {}), name)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings_of(trainer), metrics, trainer.global_step)
-
-
-def settings_of(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What the configuration says of model, data and seed, by dotted key; the number of steps alone without a one."""
-    callback = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)
-    config = callback.config.as_dict() if callback else {}
-    flat = {"max_steps": trainer.max_steps}
-    for name in SETTINGS:
-        flat |= _flat(config[name], name) if name in config else {}
-    return flat
+                logger.log_hyperparams(settings, metrics, trainer.global_step)
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:
+    """What a part of the configuration says, by dotted key."""
     if not isinstance(value, dict):
         return {key.replace(".init_args", ""): value}
     parts = (_flat(below, f"{key}.{name}") for name, below in value.items())

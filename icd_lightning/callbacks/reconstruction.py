@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import lightning
 from torchmetrics import MeanMetric
 
-from icd_lightning.callbacks.evaluation import StudentEvaluation, pipeline_of
-from icd_lightning.callbacks.pictures import log_grid, noise_images
+from icd_lightning.callbacks.evaluation import StudentEvaluation, noise_images, pipeline_of
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
@@ -33,10 +32,7 @@ class ReconstructionCallback(StudentEvaluation):
     def __init__(
         self, metrics: Sequence[str] = ("psnr", "ssim"), *, num_images: int = 32, grid_columns: int = 8
     ) -> None:
-        if grid_columns < 1:
-            raise ValueError(f"grid_columns {grid_columns} must be 1 or more")
-        super().__init__(metrics, (PLAIN, GUIDED), num_images)
-        self.grid_columns = grid_columns
+        super().__init__(metrics, (PLAIN, GUIDED), num_images, grid_columns)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -56,8 +52,7 @@ class ReconstructionCallback(StudentEvaluation):
         if draw:
             drawn = seeded_noise(noise.shape, seeds, noise.device)
             rows["generated"] = pipeline.generate(batch.captions, drawn, guidance=task.decoding)
-            shown = {label: images[: self.grid_columns] for label, images in rows.items()}
-            log_grid(trainer, "pictures/inversion", shown, batch.captions)
+            self.draw(trainer, "pictures/inversion", rows, batch.captions)
 
 
 class GuidanceSweep(StudentEvaluation):

@@ -6,11 +6,13 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from icd_lightning.commands.evaluate import names
+from icd_lightning.commands.weights import Weights
 
 log = logging.getLogger(__name__)
 
-PARTS = ("forward", "reverse")
 Number = TypeVar("Number", int, float)
 
 
@@ -60,72 +62,62 @@ def ablations(
 
     import torch
 
-    from icd_lightning.commands.session import find_device
-    from icd_lightning.commands.weights import Weights
+    from icd_lightning.commands.fit import conf_files
     from icd_lightning.evaluation.ablations.study import AblationStudy, measure_study, read_ablations
-    from icd_lightning.evaluation.ablations.tables import table_2, verdict_table, write_study
     from icd_lightning.evaluation.benchmark import Settings
-    from icd_lightning.evaluation.methods import Models, teacher_hash
-    from icd_lightning.evaluation.report import print_tables
+    from icd_lightning.evaluation.methods import teacher_hash
 
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
         raise ValueError(
             "there are several GPUs: start it by torchrun --nproc_per_node N --no-python .venv/bin/icd ablations, or "
             "let it see one by CUDA_VISIBLE_DEVICES=0"
         )
-    weights, root = Weights(model, guided_unet, device=device), Path(out)
-    family = weights.family()
-    settings = Settings(
-        "inversion",
-        metrics=tuple(metrics.split(",")) if metrics else None,
-        data=Path(data) if data else None,
-        images=Path(images) if images else None,
-        count=count,
-        batch_size=batch_size,
-    )
-    models = Models(family, device=find_device(device))
-    rows = read_ablations(Path(conf) / "ablation")
-    options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
-    options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
-    options = {k: v for k, v in {**options, "model.init_args.family.guided_unet": guided_unet}.items() if v is not None}
-    names, frozen, trainings = overlays.split(","), teacher_hash(family), {}
+    places = {name: Path(path) for name, path in (("data", data), ("images", images)) if path}
+    inversion = Settings("inversion", metrics=names(metrics), count=count, batch_size=batch_size, **places)
+    models, root = Weights(model, guided_unet, device=device).models(), Path(out)
+    rows, frozen, trainings = read_ablations(Path(conf) / "ablation"), teacher_hash(models.family), {}
+    options = {"model.init_args.family.model": model, "model.init_args.family.guided_unet": guided_unet}
+    options |= {"data.init_args.urls": train_data, "data.init_args.val_urls": val_data, "trainer.max_steps": steps}
     for seed in numbers:  # seed by seed: whole ones come first
         seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
         for letter in dict.fromkeys(row.students for row in rows.values()):
-            configs = [Path(conf) / f"{name}.yaml" for name in (*names, f"ablation/{letter}")]
-            name = f"{letter}-{seed}"
-            trainings[name] = train(root / "trainings", name, configs, seeded, frozen)
-    study = measure_study(AblationStudy(rows, scales, numbers, {}, trainings), models, settings, root)
-    print_tables([*table_2(study), verdict_table(study)])
+            files = conf_files(conf, (*overlays.split(","), f"ablation/{letter}"))
+            trainings[f"{letter}-{seed}"] = train(root, f"{letter}-{seed}", files, seeded, frozen)
+    study = measure_study(AblationStudy(rows, scales, numbers, {}, trainings), models, inversion, root)
     facts = {"model": model, "weights": frozen[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
-    facts |= {name: str(Path(path).resolve()) for name, path in (("data", data), ("images", images)) if path}
-    for path in write_study(study, root, facts):
-        log.info("%s", path)
+    facts |= {name: str(path.resolve()) for name, path in places.items()}
+    report(study, root, facts)
 
 
-def train(root: Path, name: str, configs: Sequence[Path], options: dict[str, object], weights: str) -> Path:
+def train(root: Path, name: str, files: Sequence[Path], options: dict[str, object], weights: str) -> Path:
     """Train both students, if that is not done; return their folder, named after all that the training depends on."""
     import hashlib
     import json
 
     from icd_lightning.commands import fit
     from icd_lightning.models.student_file import WEIGHTS_NAME
+    from icd_lightning.models.students import DIRECTIONS
 
-    missing = [str(file) for file in configs if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"no configuration {missing[0]}: run this in the repository, or name its conf/ by --conf"
-        )
-    key = json.dumps([weights, options, *(file.read_text() for file in configs)], sort_keys=True, default=str)
-    folder = root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    if all((folder / part / WEIGHTS_NAME).is_file() for part in PARTS):  # written when a training has ended
+    given = {key: value for key, value in options.items() if value is not None}
+    depends = [weights, given, *(file.read_text() for file in files)]
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
+    folder = root / "trainings" / f"{name}-{digest[:8]}"
+    if all((folder / direction / WEIGHTS_NAME).is_file() for direction in DIRECTIONS):  # written at a training's end
         log.info("%s: trained before", folder)
         return folder
     log.info("%s: training", folder)
-    words = [word for file in configs for word in ("--config", str(file))]
-    overrides = [f"--{key}={value}" for key, value in {**options, "trainer.default_root_dir": folder}.items()]
-    fit.run(["fit", *words, *overrides])
+    fit.train(files, {**given, "trainer.default_root_dir": folder})
     return folder
+
+
+def report(study: Any, root: Path, facts: dict[str, object]) -> None:
+    """Print and write the study's tables."""
+    from icd_lightning.evaluation.ablations.tables import table_2, verdict_table, write_study
+    from icd_lightning.evaluation.report import print_tables
+
+    print_tables([*table_2(study), verdict_table(study)])
+    for path in write_study(study, root, facts):
+        log.info("%s", path)
 
 
 def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:

@@ -32,8 +32,8 @@ def shapes(
 
     from icd_lightning.tiny.shards import write_scenes
 
-    settings = {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
-    manifest, new = write_scenes(out, count, **settings, overwrite=overwrite, num_workers=num_workers)
+    settings = {"count": count, "shard_size": shard_size, "format": format, "seed": seed, "size": size}
+    manifest, new = write_scenes(out, settings, overwrite=overwrite, num_workers=num_workers)
     text = f"{out} holds {_counted(manifest.samples, 'picture')} in {_counted(len(manifest.shards), 'shard')}"
     Console().print(text if new else f"{text} already; nothing to do", soft_wrap=True)
 
@@ -77,7 +77,7 @@ def cache_latents(
 
     from rich.console import Console
 
-    from icd_lightning.commands.session import find_device
+    from icd_lightning.commands.weights import find_device
     from icd_lightning.data.decoding import SampleDecoder
     from icd_lightning.data.latents import cache_latents as write
     from icd_lightning.models.family import Family, load_autoencoder
@@ -86,8 +86,6 @@ def cache_latents(
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     share = _part(part or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
     own_device = find_device(device)
-    if device == "auto" and own_device.type == "cuda":
-        own_device = find_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     autoencoder = load_autoencoder(vae).to(own_device)
     conditioner = Family(text).load_conditioner().to(own_device) if text else None
     manifest = write(

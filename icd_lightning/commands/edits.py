@@ -85,11 +85,6 @@ class EditSettings(Weights):
         readers = {"amplify": read_factors, "blend": read_blend}
         return {name: readers[name](value) if name in readers else value for name, value in given.items()}
 
-    @property
-    def reads_source(self) -> bool:
-        """Whether the source prompt matters to the method; this loads torch."""
-        return bool(self.control) or class_of(self.method).reads_source
-
 
 def read_blend(text: str) -> tuple[str, ...] | Literal[False]:
     """Two words, "cat dog", or none; ValueError for anything else."""
@@ -112,17 +107,16 @@ def read_factors(text: float | str) -> float | dict[str, float]:
     raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Pixels of the result; None is the model's own."""
+Size = tuple[int | None, int | None]
+"""Height and width of the result in pixels; None is the model's own."""
 
-    height: int | None = None
-    width: int | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more")
+def check_size(height: int | None, width: int | None) -> Size:
+    """The size, or ValueError."""
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be 1 or more")
+    return height, width
 
 
 GRID_KEYS = {"w": "guidance_scale", **SHORT_NAMES} | {
@@ -181,7 +175,7 @@ class Edit:
             raise ValueError(f"there is no picture at {self.image}")
         if not self.target:
             raise ValueError(f"{self.image} has no target prompt: say what it shall show")
-        if not self.source and settings.reads_source:
+        if not self.source and (settings.control or class_of(settings.method).reads_source):  # which loads torch
             raise ValueError(
                 f"{self.image} has no source prompt: say what it shows, which method {settings.method} reads "
                 "(sdedit needs none)"

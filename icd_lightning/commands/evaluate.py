@@ -1,9 +1,12 @@
-"""`icd eval`: methods on benchmarks."""
+"""`icd eval`: methods on benchmarks; `icd condense`: of results, what ships with the notebooks."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
+
+from icd_lightning.commands.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +66,17 @@ def evaluate(
         out: Folder of all results, by default outputs/eval-BENCHMARK, of `scenes` outputs/eval-inversion; what was
             measured before with the same settings and weights is reused.
     """
-    from pathlib import Path
-
-    from icd_lightning.commands.session import find_device
-    from icd_lightning.commands.weights import Weights
     from icd_lightning.evaluation.benchmark import Benchmark, Settings
     from icd_lightning.evaluation.decodings import parse_grid
-    from icd_lightning.evaluation.methods import Models, all_methods
+    from icd_lightning.evaluation.methods import all_methods
     from icd_lightning.evaluation.suite import Suite
 
-    usual = Benchmark.find(benchmark)
-    weights = Weights(**options)
-    models = Models(weights.family(), **weights.students, device=find_device(weights.device))
-    every = all_methods(models.family) if method == "all" else None
-    methods = tuple(every or (_names(method) if method else usual.methods))
+    usual, models = Benchmark.find(benchmark), Weights(**options).models()
+    methods = all_methods(models.family) if method == "all" else names(method) or usual.methods
     settings = Settings(
         benchmark,
-        methods=methods if ddim else tuple(name for name in methods if name != "ddim"),
-        metrics=tuple(_names(metrics)) if metrics else None,
+        methods=tuple(name for name in methods if ddim or name != "ddim"),
+        metrics=names(metrics),
         data=Path(data) if data else None,
         images=Path(images) if images else None,
         natural=natural,
@@ -91,11 +87,29 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
     )
-    folder = usual.folder or f"eval-{benchmark}"
-    for path in Suite(settings, models, Path(out or f"outputs/{folder}")).run():
+    folder = Path(out or f"outputs/{usual.folder or f'eval-{benchmark}'}")
+    for path in Suite(settings, models, folder).run():
         log.info("%s", path)
 
 
-def _names(text: str) -> list[str]:
-    """Names separated by commas."""
-    return [name.strip() for name in text.split(",")]
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Names separated by commas, if there are any."""
+    return tuple(name.strip() for name in text.split(",")) if text else None
+
+
+def condense(*, source: str = "outputs", out: str = "notebooks/results") -> None:
+    """Copy what the notebooks read of a folder of results: a few MB that git can keep.
+
+    These are the summaries and the rows of each picture, the scalars of each training, and the few pictures that the
+    notebooks show.
+
+    Args:
+        source: Folder with ablations/ (of `icd ablations`), eval-guidance/ and eval-generation/ (of `icd eval`), or
+            some of them.
+        out: Folder to copy to, under the same names.
+    """
+    from icd_lightning.evaluation.shipping import condense as copy
+
+    for folder in copy(Path(source), Path(out)):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        log.info("%s  %.1f MB", folder, size / 1e6)

@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from icd_lightning.commands.parsing import OneLineErrors
+from icd_lightning.commands.main import fail
 from icd_lightning.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,10 @@ NOT_NEWS = (
     ".*is smaller than the logging interval.*",  # which counts steps, not batches of an epoch
     ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
+NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
+"""Of warnings, and of what Lightning logs."""
 
 INTERRUPTED = 128 + signal.SIGINT
-
 
 MOVED = {  # keys of stage 2's model.init_args before students and losses were parts of their own, and what they are now
     "lora": "students.init_args.lora",
@@ -53,8 +55,8 @@ WEIGHT_ALONE = re.compile(r'"losses\.(\w+)".*Given value: ([\d.eE+-]+)$', re.DOT
 NO_LOSS = re.compile(r"(--model\.init_args\.losses)\.(\w+)[=\0]null(?=\0|$)")
 
 
-class FitParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with our errors."""
+class FitParser(LightningArgumentParser):
+    """LightningCLI's parser with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Name the new spelling of an old configuration."""
@@ -68,7 +70,7 @@ class FitParser(OneLineErrors, LightningArgumentParser):
         elif weight := WEIGHT_ALONE.search(message):
             key = f"model.init_args.losses.{weight[1]}"
             message = f"{key} is no number {weight[2]}: its weight is {key}.init_args.weight, and null leaves it out"
-        super().error(message, ex)
+        fail(message)
 
 
 class FitCommand(LightningCLI):
@@ -119,9 +121,7 @@ class FitCommand(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""
-        if (file := self._checkpoint()) is not None:
-            _read_checkpoint(file)
-        elif self._get(self.config, "ckpt_path") == "last":
+        if self._checkpoint() is None and self._get(self.config, "ckpt_path") == "last":
             raise ValueError(
                 f"there is no checkpoint in {self.trainer.default_root_dir}: name the run's folder by "
                 "trainer.default_root_dir; ckpt_path null measures what has not been trained"
@@ -130,30 +130,35 @@ class FitCommand(LightningCLI):
     before_test = before_validate
 
     def before_fit(self) -> None:
-        """Refuse another run's checkpoint before anything is written; accumulate up to the global batch size."""
-        if (file := self._checkpoint()) is not None:
-            self.model.check_recipe(_read_checkpoint(file))
-        self._accumulate()
+        """Refuse what cannot go on or together before anything is written; accumulate up to the global batch size."""
+        if (checkpoint := self._checkpoint()) is not None:
+            self.model.check_recipe(checkpoint)
+        self.model.check_strategy(self.trainer.strategy)
+        if (total := self._get(self.config, "global_batch_size")) is not None:
+            self._accumulate(total)
 
-    def _checkpoint(self) -> Path | None:
-        """The file that ckpt_path names, if it is there; the last is where RunCheckpoint keeps it."""
+    def _checkpoint(self) -> dict | None:
+        """What ckpt_path names, if it is there, its tensors not yet read; the last is where RunCheckpoint keeps it."""
         named = self._get(self.config, "ckpt_path")
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
-        return file if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or "
+                "take it away to begin anew"
+            ) from error
 
-    def _accumulate(self) -> None:
-        trainer, total = self.trainer, self._get(self.config, "global_batch_size")
-        if total is None:
-            return
+    def _accumulate(self, total: int) -> None:
+        trainer, batch_size = self.trainer, self._get(self.config, "data.init_args.batch_size")
+        devices = trainer.num_devices * trainer.num_nodes
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"global_batch_size {total} sets trainer.accumulate_grad_batches, which is given as well "
                 f"({trainer.accumulate_grad_batches}): leave out one of them"
             )
-        batch_size, devices = (
-            self._get(self.config, "data.init_args.batch_size"),
-            trainer.num_devices * trainer.num_nodes,
-        )
         trainer.accumulate_grad_batches = micro_batches(total, batch_size, devices)
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
@@ -169,17 +174,6 @@ class FitCommand(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _read_checkpoint(file: Path) -> dict:
-    """A checkpoint, its tensors not yet read; ValueError for a damaged file."""
-    try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or take it "
-            "away to begin anew"
-        ) from error
-
-
 def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
     """How many micro-batches of this size each device accumulates for one optimizer step; ValueError for no number."""
     if global_batch_size % (batch_size * devices) == 0:
@@ -191,6 +185,20 @@ def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
         f"global_batch_size {global_batch_size} is not a multiple of {batch_size * devices} "
         f"(batch_size {batch_size} x {devices} devices): {remedy}, or another global_batch_size"
     )
+
+
+def conf_files(conf: str, names: Iterable[str]) -> list[Path]:
+    """Configuration files by their names in the folder `conf`; FileNotFoundError if one is not there."""
+    files = [Path(conf) / f"{name}.yaml" for name in names]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise FileNotFoundError(f"no configuration {missing}: run this in the repository, or name its conf/ by --conf")
+    return files
+
+
+def train(files: Iterable[Path], options: Mapping[str, object]) -> None:
+    """`icd fit` by configuration files, with options in the place of what they say."""
+    overlays = [word for file in files for word in ("--config", str(file))]
+    run(["fit", *overlays, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def run(args: list[str]) -> None:
@@ -210,8 +218,4 @@ def run(args: list[str]) -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Tips and advertisements are not, nor what RunCheckpoint says better."""
-    message = record.getMessage()
-    return not any(
-        word in message
-        for word in ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
-    )
+    return not any(words in record.getMessage() for words in NOT_NEWS_EITHER)

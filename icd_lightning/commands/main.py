@@ -8,8 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from icd_lightning.commands.guide import GUIDES
 
@@ -25,8 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "data describe": ("data:describe", "count and check shards"),
     "eval": ("evaluate:evaluate", "measure methods: to noise and back, generation, edits"),
     "ablations": ("ablations:ablations", "train and measure the paper's ablations A to K"),
-    "condense": ("condense:condense", "of results, keep what the notebooks read"),
-    "demo": ("demo:demo", "the whole method on this machine, in minutes, with a report"),
+    "condense": ("evaluate:condense", "of results, keep what the notebooks read"),
+    "demo": ("tiny:demo", "the whole method on this machine, in minutes, with a report"),
     "tiny report": ("tiny:report", "measure the shipped tiny family against its bars"),
     "tiny package": ("tiny:package", "turn the trained parts into the family that ships"),
 }
@@ -50,35 +49,29 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
     try:
-        _load(name)(name, rest)
+        _run(name, rest)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("ICD_TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("ICD_TRACEBACK") or (message := _told(error)) is None:
             raise
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if os.environ.get("ICD_TRACEBACK") or not _lacks_memory(error):
-            raise
-        fail(f"memory is full ({str(error).split('. ')[0]}): take smaller pictures or batches, or half precision")
+        fail(message)
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """True of Python's own error, of torch's on a GPU, and of its allocator's for the processor, which has no class."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+def _told(error: Exception) -> str | None:
+    """What to say of a user's mistake, or of full memory; None of a mistake of ours."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    text = str(error).lower()  # torch's error of a GPU has a class, its allocator's for the processor has none
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"memory is full ({str(error).split('. ')[0]}): take smaller pictures or batches, or half precision"
+    return None
 
 
 class _Console(logging.StreamHandler):
     """Writes to what sys.stderr is at the time: a progress bar, while it is drawn, puts itself there."""
 
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        pass
+    stream = property(lambda self: sys.stderr, lambda self, stream: None)
 
 
 NOISE = re.compile(
@@ -128,15 +121,16 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
     raise SystemExit(0)
 
 
-def _load(name: str) -> Callable[[str, list[str]], None]:
-    """Import a command's function and give it a parser made of its signature."""
+def _run(name: str, args: list[str]) -> None:
+    """Import a command's function and call it by a parser made of its signature."""
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(f"icd_lightning.commands.{module}"), attribute)
-    if attribute == "run":  # LightningCLI parses by itself
-        return lambda name, args: function([name, *("--help" if word == "--help_all" else word for word in args)])
+    if name in GUIDES:  # LightningCLI parses by itself
+        function([name, *("--help" if word == "--help_all" else word for word in args)])
+        return
     from icd_lightning.commands.parsing import call
 
-    return lambda name, args: call(function, name, args)
+    call(function, name, args)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,22 @@ SHORT = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_repla
 """Short names of options."""
 
 
-class OneLineErrors:
-    """Mixin for a parser of jsonargparse: no usage text and no traceback before what is wrong."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line, and exit with code 2."""
-        fail(message)
+NOT_FINITE = re.compile(r'^Parser key "(\w+)":.*Given value: ([-+]?(?:nan|inf))$', re.DOTALL | re.IGNORECASE)
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's, with examples on lines of their own."""
 
 
-class Parser(OneLineErrors, ArgumentParser):
-    """The parser of a plain command."""
+class Parser(ArgumentParser):
+    """The parser of a plain command: no usage text and no traceback before what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong in one line, of nan and inf too, and exit with code 2."""
+        if found := NOT_FINITE.search(message):
+            name, value = found.groups()
+            message = f"{name} {value} must be a finite number: {self._option_string_actions[f'--{name}'].help}"
+        fail(message)
 
 
 def call(function: Callable, name: str, args: list[str]) -> None:

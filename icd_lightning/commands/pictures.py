@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from icd_lightning.commands.edits import Edit, EditSettings, Size, check_size, parse_grid, several_edits, variants
+from icd_lightning.commands.weights import Weights
+from icd_lightning.editing.limits import check_seed
+
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
@@ -56,10 +60,9 @@ def edit(
         width: Pixels of the result; by default the model's.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.edits import Edit, EditSettings, Size, parse_grid, several_edits, variants
     from icd_lightning.data.images import read_picture
 
-    settings, size, place = EditSettings(**options), Size(height, width), Path(image)
+    settings, size, place = EditSettings(**options), check_size(height, width), Path(image)
     if place.is_dir() or place.suffix.lower() == ".csv":
         if grid:
             raise ValueError("grid is of one picture: leave it out, or name a picture")
@@ -68,26 +71,24 @@ def edit(
     values = parse_grid(grid or [])
     cells = variants(settings, values)
     read_picture(place)
-    path = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
+    (path,) = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
     one = Edit(place, source or "", target or "", path)
     one.check(cells[0])
-    from icd_lightning.commands.session import open_editor, save_picture
+    from icd_lightning.commands.session import contact_sheet, open_editor, save_result
 
-    edited = list(open_editor(cells[0]).edit(one, cells, size))
+    results, abouts, costs = zip(*open_editor(cells[0]).edit(one, cells, size), strict=True)
+    about = {**one.about, **abouts[0]}
     if not grid:
-        save_picture(path, edited[0].image, "edit", settings, {**one.about, **edited[0].about})
-        log.info("%s: %s", path, edited[0].cost)
+        save_result(path, results[0], "edit", settings, about)
+        log.info("%s: %s", path, costs[0])
         return
-    from icd_lightning.commands.sheet import contact_sheet
-
-    about = {**one.about, **edited[0].about, "grid": " ".join(grid)}
-    save_picture(path, contact_sheet(one, values, [cell.image for cell in edited]), "edit", settings, about)
-    for cell, result in zip(cells, edited, strict=True):
-        log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), result.cost)
+    save_result(path, contact_sheet(one, values, results), "edit", settings, {**about, "grid": " ".join(grid)})
+    for cell, cost in zip(cells, costs, strict=True):
+        log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), cost)
     log.info("%s", path)
 
 
-def edit_many(edits: list, settings: Any, size: Any, *, overwrite: bool) -> None:
+def edit_many(edits: list[Edit], settings: EditSettings, size: Size, *, overwrite: bool) -> None:
     """Make the edits whose outputs are not there; report those that fail, and raise ValueError at the end."""
     todo = [edit for edit in edits if overwrite or not edit.output.exists()]
     if len(todo) < len(edits):
@@ -99,14 +100,14 @@ def edit_many(edits: list, settings: Any, size: Any, *, overwrite: bool) -> None
             edit.check(settings)
             fitting.append((f"{number}/{len(todo)}", edit))
     if fitting:
-        from icd_lightning.commands.session import open_editor, save_picture
+        from icd_lightning.commands.session import open_editor, save_result
 
         editor = open_editor(settings)
         for number, edit in fitting:
             with reported(f"{number} {edit.image}", failures):
-                edited = next(editor.edit(edit, [settings], size))
-                save_picture(edit.output, edited.image, "edit", settings, {**edit.about, **edited.about})
-                log.info("%s %s: %s", number, edit.output, edited.cost)
+                result, about, cost = next(editor.edit(edit, [settings], size))
+                save_result(edit.output, result, "edit", settings, {**edit.about, **about})
+                log.info("%s %s: %s", number, edit.output, cost)
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} edits failed, the first: {failures[0]}")
 
@@ -146,26 +147,23 @@ def invert(
         seed: Of the slight noise with which the way to noise begins.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.edits import Size
-    from icd_lightning.commands.weights import Weights
     from icd_lightning.data.images import read_picture
-    from icd_lightning.editing.limits import check_seed
 
     check_seed(seed)
-    size, weights = Size(height, width), Weights(**options)
+    size, weights = check_size(height, width), Weights(**options)
     read_picture(image)
-    path = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
-    shown = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
-    from icd_lightning.commands.session import Session, described, save_latents, save_picture
+    (path,) = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
+    (shown,) = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
+    from icd_lightning.commands.session import Session, save_result
     from icd_lightning.editing.method import UNGUIDED
 
     session = Session(weights)
     about = {"image": Path(image).name, "prompt": prompt, "seed": seed, **session.about(UNGUIDED)}
     noise, cost = session.invert(image, prompt, seed, size)
-    save_latents(path, noise, described("invert", weights, about))
+    save_result(path, noise, "invert", weights, about)
     log.info("%s: %s", path, cost)
     back, cost, quality = session.reconstruct(image, prompt, noise)
-    save_picture(shown, back, "invert", weights, about)
+    save_result(shown, back, "invert", weights, about)
     log.info("%s: %s, unguided; PSNR %.2f dB to the picture", shown, cost, quality)
 
 
@@ -201,11 +199,8 @@ def generate(
             Not with latents, which are the noise.
         overwrite: Replace outputs that exist.
     """
-    from icd_lightning.commands.edits import EditSettings, Size
-    from icd_lightning.commands.weights import Weights
-
     settings = EditSettings(guidance_scale=guidance_scale, tau=tau, seed=seed or 0)
-    size, weights = Size(height, width), Weights(**options)
+    size, weights = check_size(height, width), Weights(**options)
     if count < 1 or (latents is not None and count != 1):
         raise ValueError(f"count {count} must be 1 or more, and cannot be given with --latents, one picture each")
     if latents is None and not prompts:
@@ -224,8 +219,8 @@ def generate(
             raise ValueError(f"{latents} does not say its prompt: give one")
         count, default = len(inverted), beside(latents, "generated.png")
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    paths = free_numbered(output, default, len(wanted), overwrite=overwrite)
-    from icd_lightning.commands.session import Session, save_picture
+    paths = free(output, default, len(wanted), overwrite=overwrite)
+    from icd_lightning.commands.session import Session, save_result
 
     session = Session(weights)
     session.warn_of_unknown_words(*prompts)
@@ -233,11 +228,11 @@ def generate(
         numbers = range(start, min(start + BATCH_SIZE, len(wanted)))
         seeds = [settings.seed + i for i in numbers]
         noise = session.noise(seeds, size) if inverted is None else inverted[[i % count for i in numbers]]
-        images, about, cost = session.generate([wanted[i] for i in numbers], noise, settings)
-        for i, picture in zip(numbers, images, strict=True):
+        made = session.generate([wanted[i] for i in numbers], noise, settings)
+        for i, (picture, about, cost) in zip(numbers, made, strict=True):
             drawn = {"seed": settings.seed + i} if latents is None else {"latents": Path(latents).name}
-            save_picture(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **about})
-            log.info("%s: %s%s", paths[i], cost, f" for {len(images)} at once" if len(images) > 1 else "")
+            save_result(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **about})
+            log.info("%s: %s", paths[i], cost)
 
 
 def beside(file: str, ending: str) -> Path:
@@ -246,18 +241,15 @@ def beside(file: str, ending: str) -> Path:
     return path.with_name(f"{path.stem}-{ending}")
 
 
-def free(output: str | None, default: Path, *, overwrite: bool) -> Path:
-    """Where to write: nothing is replaced unasked, and the name must say what the file will be."""
+def free(output: str | None, default: Path, count: int = 1, *, overwrite: bool) -> list[Path]:
+    """Where to write: nothing is replaced unasked, and the name must say what the file will be.
+
+    One file keeps its name, several are numbered from 1.
+    """
     path, suffix = Path(output) if output else default, default.suffix
     if path.suffix.lower() != suffix:
         raise ValueError(f"output {path} will be a {suffix[1:]} file: give it a name that ends in {suffix}")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists; name another --output, or replace it by --overwrite")
-    return path
-
-
-def free_numbered(output: str | None, default: Path, count: int, *, overwrite: bool) -> list[Path]:
-    """As `free`, for `count` files: one keeps its name, several are numbered from 1."""
-    path = Path(output) if output else default
-    names = [path] if count == 1 else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
-    return [free(str(name), default, overwrite=overwrite) for name in names]
+    paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
+    if taken := next((path for path in paths if path.is_dir() or (path.exists() and not overwrite)), None):
+        raise ValueError(f"{taken} exists; name another --output, or replace it by --overwrite")
+    return paths

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,8 +16,8 @@ from torch import Tensor
 
 from icd_lightning import __version__
 from icd_lightning.commands.edits import Edit, EditSettings, Size
-from icd_lightning.commands.weights import Weights, check_device
-from icd_lightning.data.images import read_picture, save_png
+from icd_lightning.commands.weights import Weights
+from icd_lightning.data.images import read_picture, resize_and_crop, save_png
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
@@ -30,7 +28,7 @@ from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.examples import read_blended
-from icd_lightning.evaluation.methods import CPU, Models, guided_as_told
+from icd_lightning.evaluation.methods import guided_as_told
 from icd_lightning.files import write_whole
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.text import unknown_words
@@ -41,21 +39,15 @@ log = logging.getLogger(__name__)
 BORROWING = (Baseline, AttentionControlled)
 """Methods that borrow attention, and swap no prompt."""
 
-
-@dataclass(frozen=True)
-class Edited:
-    """An edited picture, the settings that made it, and what it cost."""
-
-    image: Image.Image
-    about: dict[str, Any]
-    cost: str
+Made = tuple[Image.Image, dict[str, Any], str]
+"""A picture, the settings that made it, and what it cost."""
 
 
 class Session:
     """A method on its device; `icd generate` and `icd invert` run on iCD's students as they are."""
 
     def __init__(self, weights: Weights, method: str = "icd_swap") -> None:
-        self.models = Models(weights.family(), **weights.students, device=find_device(weights.device))
+        self.models = weights.models()
         if method == "icd":
             method = "icd_p2p" if edits_by_attention(self.models.family) else "icd_swap"
         self.name, self.method = method, self.models.load(method)
@@ -67,18 +59,18 @@ class Session:
             log.warning("%s does not know: %s; expect nonsense", self.models.family.model, ", ".join(unknown))
 
     def size(self, wanted: Size) -> tuple[int, int]:
-        """Height and width of the pictures; ValueError for what they cannot have."""
+        """Height and width of the pictures, by default the model's own; ValueError for what they cannot have."""
         usual = self.models.family.resolution
-        size = wanted.height or usual, wanted.width or usual
-        self.method.latent_shape(1, *size)
-        return size
+        height, width = (side or usual for side in wanted)
+        self.method.latent_shape(1, height, width)
+        return height, width
 
     def guidance(self, settings: EditSettings, *, edit: bool = False) -> StepGuidance:
         """As told, or else the method's own."""
         own = self.models.guidance(self.name, self.method, edit=edit)
         return guided_as_told(own, settings.guidance_scale, settings.tau)
 
-    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Edited]:
+    def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
         """One picture, with each of the settings in turn; where it becomes noise, those of one seed share the way."""
         images = self.images(edit.image, size)
         self.warn_of_unknown_words(edit.source, edit.target)
@@ -86,7 +78,8 @@ class Session:
         inverted: dict[int, Tensor] = {}
         for one in settings:
             clock, guidance = Clock(self.models.device), self.guidance(one, edit=True)
-            options, about = self._options(one, edit, guidance)
+            options = self._options(one, edit, guidance)
+            about = dict(vars(options["control"]) if "control" in options else options)
             if isinstance(self.method, EditingMethod):
                 if one.seed not in inverted:
                     inverted[one.seed] = self.method.invert(images, prompts[0], seed=one.seed, on_step=clock.count)
@@ -94,28 +87,27 @@ class Session:
             options |= {"guidance": guidance, "seed": one.seed, "on_step": clock.count}
             result = self.method.edit(images, *prompts, **options)
             about |= {"method": self.name, "seed": one.seed, **self.about(guidance)}
-            yield Edited(as_output(result, "pil")[0], about, spent(clock))
+            yield as_output(result, "pil")[0], about, spent(clock)
 
-    def _options(
-        self, settings: EditSettings, edit: Edit, guidance: StepGuidance
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of the method's `edit` beside its guidance, and the same for a file's metadata."""
+    def _options(self, settings: EditSettings, edit: Edit, guidance: StepGuidance) -> dict[str, Any]:
+        """Arguments of the method's `edit` beside its guidance."""
         if not isinstance(self.method, BORROWING):
-            swap_tau = guidance.tau if settings.swap_tau is None else settings.swap_tau
-            return {"swap_tau": swap_tau}, {"swap_tau": swap_tau}
+            return {"swap_tau": guidance.tau if settings.swap_tau is None else settings.swap_tau}
         usual = self.method.control or (PromptToPrompt() if settings.control else None)
         if usual is None:
-            return {}, {}
+            return {}
         if edit.blended_words is not None:
             words = read_blended(edit.blended_words, edit.source, edit.target, str(edit.image))
             usual = usual.blending(words)
-        control = usual.changed(settings.control)
-        return {"control": control}, dict(vars(control))
+        return {"control": usual.changed(settings.control)}
 
     def images(self, image: str | Path, size: Size) -> Tensor:
-        """A picture (1, 3, height, width) on the device."""
+        """A picture (1, 3, height, width) on the device; the log says if it is resized or something is cut off."""
         height, width = self.size(size)
-        return as_images(opened(image, height, width), height, width).to(self.models.device)
+        picture = read_picture(image)
+        if picture.size != (width, height):
+            log.info("%s: of %d x %d pixels the centre, resized to %d x %d", image, *picture.size, width, height)
+        return as_images(picture, height, width).to(self.models.device)
 
     def invert(self, image: str, prompt: str, seed: int, size: Size) -> tuple[Tensor, str]:
         """A picture to noise (1, C, h, w), and what that cost."""
@@ -136,13 +128,13 @@ class Session:
         """Noise (B, C, h, w) of these seeds."""
         return seeded_noise(self.method.latent_shape(len(seeds), *self.size(size)), seeds)
 
-    def generate(
-        self, prompts: list[str], noise: Tensor, settings: EditSettings
-    ) -> tuple[list[Image.Image], dict[str, Any], str]:
-        """Noise (B, C, h, w) to pictures, what their metadata say of that, and what they cost."""
+    def generate(self, prompts: list[str], noise: Tensor, settings: EditSettings) -> Iterator[Made]:
+        """A picture of each noise (B, C, h, w); what one cost is said of all."""
         clock, guidance = Clock(self.models.device), self.guidance(settings)
         images = self.method.generate(prompts, noise.to(self.models.device), guidance=guidance, on_step=clock.count)
-        return as_output(images, "pil"), self.about(guidance), spent(clock)
+        cost = spent(clock) + (f" for {len(prompts)} at once" if len(prompts) > 1 else "")
+        for picture in as_output(images, "pil"):
+            yield picture, self.about(guidance), cost
 
     def about(self, guidance: StepGuidance) -> dict[str, Any]:
         """For a file's metadata: the guidance, and the students' boundaries as `--boundaries` takes them."""
@@ -168,52 +160,53 @@ def spent(clock: Clock) -> str:
     return f"{clock.nfe} evaluations, {clock.seconds():.2f} s"
 
 
-def opened(path: str | Path, height: int, width: int) -> Image.Image:
-    """A picture, and a line in the log if the pipeline will resize it or cut something off."""
-    picture = read_picture(path)
-    if picture.size != (width, height):
-        size = f"{picture.width} x {picture.height}"
-        log.info("%s: of %s pixels the centre, resized to %d x %d", path, size, width, height)
-    return picture
-
-
-def described(command: str, weights: Weights, values: dict[str, Any]) -> dict[str, str]:
-    """What a file's metadata say: all it takes to make the file again."""
+def save_result(
+    path: Path, result: Image.Image | Tensor, command: str, weights: Weights, values: dict[str, Any]
+) -> None:
+    """Write a picture as PNG, or latents (B, C, h, w) as safetensors, with all it takes to make the file again."""
     about = {"command": f"icd {command}", **weights.about, **values}
     about["Software"] = f"icd_lightning {__version__}"  # a keyword that the PNG specification knows
-    return {key: str(value) for key, value in about.items() if value is not None}
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name, tried out; ValueError if it cannot be used.
-
-    "auto" is a GPU where there is one, and under torchrun that of this rank.
-    """
-    if check_device(name) == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); try auto or cpu") from error
-    return torch.device(name)
-
-
-def save_picture(path: Path, picture: Image.Image, command: str, weights: Weights, values: dict[str, Any]) -> None:
-    """Write a PNG that says how it was made."""
-    save_png(np.asarray(picture), path, about=described(command, weights, values))
-
-
-def save_latents(path: Path, latents: Tensor, about: dict[str, str]) -> None:
-    """Write latents (B, C, h, w) as safetensors, whole or not at all."""
-    data = save({"latents": latents.float().cpu().contiguous()}, metadata=about)
+    about = {key: str(value) for key, value in about.items() if value is not None}
+    if isinstance(result, Image.Image):
+        save_png(np.asarray(result), path, about=about)
+        return
+    data = save({"latents": result.float().cpu().contiguous()}, metadata=about)
     write_whole(path, lambda temporary: temporary.write_bytes(data))  # safetensors' own writer ignores the umask
 
 
 def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:
-    """Latents (B, C, h, w) and what `save_latents` wrote about them."""
+    """Latents (B, C, h, w) and what `save_result` wrote about them."""
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor("latents"), opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} holds no latents as icd invert writes them ({error})") from error
+
+
+def contact_sheet(edit: Edit, grid: Mapping[str, Sequence[float]], cells: Sequence[Image.Image]) -> Image.Image:
+    """Draw the cells, the grid's first key varying fastest: its values are the columns, those of all others the rows.
+
+    Above them stand the prompts; the first column is the picture that was edited.
+    """
+    from icd_lightning.evaluation.report import Panel, Report
+    from icd_lightning.evaluation.report.canvas import MAX_PICTURE, draw_report
+
+    columns_key, *row_keys = grid
+    columns = [_label(columns_key, value) for value in grid[columns_key]]
+    labels = [
+        "\n".join(_label(key, value) for key, value in zip(row_keys[::-1], values, strict=True))
+        for values in itertools.product(*(grid[key] for key in row_keys[::-1]))
+    ]
+    original, _ = resize_and_crop(read_picture(edit.image), cells[0].height, cells[0].width)
+    pictures = iter(map(np.asarray, cells))
+    rows = tuple(
+        (label, (None if index else np.asarray(original), *itertools.islice(pictures, len(columns))))
+        for index, label in enumerate(labels)
+    )
+    panel = Panel("", "", (edit.image.name, *columns), rows)
+    sheet = draw_report(Report(edit.target, f"was: {edit.source}", sections=(panel,)))
+    return Image.fromarray(sheet.pixels(scale=max(cells[0].width / MAX_PICTURE, 1)))
+
+
+def _label(key: str, value: float) -> str:
+    return f"{key.replace('_', ' ')} {value:g}"

@@ -1,10 +1,60 @@
-"""`icd tiny ...`: the family that ships with the package, packed and measured."""
+"""`icd demo`: the whole method on this machine; `icd tiny ...`: the family that ships, packed and measured."""
 
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+
+def demo(
+    *,
+    out: str = "outputs/demo",
+    conf: str = "conf",
+    model: str = "tiny",
+    train_count: int = 4096,
+    eval_count: int = 64,
+    steps: int | None = None,
+) -> None:
+    """Write shards, measure the untrained students and DDIM-50, train both students, measure again, draw a report.
+
+    What is already there is reused, so that a second call is quick and an interrupted one goes on.
+
+    Args:
+        out: folder of all results.
+        conf: folder of the configuration files.
+        model: the shipped family, or the folder of another one of the picture world.
+        train_count: pictures to train on.
+        eval_count: held-out pictures to measure on.
+        steps: training steps; by default what conf/experiment/demo.yaml says.
+    """
+    from icd_lightning.commands import fit
+    from icd_lightning.commands.data import shapes
+    from icd_lightning.models.family import Family
+    from icd_lightning.tiny.demo import DemoStudy
+
+    start, root = time.monotonic(), Path(out)
+    whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
+    files = fit.conf_files(conf, ("base", "model/tiny", "experiment/demo"))
+    log.info("1/4 shards")
+    shapes(str(root / "shards" / "train"), count=train_count, seed=0)
+    shapes(str(root / "shards" / "val"), count=128, seed=1)
+    log.info("2/4 before training: DDIM-50 and the untrained students")
+    study = DemoStudy(root, eval_count, Family(model))
+    before = study.measure_before()
+    log.info("3/4 training both students")
+    options = {
+        "trainer.default_root_dir": root / "training",
+        "data.init_args.urls": root / "shards" / "train",
+        "model.init_args.family.model": model,
+        "data.init_args.val_urls": root / "shards" / "val",
+    }
+    fit.train(files, options if steps is None else {**options, "trainer.max_steps": steps})
+    log.info("4/4 after training, and the report")
+    after = study.measure_after()
+    study.report(before, after, seconds=time.monotonic() - start if whole else None)
 
 
 def report(
@@ -25,7 +75,6 @@ def report(
         card: also write the model card, README.md in the family's folder.
     """
     from dataclasses import asdict
-    from pathlib import Path
 
     from icd_lightning.evaluation.report import Style, Table, print_tables
     from icd_lightning.files import write_json
@@ -39,15 +88,10 @@ def report(
     check_held_out(seed)
     family = Family(model)
     bars = measure_family(family, count=count, seed=seed)
-    rows = tuple((bar.name, bar.value, bar.rule, _verdict(bar)) for bar in bars)
-    table = Table(
-        f"{model} on {count} held-out scenes (seed {seed})",
-        "",
-        ("what", "measured", "bar", ""),
-        rows,
-        styles={"measured": Style(4)},
-    )
-    print_tables([table])
+    verdicts = ["" if bar.limit is None else "ok" if bar.passed else "MISSED" for bar in bars]
+    rows = tuple((bar.name, bar.value, bar.rule, verdict) for bar, verdict in zip(bars, verdicts, strict=True))
+    title, header = f"{model} on {count} held-out scenes (seed {seed})", ("what", "measured", "bar", "")
+    print_tables([Table(title, "", header, rows, styles={"measured": Style(4)})])
     file = Path(out) / "bars.json"
     write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
     log.info("%s", file)
@@ -65,13 +109,7 @@ def package(
         out: folder of the family.
         max_megabytes: refuse to write more than this.
     """
-    from pathlib import Path
-
     from icd_lightning.tiny.packaging import package_family
 
     size = package_family(Path(source), Path(out), max_megabytes)
     log.info("%s: %.1f MB", out, size)
-
-
-def _verdict(bar) -> str:
-    return "" if bar.limit is None else "ok" if bar.passed else "MISSED"

@@ -6,6 +6,7 @@ Nothing that loads torch is imported here, for type checkers neither: jsonargpar
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,18 +68,19 @@ class Weights:
         """For a result's metadata."""
         return {field.name: getattr(self, field.name) for field in fields(Weights)}
 
-    @property
-    def students(self) -> dict[str, Any]:
-        """As `InvertibleConsistency.from_pretrained` takes them."""
-        return {name: getattr(self, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
-
     def family(self) -> Any:
         """The model, a `Family`; this loads torch."""
         from icd_lightning.models.family import Family
 
         names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style")
-        options = {name: getattr(self, name) for name in names}
-        return Family(self.model, **{name: value for name, value in options.items() if value is not None})
+        return Family(self.model, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+    def models(self) -> Any:
+        """The model and the students on the device, a `Models`; this loads torch."""
+        from icd_lightning.evaluation.methods import Models
+
+        students = {name: getattr(self, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
+        return Models(self.family(), **students, device=find_device(self.device))
 
 
 def check_device(name: str) -> str:
@@ -86,3 +88,21 @@ def check_device(name: str) -> str:
     if not DEVICE.fullmatch(name):
         raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu, cuda, cuda:1 or mps")
     return name
+
+
+def find_device(name: str) -> Any:
+    """The torch.device of this name, tried out; ValueError if it cannot be used.
+
+    "auto" is a GPU where there is one, and under torchrun that of this rank.
+    """
+    import torch
+
+    if check_device(name) == "auto":
+        rank = os.environ.get("LOCAL_RANK", 0)
+        return torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); try auto or cpu") from error
+    return torch.device(name)

@@ -14,7 +14,7 @@ SHORT_NAMES = {"cross": "cross_replace", "self": "self_replace"}
 def check_guidance_scale(value: float, name: str = "guidance_scale") -> float:
     """w: 1 is unguided, and less was never trained."""
     if not 1 <= value < math.inf:
-        raise ValueError(f"{name} {value} must be 1 (unguided) or more")
+        raise ValueError(f"{name} {value} must be 1 (unguided) or more, and finite")
     return value
 
 

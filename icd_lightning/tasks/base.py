@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -44,8 +45,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr {self.lr} must be positive and finite")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more, and finite")
+        check_not_negative("weight_decay", self.weight_decay)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must be 0 or more and less than 1")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -54,10 +54,9 @@ class OptimizerSettings:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and max_skipped_steps {self.max_skipped_steps} must be 0 or more"
             )
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"decay {self.decay!r} is not one of constant, cosine")
-        if self.kind not in ("adamw", "adamw8bit"):
-            raise ValueError(f"kind {self.kind!r} is not one of adamw, adamw8bit")
+        for name, known in (("decay", ("constant", "cosine")), ("kind", ("adamw", "adamw8bit"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 
     def factor(self, step: int, total: float) -> float:
         """The learning rate at `step` of `total` (infinite: the cosine never falls), as a share of lr."""
@@ -135,16 +134,28 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.optimizer_settings = optimizer
         self.seed = seed
+        self.steps_per_batch = 1
         self.skipped_steps = 0
         self._batch_keys: list[str] = []
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its full name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by name; each group is clipped by itself."""
-        return {"network": [p for p in self.parameters() if p.requires_grad]}
+        """What is trained, by a group's name; each group is clipped by itself."""
+        return {"network": list(self.trained_parameters().values())}
 
     def diffusion_models(self) -> list[DiffusionModel]:
         """The networks that can be spread over devices and compiled."""
         return []
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """ValueError for one that cannot train this; asked before processes are started."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
@@ -152,15 +163,15 @@ class Task(lightning.LightningModule):
             return
         for model in self.diffusion_models():
             shard(model, self.device_mesh["data_parallel"])
-        if unspread := [n for n, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
+        if unspread := next((n for n, p in self.trained_parameters().items() if not isinstance(p, DTensor)), None):
             raise ValueError(
-                f"{type(self).__name__} trains more than its networks ({unspread[0]}, ...), which this strategy cannot "
+                f"{type(self).__name__} trains more than its networks ({unspread}, ...), which this strategy cannot "
                 "spread: take strategy ddp"
             )
 
     def configure_optimizers(self) -> dict:
         settings = self.optimizer_settings
-        if half := next((n for n, p in self.named_parameters() if p.requires_grad and p.dtype != torch.float32), None):
+        if half := next((n for n, p in self.trained_parameters().items() if p.dtype != torch.float32), None):
             raise ValueError(
                 f"{half} would be trained in half precision, which loses small steps, under trainer.precision "
                 f"{self.trainer.precision}: take bf16-mixed, and family.precision for frozen weights"
@@ -168,9 +179,16 @@ class Task(lightning.LightningModule):
         groups = [{"params": parameters, "name": name} for name, parameters in self.parameter_groups().items()]
         # with fp16 a fused one would unscale gradients by itself, after we clip them
         optimizer = settings.build(groups, fused=self.trainer.precision != "16-mixed")
-        total = self.trainer.estimated_stepping_batches
+        total = self.total_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps until the training ends; infinite where nothing ends it."""
+        batches = self.trainer.estimated_stepping_batches  # or max_steps, if that is less
+        most = self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
+        return min(most, batches * self.steps_per_batch) if batches >= 0 else math.inf
 
     def on_train_start(self) -> None:
         """Let the configuration's optimizer settings apply to a run that goes on, whose checkpoint holds the old."""
@@ -243,6 +261,12 @@ class Task(lightning.LightningModule):
         captioned = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
         return encoded.where(captioned, self.conditioner.unconditional(len(captioned), framing))
 
+    def encoded(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning, Framing]:
+        """The latents (B, C, h, w), the conditioning of the captions, and how the pictures are framed."""
+        latents = self.latents(batch, draws)
+        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
+        return latents, self.conditioning(batch, framing), framing
+
     def validation_draws(self, batch_idx: int) -> Draws:
         """The same random numbers for this batch in every validation."""
         return self._draws(-1 - batch_idx)
@@ -259,6 +283,11 @@ class Task(lightning.LightningModule):
     def recipe(self) -> dict[str, Any]:
         """What a run that goes on must share with its checkpoint, since it says what is learned; plain values."""
         return {}
+
+    def about(self) -> dict[str, Any]:
+        """What a card says of the training."""
+        made = {"steps": self.global_step, "optimizer": self._plain_settings(), "seed": self.seed}
+        return {"family": self.family.model, **self.recipe(), **made}
 
     def check_recipe(self, checkpoint: dict) -> None:
         """ValueError if the checkpoint was trained for something else; a changed optimizer is told of."""
@@ -287,7 +316,7 @@ class Task(lightning.LightningModule):
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
         checkpoint["skipped_steps"] = self.skipped_steps
-        trained = self._trained_keys()
+        trained = self.trained_parameters()
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
@@ -297,22 +326,19 @@ class Task(lightning.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self.check_recipe(checkpoint)
             self.skipped_steps = checkpoint.get("skipped_steps", 0)
-        trained, saved = self._trained_keys(), checkpoint["state_dict"].keys()
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        other = {name for name in trained & saved if checkpoint["state_dict"][name].shape != shapes[name]}
-        if wrong := sorted((trained ^ saved) | other):
+        parameters, saved = self.trained_parameters(), checkpoint["state_dict"]
+        trained = parameters.keys()
+        other = {name for name in trained & saved.keys() if saved[name].shape != parameters[name].shape}
+        if wrong := sorted((trained ^ saved.keys()) | other):
             raise ValueError(
-                f"checkpoint does not fit this task: {len(trained - saved)} trained tensors missing, "
-                f"{len(saved - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
+                f"checkpoint does not fit this task: {len(trained - saved.keys())} trained tensors missing, "
+                f"{len(saved.keys() - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
                 "was it made with another model or LoRA rank?"
             )
         frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = {**frozen, **checkpoint[key]}
-
-    def _trained_keys(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def _plain_settings(self) -> dict[str, Any]:
         """The optimizer's settings as a checkpoint and a card hold them."""

@@ -14,7 +14,6 @@ from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import Draws, NoisedData, guidance_balance, guidance_distillation
 from icd_lightning.files import replaced_folder
 from icd_lightning.models.cards import write_guided_card
-from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.weights import fingerprint
@@ -80,9 +79,7 @@ class GuidanceDistillation(Task):
 
     def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
-        latents = self.latents(batch, draws)
-        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
-        conditioning = self.conditioning(batch, framing)
+        latents, conditioning, framing = self.encoded(batch, draws)
         unconditional = self.conditioner.unconditional(len(latents), framing)
         t = draws.integers(len(latents), self.process.num_train_timesteps)
         data = NoisedData(latents, draws.normal(*latents.shape), self.process)
@@ -103,11 +100,4 @@ class GuidanceDistillation(Task):
         guided = folder / f"{self.backbone.part}_guided"
         with replaced_folder(guided) as temporary:
             self.student.save_pretrained(temporary)
-        settings = {
-            "family": self.family.model,
-            **self.recipe(),
-            "steps": self.global_step,
-            "optimizer": self._plain_settings(),
-            "seed": self.seed,
-        }
-        write_guided_card(guided, settings)
+        write_guided_card(guided, self.about())

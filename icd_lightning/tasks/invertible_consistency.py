@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
 from icd_lightning.data.batch import Batch
@@ -26,7 +27,6 @@ from icd_lightning.diffusion import (
 )
 from icd_lightning.diffusion.calls import together
 from icd_lightning.models.cards import write_student_card
-from icd_lightning.models.conditioning import Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import DIRECTIONS, LoraStudents, Students
@@ -92,6 +92,7 @@ class InvertibleConsistencyDistillation(Task):
         self.guidance_scales = check_guidance_scales(guidance_scales)
         self.caption_dropout = check_share("caption_dropout", caption_dropout)
         self.automatic_optimization = step_after == "sum"
+        self.steps_per_batch = 1 if step_after == "sum" else len(self.losses)
         self.family, self.boundaries, self.decoding = family, boundaries, decoding
         family.check()
         self.autoencoder = family.load_autoencoder()
@@ -107,14 +108,18 @@ class InvertibleConsistencyDistillation(Task):
                     f"the {direction} model to begin with was made for boundaries {ends}, this training is for "
                     f"{list(boundaries.boundary_timesteps)}: give it those, or another model to begin with"
                 )
-        self._freeze_untrained()
-
-    def _freeze_untrained(self) -> None:
-        """A student that no loss reaches is not in training: DDP would wait for its gradients."""
-        for direction in set(DIRECTIONS) - set(self.trained):
+        for direction in set(DIRECTIONS) - set(self.trained):  # else DDP would wait for its gradients
             self.students.freeze(direction)
             if direction not in self.students.boundaries:
                 log.warning("no loss trains the %s model, and none is loaded: it stays the teacher itself", direction)
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        several = self.steps_per_batch > 1 and isinstance(strategy, DDPStrategy)
+        if several and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise ValueError(
+                "step_after each_loss goes backward once for each loss, and DDP would wait each time for all gradients"
+                ": take trainer.strategy ddp_find_unused_parameters_true"
+            )
 
     @property
     def trained(self) -> list[Direction]:
@@ -160,9 +165,7 @@ class InvertibleConsistencyDistillation(Task):
 
     def inputs(self, batch: Batch, draws: Draws) -> LossInputs:
         """The latents, their one noise, and the networks bound to the captions."""
-        latents = self.latents(batch, draws.of("latents"))
-        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
-        conditioning = self.conditioning(batch, framing)
+        latents, conditioning, _ = self.encoded(batch, draws.of("latents"))
         return LossInputs(
             NoisedData(latents, draws.of("noise").normal(*latents.shape), self.process),
             self.boundaries,
@@ -193,13 +196,6 @@ class InvertibleConsistencyDistillation(Task):
 
     def export(self, folder: Path) -> None:
         """Write each trained student as its kind is written, with a card."""
-        settings = {
-            "family": self.family.model,
-            **self.recipe(),
-            "steps": self.global_step,
-            "optimizer": self._plain_settings(),
-            "seed": self.seed,
-        }
         about = {
             "boundaries": list(self.boundaries.boundary_timesteps),
             "start_timestep": self.boundaries.start_timestep,
@@ -207,5 +203,4 @@ class InvertibleConsistencyDistillation(Task):
         }
         for direction in self.trained:
             self.students.export(direction, folder, about)
-        for direction in self.trained:
-            write_student_card(folder / direction, direction, self.boundaries, settings)
+            write_student_card(folder / direction, direction, self.boundaries, self.about())

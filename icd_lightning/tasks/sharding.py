@@ -46,7 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """What is trained, whole, on the first process; all must call it."""
         assert self.lightning_module is not None
-        return gathered({n: p for n, p in self.lightning_module.named_parameters() if p.requires_grad})
+        return gathered(self.lightning_module.trained_parameters())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As of a single process, on the first one; all must call it."""
@@ -60,9 +60,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        for name, parameter in self.lightning_module.named_parameters():
-            if parameter.requires_grad:
-                assign(parameter, checkpoint["state_dict"][name])
+        for name, parameter in self.lightning_module.trained_parameters().items():
+            assign(parameter, checkpoint["state_dict"][name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

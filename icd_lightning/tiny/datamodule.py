@@ -84,28 +84,25 @@ class SceneDataModule(lightning.LightningDataModule):
         self._consumed = 0
 
     def train_dataloader(self) -> DataLoader:
-        rank, world_size = self._place()
-        stream = SceneStream(
-            self.hparams.seed, self.hparams.batch_size, first=self._consumed, rank=rank, world_size=world_size
-        )
+        stream = SceneStream(self.hparams.seed, self.hparams.batch_size, first=self._consumed, **self._place())
         return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers, collate_fn=_unchanged)
 
     def val_dataloader(self) -> DataLoader:
-        rank, world_size = self._place()
-        total, size = self.hparams.val_count, self.hparams.val_batch_size
+        place = self._place()
+        total, size, world_size = self.hparams.val_count, self.hparams.val_batch_size, place["world_size"]
         if total % (size * world_size):
             raise ValueError(
                 f"val_count {total} must be a multiple of val_batch_size {size} x {world_size} ranks, so that all "
                 "ranks validate on equally many batches"
             )
-        stop = total // (size * world_size)
-        stream = SceneStream(HELD_OUT_SEED, size, stop=stop, rank=rank, world_size=world_size)
+        stream = SceneStream(HELD_OUT_SEED, size, stop=total // (size * world_size), **place)
         # of a stream, for Lightning would divide a list over ranks once more
         # and of its own generator, for each start draws from the global one otherwise
         return DataLoader(stream, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
 
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _place(self) -> dict[str, int]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return {"rank": rank, "world_size": world_size}
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were trained on: not one that was interrupted, nor any that a worker has prefetched."""

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from icd_lightning.files import read_object, replaced_folder, write_json
 from icd_lightning.models.student_file import sorted_metadata
+from icd_lightning.models.students import DIRECTIONS
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 SHIPPED = "tiny"  # what `Family` knows it by
@@ -21,36 +23,27 @@ STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance
 
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:
     """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
-    missing = [part for part in PARTS if not (source / "model" / part).is_dir()]
-    missing += [f"{name}/icd.json" for name in ("forward", "reverse") if not _about(source, name).is_file()]
-    missing += [f"{stage}/config.yaml" for stage in STAGES if not (source / stage / "config.yaml").is_file()]
-    if missing:
+    parts = {part: source / "model" / part for part in PARTS}
+    parts |= {f"students/{direction}": source / "students" / direction for direction in DIRECTIONS}
+    files = [source / "students" / direction / "icd.json" for direction in DIRECTIONS]
+    files += [source / stage / "config.yaml" for stage in STAGES]
+    if missing := [str(path.relative_to(source)) for path in (*parts.values(), *files) if not path.exists()]:
         raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: let `make tiny-weights` run to its end first")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    trained_on = json.loads(_about(source, "forward").read_text())["family"]
-    for part in PARTS:
-        _copy(source / "model" / part, temporary / part, trained_on)
-    for name in ("forward", "reverse"):
-        _copy(source / "students" / name, temporary / "students" / name, trained_on)
-    for stage in STAGES:
-        _record(source / stage, temporary / "training" / stage)
-    (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
-    for name in WRITTEN:
-        if (out / name).is_file():
-            shutil.copy(out / name, temporary / name)
-    size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
-    if size > max_megabytes:
-        shutil.rmtree(temporary)
-        raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    trained_on = read_object(files[0])["family"]
+    with replaced_folder(out) as temporary:
+        for part, folder in parts.items():
+            _copy(folder, temporary / part, trained_on)
+        for stage in STAGES:
+            _record(source / stage, temporary / "training" / stage)
+        (temporary / "icd.json").write_text(json.dumps(EDITING_DEFAULTS) + "\n")
+        for file in (out / name for name in WRITTEN):
+            if file.is_file():
+                shutil.copy(file, temporary)
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
+        if size > max_megabytes:
+            raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
+        shutil.rmtree(out, ignore_errors=True)
     return size
-
-
-def _about(source: Path, student: str) -> Path:
-    """Where `save_student` says what a student is, the family it was trained on among it."""
-    return source / "students" / student / "icd.json"
 
 
 def _copy(source: Path, target: Path, trained_on: str) -> None:
@@ -62,7 +55,7 @@ def _copy(source: Path, target: Path, trained_on: str) -> None:
         elif file.name == "config.json":
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)  # diffusers' note of the folder that the training began from
-            (target / file.name).write_text(json.dumps(config, indent=2) + "\n")
+            write_json(target / file.name, config)
         elif file.name in ("icd.json", "README.md"):
             (target / file.name).write_text(_renamed(file.read_text(), trained_on))
         else:

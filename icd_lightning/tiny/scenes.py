@@ -192,8 +192,12 @@ def random_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None)
         return _add_thing(scene, rng), kind
     if kind == "remove":
         return replace(scene, things=scene.things[:1], relation=None), kind
-    if kind.startswith("background"):
-        return replace(scene, background=_edit_background(scene, rng, kind.split()[1])), kind
+    if kind == "background texture":
+        texture = _other(rng, TEXTURES, {scene.background.texture})
+        return replace(scene, background=replace(scene.background, texture=texture)), kind
+    if kind == "background color":
+        color = _other(rng, COLORS, {scene.background.color, *(thing.color for thing in scene.things)})
+        return replace(scene, background=replace(scene.background, color=color)), kind
     index = int(rng.integers(len(scene.things)))
     things = list(scene.things)
     things[index] = _edit_thing(things[index], rng, kind, avoid={scene.background.color})
@@ -234,13 +238,6 @@ def _edit_thing(thing: Thing, rng: np.random.Generator, kind: str, avoid: set[st
         size = _other(rng, SIZES, {thing.size})
         return replace(thing, size=size, radius=thing.radius - SIZES[thing.size] + SIZES[size])
     return replace(thing, **{kind: _other(rng, ATTRIBUTES[kind], {getattr(thing, kind)})})
-
-
-def _edit_background(scene: Scene, rng: np.random.Generator, part: str) -> Background:
-    background = scene.background
-    if part == "texture":
-        return replace(background, texture=_other(rng, TEXTURES, {background.texture}))
-    return replace(background, color=_other(rng, COLORS, {background.color, *(t.color for t in scene.things)}))
 
 
 def _add_thing(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -14,30 +14,27 @@ from icd_lightning.data.shards import ENCODINGS, encode_sample, find_reusable, w
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import scene_at
 
+LEAST = {"count": 1, "shard_size": 1, "size": 8, "seed": 0}
+
 
 def write_scenes(
-    out: str,
-    count: int,
-    *,
-    shard_size: int = 1000,
-    format: Literal["png", "jpg"] = "png",
-    seed: int = 0,
-    size: int = 64,
-    overwrite: bool = False,
-    num_workers: int | None = None,
+    out: str, settings: dict[str, Any], *, overwrite: bool, num_workers: int | None
 ) -> tuple[Manifest, bool]:
-    """Write scenes 0 to `count` of the world `seed`, unless `out` holds just these; also return whether it was done."""
-    least = {"count": (count, 1), "shard_size": (shard_size, 1), "size": (size, 8), "seed": (seed, 0)}
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise ValueError(f"{name} {value} must be at least {minimum}")
-    if format not in ENCODINGS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(ENCODINGS)}")
-    parameters: dict[str, Any] = {"world": "shapes", "version": _version(size), "count": count}
-    parameters |= {"shard_size": shard_size, "format": format, "seed": seed, "size": size}
+    """Write scenes 0 to `count` of the world `seed`, unless `out` holds just these; also return whether it was done.
+
+    settings: count, shard_size, format, seed and size of `icd data shapes`.
+    """
+    for name, minimum in LEAST.items():
+        if settings[name] < minimum:
+            raise ValueError(f"{name} {settings[name]} must be at least {minimum}")
+    if settings["format"] not in ENCODINGS:
+        raise ValueError(f"format {settings['format']!r} is not one of {', '.join(ENCODINGS)}")
+    count, shard_size = settings["count"], settings["shard_size"]
+    parameters = {"world": "shapes", "version": _version(settings["size"]), **settings}
     if reused := find_reusable(out, parameters, overwrite=overwrite):
         return reused, False
-    samples = _draw(count, num_workers, partial(_encoded_scene, seed=seed, size=size, format=format))
+    encoded = partial(_encoded_scene, **{name: settings[name] for name in ("seed", "size", "format")})
+    samples = _draw(count, num_workers, encoded)
     options = {"shard_size": shard_size, "parameters": parameters, "total": count, "overwrite": overwrite}
     return write_shards(samples, out, **options), True
 

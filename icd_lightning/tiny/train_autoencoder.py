@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusers import AutoencoderDC
 from torch import Tensor
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.tasks.base import OptimizerSettings, Task
-from icd_lightning.tiny.networks import build_autoencoder
 
 
 class AutoencoderTraining(Task):
@@ -31,7 +31,7 @@ class AutoencoderTraining(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, seed)
-        self.vae = build_autoencoder(vae)
+        self.vae = AutoencoderDC.from_config(vae)
         self.latent_noise, self.moment_weight = latent_noise, moment_weight
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

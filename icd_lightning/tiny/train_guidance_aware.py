@@ -14,7 +14,7 @@ from icd_lightning.diffusion import classifier_free_guidance, guidance_balance
 from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.files import replaced_folder
 from icd_lightning.models.backbones import UNet
-from icd_lightning.models.conditioning import Conditioning, Framing
+from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, check_guidance_scales, check_not_negative
@@ -79,9 +79,7 @@ class GuidanceAwareTraining(Task):
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The three, each the mean over the batch, at uniform timesteps and one w for each sample."""
-        latents = self.latents(batch, draws)
-        framing = Framing.of_latents(batch.metadata, latents, self.autoencoder.downsampling)
-        captions = self.conditioning(batch, framing)
+        latents, captions, framing = self.encoded(batch, draws)
         t = draws.integers(len(latents), self.process.num_train_timesteps)
         noise = draws.normal(*latents.shape)
         w = draws.choice(len(latents), self.guidance_scales)

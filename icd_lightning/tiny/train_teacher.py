@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import Process
@@ -13,8 +15,8 @@ from icd_lightning.diffusion.losses import squared_error
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import load_autoencoder
+from icd_lightning.models.text import CLIPConditioner, build_tokenizer
 from icd_lightning.tasks.base import Draws, OptimizerSettings, Task, drop_captions
-from icd_lightning.tiny.networks import build_conditioner, build_unet, save_teacher
 from icd_lightning.tiny.scenes import vocabulary
 
 
@@ -46,8 +48,11 @@ class TeacherTraining(Task):
         self.scheduler_config = scheduler
         self.caption_dropout = caption_dropout
         torch.manual_seed(seed)
-        self.conditioner = build_conditioner(vocabulary(), text_encoder)
-        self.unet = build_unet(unet)
+        tokenizer = build_tokenizer(vocabulary(), text_encoder["max_position_embeddings"])  # a word is a token
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = CLIPTextConfig(vocab_size=len(tokenizer), **special, **text_encoder)
+        self.conditioner = CLIPConditioner(tokenizer, CLIPTextModel(config))
+        self.unet = UNet2DConditionModel.from_config(unet)
 
     def diffusion_models(self) -> list[DiffusionModel]:
         """The teacher."""
@@ -82,4 +87,7 @@ class TeacherTraining(Task):
 
     def export(self, folder: Path) -> None:
         """Write all but the autoencoder, in diffusers' layout."""
-        save_teacher(folder, self.unet, self.conditioner, self.scheduler_config)
+        self.unet.save_pretrained(folder / "unet")
+        self.conditioner.text_encoder.save_pretrained(folder / "text_encoder")
+        self.conditioner.tokenizer.save_pretrained(folder / "tokenizer")
+        DDIMScheduler.from_config(self.scheduler_config).save_pretrained(folder / "scheduler")

@@ -13,11 +13,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_case import FEW, distillation, scenes_data, trainer_for, write_scenes
 
-from icd_lightning.callbacks.evaluation import pipeline_of
+from icd_lightning.callbacks.evaluation import grid, noise_images, pipeline_of
 from icd_lightning.callbacks.generation import GenerationCallback
 from icd_lightning.callbacks.hparams import FinalMetrics
-from icd_lightning.callbacks.pictures import grid, noise_images
-from icd_lightning.callbacks.segments import SegmentLosses, SegmentMeans
+from icd_lightning.callbacks.segments import SegmentLosses
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.metrics.registry import build_metrics
@@ -70,13 +69,6 @@ def test_losses_are_those_of_the_segment_they_were_taken_in(random_family, held_
     }
     assert {name: value for name, value in found.items() if "by_segment" in name} == pytest.approx(expected, rel=1e-4)
     assert len(expected) > 8  # of 16, at 6 samples
-
-
-def test_segment_means_by_hand():
-    means = SegmentMeans(3)
-    means.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 0]))
-    means.update(torch.tensor([6.0]), torch.tensor([2]))
-    torch.testing.assert_close(means.compute(), torch.tensor([2.0, torch.nan, 4.0]), equal_nan=True)
 
 
 # Final metrics

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from toy_case import Toy, toy_loader
 from training_case import trainer_for
 
-from icd_lightning.callbacks.progress import Throughput, TrainingProgress, _clock
+from icd_lightning.callbacks.progress import TrainingProgress, _clock
 from icd_lightning.evaluation.curves import read_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
@@ -45,18 +45,16 @@ def test_images_a_second_are_logged(tmp_path):
 def test_throughput_counts_from_where_a_run_went_on(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    throughput = Throughput()
-    throughput.restart(50)
-    for _ in range(10):
-        throughput.add(8)
+    progress = TrainingProgress()
+    progress._restart(50, 100)
+    progress._images = 80
     now[0] += 20
-    assert throughput.rate == 4.0
-    assert throughput.seconds_left(60, 100) == 80.0
-    throughput.pause()
+    assert progress._rate() == 4.0
+    assert progress._seconds_left(60) == 80.0
+    progress._validating = 20.0
     now[0] += 20
-    throughput.go_on()
-    assert throughput.rate == 4.0
-    assert throughput.seconds_left(60, 100) == 160.0
+    assert progress._rate() == 4.0
+    assert progress._seconds_left(60) == 160.0
 
 
 def test_a_validation_takes_no_time_from_images_a_second(tmp_path):
@@ -67,7 +65,7 @@ def test_a_validation_takes_no_time_from_images_a_second(tmp_path):
     progress = TrainingProgress()
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_progress_bar": True}
     trainer_for(tmp_path, callbacks=[progress, Slow()], **options).fit(Toy(), toy_loader(), toy_loader())
-    assert progress._throughput.paused >= 2
+    assert progress._validating >= 2
 
 
 @pytest.mark.parametrize(

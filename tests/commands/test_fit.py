@@ -231,6 +231,12 @@ def test_a_mistake_is_one_line(command, tmp_path, capsys, what):
     assert said in error_of(capsys, command(tmp_path, option))
 
 
+def test_steps_after_each_loss_are_refused_before_ddp_starts_processes(command, tmp_path, capsys):
+    options = ("--model.init_args.step_after=each_loss", "--trainer.strategy=ddp", "--trainer.devices=2")
+    assert "take trainer.strategy ddp_find_unused_parameters_true" in error_of(capsys, command(tmp_path, *options))
+    assert not list(tmp_path.iterdir())
+
+
 OLD = {  # a key of earlier configurations, and what it is called now
     "lora: {rank: 4}": "students.init_args.lora",
     "gradient_checkpointing: true": "students.init_args.gradient_checkpointing",

@@ -512,7 +512,12 @@ def write_bomb(path: str) -> None:
         (edit("-o", "dog.jpg"), "output dog.jpg will be a png file: give it a name that ends in .png"),
         (edit("-o", "dog"), "output dog will be a png file"),
         (edit("--guidance_scale", "0.5"), "guidance_scale 0.5 must be 1 (unguided) or more"),
-        (edit("--guidance_scale", ".inf"), "guidance_scale inf must be 1 (unguided) or more"),
+        (edit("--guidance_scale", ".inf"), "guidance_scale inf must be 1 (unguided) or more, and finite"),
+        (
+            edit("--guidance_scale", "nan"),
+            "guidance_scale nan must be a finite number: How strongly to follow the target prompt, 1 or more",
+        ),
+        (edit("--tau=-inf"), "tau -inf must be a finite number: Guide at times t <= tau T only"),
         (edit("--tau", "1.5"), "tau 1.5 is no fraction: choose between 0 and 1"),
         (edit("--tau", ".nan"), "tau nan is no fraction"),
         (edit("--swap_tau", "-1"), "swap_tau -1.0 is no fraction"),

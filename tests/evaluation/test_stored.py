@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from results_case import PICTURES, by_rows, write_ablations, write_generation, write_guidance, write_outputs
 
-from icd_lightning.commands.condense import condense as icd_condense
+from icd_lightning.commands.evaluate import condense as icd_condense
 from icd_lightning.evaluation.ablations.study import read_examples, read_study
 from icd_lightning.evaluation.ablations.tables import (
     effect_panel,

@@ -6,6 +6,7 @@ import lightning
 import pytest
 import torch
 from golden_case import consistency, preservation
+from lightning.pytorch.strategies import DDPStrategy
 from training_case import FEW, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.checkpoint import RunCheckpoint
@@ -183,6 +184,29 @@ def test_by_the_references_schedule_each_loss_has_a_step_of_its_own(random_famil
     torch.testing.assert_close(logged["train/reverse_cd"], before.losses["train/reverse_cd"])
     torch.testing.assert_close(logged["train/forward_cd"], before.losses["train/forward_cd"])
     assert not torch.isclose(logged["train/reverse_preservation"], before.losses["train/reverse_preservation"])
+
+
+@pytest.mark.parametrize(("limits", "total"), [({"max_epochs": 2}, 16), ({"max_epochs": 2, "max_steps": 6}, 6)])
+def test_a_rate_that_falls_counts_the_steps_of_each_loss(random_family, scenes, tmp_path, limits, total):
+    """Two batches an epoch, four steps each."""
+    rates = []
+
+    class Rates(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    settings = OptimizerSettings(lr=1e-3, decay="cosine")
+    task = distillation(random_family, students=FEW, step_after="each_loss", optimizer=settings)
+    trainer_for(tmp_path, limit_train_batches=2, callbacks=[Rates()], **limits).fit(task, scenes_data(scenes))
+    assert rates[:total] == pytest.approx([1e-3 * settings.factor(step, total) for step in range(total)])
+
+
+def test_steps_after_each_loss_want_a_ddp_that_expects_them(random_family):
+    task = distillation(random_family, students=FEW, step_after="each_loss")
+    with pytest.raises(ValueError, match=r"each_loss .* take trainer\.strategy ddp_find_unused_parameters_true"):
+        task.check_strategy(DDPStrategy())
+    task.check_strategy(DDPStrategy(find_unused_parameters=True))
+    distillation(random_family, students=FEW).check_strategy(DDPStrategy())
 
 
 class Identity(Loss):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from icd_lightning.tiny.packaging import PARTS, STAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path("icd_lightning/weights/tiny")
 
 
