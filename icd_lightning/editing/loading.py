@@ -92,7 +92,7 @@ class StudentPipeline(DiffusionPipeline):
         autoencoder, conditioner = LatentAutoencoder(vae), CLIPConditioner(tokenizer, text_encoder)
         self.boundaries = ends  # of the students' segments
         # pixels of a side of the pictures that the UNet was trained on
-        self.resolution = model.backbone.sample_size(unet) * autoencoder.downsampling
+        self.resolution = int(unet.config.sample_size) * autoencoder.downsampling
         if text_encoder_2 is not None:
             second = CLIPConditioner(tokenizer_2, text_encoder_2)
             conditioner = DualCLIPConditioner(conditioner, second, self.resolution)
