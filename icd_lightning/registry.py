@@ -21,6 +21,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from icd_lightning.files import read_yaml
+from icd_lightning.trust import check_class
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -93,13 +96,12 @@ class Registry:
 
 def read_entry(file: Path) -> Entry:
     """The entry in a YAML file; ValueError for any other content."""
-    import yaml
-
     try:
-        return Entry(**yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} must hold class_path and init_args, as in conf/method ({reason})") from error
+        entry = Entry(**read_yaml(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} must hold class_path and init_args, as in conf/method ({error})") from error
+    check_class(entry.class_path, file)
+    return entry
 
 
 def typed(cls: Any, settings: Mapping[str, Any], *, skip: set[str] = frozenset()) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 TRUSTED = ("icd_lightning", "lightning.pytorch")
-REMEDY = "read the file, and if you trust it put --trust-config before the command's other words"
+REMEDY = "if you trust what names it, say so: `icd --trust-config ...`"
 
 _distrusting = False
 
@@ -26,15 +26,17 @@ def packages() -> list[str]:
     return sorted({*TRUSTED, *(point.module.partition(".")[0] for point in points)})
 
 
-def distrust() -> None:
-    """From now on, in this process, let files name trusted parts alone."""
+def begin(*, trusted: bool) -> None:
+    """From now on, in this process, let files name anything, or trusted parts alone."""
     from jsonargparse import set_parsing_settings
 
     global _distrusting
-    _distrusting = True
-    set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=packages(), instantiate_subclass_spec_in_any=False
-    )
+    _distrusting = not trusted
+    if _distrusting:
+        allowed = packages()
+        set_parsing_settings(
+            import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
+        )
 
 
 def check_class(class_path: str, file: object) -> None:

@@ -6,11 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; networks this sm
 
 import icd_lightning  # noqa: F401, I001  must come before diffusers and peft
 
+from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from jsonargparse._common import parsing_settings as jsonargparse_settings
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor
 
@@ -18,7 +20,17 @@ from families_case import NAMES, write_layout
 from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
 from training_case import write_scenes
+from icd_lightning import trust
 from icd_lightning.diffusion import VP, Denoiser, Process, Split, guidance_embedding
+
+
+@pytest.fixture(autouse=True)
+def _trusting(monkeypatch):
+    """`icd` distrusts configurations for the rest of its process, which here is all other tests'."""
+    monkeypatch.setattr(trust, "_distrusting", False)
+    settings = {name: copy(value) for name, value in jsonargparse_settings.items()}
+    yield
+    jsonargparse_settings.update(settings)
 
 
 @pytest.fixture

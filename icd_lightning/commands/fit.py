@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import shutil
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from icd_lightning.callbacks.checkpoint_io import before
 from icd_lightning.commands.main import fail
+from icd_lightning.files import read_yaml
 from icd_lightning.tasks.base import Task
+from icd_lightning.trust import REMEDY, packages
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +75,8 @@ class FitParser(LightningArgumentParser):
         elif weight := WEIGHT_ALONE.search(message):
             key = f"model.init_args.losses.{weight[1]}"
             message = f"{key} is no number {weight[2]}: its weight is {key}.init_args.weight, and null leaves it out"
+        elif denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            message = f"the configuration names {denied[1]}, which is not of {', '.join(packages())}: {REMEDY}"
         fail(message)
 
 
@@ -131,6 +138,7 @@ class FitCommand(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what cannot go on or together before anything is written; accumulate up to the global batch size."""
+        check_room(Path(self.trainer.default_root_dir), self.model)
         if (checkpoint := self._checkpoint()) is not None:
             self.model.check_recipe(checkpoint)
         self.model.check_strategy(self.trainer.strategy)
@@ -140,15 +148,18 @@ class FitCommand(LightningCLI):
     def _checkpoint(self) -> dict | None:
         """What ckpt_path names, if it is there, its tensors not yet read; the last is where RunCheckpoint keeps it."""
         named = self._get(self.config, "ckpt_path")
+        if "://" in str(named):
+            raise ValueError(f"ckpt_path {named} is not on this machine: copy it here, from where you trust it")
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
         if not file.is_file():
             return None
+        kept = before(file)
         try:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path, or "
-                "take it away to begin anew"
+                f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path"
+                f"{f', such as {kept},' * kept.is_file()} or take it away to begin anew"
             ) from error
 
     def _accumulate(self, total: int) -> None:
@@ -171,7 +182,30 @@ class FitCommand(LightningCLI):
         if self._get(self.config_init, "trainer.logger") in (None, True):
             root = self._get(self.config_init, "trainer.default_root_dir") or "outputs/run"
             kwargs["logger"] = TensorBoardLogger(root, name="", version="")
-        return super().instantiate_trainer(**kwargs)
+        for name in ("accumulate_grad_batches", "val_check_interval"):
+            value = self._get(self.config_init, f"trainer.{name}")
+            if isinstance(value, (int, float)) and not value > 0:
+                raise ValueError(f"trainer.{name} {value} must be more than 0")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise ValueError(f"trainer: {error}") from error
+
+
+def check_room(root: Path, task: torch.nn.Module) -> None:
+    """OSError if a run cannot write to its folder, or its checkpoints find no room there."""
+    remedy = "give another trainer.default_root_dir"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {root} ({error.strerror}): {remedy}") from error
+    trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
+    # weights and AdamW's two averages, in the last file, the one before it, and the one being written
+    needed, free = 3 * 3 * 4 * trained, shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(f"{root} has {free >> 20:,} MB free, checkpoints need {needed >> 20:,}: make room, or {remedy}")
 
 
 def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
@@ -208,6 +242,9 @@ def run(args: list[str]) -> None:
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
+    for word in args:
+        if (file := Path(word.partition("=")[2] or word)).suffix in (".yaml", ".yml") and file.is_file():
+            read_yaml(file)  # its size and depth: jsonargparse reads files of any
     try:
         FitCommand(args)
     except MisconfigurationException as error:

@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from icd_lightning import trust
 from icd_lightning.commands.guide import GUIDES
 
 COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this one, and what it is for
@@ -31,6 +32,9 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
 }
 
 
+TRUSTING = ("--trust-config", "--trust_config")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and exit code 2."""
     args = sys.argv[1:] if args is None else list(args)
@@ -42,13 +46,16 @@ def main(args: list[str] | None = None) -> None:
 
         sys.stdout.write(f"icd {__version__}\n")
         return
-    name, rest = _split(args)
+    words = [word for word in args if word not in TRUSTING]
+    name, rest = _split(words)
     if name in GUIDES and {"-h", "--help"} & set(rest):
         sys.stdout.write(GUIDES[name])
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
+    signal.signal(signal.SIGTERM, _terminated)
     try:
+        trust.begin(trusted=words != args)
         _run(name, rest)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -56,6 +63,11 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("ICD_TRACEBACK") or (message := _told(error)) is None:
             raise
         fail(message)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End as Ctrl-C does, what is half done being removed, with the exit code that schedulers expect."""
+    raise SystemExit(128 + number)
 
 
 def _told(error: Exception) -> str | None:
@@ -100,7 +112,8 @@ def help_text() -> str:
         "usage: icd COMMAND [options]\n\n"
         "Invertible Consistency Distillation: generate in 3-4 steps, invert in 3-4 steps, edit pictures by prompt.\n\n"
         f"{rows}\n\n"
-        "`icd COMMAND --help` explains one. ICD_TRACEBACK=1 shows where an error came from.\n"
+        "`icd COMMAND --help` explains one. ICD_TRACEBACK=1 shows where an error came from. Configurations may name\n"
+        "parts of this package and of Lightning alone; `icd --trust-config COMMAND` lets them name any, and commands.\n"
     )
 
 

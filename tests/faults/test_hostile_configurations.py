@@ -1,0 +1,114 @@
+"""Configurations and method files that somebody else wrote: they build trusted parts, or end in one line."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from kills_case import ICD, ROOT
+from training_case import write_scenes
+
+from icd_lightning import trust
+from icd_lightning.commands.main import main
+from icd_lightning.data.tars import expand
+
+BASE = [
+    "fit",
+    "--config",
+    f"{ROOT}/conf/base.yaml",
+    "--config",
+    f"{ROOT}/conf/model/tiny.yaml",
+    "--trainer.max_steps=0",
+]
+TOUCH = "{class_path: subprocess.Popen, init_args: {args: [touch, PWNED]}}"
+BOMB = "\n".join(f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]" for above, name in pairwise("abcdefghij"))
+CONFIGURATIONS = {
+    "a class for a parameter of any type": (
+        "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {ddp_comm_state: "
+        f"{TOUCH}}}}}}}",
+        "subprocess.Popen",
+    ),
+    "a class of another package": (f"trainer: {{callbacks: [{TOUCH}]}}", "subprocess.Popen"),
+    "a function": ("model: {class_path: os.system}", "os.system"),
+    "a shell command": ("data: {init_args: {urls: 'pipe:touch PWNED'}}", "pipe:touch PWNED"),
+    "a shell command in braces": ("data: {init_args: {urls: '{pipe:touch PWNED,x}'}}", "pipe:touch PWNED"),
+    "a checkpoint elsewhere": ("ckpt_path: http://localhost:1/x.ckpt", "copy it here"),
+    "aliases of aliases": (f"a: &a [x]\n{BOMB}", "aliases"),
+    "great depth": ("[" * 5000 + "]" * 5000, "nested too deeply"),
+    "a python object": ("x: !!python/object/apply:os.system [touch PWNED]", "python/object"),
+    "no accumulation": ("trainer: {accumulate_grad_batches: 0}", "accumulate_grad_batches 0"),
+    "no devices": ("trainer: {devices: -3}", "devices"),
+    "a folder that cannot be": ("trainer: {default_root_dir: /dev/null/x}", "cannot write to /dev/null/x"),
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(capsys, *args: str) -> str:
+    """The one line by which a command refuses."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("icd: error: ")]
+    assert (ended.value.code, len(complaints)) == (2, 1)
+    return complaints[0]
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_runs_nothing_and_is_refused_by_name(here, capsys, name):
+    text, named = CONFIGURATIONS[name]
+    Path("theirs.yaml").write_text(text)
+    scenes = write_scenes(here / "scenes")
+    own = [f"--data.init_args.urls={scenes}", f"--data.init_args.val_urls={scenes}", "--trainer.default_root_dir=run"]
+    assert named in refusal(capsys, *BASE, *own, "--config", "theirs.yaml")
+    assert not Path("PWNED").exists()
+
+
+METHODS = {
+    "a function": ("class_path: os.system\ninit_args: {command: touch PWNED}", "names os.system"),
+    "a class": ("class_path: subprocess.Popen\ninit_args: {args: [touch, PWNED]}", "names subprocess.Popen"),
+    "a name like ours": ("class_path: icd_lightning_evil.X", "names icd_lightning_evil.X"),
+    "a list": ("[1, 2]", "must hold class_path"),
+    "nothing": ("", "must hold class_path"),
+    "no text for a class": ("class_path: [1]", "is no module.Class"),
+    "a python object": ("!!python/object/apply:os.system [touch PWNED]", "python/object"),
+    "great depth": ("[" * 5000, "theirs.yaml"),
+    "no number": (
+        "class_path: icd_lightning.editing.baselines.sdedit.SDEdit\ninit_args: {strength: .nan}",
+        "strength",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_file_runs_nothing_and_is_refused_by_name(here, capsys, name):
+    text, named = METHODS[name]
+    Path("theirs.yaml").write_text(text)
+    picture = str(ROOT / "docs" / "edits.png")
+    assert named in refusal(capsys, "edit", picture, "--source", "a", "--target", "b", "--method", "theirs.yaml")
+    assert not Path("PWNED").exists()
+
+
+def test_what_is_trusted_may_name_anything(here, capsys):
+    Path("mine.py").write_text("def make(**_):\n    raise ValueError('made by me')\n")
+    Path("mine.yaml").write_text("class_path: mine.make")
+    picture = str(ROOT / "docs" / "edits.png")
+    edit = ["edit", picture, "--source", "a", "--target", "b", "--method", "mine.yaml"]
+    assert "names mine.make" in refusal(capsys, *edit)
+    assert "names mine.make" not in refusal(capsys, "--trust-config", *edit)
+
+
+def test_a_package_that_registers_parts_is_trusted(monkeypatch):
+    assert {"icd_lightning", "lightning.pytorch"} <= set(trust.packages())
+    monkeypatch.setattr(trust, "packages", lambda: ["icd_lightning", "theirs"])
+    trust.begin(trusted=False)
+    trust.check_class("theirs.metrics.Mine", "x.yaml")
+
+
+def test_commands_in_the_place_of_shards_are_for_code_and_for_those_who_say_so(here, capsys):
+    assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
+    assert "--trust-config" in refusal(capsys, "data", "describe", "pipe:cat x.tar")
+    assert "copy it to this machine" in refusal(capsys, "--trust-config", "data", "describe", "pipe:cat x.tar")
+    assert ICD.exists()
