@@ -41,10 +41,12 @@ class Process(nn.Module, ABC):
 
     A subclass says what its networks output (`target`) and how that splits x_t (`split`), and of diffusers' schedulers:
         schedulers: their classes, whose config holds the arguments of the subclass.
+        needed: options that must be there, since libraries differ in what they take without.
         refused: options of theirs that change the levels in a way not known here.
     """
 
     schedulers: ClassVar[tuple[str, ...]]
+    needed: ClassVar[tuple[str, ...]] = ()
     refused: ClassVar[tuple[str, ...]]
 
     alphas: Tensor
@@ -80,6 +82,12 @@ class Process(nn.Module, ABC):
                 f"{unknown[0]}={config[unknown[0]]!r} of a scheduler is not supported by {kind.__name__}: unset it "
                 "(and set a flow's shift to the number to use), or take a model without it"
             )
+        if absent := [key for key in kind.needed if key not in config]:
+            raise ValueError(f"the scheduler's config does not say {absent[0]}: take the one that the model came with")
+        for key, value in given.items():
+            expected = inspect.signature(kind).parameters[key].annotation
+            if type(value) is not expected and (type(value), expected) != (int, float):
+                raise ValueError(f"{key} {value!r} of a scheduler is no {expected.__name__}")
         return kind(**given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Process":
@@ -187,6 +195,7 @@ class VP(Process):
         *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
         *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDIMInverseScheduler"),
     )
+    needed = ("beta_start", "beta_end", "beta_schedule")
     refused = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
 
     def __init__(
@@ -204,6 +213,7 @@ class VP(Process):
             raise ValueError(f"prediction_type {prediction_type!r} is not one of epsilon, v_prediction")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        _check_timesteps(num_train_timesteps)
         power = 2.0 if beta_schedule == "scaled_linear" else 1.0
         roots = beta_start ** (1 / power), beta_end ** (1 / power)
         betas = torch.linspace(*roots, num_train_timesteps, dtype=torch.float32) ** power
@@ -239,6 +249,7 @@ class Flow(Process):
     def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         if not 0 < shift < math.inf:
             raise ValueError(f"shift {shift} must be positive and finite; 1 shifts nothing")
+        _check_timesteps(num_train_timesteps)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)
         super().__init__(1 - sigmas, sigmas)
@@ -256,6 +267,11 @@ class Flow(Process):
     def network_time(self, t: Tensor) -> Tensor:
         """T sigma(t) (B,) float32, as diffusers' scheduler counts."""
         return self.num_train_timesteps * self.sigmas[t]
+
+
+def _check_timesteps(num_train_timesteps: int) -> None:
+    if not 1 <= num_train_timesteps <= 100_000:
+        raise ValueError(f"num_train_timesteps {num_train_timesteps} is out of range; choose 1 to 100,000, as 1000")
 
 
 def _kept(sigma: Tensor, noise_std: Tensor | None) -> Tensor:

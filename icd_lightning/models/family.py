@@ -38,6 +38,15 @@ class EditingDefaults:
     tau: float = 0.8
     closed_vocabulary: bool = False  # it knows those words only that its tokenizer keeps whole
 
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "tau"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} {getattr(self, name)!r} is no number")
+        if not (0 <= self.guidance_scale < math.inf and 0 <= self.tau <= 1):
+            raise ValueError(f"guidance_scale {self.guidance_scale} or tau {self.tau} is out of range")
+        if not isinstance(self.closed_vocabulary, bool):
+            raise ValueError(f"closed_vocabulary {self.closed_vocabulary!r} is neither true nor false")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -107,7 +116,10 @@ class Family:
 
     def load_process(self) -> Process:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
-        return Process.from_config({**self.source.config("scheduler"), **changes})
+        try:
+            return Process.from_config({**self.source.config("scheduler"), **changes})
+        except ValueError as error:
+            raise ValueError(f"{self.model}/scheduler: {error}") from error
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
@@ -182,7 +194,7 @@ def load_autoencoder(location: str | Path, dtype: torch.dtype = torch.float32) -
 def _autoencoder(source: Source, part: str, dtype: torch.dtype, name: str) -> LatentAutoencoder:
     """By its config."""
     config = source.config(part)
-    cls = AUTOENCODERS.get(config.get("_class_name", ""))
+    cls = AUTOENCODERS.get(str(config.get("_class_name")))
     if cls is None:
         raise ValueError(
             f"{name} is of class {config.get('_class_name')!r}; known autoencoders: {', '.join(AUTOENCODERS)}"

@@ -28,7 +28,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
 from icd_lightning.models.text import build_tokenizer
-from icd_lightning.models.weights import first_line, refuse_missing
+from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -145,9 +145,13 @@ class Layout(Source):
         if part:
             options["subfolder"] = part
         place = Path(self.location) / part
+        named = self.config(part).get("_class_name", cls.__name__)
+        if not issubclass(cls, PreTrainedModel) and named != cls.__name__:
+            raise ValueError(f"{place} is of class {named!r}, not {cls.__name__}")
         try:
             load = partial(cls.from_pretrained, self.location, output_loading_info=True, **options)
-            network, info = self._read(load)
+            with told_of(str(place)):
+                network, info = self._read(load)
         except OSError as error:
             if self.folder is None:
                 raise
@@ -158,13 +162,19 @@ class Layout(Source):
                 f"named by --variant, of icd fit --model.init_args.family.variant)"
             ) from error
         refuse_missing(sorted(info["missing_keys"]), str(place))
+        refuse_not_finite(network, str(place))
         return network
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
+        place = Path(self.location) / part
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            if (place / name).is_file():
+                read_object(place / name)
+
         def load(**local: bool) -> CLIPTokenizer:
-            tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
+            with told_of(str(place)):
+                tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
             if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
-                place = Path(self.location) / part
                 raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
             return tokenizer
 
@@ -223,6 +233,7 @@ class SingleFile(Source):
         except (ValueError, RuntimeError, KeyError) as error:
             raise ValueError(f"{self.file} holds no such {part} as {options['config']}: {first_line(error)}") from error
         refuse_missing([n for n, w in network.named_parameters() if w.is_meta], f"{self.file}, {part},")
+        refuse_not_finite(network, f"{self.file}, {part}")
         return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what is not so
 
     def tokenizer(self, part: str) -> CLIPTokenizer:

@@ -75,7 +75,15 @@ class StudentFile:
         if kohya:
             tensors, options["lora_alpha"] = _from_kohya(tensors, file)
         options = {**_beside(file, PEFT_CONFIG), **options}
-        about = parse_object(header["icd"], f"{file}: its header") if "icd" in header else _beside(file, "icd.json")
+        about = said = _beside(file, "icd.json") if file.name == WEIGHTS_NAME else {}
+        if "icd" in header:
+            about = parse_object(header["icd"], f"{file}: its header")
+        if other := [name for name in said.keys() | about.keys() if said and said.get(name) != about.get(name)]:
+            key = min(other)
+            raise ValueError(
+                f"{file.with_name('icd.json')} says {key} {said.get(key)!r}, and the header of {file.name} "
+                f"{about.get(key)!r}: they are of two students"
+            )
         if refused := [key for key in NOT_HAD if options.get(key)]:
             raise ValueError(f"{file} uses {refused[0]}, which students do not have")
         released = not kohya and all(name.startswith(RELEASED) for name in tensors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,26 @@ def fingerprint(*networks: nn.Module, most: int | None = None) -> str:
         for parameter in network.parameters():
             digest.update(np.packbits(torch.signbit(parameter.detach().flatten()[:most]).cpu().numpy()))
     return digest.hexdigest()[:16]
+
+
+def refuse_not_finite(network: nn.Module, where: str) -> None:
+    """ValueError for weights that no training leaves, and of which every picture would be made."""
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite, so these are no trained weights")
+
+
+@contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Name the place of damaged files in whatever error a library has for them."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "memory" in str(error).lower():
+            raise
+        raise ValueError(f"{where} cannot be loaded ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:
