@@ -212,10 +212,22 @@ def test_a_step_is_undone(process: VP, set_alpha_to_one: bool, x0, noise):
         ({"_class_name": FLOW, "prediction_type": "epsilon"}, "prediction_type='epsilon' .* not supported by Flow"),
         ({"_class_name": FLOW, "shift": None}, "shift=None of a scheduler is not supported by Flow: .* a flow's shift"),
         ({"_class_name": FLOW, "shift": 0.0}, "shift 0.0 must be positive"),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps 'x' of a scheduler is no int"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0 is out of range"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps 1000000000 is out of range"),
+        ({"beta_start": True}, "beta_start True of a scheduler is no float"),
     ],
 )
 def test_a_schedule_that_cannot_be_had_is_refused(config: dict, message: str):
+    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     with pytest.raises(ValueError, match=message):
+        Process.from_config({**levels, **config})
+
+
+@pytest.mark.parametrize("lost", ["beta_start", "beta_end", "beta_schedule"])
+def test_levels_that_a_config_does_not_say_are_not_guessed(lost):
+    config = {key: value for key, value in DDIMScheduler().config.items() if key != lost}
+    with pytest.raises(ValueError, match=f"does not say {lost}"):
         Process.from_config(config)
 
 

@@ -77,7 +77,7 @@ def test_stage_two_trains_validates_and_exports_it_by_class_path(outside, scenes
         "trainer.val_check_interval": 2,
     }
     configs = [word for name in ("base", "model/tiny") for word in ("--config", str(CONF / f"{name}.yaml"))]
-    main(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
+    main(["--trust-config", "fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
 
     teacher = outside.load_model(guided=True)
     students = LoraStudents(teacher, lora=LoraSettings(rank=16, alpha=16))
