@@ -118,18 +118,20 @@ def describe(*urls: str, examples: int = 4) -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from icd_lightning.data.shards import describe_shards
+    from icd_lightning.data.tars import printable
 
     if examples < 1:
         raise ValueError(f"examples {examples} must be at least 1")
     rows, problems = describe_shards(list(urls), examples=examples)
     table = Table(show_header=False, box=None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # captions and names are no markup
     Console().print(table)
     if problems:
-        first = "; ".join(problems[:5])
+        first = printable("; ".join(problems[:5]))
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{_counted(len(problems), 'problem')}: {first}{more}; write or copy the shards again")
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from icd_lightning.data.images import FORMATS
 from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, Verify, check_shard, remove_shards, write_shard
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, printable, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, text_caption
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
             raw = entry.read()
             with contextlib.suppress(ValueError):
-                captions += [printable(caption)] if (caption := text_caption(raw)) else []
+                captions += [caption] if (caption := text_caption(raw)) else []
             with contextlib.suppress(StopIteration, OSError, SyntaxError, TypeError):
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
                 sizes["{} x {}".format(*Image.open(BytesIO(data), formats=FORMATS).size)] += 1

@@ -1,5 +1,6 @@
 import json
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -226,7 +227,7 @@ def test_a_schedule_that_cannot_be_had_is_refused(config: dict, message: str):
 
 @pytest.mark.parametrize("lost", ["beta_start", "beta_end", "beta_schedule"])
 def test_levels_that_a_config_does_not_say_are_not_guessed(lost):
-    config = {key: value for key, value in DDIMScheduler().config.items() if key != lost}
+    config = {key: value for key, value in diffusers.DDIMScheduler().config.items() if key != lost}
     with pytest.raises(ValueError, match=f"does not say {lost}"):
         Process.from_config(config)
 

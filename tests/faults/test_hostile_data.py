@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icd_lightning.commands.main import main
 from icd_lightning.data import tars
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import encode_sample, find_shards, write_shards
@@ -240,3 +241,14 @@ def test_a_late_outage_ends_a_run_that_has_read_much_before(tmp_path):
     lose(900)
     with pytest.raises(NothingToReadError, match="could not be used, more than max_skipped"):
         lose(200)
+
+
+def test_what_is_described_neither_controls_the_terminal_nor_is_markup(tmp_path, capsys):
+    samples = [("a.png", picture()), ("a.txt", b"\x1b[2J[bold]caption[/bold] [/nope]"), ("\x1b[31mb.txt", b"caption")]
+    write(tmp_path / "0.tar", samples)
+    with pytest.raises(SystemExit):
+        main(["data", "describe", str(tmp_path)])
+    said = "".join(capsys.readouterr())
+    assert "\x1b[2J" not in said
+    assert "\x1b[31m" not in said
+    assert "[bold]caption[/bold] [/nope]" in said
