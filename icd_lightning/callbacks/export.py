@@ -7,6 +7,8 @@ from pathlib import Path
 
 import lightning
 
+from icd_lightning.models.weights import not_finite
+
 log = logging.getLogger(__name__)
 
 
@@ -23,8 +25,7 @@ class ExportWeights(lightning.Callback):
         """Export once the training is over and averaged weights are in place."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        trained = pl_module.trained_parameters()
-        if wrong := next((name for name, parameter in trained.items() if not parameter.isfinite().all()), None):
+        if wrong := not_finite(pl_module.trained_parameters().items()):
             raise ValueError(
                 f"{wrong} is not finite after step {trainer.global_step}, so nothing is exported: begin anew with a "
                 "smaller lr, or precision bf16-mixed, in another trainer.default_root_dir"

@@ -7,6 +7,7 @@ same sample in an epoch, and a run can go on from any batch without having decod
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.shards import Shard
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import Raw, open_url, read_samples
+from icd_lightning.data.tars import Raw, is_local, open_url, read_samples
 
 T = TypeVar("T")
+
+PAUSES = (0.0, 0.5, 2.0)
+"""Seconds before each attempt to read a shard that is elsewhere."""
 
 
 class Piece(NamedTuple):
@@ -30,18 +34,26 @@ class Piece(NamedTuple):
     stop: int | None = None
 
     def read(self, tally: Tally) -> Iterator[Raw]:
-        """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left."""
+        """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left.
+
+        One that is elsewhere is tried again, from the sample where it broke off, so that batches stay as they are.
+        """
         tally.add("shards")
         problem, given = None, 0
-        try:
-            with open_url(self.url, patience=tally.stall_timeout) as file:
-                for raw in islice(read_samples(file, self.url), self.start, self.stop):
-                    tally.add("read")
-                    given += 1
-                    yield raw
-        except Exception as error:  # whatever the scheme's opener raises
-            cause = error.__cause__ or error  # fsspec calls whatever fails on http a FileNotFoundError
-            problem = f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})"
+        for pause in (0.0,) if is_local(self.url) or self.url.startswith("pipe:") else PAUSES:
+            time.sleep(pause)
+            try:
+                with open_url(self.url, patience=tally.stall_timeout) as file:
+                    for raw in islice(read_samples(file, self.url), self.start + given, self.stop):
+                        tally.add("read")
+                        given += 1
+                        yield raw
+            except Exception as error:  # whatever the scheme's opener raises
+                cause = error.__cause__ or error  # fsspec calls whatever fails on http a FileNotFoundError
+                problem = f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})"
+            else:
+                problem = None
+                break
         missing = None if self.stop is None else self.stop - self.start - given
         if problem or missing:
             tally.broke(problem or f"{self.url} holds {missing} samples fewer than were counted", missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,6 +30,11 @@ class LatentAutoencoder(nn.Module):
         self.downsampling = downsampling_of(vae.config)
         self.scaling_factor = float(vae.config.get("scaling_factor", 1.0))
         self.shift_factor = float(vae.config.get("shift_factor", None) or 0.0)
+        if not (0 < self.scaling_factor < math.inf and math.isfinite(self.shift_factor)):
+            raise ValueError(
+                f"scaling_factor {self.scaling_factor} or shift_factor {self.shift_factor} of the autoencoder's config "
+                "is no number that latents can be scaled with"
+            )
 
     def train(self, mode: bool = True) -> LatentAutoencoder:
         """Stay in evaluation mode: a frozen network has no other."""
@@ -71,8 +77,10 @@ class LatentAutoencoder(nn.Module):
             latents = posterior.mean
             if normal is not None:
                 latents = latents + posterior.std * normal(*latents.shape).to(latents)
-        else:
+        elif moments.shape[1] == self.latent_channels:
             latents = moments
+        else:
+            raise ValueError(f"moments of {moments.shape[1]} channels: the autoencoder has {self.latent_channels}")
         return (latents - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor, *, gradients: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,7 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
-    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    if wrong is not None:
+    if wrong := not_finite(weights.items()):
         raise ValueError(f"{file}: {wrong} is not finite, so these are no trained weights")
     return {name: weight.to(dtype) for name, weight in weights.items()}
 
@@ -70,9 +69,13 @@ def fingerprint(*networks: nn.Module, most: int | None = None) -> str:
 
 def refuse_not_finite(network: nn.Module, where: str) -> None:
     """ValueError for weights that no training leaves, and of which every picture would be made."""
-    for name, weight in network.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{where}: {name} is not finite, so these are no trained weights")
+    if wrong := not_finite(network.named_parameters()):
+        raise ValueError(f"{where}: {wrong} is not finite, so these are no trained weights")
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first of these weights that is not finite."""
+    return next((name for name, weight in weights if not weight.isfinite().all()), None)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from icd_lightning.diffusion import Draws
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.sharding import shard
+from icd_lightning.models.weights import not_finite
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +245,13 @@ class Task(lightning.LightningModule):
         if batch.moments is None:
             return self.autoencoder.encode(batch.images, normal=draws.normal)
         _check_made_by(batch, "autoencoder", self.autoencoder.fingerprint)
+        *_, height, width = batch.moments.shape
+        side, factor = batch.metadata[0]["moments"]["resolution"], self.autoencoder.downsampling
+        if not side**2 / 2 < height * width * factor**2 <= side**2:  # buckets have no more pixels than a square
+            raise ValueError(
+                f"the data's latents are {height} x {width}, near {batch.keys[0]}, which pictures of {side} pixels "
+                "never give here: write them again with `icd data cache-latents`"
+            )
         return self.autoencoder.sample(batch.moments, normal=draws.normal)
 
     def conditioning(self, batch: Batch, framing: Framing) -> Conditioning:
@@ -320,6 +328,11 @@ class Task(lightning.LightningModule):
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
+                if wrong := not_finite(checkpoint[key].items()):
+                    raise ValueError(
+                        f"{wrong} is not finite after step {checkpoint['global_step']}, so nothing is saved: the "
+                        "checkpoint before is whole; go on from it with a smaller lr, or precision bf16-mixed"
+                    )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
@@ -327,6 +340,8 @@ class Task(lightning.LightningModule):
             self.check_recipe(checkpoint)
             self.skipped_steps = checkpoint.get("skipped_steps", 0)
         parameters, saved = self.trained_parameters(), checkpoint["state_dict"]
+        if wrong := not_finite(saved.items()):
+            raise ValueError(f"the checkpoint holds {wrong}, which is not finite: go on from another, or begin anew")
         trained = parameters.keys()
         other = {name for name in trained & saved.keys() if saved[name].shape != parameters[name].shape}
         if wrong := sorted((trained ^ saved.keys()) | other):

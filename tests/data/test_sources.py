@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from shards_case import corrupt, numbered_samples, numbers
 
-from icd_lightning.data import tally
+from icd_lightning.data import stream, tally
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.stream import Piece
@@ -41,6 +41,8 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if "stuck" in self.path:
             self.server.stop.wait()
+        if outages := self.server.outages.get(self.path):
+            return getattr(self, outages.pop(0))()
         wanted = self.headers.get("Range")
         if not (wanted and self.ranges):
             return super().do_GET()
@@ -54,6 +56,19 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part)
 
+    def refuse(self) -> None:
+        self.send_error(503)
+
+    def cut(self) -> None:
+        """Half of the file, as a connection that breaks leaves it."""
+        with open(self.translate_path(self.path), "rb") as file:
+            content = file.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        super().end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
+
     def end_headers(self) -> None:
         if self.ranges:
             self.send_header("Accept-Ranges", "bytes")
@@ -63,12 +78,18 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+OUTAGES: dict[str, list[str]] = {}
+"""What the server does at the next requests for a path, before it serves it."""
+
+
 @pytest.fixture(params=[False, True], ids=["whole files", "ranges"])
 def http(request, shards):
     """Address of a server of the shards."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards), ranges=request.param))
     server.stop = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    OUTAGES.clear()
+    server.outages = OUTAGES
     yield f"http://127.0.0.1:{server.server_port}"
     server.stop.set()
     server.shutdown()
@@ -90,6 +111,16 @@ def test_http(http, num_workers):
     data = data_for(f"{http}/{{00000..00005}}.tar", num_workers=num_workers)
     assert sorted(epoch(data)) == list(range(60))
     assert [shard.samples for shard in data.stream.shards] == [None] * 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_outage_that_ends_changes_no_batch(http, num_workers, monkeypatch):
+    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.05, 0.1))
+    urls = f"{http}/{{00000..00005}}.tar"
+    steady = epoch(data_for(urls, num_workers=num_workers))
+    OUTAGES.update({"/00001.tar": ["refuse", "refuse"], "/00003.tar": ["cut", "refuse"], "/00004.tar": ["cut", "cut"]})
+    assert epoch(data_for(urls, num_workers=num_workers)) == steady
+    assert not any(OUTAGES.values())
 
 
 def test_a_store_that_fsspec_knows(memory):
