@@ -67,7 +67,7 @@ def test_yaml_is_read_with_its_aliases(tmp_path):
 
 def test_a_json_file_too_large_or_too_deep_is_refused_by_name(tmp_path):
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
-    with pytest.raises(ValueError, match=r"deep\.json is no JSON file"):
+    with pytest.raises(ValueError, match=r"deep\.json is no JSON"):
         read_object(tmp_path / "deep.json")
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(65 << 20)

@@ -135,7 +135,7 @@ def test_stage_one_leaves_the_teacher_of_stage_two(layouts, tmp_path):
     assert model in card
 
 
-def write_latents(folder, autoencoder: str, bad: int):
+def write_latents(folder, autoencoder: str, bad: int, side: int = 8):
     """Eight samples of latents, of which the first `bad` are no numbers; as after a bug of whatever wrote them."""
     about = {
         "moments": {"autoencoder": autoencoder, "resolution": 64},
@@ -145,7 +145,7 @@ def write_latents(folder, autoencoder: str, bad: int):
     samples = []
     for index in range(8):
         stream = BytesIO()
-        np.save(stream, np.full((16, 8, 8), np.nan if index < bad else 0.1 * index, np.float16))
+        np.save(stream, np.full((16, side, side), np.nan if index < bad else 0.1 * index, np.float16))
         files = {"moments.npy": stream.getvalue(), "json": json.dumps(about).encode(), "txt": b"a red star"}
         samples.append({"__key__": f"{index:05d}", **files})
     write_shards(samples, folder, shard_size=8, parameters={})
@@ -159,10 +159,19 @@ def test_latents_that_are_no_numbers_never_reach_the_students(random_family, tmp
     trainer = trainer_for(tmp_path / "run", max_steps=4, callbacks=[ExportWeights()])  # an epoch, in batches of two
     if bad == 1:
         trainer.fit(task, datamodule=data)
-        assert task.skipped_steps == 1
+        assert task.skipped_steps == 0
+        assert data.train_tally.counts()["corrupt_latents"] > 0
         weights = StudentFile.read(tmp_path / "run" / "reverse").weights  # which it refuses if they are not finite
         assert any((weights[n] != w).any() for n, w in student_weights(distillation(random_family))["reverse"].items())
     else:
-        with pytest.raises(ValueError, match=r"4 steps had gradients that are not finite, .* samples 0000"):
+        with pytest.raises(ValueError, match=r"none of the first 8 samples .*corrupt_latents.* not finite"):
             trainer.fit(task, datamodule=data)
         assert not (tmp_path / "run" / "reverse").exists()
+
+
+def test_latents_of_another_size_than_their_pictures_have_are_refused(random_family, tmp_path):
+    task = distillation(random_family)
+    write_latents(tmp_path / "shards", task.autoencoder.fingerprint, 0, side=4)
+    trainer = trainer_for(tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match=r"latents are 4 x 4, near 0000\d, which pictures of 64 pixels never give"):
+        trainer.fit(task, datamodule=scenes_data(tmp_path / "shards"))

@@ -272,6 +272,28 @@ def test_a_training_that_diverges_ends(tmp_path):
         fit(task, tmp_path)
 
 
+class Exploding(Halves):
+    """Its gradients are finite, and its weights no more after the second step."""
+
+    def on_train_batch_end(self, *_) -> None:
+        if self.trainer.global_step == 2:
+            self.left.weight.data.fill_(torch.inf)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"left\.weight is not finite after step 3, so nothing is saved: .* smaller lr"
+    ):
+        fit(Exploding(), tmp_path / "exploding")
+    assert not list(tmp_path.rglob("*.ckpt"))
+    fit(Halves(), tmp_path, max_steps=6)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["left.weight"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"the checkpoint holds left\.weight, which is not finite"):
+        fit(Halves(), tmp_path, resume=tmp_path / "last.ckpt")
+
+
 def test_what_is_frozen_neither_moves_nor_is_saved(tmp_path):
     task = Halves()
     before = weights(task)
