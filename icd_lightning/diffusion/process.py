@@ -12,7 +12,6 @@ is the data itself, alpha 1 and sigma 0. Diffusers calls the choice `set_alpha_t
 """
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -247,8 +246,8 @@ class Flow(Process):
     refused = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "prediction_type")
 
     def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
-        if not 0 < shift < math.inf:
-            raise ValueError(f"shift {shift} must be positive and finite; 1 shifts nothing")
+        if not 0.001 <= shift <= 1000:
+            raise ValueError(f"shift {shift} is out of range; choose 0.001 to 1000 (1 shifts nothing, that of SD3 is 3)")
         _check_timesteps(num_train_timesteps)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)

@@ -216,8 +216,8 @@ def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Exam
 
 def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
     """PIE-Bench's mask (side, side), True where editable: runs [start, length, ...] over the rows, and the border."""
-    if len(runs) % 2:
-        raise ValueError(f"a mask of {len(runs)} numbers is not made of pairs [start, length, ...]")
+    if len(runs) % 2 or min(runs, default=0) < 0:
+        raise ValueError(f"a mask of {len(runs)} numbers is not made of pairs [start, length, ...], none negative")
     mask = np.zeros(side * side, dtype=bool)
     for start, length in zip(runs[::2], runs[1::2], strict=True):
         mask[np.arange(start, min(start + length, mask.size))] = True  # cut at the end, as its authors' decoder does

@@ -212,7 +212,7 @@ def test_a_step_is_undone(process: VP, set_alpha_to_one: bool, x0, noise):
         ({"_class_name": FLOW, "shift_terminal": 0.1}, "shift_terminal=0.1 of a scheduler is not supported by Flow"),
         ({"_class_name": FLOW, "prediction_type": "epsilon"}, "prediction_type='epsilon' .* not supported by Flow"),
         ({"_class_name": FLOW, "shift": None}, "shift=None of a scheduler is not supported by Flow: .* a flow's shift"),
-        ({"_class_name": FLOW, "shift": 0.0}, "shift 0.0 must be positive"),
+        ({"_class_name": FLOW, "shift": 0.0}, "shift 0.0 is out of range"),
         ({"num_train_timesteps": "x"}, "num_train_timesteps 'x' of a scheduler is no int"),
         ({"num_train_timesteps": 0}, "num_train_timesteps 0 is out of range"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps 1000000000 is out of range"),
