@@ -121,3 +121,14 @@ def test_no_module_imports_itself_by_way_of_others():
     while leaves := {name for name, others in uses.items() if not others & uses.keys()}:
         uses = {name: others for name, others in uses.items() if name not in leaves}
     assert not uses
+
+
+def test_every_package_that_is_imported_is_declared_with_both_bounds():
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    declared = dict(re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?([><=][^"]*)"', text))
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    used = {name.split(".")[0] for path in MODULES.values() for name in imports(path)}
+    others = {name for name in used - {"icd_lightning"} if name not in sys.stdlib_module_names}
+    assert {names.get(name, name.replace("_", "-")) for name in others} <= declared.keys()
+    assert [name for name, bounds in declared.items() if not re.fullmatch(r">=[\d.]+(,<[\d.]+)?", bounds)] == []
+    assert [name for name, bounds in declared.items() if "<" not in bounds] == ["setuptools"]

@@ -247,7 +247,7 @@ class Flow(Process):
 
     def __init__(self, *, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         if not 0.001 <= shift <= 1000:
-            raise ValueError(f"shift {shift} is out of range; choose 0.001 to 1000 (1 shifts nothing, that of SD3 is 3)")
+            raise ValueError(f"shift {shift} is out of range; choose 0.001 to 1000 (1 shifts nothing, SD3 has 3)")
         _check_timesteps(num_train_timesteps)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)
