@@ -3,10 +3,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from icd_lightning.data.decoding import SampleDecoder, collate
-from icd_lightning.data.images import to_images
+from icd_lightning.data.images import resize_and_crop, to_images, to_rgb
 from icd_lightning.data.tally import RejectedError
 
 
@@ -153,3 +153,17 @@ def test_collate_keeps_samples_together():
     assert batch.images.shape == (3, 3, 8, 8)
     assert batch.keys == batch.captions == ["x", "y", "z"]
     assert len(batch.metadata) == 3
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same():
+    rows, columns = np.mgrid[:1024, :1536] / 1024
+    waves = [127 + 100 * np.sin(9 * rows * columns + channel) for channel in range(3)]
+    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    raw = sample() | {"jpg": encoded(image, "JPEG", quality=95, exif=turned)}
+    raw.pop("png")
+    decoded = SampleDecoder(64).decode(raw)
+    whole, crop_top_left = resize_and_crop(to_rgb(Image.open(BytesIO(raw["jpg"]))), 64)
+    assert decoded.metadata == {"original_size": (1536, 1024), "crop_top_left": crop_top_left}
+    assert np.abs(decoded.picture.astype(float) - np.asarray(whole)).mean() < 1
