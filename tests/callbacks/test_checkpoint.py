@@ -66,6 +66,8 @@ def test_a_signal_ends_the_run_after_a_whole_step_that_is_saved(tmp_path, number
     assert saved(tmp_path / "run")["global_step"] == 3
     assert fit(tmp_path / "run").number.item() == whole.number.item()
     assert saved(tmp_path / "run")["global_step"] == 8
+    before = torch.load(tmp_path / "run" / "checkpoints" / "before-last.ckpt", weights_only=True)
+    assert before["global_step"] == 3
 
 
 def test_it_waits_for_the_last_micro_batch_of_a_step(tmp_path):

@@ -4,6 +4,7 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import FileIO
 from itertools import chain, islice
 
 import fsspec
@@ -15,7 +16,7 @@ from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import expand, open_url
+from icd_lightning.data.tars import expand, index_shard, open_url
 
 
 def data_for(urls, **options) -> ShardDataModule:
@@ -121,6 +122,30 @@ def test_an_outage_that_ends_changes_no_batch(http, num_workers, monkeypatch):
     OUTAGES.update({"/00001.tar": ["refuse", "refuse"], "/00003.tar": ["cut", "refuse"], "/00004.tar": ["cut", "cut"]})
     assert epoch(data_for(urls, num_workers=num_workers)) == steady
     assert not any(OUTAGES.values())
+
+
+def test_a_shard_that_broke_off_goes_on_from_its_next_sample(shards, monkeypatch):
+    attempts = []
+
+    class BreaksOff(FileIO):
+        """A connection that ends after some samples, the first time."""
+
+        def read(self, size: int = -1) -> bytes:
+            if len(attempts) == 1 and self.tell() > 10_000:
+                raise OSError("connection lost")
+            return super().read(min(size, 1024) if size > 0 else size)
+
+    def open_slowly(url: str, patience: float) -> BreaksOff:
+        attempts.append(url)
+        return BreaksOff(shards / "00000.tar")
+
+    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(stream, "open_url", open_slowly)
+    counts = Tally()
+    keys = [raw["__key__"] for raw in Piece("http://elsewhere/00000.tar", 1, 9).read(counts)]
+    assert len(attempts) == 2
+    assert keys == [entry.key for entry in index_shard(shards / "00000.tar")[0][1:9]]
+    assert counts.counts()["broken_shard"] == 0
 
 
 def test_a_store_that_fsspec_knows(memory):

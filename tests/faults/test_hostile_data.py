@@ -19,7 +19,7 @@ from icd_lightning.data import tars
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import encode_sample, find_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import BoundedHeader, read_samples
+from icd_lightning.data.tars import LARGE, BoundedHeader, index_shard, read_samples
 
 
 def picture(format: str = "PNG", height: int = 64, width: int = 64) -> bytes:
@@ -136,6 +136,7 @@ def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MOST_BYTES", 20_000)
     write(tmp_path / "0.tar", [("bad.png", b"\0" * 20_001), ("bad.txt", b"a caption"), *good()])
     assert epoch(tmp_path)[1]["too_large"] > 0
+    assert next(iter(index_shard(tmp_path / "0.tar")[0])).read()["png"] is LARGE  # as a validation reads it
 
 
 def test_a_sparse_file_of_gigabytes_is_not_read(tmp_path):

@@ -167,7 +167,7 @@ def test_what_is_no_json_object_is_refused_by_name(family, capsys, name, content
     assert_refused(capsys, family, name)
 
 
-@pytest.mark.parametrize(("name", "damage"), full(list(product(WEIGHTS, DAMAGE)), 7))
+@pytest.mark.parametrize(("name", "damage"), full(list(product(WEIGHTS, DAMAGE)), 5))
 def test_damaged_weights_are_refused_by_name(family, capsys, name, damage):
     DAMAGE[damage](family / name)
     assert_refused(capsys, family, name)
