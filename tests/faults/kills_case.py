@@ -95,9 +95,15 @@ def differences(first: object, second: object, place: str = "") -> list[str]:
 
 
 def last_checkpoint(folder: Path) -> dict:
-    """The run's last checkpoint, without the folder's own name in it."""
+    """The run's last checkpoint, without the folder's own name and Lightning's count of epochs begun.
+
+    An epoch in which a run was killed has begun twice; nothing reads that.
+    """
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     for state in checkpoint["callbacks"].values():
         for name in ("dirpath", "last_model_path"):
             state.pop(name, None)
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        for name in ("ready", "started"):
+            counts.pop(name)
     return checkpoint
