@@ -20,6 +20,7 @@ BASE = [
     "--trainer.max_steps=0",
 ]
 TOUCH = "{class_path: subprocess.Popen, init_args: {args: [touch, PWNED]}}"
+LOOK = "trainer: {callbacks: [{class_path: icd_lightning.callbacks.reconstruction.ReconstructionCallback, init_args: "
 BOMB = "\n".join(f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]" for above, name in pairwise("abcdefghij"))
 CONFIGURATIONS = {
     "a class for a parameter of any type": (
@@ -29,6 +30,8 @@ CONFIGURATIONS = {
     ),
     "a class of another package": (f"trainer: {{callbacks: [{TOUCH}]}}", "subprocess.Popen"),
     "a function": ("model: {class_path: os.system}", "os.system"),
+    "a metric of another package": (LOOK + "{metrics: [theirs.Metric]}}]}", "theirs.Metric"),
+    "a metric's file": (LOOK + "{metrics: [metric.yaml]}}]}", "is no PictureMetric"),
     "a shell command": ("data: {init_args: {urls: 'pipe:touch PWNED'}}", "pipe:touch PWNED"),
     "a shell command in braces": ("data: {init_args: {urls: '{pipe:touch PWNED,x}'}}", "pipe:touch PWNED"),
     "a checkpoint elsewhere": ("ckpt_path: http://localhost:1/x.ckpt", "copy it here"),
@@ -44,6 +47,7 @@ CONFIGURATIONS = {
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -60,6 +64,10 @@ def refusal(capsys, *args: str) -> str:
 def test_a_configuration_runs_nothing_and_is_refused_by_name(here, capsys, name):
     text, named = CONFIGURATIONS[name]
     Path("theirs.yaml").write_text(text)
+    Path("theirs.py").write_text("open('PWNED', 'w')")
+    Path("metric.yaml").write_text(
+        "class_path: icd_lightning.data.tars._Pipe\ninit_args: {command: touch PWNED, patience: 1}"
+    )
     scenes = write_scenes(here / "scenes")
     own = [f"--data.init_args.urls={scenes}", f"--data.init_args.val_urls={scenes}", "--trainer.default_root_dir=run"]
     assert named in refusal(capsys, *BASE, *own, "--config", "theirs.yaml")
