@@ -64,7 +64,7 @@ def test_a_network_that_packs_latents_says_what_they_are(outside, random_family,
     """Flux, for one, takes 64 channels for latents of 16."""
     family = Family(outside.model, vae=str(random_family / "vae"), backbone=SmallSD3())
     monkeypatch.setattr(SmallSD3, "latent_channels", lambda self, network: 4 * network.config["in_channels"])
-    with pytest.raises(ValueError, match="the transformer of .* takes 64 channels, and its latents have 16"):
+    with pytest.raises(ValueError, match=r"the transformer of .* takes 64 channels, and its latents have 16"):
         family.load_model(guided=False)
 
 
