@@ -115,6 +115,14 @@ def test_a_package_that_registers_parts_is_trusted(monkeypatch):
     trust.check_class("theirs.metrics.Mine", "x.yaml")
 
 
+def test_lightnings_own_plugins_may_be_named(here, capsys):
+    """Some live in lightning.fabric, whatever name they go by."""
+    plugin = "{class_path: lightning.pytorch.plugins.environments.SLURMEnvironment, init_args: {auto_requeue: false}}"
+    Path("slurm.yaml").write_text(f"trainer: {{plugins: [{plugin}]}}")
+    missing = "--data.init_args.urls=nowhere"
+    assert "nowhere does not exist" in refusal(capsys, *BASE, "--config", "slurm.yaml", missing)
+
+
 def test_commands_in_the_place_of_shards_are_for_code_and_for_those_who_say_so(here, capsys):
     assert expand("pipe:cat x.tar") == ["pipe:cat x.tar"]
     assert "--trust-config" in refusal(capsys, "data", "describe", "pipe:cat x.tar")
