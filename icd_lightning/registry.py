@@ -78,13 +78,18 @@ class Registry:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def find(self, name: str) -> Entry:
-        """The entry of a name, of a YAML file, or of a class's path; ValueError for anything else."""
+    def find(self, name: str, *, told_by: str | None = None) -> Entry:
+        """The entry of a name, of a YAML file, or of a class's path; ValueError for anything else.
+
+        told_by: the part of a configuration that says the name; its class must then be a trusted one.
+        """
         if name in self.entries:
             return self.entries[name]
         if Path(name).suffix in (".yaml", ".yml"):
             return read_entry(Path(name))
         if "." in name:
+            if told_by is not None:
+                check_class(name, told_by)
             entry = Entry(name)
             entry.load()
             return entry

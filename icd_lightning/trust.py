@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-TRUSTED = ("icd_lightning", "lightning.pytorch")
+TRUSTED = ("icd_lightning", "lightning.pytorch", "lightning.fabric")  # the last two are Lightning, under both names
 REMEDY = "if you trust what names it, say so: `icd --trust-config ...`"
 
 _distrusting = False
 
 
 def packages() -> list[str]:
-    """Those whose classes a file may name: these two, and what registers parts of its own by an entry point."""
+    """Those whose classes a file may name: this one, Lightning, and what registers parts by an entry point."""
     points = [
         point
         for group in entry_points().groups

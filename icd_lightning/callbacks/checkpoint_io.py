@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +11,6 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from icd_lightning.files import write_whole
-
-log = logging.getLogger(__name__)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -36,7 +36,8 @@ class StudentEvaluation(lightning.Callback):
         for name, value in (("num_images", num_images), ("grid_columns", grid_columns)):
             if value < 1:
                 raise ValueError(f"{name} {value} must be 1 or more")
-        self.names, self.places, self.num_images = expand(metrics), places, num_images
+        self.names = expand(metrics, told_by=type(self).__name__)
+        self.places, self.num_images = places, num_images
         self.grid_columns = grid_columns
         self.metrics: dict[str, dict[str, Metric]] = {}  # by place and name
         self._seen = 0

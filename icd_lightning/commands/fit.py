@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from icd_lightning.callbacks.checkpoint_io import before
 from icd_lightning.commands.main import fail
 from icd_lightning.files import read_yaml
+from icd_lightning.models.weights import read_pickled
 from icd_lightning.tasks.base import Task
 from icd_lightning.trust import REMEDY, packages
 
@@ -155,10 +155,10 @@ class FitCommand(LightningCLI):
             return None
         kept = before(file)
         try:
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            return read_pickled(file, mmap=True)
+        except ValueError as error:
             raise ValueError(
-                f"{file} cannot be read as a checkpoint ({str(error).splitlines()[0]}): name another ckpt_path"
+                f"{file} cannot be read as a checkpoint ({error}): name another ckpt_path"
                 f"{f', such as {kept},' * kept.is_file()} or take it away to begin anew"
             ) from error
 

@@ -30,23 +30,21 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "tiny report": ("tiny:report", "measure the shipped tiny family against its bars"),
     "tiny package": ("tiny:package", "turn the trained parts into the family that ships"),
 }
-
-
 TRUSTING = ("--trust-config", "--trust_config")
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and exit code 2."""
     args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] in ("-h", "--help", "help"):
+    words = [word for word in args if word not in TRUSTING]
+    if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_text())
         return
-    if args[0] == "--version":
+    if words[0] == "--version":
         from icd_lightning import __version__
 
         sys.stdout.write(f"icd {__version__}\n")
         return
-    words = [word for word in args if word not in TRUSTING]
     name, rest = _split(words)
     if name in GUIDES and {"-h", "--help"} & set(rest):
         sys.stdout.write(GUIDES[name])

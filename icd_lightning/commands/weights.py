@@ -103,6 +103,8 @@ def find_device(name: str) -> Any:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        from icd_lightning.models.weights import first_line
+
+        reason = first_line(error).split(". ")[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); try auto or cpu") from error
     return torch.device(name)

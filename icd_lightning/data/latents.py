@@ -32,7 +32,7 @@ from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT, is_local
-from icd_lightning.files import write_json
+from icd_lightning.files import read_object, write_json
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _records(folder: Path) -> dict[str, ShardRecord]:
     records = {}
     for file in (folder / PROGRESS).glob("*.json"):
         with contextlib.suppress(FileNotFoundError):  # another process has just completed the set
-            records[file.stem] = ShardRecord(**json.loads(file.read_text()))
+            records[file.stem] = ShardRecord(**read_object(file))
     manifest = Manifest.load(folder)  # after those, which are removed once it has them all
     return (manifest.shards if manifest else {}) | records
 

@@ -2,7 +2,7 @@
 
 A `Jump` binds a network to prompt, guidance and adapter; whoever takes jumps knows nothing of these. Latents stay
 float32 between jumps. `on_step` is called after each with a `Step`; to keep every latent and count network evaluations,
-collect them (a denoiser says by `nfe` how many its latest call took, by default 1):
+collect them (a jump or its denoiser says by `nfe` how many its latest call took, by default 1):
 
     steps: list[Step] = []
     x = generate(reverse_model, noise, boundaries, on_step=steps.append)
@@ -88,7 +88,7 @@ def run_jumps(jump: Jump, x: Tensor, steps: Iterable[tuple[int, int]], *, on_ste
         t_batch, s_batch = (torch.full((len(x),), time, device=x.device) for time in (t, s))
         x = jump(x, t_batch, s_batch)
         if on_step is not None:
-            on_step(Step(t, s, x, getattr(getattr(jump, "denoise", None), "nfe", 1)))
+            on_step(Step(t, s, x, _evaluations(jump)))
     return x
 
 

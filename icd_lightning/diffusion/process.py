@@ -46,7 +46,7 @@ class Process(nn.Module, ABC):
 
     schedulers: ClassVar[tuple[str, ...]]
     needed: ClassVar[tuple[str, ...]] = ()
-    refused: ClassVar[tuple[str, ...]]
+    refused: ClassVar[tuple[str, ...]] = ()
 
     alphas: Tensor
     sigmas: Tensor
@@ -56,6 +56,7 @@ class Process(nn.Module, ABC):
     def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
         super().__init__()
         self.num_train_timesteps = len(alphas)
+        self.settings = {}
         self.register_buffer("alphas", alphas, persistent=False)
         self.register_buffer("sigmas", sigmas, persistent=False)
 
@@ -69,11 +70,13 @@ class Process(nn.Module, ABC):
         if name is None:  # a scheduler's config in memory; only betas make it plain which process it is of
             foreign = [key for key in ("shift", "base_shift", "sigma_data") if key in config]
             name = f"with {foreign[0]}" if foreign else "DDIMScheduler"
-        kind = next((process for process in (VP, Flow) if name in process.schedulers), None)
+        kinds = Process.__subclasses__()  # these two, and those of other packages
+        kind = next((kind for kind in kinds if name in kind.schedulers), None)
         if kind is None:
-            known = ", ".join((*VP.schedulers, *Flow.schedulers))
+            known = ", ".join(scheduler for kind in kinds for scheduler in kind.schedulers)
             raise ValueError(f"scheduler {name!r} is of no known process; known schedulers (_class_name): {known}")
-        given = {key: config[key] for key in inspect.signature(kind).parameters if key in config}
+        parameters = inspect.signature(kind, eval_str=True).parameters
+        given = {key: config[key] for key in parameters if key in config}
         unknown = [key for key in kind.refused if config.get(key)]
         unknown += [key for key, value in given.items() if value is None]
         if unknown:
@@ -84,7 +87,7 @@ class Process(nn.Module, ABC):
         if absent := [key for key in kind.needed if key not in config]:
             raise ValueError(f"the scheduler's config does not say {absent[0]}: take the one that the model came with")
         for key, value in given.items():
-            expected = inspect.signature(kind).parameters[key].annotation
+            expected = parameters[key].annotation
             if type(value) is not expected and (type(value), expected) != (int, float):
                 raise ValueError(f"{key} {value!r} of a scheduler is no {expected.__name__}")
         return kind(**given)

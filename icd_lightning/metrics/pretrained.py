@@ -7,7 +7,6 @@ what they have fetched. What each metric needs, and under which name, stands in 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from icd_lightning.data.manifest import sha256
+from icd_lightning.models.weights import read_pickled
 
 
 class MissingNetworkError(FileNotFoundError):
@@ -74,10 +74,9 @@ def load_network(repository: str, **options: Any) -> nn.Module:
 def load_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .pt file, and nothing that would run code; ValueError for a file that holds none."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise ValueError(f"{file} cannot be read as weights ({reason}): fetch it again") from error
+        return read_pickled(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as weights ({error}): fetch it again") from error
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -61,23 +61,26 @@ def build_metrics(names: Sequence[str]) -> dict[str, PictureMetric]:
         return {name: _build(name) for name in expanded}
 
 
-def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """The names once each, presets replaced by theirs; ValueError for an unknown one, or for none."""
+def expand(names: Sequence[str], *, told_by: str | None = None) -> tuple[str, ...]:
+    """The names once each, presets replaced by theirs; ValueError for an unknown one, or for none.
+
+    told_by: see `Registry.find`.
+    """
     presets = PRESETS.entries
     expanded = tuple(dict.fromkeys(name for given in names for name in presets.get(given, (given,))))
     for name in expanded:
-        _find(name)
+        _find(name, told_by=told_by)
     if not expanded:
         raise ValueError("metrics [] measure nothing: name some, e.g. [psnr, ssim], or leave out what measures")
     return expanded
 
 
-def _find(name: str) -> tuple[Entry, str, str | None]:
+def _find(name: str, *, told_by: str | None = None) -> tuple[Entry, str, str | None]:
     """The entry of a name, the name without its ending, and that ending, e.g. "psnr" and "unedited", if it has one."""
     whole, _, part = name.rpartition("-")
     whole, part = (whole, part) if part in PARTS else (name, None)
     try:
-        return METRICS.find(whole), whole, part
+        return METRICS.find(whole, told_by=told_by), whole, part
     except ValueError as error:
         more = "" if "." in name else f"; presets: {', '.join(PRESETS.entries)}; endings: {', '.join(PARTS)}"
         raise ValueError(f"{error}{more}") from error
@@ -89,12 +92,13 @@ def _build(name: str) -> PictureMetric:
     from icd_lightning.metrics.reconstruction import Within
 
     entry, whole, part = _find(name)
+    cls = entry.load()
+    if not (isinstance(cls, type) and issubclass(cls, PictureMetric)):  # before it is built: a file may name any class
+        raise ValueError(f"metric {name!r} is no PictureMetric: derive its class from icd_lightning.metrics.base")
     try:
         metric = entry.build()
     except MissingNetworkError as error:
         raise FileNotFoundError(f"metric {whole} lacks its network: {error}") from error
-    if not isinstance(metric, PictureMetric):
-        raise ValueError(f"metric {name!r} is no PictureMetric: derive its class from icd_lightning.metrics.base")
     if part is None:
         return metric
     if not isinstance(metric, PerImage) or "images" not in metric.needs:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from icd_lightning.diffusion import Process, Split, classifier_free_guidance
 from icd_lightning.models.backbones import Backbone
 from icd_lightning.models.conditioning import Conditioning
+from icd_lightning.models.weights import first_line
 
 Guidance = float | Tensor | Callable[[Tensor], Tensor]
 """A guidance scale w for all samples, one for each (B,), or a `GuidanceSchedule` w_t (B,) = schedule(t (B,))."""
@@ -144,7 +145,7 @@ def why_not_compiled(device: torch.device, backend: str) -> str | None:
     try:
         torch.compile(lambda x: x.sin().sum(), backend=backend)(numbers).backward()
     except Exception as error:  # a compiler, Triton or Python headers may be missing; each says so in a way of its own
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None
 
 

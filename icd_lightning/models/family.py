@@ -148,7 +148,7 @@ class Family:
 
     def _check_channels(self, network: nn.Module) -> None:
         """Refuse networks that are fed more than latents, such as those for inpainting."""
-        taken, latent = network.config["in_channels"], self._autoencoder_config().get("latent_channels")
+        taken, latent = self.backbone.latent_channels(network), self._autoencoder_config().get("latent_channels")
         if latent is not None and taken != latent:
             raise ValueError(
                 f"the {self.backbone.part} of {self.model} takes {taken} channels, and its latents have {latent}: it "

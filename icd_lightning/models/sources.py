@@ -6,7 +6,6 @@ tokenizer_2 besides.
 
 from __future__ import annotations
 
-import pickle
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -21,7 +20,6 @@ import huggingface_hub
 import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
@@ -251,7 +249,9 @@ class SingleFile(Source):
         """By reference to the file, where its format allows; read anew for each part, so that none stays in memory."""
         try:
             return load_single_file_checkpoint(str(self.file))
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # see `read_pickled`
             raise ValueError(f"{self.file} cannot be read as a file of weights ({first_line(error)})") from error
 
 

@@ -93,7 +93,8 @@ class StudentFile:
         weights = {PREFIX.sub("", name, count=1): tensor for name, tensor in tensors.items()}
         modules = options.get("target_modules")
         targets = tuple(modules) if isinstance(modules, list) else None
-        if about.get("rank", rank := _rank(weights, file)) != rank:
+        rank = _rank(weights, file)
+        if about.get("rank", rank) != rank:
             raise ValueError(f"{file} says rank {about['rank']!r}, and its weights are of rank {rank}")
         return cls(weights, rank, _alpha((*stated, alpha), file), about, targets, part, file)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,24 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         if file.suffix == ".safetensors":
             weights = load_file(file)
         else:
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            weights = read_pickled(file, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
     if wrong := not_finite(weights.items()):
         raise ValueError(f"{file}: {wrong} is not finite, so these are no trained weights")
     return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+def read_pickled(file: Path, *, mmap: bool = False) -> Any:
+    """What torch.save wrote, on the CPU, nothing in it being run; ValueError with the reason if it cannot be read."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle ends in KeyError, UnicodeDecodeError, AssertionError ...
+        raise ValueError(first_line(error)) from error
 
 
 def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, what: str) -> None:

@@ -6,13 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
 from icd_lightning.files import read_object, replaced_folder, write_json
 from icd_lightning.models.student_file import sorted_metadata
 from icd_lightning.models.students import DIRECTIONS
+from icd_lightning.models.weights import not_finite
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network")
 SHIPPED = "tiny"  # what `Family` knows it by
@@ -68,9 +68,8 @@ def _halved(file: Path, trained_on: str) -> bytes:
         header = {name: _renamed(value, trained_on) for name, value in (weights.metadata() or {"format": "pt"}).items()}
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (no mapping)
     halved = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-    wrong = [name for name, value in halved.items() if not torch.isfinite(value).all()]
-    if wrong:
-        raise ValueError(f"{file}: {wrong[0]} does not fit into half precision")
+    if wrong := not_finite(halved.items()):
+        raise ValueError(f"{file}: {wrong} does not fit into half precision")
     return sorted_metadata(save(halved, metadata=header))
 
 

@@ -47,7 +47,7 @@ for args in [[], *({list(PLAIN)!r})]:
     assert "usage: icd edit" in result.stdout
 
 
-@pytest.mark.parametrize("args", [[], ["-h"], ["--help"], ["help"]])
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"], ["help"], ["--trust-config"], ["--trust-config", "--help"]])
 def test_help_lists_every_command(capsys, args):
     code, out, err = outcome(capsys, *args)
     assert (code, err) == (0, "")

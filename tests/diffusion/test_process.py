@@ -281,3 +281,27 @@ def test_a_jump_to_where_it_is_changes_nothing(process: Process, x0, noise):
     assert torch.equal(jump(x0, TIMESTEPS, TIMESTEPS), x0)
     elsewhere = jump(x0, TIMESTEPS, TIMESTEPS.roll(1))
     assert not torch.isclose(elsewhere, x0).flatten(1).all(1).any()
+
+
+class CosineFlow(Process):
+    """A process of another package; such modules often begin with `from __future__ import annotations`."""
+
+    schedulers = ("TheirScheduler",)
+
+    def __init__(self, *, num_train_timesteps: "int" = 10, end: "float" = 1.0) -> None:
+        angles = torch.linspace(0.01, end, num_train_timesteps)
+        super().__init__(angles.cos(), angles.sin())
+
+    def target(self, x0, noise, t):
+        return noise
+
+    def split(self, output, x, t):
+        return self.split_by_eps(x, output, t)
+
+
+def test_a_process_from_outside_is_known_by_its_scheduler():
+    process = Process.from_config({"_class_name": "TheirScheduler", "num_train_timesteps": 20, "beta_start": 0.1})
+    assert isinstance(process, CosineFlow)
+    assert (process.num_train_timesteps, process.settings) == (20, {})
+    with pytest.raises(ValueError, match="end 'far' of a scheduler is no float"):
+        Process.from_config({"_class_name": "TheirScheduler", "end": "far"})

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO, before
+from icd_lightning.models.weights import read_pickled
 
 WRITES_ON = """
 import sys, torch
@@ -83,3 +84,23 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_is_told_of_with_a_remedy(tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load(place)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_a_damaged_file_is_read_or_refused_with_a_reason(tmp_path):
+    """Whatever byte is wrong: unpickling ends in errors of many classes, some without a word."""
+    place = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(50, 50)}, "loops": {"epoch": 3}}, place)
+    whole, rng = place.read_bytes(), random.Random(0)
+    refused = []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 5, 20))):
+            damaged[rng.choice((rng.randrange(1000), -rng.randrange(1, 1000)))] = rng.randrange(256)
+        place.write_bytes(damaged)
+        try:
+            read_pickled(place, mmap=True)
+        except ValueError as error:
+            refused.append(error)
+    assert all(map(str, refused))
+    assert len({type(error.__cause__) for error in refused}) > 2

@@ -20,6 +20,7 @@ BASE = [
     "--trainer.max_steps=0",
 ]
 TOUCH = "{class_path: subprocess.Popen, init_args: {args: [touch, PWNED]}}"
+LOOK = "trainer: {callbacks: [{class_path: icd_lightning.callbacks.reconstruction.ReconstructionCallback, init_args: "
 BOMB = "\n".join(f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]" for above, name in pairwise("abcdefghij"))
 CONFIGURATIONS = {
     "a class for a parameter of any type": (
@@ -29,6 +30,8 @@ CONFIGURATIONS = {
     ),
     "a class of another package": (f"trainer: {{callbacks: [{TOUCH}]}}", "subprocess.Popen"),
     "a function": ("model: {class_path: os.system}", "os.system"),
+    "a metric of another package": (LOOK + "{metrics: [theirs.Metric]}}]}", "theirs.Metric"),
+    "a metric's file": (LOOK + "{metrics: [metric.yaml]}}]}", "is no PictureMetric"),
     "a shell command": ("data: {init_args: {urls: 'pipe:touch PWNED'}}", "pipe:touch PWNED"),
     "a shell command in braces": ("data: {init_args: {urls: '{pipe:touch PWNED,x}'}}", "pipe:touch PWNED"),
     "a checkpoint elsewhere": ("ckpt_path: http://localhost:1/x.ckpt", "copy it here"),
@@ -44,6 +47,7 @@ CONFIGURATIONS = {
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -60,6 +64,10 @@ def refusal(capsys, *args: str) -> str:
 def test_a_configuration_runs_nothing_and_is_refused_by_name(here, capsys, name):
     text, named = CONFIGURATIONS[name]
     Path("theirs.yaml").write_text(text)
+    Path("theirs.py").write_text("open('PWNED', 'w')")
+    Path("metric.yaml").write_text(
+        "class_path: icd_lightning.data.tars._Pipe\ninit_args: {command: touch PWNED, patience: 1}"
+    )
     scenes = write_scenes(here / "scenes")
     own = [f"--data.init_args.urls={scenes}", f"--data.init_args.val_urls={scenes}", "--trainer.default_root_dir=run"]
     assert named in refusal(capsys, *BASE, *own, "--config", "theirs.yaml")
@@ -105,6 +113,14 @@ def test_a_package_that_registers_parts_is_trusted(monkeypatch):
     monkeypatch.setattr(trust, "packages", lambda: ["icd_lightning", "theirs"])
     trust.begin(trusted=False)
     trust.check_class("theirs.metrics.Mine", "x.yaml")
+
+
+def test_lightnings_own_plugins_may_be_named(here, capsys):
+    """Some live in lightning.fabric, whatever name they go by."""
+    plugin = "{class_path: lightning.pytorch.plugins.environments.SLURMEnvironment, init_args: {auto_requeue: false}}"
+    Path("slurm.yaml").write_text(f"trainer: {{plugins: [{plugin}]}}")
+    missing = "--data.init_args.urls=nowhere"
+    assert "nowhere does not exist" in refusal(capsys, *BASE, "--config", "slurm.yaml", missing)
 
 
 def test_commands_in_the_place_of_shards_are_for_code_and_for_those_who_say_so(here, capsys):

@@ -60,6 +60,14 @@ def test_stage_one_leaves_a_network_that_is_told_w(outside):
         torch.testing.assert_close(outputs[0], plain.predict(*told, None), atol=0.05, rtol=0.05)
 
 
+def test_a_network_that_packs_latents_says_what_they_are(outside, random_family, monkeypatch):
+    """Flux, for one, takes 64 channels for latents of 16."""
+    family = Family(outside.model, vae=str(random_family / "vae"), backbone=SmallSD3())
+    monkeypatch.setattr(SmallSD3, "latent_channels", lambda self, network: 4 * network.config["in_channels"])
+    with pytest.raises(ValueError, match=r"the transformer of .* takes 64 channels, and its latents have 16"):
+        family.load_model(guided=False)
+
+
 def test_stage_two_trains_validates_and_exports_it_by_class_path(outside, scenes, tmp_path):
     settings = {
         "model.init_args.family.model": outside.model,

@@ -66,6 +66,10 @@ class Backbone(ABC):
         """Merge a style's LoRA, `scale` times, into the network for good; ValueError for a file that fits no layer."""
         raise ValueError(f"style {file} cannot be merged: styles are of UNets, this is a {type(network).__name__}")
 
+    def latent_channels(self, network: nn.Module) -> int:
+        """C of the latents that the network takes; another number than its input's where it packs them."""
+        return int(network.config["in_channels"])
+
     def bare(self, network: nn.Module) -> nn.Module:
         """The network without adapters; it shares the weights."""
         named = network.state_dict().items()
