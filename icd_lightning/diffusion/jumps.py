@@ -82,6 +82,11 @@ class Step(NamedTuple):
 OnStep = Callable[[Step], object]
 
 
+def _evaluations(jump: Jump) -> int:
+    """What the latest call took: as the jump says, or the denoiser that it binds, or one."""
+    return getattr(jump, "nfe", None) or getattr(getattr(jump, "denoise", None), "nfe", 1)
+
+
 def run_jumps(jump: Jump, x: Tensor, steps: Iterable[tuple[int, int]], *, on_step: OnStep | None = None) -> Tensor:
     """Take x (B, C, H, W) along the steps (t, s); returns x (B, C, H, W) at the last s."""
     for t, s in steps:

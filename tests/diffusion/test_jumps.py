@@ -198,3 +198,13 @@ def test_a_flow_samples_from_noise_alone(noise):
 
     x = ddim_generate(true_velocity, noise, trailing_timesteps(4), flow)
     torch.testing.assert_close(x, flow.add_noise(data, noise, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_jump_from_outside_says_how_many_evaluations_it_took():
+    def jump(x, t, s):
+        return x
+
+    jump.nfe = 3
+    steps: list[Step] = []
+    run_jumps(jump, torch.zeros(1, 1, 2, 2), [(999, 499), (499, 0)], on_step=steps.append)
+    assert [step.nfe for step in steps] == [3, 3]
