@@ -84,7 +84,7 @@ OnStep = Callable[[Step], object]
 
 def _evaluations(jump: Jump) -> int:
     """What the latest call took: as the jump says, or the denoiser that it binds, or one."""
-    return getattr(jump, "nfe", None) or getattr(getattr(jump, "denoise", None), "nfe", 1)
+    return int(getattr(jump, "nfe", 0) or getattr(getattr(jump, "denoise", None), "nfe", 1))
 
 
 def run_jumps(jump: Jump, x: Tensor, steps: Iterable[tuple[int, int]], *, on_step: OnStep | None = None) -> Tensor:
