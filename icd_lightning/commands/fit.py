@@ -151,15 +151,20 @@ class FitCommand(LightningCLI):
         if "://" in str(named):
             raise ValueError(f"ckpt_path {named} is not on this machine: copy it here, from where you trust it")
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
-        if not file.is_file():
-            return None
         kept = before(file)
+        if not file.is_file():
+            if named == "last" and kept.is_file():
+                raise ValueError(
+                    f"{file} is gone, {kept} is the one before: rename it to go on, or remove it to begin anew"
+                )
+            return None
         try:
             return read_pickled(file, mmap=True)
         except ValueError as error:
+            another = f" ({kept} is the one before)" if kept.is_file() else ""
             raise ValueError(
-                f"{file} cannot be read as a checkpoint ({error}): name another ckpt_path"
-                f"{f', such as {kept},' * kept.is_file()} or take it away to begin anew"
+                f"{file} cannot be read as a checkpoint ({error}): name another ckpt_path{another}, or take it away, "
+                "and what lies beside it, to begin anew"
             ) from error
 
     def _accumulate(self, total: int) -> None:

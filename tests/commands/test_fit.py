@@ -322,6 +322,18 @@ def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, n
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_a_lost_last_checkpoint_is_not_begun_over_where_the_one_before_is_kept(command, run, tmp_path, capsys):
+    last, kept = tmp_path / "checkpoints/last.ckpt", tmp_path / "checkpoints/before-last.ckpt"
+    last.parent.mkdir()
+    kept.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    assert f"{last} is gone, {kept} is the one before: rename it" in error_of(capsys, command(tmp_path))
+    kept.rename(last)
+    main(command(tmp_path, "--trainer.max_steps=2"))
+    last.write_bytes(b"damaged")
+    kept.write_bytes(b"")
+    assert f"another ckpt_path ({kept} is the one before)" in error_of(capsys, command(tmp_path))
+
+
 def test_nothing_is_validated_for_want_of_a_checkpoint(command, tmp_path, capsys):
     _, *rest = command(tmp_path)
     error = error_of(capsys, ["validate", *rest])
