@@ -54,6 +54,9 @@ class Session:
 
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
+        for prompt in prompts:
+            if any("\ud800" <= char <= "\udfff" for char in prompt):  # what the shell gave was not UTF-8
+                raise ValueError(f"prompt {prompt[:80]!r} is no text: give it in UTF-8")
         closed = defaults_of(self.models.family).get("closed_vocabulary")
         if closed and (unknown := unknown_words(self.method.conditioner.tokenizer, *prompts)):
             log.warning("%s does not know: %s; expect nonsense", self.models.family.model, ", ".join(unknown))

@@ -6,7 +6,6 @@ tokenizer_2 besides.
 
 from __future__ import annotations
 
-import pickle
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -21,7 +20,6 @@ import huggingface_hub
 import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
@@ -31,6 +29,7 @@ from icd_lightning.models.text import build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
+MOST_LAYERS = 1000
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
 PAD_TOKENS = {"tokenizer_2": "!"}  # SDXL's second text encoder was trained so
@@ -138,7 +137,12 @@ class Layout(Source):
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return read_object(self.file(str(Path(part) / name)))
+        file = self.file(str(Path(part) / name))
+        config = read_object(file)
+        for key, value in config.items():
+            if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:  # made before weights are compared
+                raise ValueError(f"{file}: {key} {value} is more than any network has")
+        return config
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
         options = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype, "variant": self.variant}
@@ -251,7 +255,9 @@ class SingleFile(Source):
         """By reference to the file, where its format allows; read anew for each part, so that none stays in memory."""
         try:
             return load_single_file_checkpoint(str(self.file))
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever torch's reader of pickles comes to in a damaged one
             raise ValueError(f"{self.file} cannot be read as a file of weights ({first_line(error)})") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,7 +24,9 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
             weights = load_file(file)
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch's reader of pickles comes to in a damaged one
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
