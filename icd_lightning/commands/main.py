@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.write(f"icd {__version__}\n")
         return
     words = [word for word in args if word not in TRUSTING]
-    name, rest = _split(words)
+    name, rest = _split(words or args)
     if name in GUIDES and {"-h", "--help"} & set(rest):
         sys.stdout.write(GUIDES[name])
         return

@@ -181,9 +181,12 @@ def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:
     """Latents (B, C, h, w) and what `save_result` wrote about them."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor("latents"), opened.metadata() or {}
+            latents, about = opened.get_tensor("latents"), opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} holds no latents as icd invert writes them ({error})") from error
+    if latents.ndim != 4 or not latents.numel() or not latents.isfinite().all():
+        raise ValueError(f"{file} holds no latents as icd invert writes them ({tuple(latents.shape)}): invert again")
+    return latents, about
 
 
 def contact_sheet(edit: Edit, grid: Mapping[str, Sequence[float]], cells: Sequence[Image.Image]) -> Image.Image:

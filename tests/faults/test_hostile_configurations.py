@@ -7,6 +7,7 @@ import pytest
 import torch
 from kills_case import ICD, ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from training_case import write_scenes
 
 from icd_lightning import trust
@@ -180,3 +181,16 @@ def test_a_prompt_that_is_no_text_is_refused(here, capsys):
 def test_guidance_beyond_all_numbers_makes_no_picture(here, capsys):
     assert "not finite" in refusal(capsys, "generate", "a star", "--guidance_scale", "1e38", "--output", "x.png")
     assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "latents", [torch.tensor(1.0), torch.zeros(0, 4, 16, 16), torch.full((1, 4, 16, 16), torch.nan)]
+)
+def test_latents_that_are_none_are_refused(here, capsys, latents):
+    save_file({"latents": latents}, "theirs.safetensors")
+    assert "theirs.safetensors" in refusal(capsys, "generate", "a star", "--latents", "theirs.safetensors")
+
+
+def test_what_would_never_end_is_refused(here, capsys):
+    assert "count 1000000000" in refusal(capsys, "generate", "a star", "--count", "1000000000")
+    assert "before the command" in refusal(capsys, "--trust-config")
