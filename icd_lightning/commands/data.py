@@ -100,6 +100,11 @@ def cache_latents(
         overwrite=overwrite,
     )
     shards = _counted(len(manifest.shards), "shard")
+    if manifest.complete and not manifest.samples:
+        raise ValueError(
+            f"{out} holds the latents of no picture, for all were left out: look at them with `icd data describe`, or "
+            "change resolution, min_size or caption_field, and pass --overwrite"
+        )
     if manifest.complete:
         outcome = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
     elif share[1] > 1:

@@ -107,6 +107,9 @@ def read_factors(text: float | str) -> float | dict[str, float]:
     raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")
 
 
+MOST_PIXELS = 1 << 16
+"""Of a side."""
+
 Size = tuple[int | None, int | None]
 """Height and width of the result in pixels; None is the model's own."""
 
@@ -114,8 +117,8 @@ Size = tuple[int | None, int | None]
 def check_size(height: int | None, width: int | None) -> Size:
     """The size, or ValueError."""
     for name, value in (("height", height), ("width", width)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value} must be 1 or more")
+        if value is not None and not 1 <= value <= MOST_PIXELS:
+            raise ValueError(f"{name} {value} must be 1 or more, and at most {MOST_PIXELS}")
     return height, width
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import signal
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,8 +42,14 @@ NOT_NEWS = (
     ".*is smaller than the logging interval.*",  # which counts steps, not batches of an epoch
     ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
+RESTORING = ("restore", "_restore", "resume")
+"""How Lightning's functions begin that take a checkpoint apart."""
 NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
 """Of warnings, and of what Lightning logs."""
+
+KEPT = {"pytorch-lightning_version": str, "state_dict": dict, "epoch": int, "global_step": int, "loops": dict}
+TOLD = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "recipe": dict, "optimizer_settings": dict}
+"""What every checkpoint holds, and what it may hold besides."""
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -159,8 +167,14 @@ class FitCommand(LightningCLI):
                 )
             return None
         try:
-            return read_pickled(file, mmap=True)
-        except ValueError as error:
+            checkpoint = read_pickled(file, mmap=True)
+            held = {key: checkpoint.get(key, None if key in KEPT else kind()) for key, kind in (KEPT | TOLD).items()}
+            if wrong := [key for key, kind in (KEPT | TOLD).items() if not isinstance(held[key], kind)]:
+                raise ValueError(f"{wrong[0]} {'is of another type' if wrong[0] in checkpoint else 'is missing'}")
+            if checkpoint.get("optimizer_states") == []:
+                raise ValueError("optimizer_states is empty")
+            return checkpoint
+        except (ValueError, AttributeError) as error:
             another = f" ({kept} is the one before)" if kept.is_file() else ""
             raise ValueError(
                 f"{file} cannot be read as a checkpoint ({error}): name another ckpt_path{another}, or take it away, "
@@ -170,6 +184,10 @@ class FitCommand(LightningCLI):
     def _accumulate(self, total: int) -> None:
         trainer, batch_size = self.trainer, self._get(self.config, "data.init_args.batch_size")
         devices = trainer.num_devices * trainer.num_nodes
+        if batch_size is None:
+            raise ValueError(
+                f"global_batch_size {total} needs data.init_args.batch_size: give it, or leave out the first"
+            )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"global_batch_size {total} sets trainer.accumulate_grad_batches, which is given as well "
@@ -191,6 +209,9 @@ class FitCommand(LightningCLI):
             value = self._get(self.config_init, f"trainer.{name}")
             if isinstance(value, (int, float)) and not value > 0:
                 raise ValueError(f"trainer.{name} {value} must be more than 0")
+        clip = self._get(self.config_init, "trainer.gradient_clip_val")
+        if isinstance(clip, float) and not 0 <= clip < math.inf:
+            raise ValueError(f"trainer.gradient_clip_val {clip} must be 0 or more, and finite")
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:
@@ -254,6 +275,14 @@ def run(args: list[str]) -> None:
         FitCommand(args)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.name.startswith(RESTORING) for frame in frames if "lightning/pytorch" in frame.filename):
+            raise
+        raise ValueError(
+            f"this run cannot go on from its checkpoint ({first_line(error)}): name another ckpt_path, such as the "
+            "before-last.ckpt beside it, or give ckpt_path null to begin anew"
+        ) from error
     except SystemExit as end:
         raise SystemExit(INTERRUPTED if end.code == 1 else end.code) from None  # Lightning's 1 means Ctrl-C alone
 

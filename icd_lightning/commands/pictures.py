@@ -18,6 +18,8 @@ from icd_lightning.editing.limits import check_seed
 
 log = logging.getLogger(__name__)
 
+MOST_PICTURES = 1_000_000
+"""Of one call."""
 BATCH_SIZE = 8
 """Pictures that `icd generate` decodes at once; each depends on its own prompt and seed alone."""
 
@@ -218,6 +220,8 @@ def generate(
         if not prompts:
             raise ValueError(f"{latents} does not say its prompt: give one")
         count, default = len(inverted), beside(latents, "generated.png")
+    if count * len(prompts) > MOST_PICTURES:
+        raise ValueError(f"count {count} makes more than {MOST_PICTURES:,} pictures: give a smaller one")
     wanted = [prompt for prompt in prompts for _ in range(count)]
     paths = free(output, default, len(wanted), overwrite=overwrite)
     from icd_lightning.commands.session import Session, save_result

@@ -54,6 +54,9 @@ class Session:
 
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
+        for prompt in prompts:
+            if any("\ud800" <= char <= "\udfff" for char in prompt):  # what the shell gave was not UTF-8
+                raise ValueError(f"prompt {prompt[:80]!r} is no text: give it in UTF-8")
         closed = defaults_of(self.models.family).get("closed_vocabulary")
         if closed and (unknown := unknown_words(self.method.conditioner.tokenizer, *prompts)):
             log.warning("%s does not know: %s; expect nonsense", self.models.family.model, ", ".join(unknown))
@@ -178,9 +181,12 @@ def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:
     """Latents (B, C, h, w) and what `save_result` wrote about them."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor("latents"), opened.metadata() or {}
+            latents, about = opened.get_tensor("latents"), opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} holds no latents as icd invert writes them ({error})") from error
+    if latents.ndim != 4 or not latents.numel() or not latents.isfinite().all():
+        raise ValueError(f"{file} holds no latents as icd invert writes them ({tuple(latents.shape)}): invert again")
+    return latents, about
 
 
 def contact_sheet(edit: Edit, grid: Mapping[str, Sequence[float]], cells: Sequence[Image.Image]) -> Image.Image:

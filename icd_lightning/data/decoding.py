@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ MIXED = (
     "some shards hold pictures and some hold latents, or some hold text embeddings and some none: train on one kind at "
     "a time"
 )
-CONTROL = {chr(code) for code in range(32)} - set("\t\n\r") | {"\ufffd"}
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFD)} - set("\t\n\r")
 MOST_WORDS = 10_000  # characters of a caption, of which encoders see some 400 at most
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
@@ -79,6 +79,11 @@ class SampleDecoder:
     min_size: int | None = None
     buckets: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("resolution", self.resolution, 1), ("min_size", self.min_size or 0, 0)):
+            if value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
+
     def decode(self, raw: Raw) -> Sample:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""
         return self.finish(self.admit(raw))
@@ -114,13 +119,15 @@ class SampleDecoder:
         """Read pixels or embeddings; raise `RejectedError` if they are corrupt."""
         if sample.text is not None:
             try:
-                text, _ = load(sample.text), sample.metadata["moments"]["text_encoder"]
+                text = load(sample.text)
             except (SafetensorError, KeyError) as error:
                 raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
             if EMBEDS[0] not in text or not text.keys() <= set(EMBEDS):
                 raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} holds {sorted(text)}, not {EMBEDS}")
-            if not all(np.isfinite(values).all() for values in text.values()):
-                raise RejectedError("corrupt_latents", f"{sample.name}: {TEXT} is not finite")
+            for (name, values), axes in zip(sorted(text.items(), reverse=True), (2, 1), strict=False):
+                if values.ndim != axes or not _fits_half(values):
+                    what = f"{name} {values.dtype} {values.shape}"
+                    raise RejectedError("corrupt_latents", f"{sample.name}: {what} are no finite embeddings")
             return sample._replace(text=text)
         if sample.picture is None:
             return sample
@@ -164,14 +171,20 @@ class SampleDecoder:
         try:
             moments, settings = _array(raw[MOMENTS]), sample.metadata["moments"]
             made = (settings["resolution"], settings.get("buckets", False))
-            places = {place: tuple(map(int, sample.metadata[place])) for place in PLACES}
+            encoders = [settings["autoencoder"], *([settings["text_encoder"]] if TEXT in raw else [])]
+            if (*map(type, made), *map(type, encoders)) != (int, bool, *[str] * len(encoders)):
+                raise ValueError(f"moments made as {settings!r:.200}")
+            places = {place: _pixels(sample.metadata[place]) for place in PLACES}
             _, height, width = moments.shape
-        except (ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # numpy reads a header by Python's own parser, with all its errors
             raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
         if made != (wanted := (self.resolution, self.buckets)):
             encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
             remedy = "give the resolution and buckets that their latents were made with, or make them again"
             raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}", remedy)
+        sizes = bucket_sizes(self.resolution) if self.buckets else ((self.resolution, self.resolution),)
+        if not any((height << halved, width << halved) in sizes for halved in range(8)):
+            raise RejectedError("corrupt_latents", f"{sample.name}: {height} x {width}, as no picture's are")
         if TEXT in raw and sample.caption != text_caption(raw):
             raise NothingToReadError(
                 f"{sample.name} has embeddings of {text_caption(raw)!r}, not of {sample.caption!r} as caption_field "
@@ -202,9 +215,22 @@ def _array(data: bytes) -> NDArray[np.float16]:
     if kind.kind != "f" or transposed or math.prod(shape) * kind.itemsize != len(data) - file.tell():
         raise ValueError(f"{kind} {shape} in {len(data)} bytes are no moments")
     array = np.frombuffer(data, kind, offset=file.tell()).reshape(shape)
-    if not np.isfinite(array).all():
-        raise ValueError("moments that are not finite")
+    if not _fits_half(array):
+        raise ValueError(f"{kind} {shape} are no finite moments")
     return array.copy()
+
+
+def _fits_half(values: NDArray) -> bool:
+    """Whether these are numbers that float16, in which they are kept, can hold; none of them is not a number."""
+    known = values.dtype in (np.float16, np.float32, np.float64)
+    return bool(known and values.size and (np.abs(values) <= np.finfo(np.float16).max).all())
+
+
+def _pixels(pair: Any) -> tuple[int, int]:
+    """Two counts of pixels out of json."""
+    if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 31 for n in pair)):
+        raise ValueError(f"{pair!r:.80} are no two numbers of pixels")
+    return pair[0], pair[1]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

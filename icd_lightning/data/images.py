@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # in shards: Pillow's rarer decoders make black pictures of what is cut
+FILE_FORMATS = (*FORMATS, "BMP", "DIB", "TIFF", "GIF", "ICO", "PPM", "TGA")  # EPS would start Ghostscript
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
@@ -35,7 +36,7 @@ def read_picture(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large; twice as large is an error
-            image = to_rgb(Image.open(path))
+            image = to_rgb(Image.open(path, formats=FILE_FORMATS))
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ValueError(f"{path} has more than {most} million pixels: make it smaller first") from None
@@ -54,6 +55,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's conversion would clip instead of scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # 32 bits a pixel, and nobody says which of them is white
+        raise ValueError("its pixels have 32 bits: save it with 8 or 16")
     return image.convert("RGB")
 
 

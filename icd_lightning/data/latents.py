@@ -61,6 +61,8 @@ def cache_latents(
     `out` holds anything else than a part of this very set.
     """
     folder, shards = Path(out), _by_name(open_shards(urls))
+    if any(is_local(shard.url) and Path(shard.url).resolve().parent == folder.resolve() for shard in shards.values()):
+        raise ValueError(f"{folder} holds the pictures themselves: choose another folder for their latents")
     settings: dict[str, Any] = {"resolution": decoder.resolution, "autoencoder": autoencoder}
     settings |= {"buckets": True} if decoder.buckets else {}
     settings |= {"text_encoder": text[0]} if text else {}
@@ -164,7 +166,10 @@ def _records(folder: Path) -> dict[str, ShardRecord]:
     records = {}
     for file in (folder / PROGRESS).glob("*.json"):
         with contextlib.suppress(FileNotFoundError):  # another process has just completed the set
-            records[file.stem] = ShardRecord(**read_object(file))
+            try:
+                records[file.stem] = ShardRecord(**read_object(file))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} is no record of a shard ({error}): remove it, and call again") from error
     manifest = Manifest.load(folder)  # after those, which are removed once it has them all
     return (manifest.shards if manifest else {}) | records
 

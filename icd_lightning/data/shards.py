@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
+MOST_SHARDS = 1_000_000  # named by one pattern
 REMEDY = "correct the path, or write shards with `icd data shapes`"
 
 # For PNG, run lengths are the fastest of zlib's strategies on the shapes, and smaller than level 1 of the default one.
@@ -123,6 +125,8 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
         if os.path.isdir(url):
             shards += _in_folder(Path(url))
             continue
+        if _names(url) > MOST_SHARDS:
+            raise ValueError(f"urls {url[:200]!r} stand for more than {MOST_SHARDS:,} shards: give a smaller pattern")
         for name in expand_urls(url):
             if not (matches := expand(name)):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
@@ -136,6 +140,18 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
         what = "does not exist" if len(missing) == 1 else f"and {len(missing) - 1} more shards do not exist"
         raise FileNotFoundError(f"{missing[0]} {what}; {REMEDY}")
     return shards
+
+
+def _names(pattern: str) -> int:
+    """For how many names the braces of a pattern stand, at most; to write all of them out may take for ever."""
+    count = 1
+    while braces := re.search(r"\{([^{}]*)\}", pattern):
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+).*", braces[1])
+        count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else braces[1].count(",") + 1
+        pattern = f"{pattern[: braces.start()]}_{pattern[braces.end() :]}"
+        if count > MOST_SHARDS:
+            break
+    return count
 
 
 def _in_folder(folder: Path) -> list[str]:
@@ -213,9 +229,9 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
         files.update(extension for entry in entries for extension in entry.files)
         for entry in entries[:: max(1, len(entries) // examples)][:examples]:
             raw = entry.read()
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, AttributeError):  # the second of one that is too large
                 captions += [caption] if (caption := text_caption(raw)) else []
-            with contextlib.suppress(StopIteration, OSError, SyntaxError, TypeError):
+            with contextlib.suppress(Exception):  # Pillow has many for bad files
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
                 sizes["{} x {}".format(*Image.open(BytesIO(data), formats=FORMATS).size)] += 1
     rows = [

@@ -4,7 +4,8 @@ A url is a local path, `pipe:<command>`, or what fsspec reads (http, s3, gs, hf 
 
 A sample is the files that share a key and follow each other: `<key>.jpg`, `<key>.txt`, `<key>.json`. As WebDataset has
 it, the key ends at the first dot after the last slash, and the extension is the rest, in lower case. Names without an
-extension, and those that begin with a dot (macOS writes `._a.jpg` beside `a.jpg`), belong to no sample. A name that
+extension or with one that begins with `__`, and those that begin with a dot (macOS writes `._a.jpg` beside `a.jpg`),
+belong to no sample. A name that
 comes again begins another sample of the same key.
 """
 
@@ -58,6 +59,10 @@ class Entry:
         return raw
 
 
+class UnsortedError(ValueError):
+    """A sample's files lie apart."""
+
+
 class BoundedHeader(tarfile.TarInfo):
     """A member's header. Tarfile reads into memory, of any size, what a header of names or attributes says it has."""
 
@@ -92,7 +97,9 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
         with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
             for key, files in _grouped(tar, path, lambda member: (member.offset_data, member.size)):
                 entries.append(Entry(str(path), key, files))
-    except tarfile.TarError as error:
+    except UnsortedError:
+        raise
+    except Exception as error:  # tarfile lets headers that lie raise ValueError, OverflowError, RecursionError ...
         return entries, f"it is damaged after {len(entries)} samples ({error})"
     with open(path, "rb") as file:
         file.seek(-min(1024, file.seek(0, 2)), 2)
@@ -163,14 +170,16 @@ def _grouped(
         folder, slash, file = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = file.partition(".")
         member_key, extension = folder + slash + stem, extension.lower()
-        if not (member.isreg() and stem and extension) or member.issparse():
+        if not (member.isreg() and stem and extension) or extension.startswith("__") or member.issparse():
             continue
+        if member.size < 0:
+            raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
         if member_key != key or extension in files:
             if files:
                 yield key, files
             key, files = member_key, {}
             if key in seen and extension not in seen[key]:
-                raise ValueError(
+                raise UnsortedError(
                     f"{name}: its files are not sorted by name ({member.name} lies apart from the rest of its sample): "
                     "sort it by `mkdir DIR; tar -xf TAR -C DIR; tar --sort=name -cf TAR -C DIR .`"
                 )

@@ -16,6 +16,8 @@ from icd_lightning.data.images import read_picture, resize_and_crop, to_images, 
 Pictures = str | Path | Image.Image | np.ndarray | Tensor | Sequence
 """One picture or several: files, PIL images, arrays (H, W, 3) uint8 or in [0, 1], tensors (B, 3, H, W) in [0, 1]."""
 
+NOT_FINITE_REMEDY = "take a smaller guidance_scale or amplify, or precision float32"
+
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 
@@ -40,6 +42,8 @@ def as_images(pictures: Pictures, height: int, width: int) -> Tensor:
 
 def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
     """Images (B, 3, H, W) in [-1, 1] as PIL images, or as an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1]."""
+    if not images.isfinite().all():
+        raise ValueError(f"the result is not finite: {NOT_FINITE_REMEDY}")
     if output_type == "pil":
         return [Image.fromarray(picture) for picture in to_pictures(images)]
     unit = images.float() / 2 + 0.5

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from icd_lightning.data.images import save_png, to_pictures
+from icd_lightning.editing.pictures import NOT_FINITE_REMEDY
 from icd_lightning.evaluation.benchmark import Outcome
 from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example, stack
@@ -176,6 +177,8 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
     """Let the method work on a batch; write its pictures, return a row for each."""
     rows = []
     for outcome in run.measure(batch):
+        if not outcome.images.isfinite().all():
+            raise ValueError(f"{run.name}, {outcome.decoding}: a result is not finite: {NOT_FINITE_REMEDY}")
         for index, (example, picture) in enumerate(zip(batch, to_pictures(outcome.images), strict=True)):
             path = picture_path(outcome.decoding, example)
             about = {"caption": example.caption, "target": example.target, "decoding": outcome.decoding}

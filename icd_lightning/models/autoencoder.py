@@ -28,9 +28,10 @@ class LatentAutoencoder(nn.Module):
         self.vae = vae.requires_grad_(False).eval()
         self.latent_channels = int(vae.config["latent_channels"])
         self.downsampling = downsampling_of(vae.config)
-        self.scaling_factor = float(vae.config.get("scaling_factor", 1.0))
-        self.shift_factor = float(vae.config.get("shift_factor", None) or 0.0)
-        if not (0 < self.scaling_factor < math.inf and math.isfinite(self.shift_factor)):
+        self.scaling_factor = vae.config.get("scaling_factor", 1.0)
+        self.shift_factor = vae.config.get("shift_factor", None) or 0.0
+        numbers = all(isinstance(factor, (int, float)) for factor in (self.scaling_factor, self.shift_factor))
+        if not (numbers and 0 < self.scaling_factor < math.inf and math.isfinite(self.shift_factor)):
             raise ValueError(
                 f"scaling_factor {self.scaling_factor} or shift_factor {self.shift_factor} of the autoencoder's config "
                 "is no number that latents can be scaled with"

@@ -98,7 +98,13 @@ class Family:
     @property
     def resolution(self) -> int:
         """Pixels of a side of the pictures that the network was trained on."""
-        return int(self.source.config(self.backbone.part)["sample_size"]) * downsampling_of(self._autoencoder_config())
+        size = self.source.config(self.backbone.part).get("sample_size")
+        if type(size) is not int or not 0 < size <= 1 << 12:
+            raise ValueError(
+                f"{self.model}/{self.backbone.part}/config.json: sample_size {size!r} is no side of latents: it is a "
+                "whole number, such as 64"
+            )
+        return size * downsampling_of(self._autoencoder_config())
 
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""

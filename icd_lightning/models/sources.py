@@ -29,6 +29,7 @@ from icd_lightning.models.text import build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
+MOST_LAYERS = 1000
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
 PAD_TOKENS = {"tokenizer_2": "!"}  # SDXL's second text encoder was trained so
@@ -136,7 +137,12 @@ class Layout(Source):
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return read_object(self.file(str(Path(part) / name)))
+        file = self.file(str(Path(part) / name))
+        config = read_object(file)
+        for key, value in config.items():
+            if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:  # made before weights are compared
+                raise ValueError(f"{file}: {key} {value} is more than any network has")
+        return config
 
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
         options = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype, "variant": self.variant}

@@ -201,6 +201,20 @@ class Task(lightning.LightningModule):
             for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = settings.lr * factor(scheduler.last_epoch)
                 group["betas"], group["weight_decay"] = settings.betas, settings.weight_decay
+            self._check_averages(scheduler.optimizer)
+
+    def _check_averages(self, optimizer: torch.optim.Optimizer) -> None:
+        """ValueError if the optimizer's state, as a checkpoint held it, is not of these parameters, or not finite."""
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(parameter, DTensor) or self.optimizer_settings.kind != "adamw":
+                    continue  # another form
+                fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
+                if not (fits and value.isfinite().all() and (name == "exp_avg" or (value >= 0).all())):
+                    raise ValueError(
+                        f"{name} of the checkpoint's optimizer is of another shape, or not finite: name another "
+                        "ckpt_path, or give ckpt_path null to begin anew"
+                    )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember whose gradients these are."""

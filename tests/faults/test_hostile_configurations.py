@@ -4,7 +4,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from kills_case import ICD, ROOT
+from PIL import Image
+from safetensors.torch import save_file
 from training_case import write_scenes
 
 from icd_lightning import trust
@@ -39,6 +42,11 @@ CONFIGURATIONS = {
     "great depth": ("[" * 5000 + "]" * 5000, "nested too deeply"),
     "a python object": ("x: !!python/object/apply:os.system [touch PWNED]", "python/object"),
     "no accumulation": ("trainer: {accumulate_grad_batches: 0}", "accumulate_grad_batches 0"),
+    "no number to clip to": ("trainer: {gradient_clip_val: .nan}", "gradient_clip_val nan"),
+    "data without batches": (
+        "data: {class_path: lightning.pytorch.demos.boring_classes.BoringDataModule}\nglobal_batch_size: 2",
+        "needs data.init_args.batch_size",
+    ),
     "no devices": ("trainer: {devices: -3}", "devices"),
     "a folder that cannot be": ("trainer: {default_root_dir: /dev/null/x}", "cannot write to /dev/null/x"),
 }
@@ -128,3 +136,77 @@ def test_commands_in_the_place_of_shards_are_for_code_and_for_those_who_say_so(h
     assert "--trust-config" in refusal(capsys, "data", "describe", "pipe:cat x.tar")
     assert "copy it to this machine" in refusal(capsys, "--trust-config", "data", "describe", "pipe:cat x.tar")
     assert ICD.exists()
+
+
+def state(checkpoint: dict) -> dict:
+    return next(iter(checkpoint["optimizer_states"][0]["state"].values()))
+
+
+DAMAGE = {  # of a checkpoint's content
+    "a list": lambda checkpoint: [checkpoint],
+    "a tensor": lambda checkpoint: torch.zeros(3),
+    "nothing": lambda checkpoint: {},
+    "no loops": lambda checkpoint: {key: value for key, value in checkpoint.items() if key != "loops"},
+    "no weights": lambda checkpoint: {**checkpoint, "state_dict": "x"},
+    "a recipe of text": lambda checkpoint: {**checkpoint, "recipe": "x"},
+    "loops of text": lambda checkpoint: {**checkpoint, "loops": {"fit_loop": "x"}},
+    "no optimizer": lambda checkpoint: {**checkpoint, "optimizer_states": []},
+    "an optimizer of text": lambda checkpoint: {**checkpoint, "optimizer_states": ["x"]},
+    "data of text": lambda checkpoint: {**checkpoint, "ShardDataModule": {"position": "x"}},
+    "averages that are not finite": lambda checkpoint: state(checkpoint)["exp_avg"].fill_(torch.nan),
+    "averages of another shape": lambda checkpoint: state(checkpoint).update(exp_avg=torch.zeros(3)),
+    "averages of text": lambda checkpoint: state(checkpoint).update(exp_avg="x"),
+}
+
+
+def test_a_checkpoint_whose_content_cannot_be_is_refused_by_name(here, capsys):
+    scenes = write_scenes(here / "scenes")
+    own = [f"--data.init_args.{key}={scenes}" for key in ("urls", "val_urls")]
+    own += ["--data.init_args.batch_size=2", "--global_batch_size=2", "--trainer.default_root_dir=run"]
+    fit = [*BASE, *own, "--trainer.limit_val_batches=0"]
+    main([*fit, "--trainer.max_steps=1"])
+    place = here / "run" / "checkpoints" / "last.ckpt"
+    for name, damage in DAMAGE.items():
+        checkpoint = torch.load(place, weights_only=True)
+        changed = damage(checkpoint)
+        torch.save(checkpoint if changed is None or name.startswith("averages") else changed, here / "damaged.ckpt")
+        said = refusal(capsys, *fit, "--trainer.max_steps=2", f"--ckpt_path={here / 'damaged.ckpt'}")
+        assert "ckpt_path" in said, name
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(touch PWNED) run\n", None])
+def test_pictures_that_start_programs_or_have_no_white_are_refused(here, capsys, content):
+    file = here / "p.tif"
+    Image.new("F", (64, 64), 0.5).save(file)
+    if content:
+        file.write_bytes(content)
+    said = refusal(capsys, "edit", str(file), "--source", "a", "--target", "b")
+    assert f"{file} cannot be read as a picture" in said
+    assert "Ghostscript" not in said
+
+
+def test_sides_beyond_all_pictures_are_refused(here, capsys):
+    Image.new("RGB", (64, 64)).save("p.png")
+    assert "width 1000" in refusal(capsys, "edit", "p.png", "--source", "a", "--target", "b", f"--width={10**20}")
+
+
+def test_a_prompt_that_is_no_text_is_refused(here, capsys):
+    assert "no text" in refusal(capsys, "generate", "a \udcff star")
+
+
+def test_guidance_beyond_all_numbers_makes_no_picture(here, capsys):
+    assert "not finite" in refusal(capsys, "generate", "a star", "--guidance_scale", "1e38", "--output", "x.png")
+    assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "latents", [torch.tensor(1.0), torch.zeros(0, 4, 16, 16), torch.full((1, 4, 16, 16), torch.nan)]
+)
+def test_latents_that_are_none_are_refused(here, capsys, latents):
+    save_file({"latents": latents}, "theirs.safetensors")
+    assert "theirs.safetensors" in refusal(capsys, "generate", "a star", "--latents", "theirs.safetensors")
+
+
+def test_what_would_never_end_is_refused(here, capsys):
+    assert "count 1000000000" in refusal(capsys, "generate", "a star", "--count", "1000000000")
+    assert "before the command" in refusal(capsys, "--trust-config")

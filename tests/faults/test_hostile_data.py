@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save
 
+import icd_lightning
 from icd_lightning.commands.main import main
 from icd_lightning.data import tars
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import encode_sample, find_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import LARGE, BoundedHeader, index_shard, read_samples
+
+VAE = Path(icd_lightning.__file__).parent / "weights" / "tiny" / "vae"
 
 
 def picture(format: str = "PNG", height: int = 64, width: int = 64) -> bytes:
@@ -61,6 +65,8 @@ SAMPLES = {  # files of one sample, and why it is left out
     "caption in UTF-16": (GOOD | {"txt": "café".encode("utf-16")}, "bad_caption"),
     "caption in UTF-16 without a mark": (GOOD | {"txt": "a caption".encode("utf-16-le")}, "bad_caption"),
     "caption that controls terminals": (GOOD | {"txt": b"\x1b[31mred"}, "bad_caption"),
+    "caption with C1 controls": (GOOD | {"txt": "a \x9b31m".encode()}, "bad_caption"),
+    "caption with DEL": (GOOD | {"txt": b"a\x7f"}, "bad_caption"),
     "caption of a megabyte": (GOOD | {"txt": b"word " * 200_000}, "bad_caption"),
     "picture of no bytes": (GOOD | {"png": b""}, "corrupt_image"),
     "picture that is text": (GOOD | {"png": b"<svg onload=x>"}, "corrupt_image"),
@@ -77,8 +83,38 @@ SAMPLES = {  # files of one sample, and why it is left out
     "moments of objects": (MOMENTS | {"moments.npy": array(np.array([{}], dtype=object))}, "corrupt_latents"),
     "moments that claim 16 TB": (MOMENTS | {"moments.npy": LIE + b"\n"}, "corrupt_latents"),
     "moments of two axes": (MOMENTS | {"moments.npy": array(np.zeros((8, 8), np.float16))}, "corrupt_latents"),
+    "moments of a hostile header": (
+        MOMENTS | {"moments.npy": b"\x93NUMPY\x01\x00\x80\x00" + b"(" * 128},
+        "corrupt_latents",
+    ),
+    "moments of long doubles": (
+        MOMENTS | {"moments.npy": array(np.zeros((8, 8, 8), np.longdouble))},
+        "corrupt_latents",
+    ),
+    "moments beyond float16": (MOMENTS | {"moments.npy": array(np.full((8, 8, 8), 1e300))}, "corrupt_latents"),
+    "moments of nothing": (MOMENTS | {"moments.npy": array(np.zeros((0, 8, 8), np.float16))}, "corrupt_latents"),
+    "moments of no square": (MOMENTS | {"moments.npy": array(np.zeros((8, 4, 16), np.float16))}, "corrupt_latents"),
     "moments of NaN": (MOMENTS | {"moments.npy": array(np.full((8, 8, 8), np.nan, np.float16))}, "corrupt_latents"),
 }
+
+LATENTS = MOMENTS | {"moments.npy": array(np.zeros((8, 8, 8), np.float16))}
+TOLD = [
+    *({"original_size": value} for value in ("64", [64], [-5, 1], [10**30, 1], [64.5, 1], [True, 1], {"1": 2}, None)),
+    *({"original_size": [float(value), 1]} for value in ("inf", "nan")),
+    {"crop_top_left": [0, 0, 0]},
+    *({"moments": ABOUT["moments"] | {"resolution": value}} for value in ("64", 64.0, None)),
+    *({"moments": ABOUT["moments"] | {"buckets": value}} for value in ("no", [], 1)),
+    *({"moments": ABOUT["moments"] | {"autoencoder": value}} for value in (["x"], {}, 5)),
+    {"moments": {"resolution": 64}},
+]
+EMBEDS = [
+    np.zeros((4, 8), np.int64),
+    np.zeros((4, 8), bool),
+    np.zeros(4, np.float16),
+    np.zeros((0, 8), np.float16),
+    np.full((4, 8), 1e300),
+    np.zeros((4, 8), np.complex64),
+]
 
 
 def write(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]]) -> None:
@@ -113,6 +149,137 @@ def test_a_bad_sample_is_skipped_with_its_reason_and_the_good_ones_trained_on(tm
     assert keys == {f"good{i}" for i in range(6)}
     assert counts[reason] > 0
     assert sum(counts.values()) == counts["passed"] + counts[reason]
+
+
+@pytest.mark.parametrize("told", TOLD, ids=str)
+def test_json_of_other_types_is_a_reason_to_skip_latents(tmp_path, told):
+    bad = {**LATENTS, "json": json.dumps({**ABOUT, **told}).encode()}
+    named = (("bad", bad), ("good", LATENTS))
+    write(
+        tmp_path / "0.tar", [(f"{key}.{extension}", data) for key, files in named for extension, data in files.items()]
+    )
+    keys, counts = epoch(tmp_path)
+    assert keys == {"good"}
+    assert counts["corrupt_latents"] > 0
+
+
+@pytest.mark.parametrize("embeds", EMBEDS, ids=lambda values: f"{values.dtype} {values.shape}")
+def test_embeddings_of_other_types_and_shapes_are_a_reason_to_skip(tmp_path, embeds):
+    about = json.dumps({**ABOUT, "moments": ABOUT["moments"] | {"text_encoder": "t"}}).encode()
+    members = []
+    for key, values in (("bad", embeds), ("good", np.zeros((4, 8), np.float16))):
+        files = {**LATENTS, "json": about, "text.safetensors": save({"prompt_embeds": values})}
+        members += [(f"{key}.{extension}", data) for extension, data in files.items()]
+    write(tmp_path / "0.tar", members)
+    keys, counts = epoch(tmp_path)
+    assert keys == {"good"}
+    assert counts["corrupt_latents"] > 0
+
+
+def test_a_caption_of_half_characters_is_skipped(tmp_path):
+    pair = {"png": picture(), "json": b'{"c": "ok"}'}
+    bad = {"png": picture(), "json": b'{"c": "\\ud800 a"}'}
+    named = (("bad", bad), ("good", pair))
+    write(
+        tmp_path / "0.tar", [(f"{key}.{extension}", data) for key, files in named for extension, data in files.items()]
+    )
+    keys, counts = epoch(tmp_path, caption_field="c")
+    assert keys == {"good"}
+    assert counts["bad_caption"] > 0
+
+
+def header(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", size: bytes | None = None) -> bytes:
+    """A member, perhaps with another field of its size."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(data)
+    block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    if size is not None:
+        block[124:136] = size
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + data + b"\0" * (-len(data) % 512)
+
+
+PAX = tarfile.XHDTYPE
+HEADERS = {
+    "a size beyond all places": header("bad.png", size=b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7),
+    "a negative size": header("x", PAX, b"11 size=-5\n") + header("bad.png", data=picture()),
+    "a sparse map of words": header("x", PAX, b"24 GNU.sparse.map=a,b\n\n\n") + header("bad.png", data=b"x"),
+    "a sparse size of words": header("x", PAX, b"21 GNU.sparse.size=z\n") + header("bad.png", data=b"x"),
+    "a length of 5000 digits": header("x", PAX, b"9" * 5000 + b" a=b\n"),
+    "3000 headers for one file": header("x", PAX, b"6 a=b\n") * 3000,
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_lie_end_their_shard_and_no_other(tmp_path, capsys, name):
+    (tmp_path / "0.tar").write_bytes(HEADERS[name] + b"\0" * 1024)
+    write(tmp_path / "1.tar", good())
+    assert epoch(tmp_path)[0] == {f"good{i}" for i in range(6)}
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "describe", str(tmp_path)])
+    assert (ended.value.code, "0.tar" in capsys.readouterr().err) == (2, True)
+
+
+def test_files_named_as_what_a_reader_knows_of_a_sample_are_none_of_it(tmp_path):
+    files = {**GOOD, "__key__": b"evil", "__url__": b"evil"}
+    write(tmp_path / "0.tar", [(f"a.{extension}", data) for extension, data in files.items()])
+    assert epoch(tmp_path)[0] == {"a"}
+
+
+def test_patterns_that_stand_for_too_many_shards_are_refused():
+    for pattern in ("{0..99999999}.tar", "{1..2000}{1..2000}.tar", "{a,b}" * 30):
+        with pytest.raises(ValueError, match="more than 1,000,000 shards"):
+            find_shards(pattern)
+
+
+def test_what_claims_a_picture_of_any_size_is_described(tmp_path):
+    claim = b"RIFF\xff\xff\xff\xffWEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff"
+    write(tmp_path / "0.tar", [("bad.webp", claim), ("bad.txt", b"a caption"), *good()])
+    main(["data", "describe", str(tmp_path), "--examples", "10"])
+
+
+RECORDS = {"a list": "[]", "cut": "{", "nothing": "", "deep": "[" * 100_000, "other fields": '{"a": 1}'}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_of_progress_is_named(tmp_path, capsys, name):
+    write(tmp_path / "0.tar", good())
+    out = tmp_path / "latents"
+    caching = ["data", "cache-latents", str(tmp_path), "--out", str(out), "--vae", str(VAE), "--resolution", "64"]
+    main(caching)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "shards": {}, "complete": False}))
+    (out / ".progress").mkdir()
+    (out / ".progress" / "0.tar.json").write_text(RECORDS[name])
+    with pytest.raises(SystemExit) as ended:
+        main(caching)
+    assert (ended.value.code, "0.tar.json" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--resolution", "0"], "resolution 0"),
+        (["--resolution", "-64"], "resolution -64"),
+        (["--min-size", "-1"], "min_size -1"),
+        (["--resolution", "4096"], "of no picture"),
+    ],
+)
+def test_latents_of_nothing_are_no_success(tmp_path, capsys, options, named):
+    write(tmp_path / "0.tar", good())
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "cache-latents", str(tmp_path), "--out", str(tmp_path / "out"), "--vae", str(VAE), *options])
+    assert (ended.value.code, named in capsys.readouterr().err) == (2, True)
+
+
+def test_latents_never_take_the_place_of_the_pictures(tmp_path, capsys):
+    write(tmp_path / "0.tar", good())
+    before = (tmp_path / "0.tar").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["data", "cache-latents", str(tmp_path), "--out", str(tmp_path), "--vae", str(VAE), "--overwrite"])
+    assert "holds the pictures themselves" in capsys.readouterr().err
+    assert (tmp_path / "0.tar").read_bytes() == before
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):

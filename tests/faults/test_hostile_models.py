@@ -96,11 +96,15 @@ VALUES = {
     ],
     "unet_guided/config.json": [
         {"in_channels": -1},
+        {"layers_per_block": 10**6},
+        {"norm_eps": float("nan")},
         {"in_channels": "a"},
         {"block_out_channels": []},
         {"_class_name": "Nope"},
     ],
+    "unet/config.json": [{"sample_size": value} for value in ("x", None, 0, [16, 16], 10**9)],
     "vae/config.json": [
+        *({"scaling_factor": value} for value in (1e300, [1], None, "x")),
         {"_class_name": ["x"]},
         {"_class_name": "Nope"},
         {"latent_channels": "a"},
@@ -178,7 +182,7 @@ def test_configurations_with_values_that_cannot_be_are_refused_by_name(family, c
     content = {**json.loads((family / name).read_text()), **value}
     (family / name).unlink()
     (family / name).write_text(json.dumps(content))
-    assert_refused(capsys, family, name, *value, f"autoencoder of {family}", "its latents have a")
+    assert_refused(capsys, family, name, *value, f"autoencoder of {family}", "its latents have a", "not finite")
 
 
 @pytest.mark.parametrize(("value", "header"), full(list(product(STUDENT_VALUES, ["kept", "lost"])), 4))
@@ -193,3 +197,16 @@ def test_a_student_whose_header_and_file_disagree_or_lie_is_refused(family, caps
         weights.unlink()
         save_file(tensors, weights)
     assert_refused(capsys, family, "students/forward/icd.json", *value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello", b"root:x:0:0:root:/root:/bin/sh\n", b"\x80\x02q", b"\x80\x02h\x05.", b""]
+)
+@pytest.mark.parametrize("option", ["--guided_unet", "--model"])
+def test_what_is_no_pickle_is_refused_by_name(tmp_path, capsys, option, content):
+    file, picture = tmp_path / "theirs.ckpt", tmp_path / "p.png"
+    file.write_bytes(content)
+    save_png(torch.full((64, 64, 3), 120, dtype=torch.uint8).numpy(), picture, about={})
+    with pytest.raises(SystemExit) as ended:
+        main(["edit", str(picture), "--source", "a", "--target", "b", option, str(file)])
+    assert (ended.value.code, f"icd: error: {file} cannot be read" in capsys.readouterr().err) == (2, True)
