@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from icd_lightning.callbacks.checkpoint_io import before
 from icd_lightning.commands.main import fail
 from icd_lightning.files import read_yaml
-from icd_lightning.models.weights import read_pickled
+from icd_lightning.models.weights import first_line, read_pickled
 from icd_lightning.tasks.base import Task
 from icd_lightning.trust import REMEDY, packages
 
