@@ -209,4 +209,3 @@ def test_latents_that_are_none_are_refused(here, capsys, latents):
 
 def test_what_would_never_end_is_refused(here, capsys):
     assert "count 1000000000" in refusal(capsys, "generate", "a star", "--count", "1000000000")
-    assert "before the command" in refusal(capsys, "--trust-config")
