@@ -75,9 +75,24 @@ class BoundedHeader(tarfile.TarInfo):
         return header
 
 
+class _Ending:
+    """A file that has an end. Tarfile, told by a header of petabytes, reads on behind it for as long as they take."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.nothing = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Some of the file; ReadError for whoever goes on to ask for more than there is."""
+        data = self.file.read(size)
+        self.nothing = 0 if data else self.nothing + 1
+        if self.nothing > 100:
+            raise tarfile.ReadError("it ends long before what a header claims")
+        return data
+
+
 def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
     """Read a tar, compressed or not, from end to end."""
-    with tarfile.open(fileobj=file, mode="r|*", tarinfo=BoundedHeader) as tar:
+    with tarfile.open(fileobj=_Ending(file), mode="r|*", tarinfo=BoundedHeader) as tar:
 
         def content(member: tarfile.TarInfo) -> bytes | None:
             return tar.extractfile(member).read() if member.size <= MOST_BYTES else LARGE
