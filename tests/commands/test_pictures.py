@@ -161,12 +161,12 @@ def test_a_baseline_from_outside_the_package(icd, folder, monkeypatch, caplog):
     assert "photo-edited.png: 2 evaluations" in caplog.text
     for name, settings in (("early", "{t: 900}"), ("strong", "{guidance_scale: 12}")):
         Path(f"{name}.yaml").write_text(f"class_path: outside.Middle\ninit_args: {settings}")
-        icd(*edit("--method", f"{name}.yaml", "-o", f"{name}.png"))
+        icd(*edit("--method", f"{name}.yaml", "-o", f"{name}.png"), "--trust-config")
     assert about("early.png")["guidance_scale"] == "3.0"
     assert about("strong.png")["guidance_scale"] == "12.0"
     assert (read("early.png") != read("photo-edited.png")).any()
     assert (read("strong.png") != read("photo-edited.png")).any()
-    icd(*edit("--method", "strong.yaml", "--guidance_scale", "3", "-o", "weak.png"))
+    icd(*edit("--method", "strong.yaml", "--guidance_scale", "3", "-o", "weak.png"), "--trust-config")
     np.testing.assert_array_equal(read("weak.png"), read("photo-edited.png"))
 
 
