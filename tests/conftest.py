@@ -24,13 +24,14 @@ from icd_lightning import trust
 from icd_lightning.diffusion import VP, Denoiser, Process, Split, guidance_embedding
 
 
+TRUSTING = {name: copy(value) for name, value in jsonargparse_settings.items()}
+
+
 @pytest.fixture(autouse=True)
 def _trusting(monkeypatch):
     """`icd` distrusts configurations for the rest of its process, which here is all other tests'."""
     monkeypatch.setattr(trust, "_distrusting", False)
-    settings = {name: copy(value) for name, value in jsonargparse_settings.items()}
-    yield
-    jsonargparse_settings.update(settings)
+    jsonargparse_settings.update({name: copy(value) for name, value in TRUSTING.items()})
 
 
 @pytest.fixture

@@ -358,5 +358,5 @@ def test_a_method_file_that_is_wrong_is_named(family, tmp_path, text, reason):
 
 
 def test_a_method_file_that_is_missing_is_named(family):
-    with pytest.raises(ValueError, match=r"nowhere.yaml must hold class_path.*No such file"):
+    with pytest.raises(ValueError, match=r"nowhere.yaml must hold class_path.*there is no nowhere.yaml"):
         build("nowhere.yaml", family)
