@@ -7,6 +7,7 @@ that imports this package has nobody to be protected from.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 
 TRUSTED = ("icd_lightning", "lightning.pytorch", "lightning.fabric")  # the last two are Lightning, under both names
@@ -15,6 +16,7 @@ REMEDY = "if you trust what names it, say so: `icd --trust-config ...`"
 _distrusting = False
 
 
+@cache
 def packages() -> list[str]:
     """Those whose classes a file may name: this one, Lightning, and what registers parts by an entry point."""
     points = [
@@ -33,9 +35,8 @@ def begin(*, trusted: bool) -> None:
     global _distrusting
     _distrusting = not trusted
     if _distrusting:
-        allowed = packages()
         set_parsing_settings(
-            import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
+            import_path_denylist=["*"], import_path_allowlist=packages(), instantiate_subclass_spec_in_any=False
         )
 
 

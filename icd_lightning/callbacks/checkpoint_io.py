@@ -41,7 +41,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            rest = f"{place} is as it was" if place.exists() else "nothing is saved"
+            there = next((file for file in (place, before(place)) if file.exists()), None)
+            rest = f"{there} is as it was" if there else "nothing is saved"
             raise OSError(
                 f"the checkpoint {place} cannot be written ({cause.strerror or cause}); {rest}: make room or give "
                 "another trainer.default_root_dir, and start the same command again"

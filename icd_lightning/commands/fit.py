@@ -42,10 +42,11 @@ NOT_NEWS = (
     ".*is smaller than the logging interval.*",  # which counts steps, not batches of an epoch
     ".*Total length of `list` across ranks is zero.*",  # no val_urls
 )
-RESTORING = ("restore", "_restore", "resume")
-"""How Lightning's functions begin that take a checkpoint apart."""
 NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
 """Of warnings, and of what Lightning logs."""
+
+RESTORING = ("restore", "_restore", "resume")
+"""How Lightning's functions begin that take a checkpoint apart."""
 
 KEPT = {"pytorch-lightning_version": str, "state_dict": dict, "epoch": int, "global_step": int, "loops": dict}
 TOLD = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "recipe": dict, "optimizer_settings": dict}

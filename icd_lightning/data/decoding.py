@@ -38,7 +38,7 @@ MIXED = (
     "a time"
 )
 CONTROL = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFD)} - set("\t\n\r")
-MOST_WORDS = 10_000  # characters of a caption, of which encoders see some 400 at most
+MOST_CHARACTERS = 10_000  # of a caption, of which encoders see some 400 at most
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
@@ -110,7 +110,7 @@ class SampleDecoder:
             raise RejectedError("no_caption", f"{name} has no {source} with text", self._caption_remedy(raw, metadata))
         if not caption.isprintable() and (odd := set(caption) & CONTROL):
             raise RejectedError("bad_caption", f"{name}: its caption holds {min(odd)!r}; is it UTF-8?")
-        if len(caption) > MOST_WORDS:
+        if len(caption) > MOST_CHARACTERS:
             raise RejectedError("bad_caption", f"{name}: its caption has {len(caption):,} characters")
         sample = Sample(name, raw["__key__"], caption.strip(), metadata)
         return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)

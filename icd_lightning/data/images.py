@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # in shards: Pillow's rarer decoders make black pictures of what is cut
-FILE_FORMATS = (*FORMATS, "BMP", "DIB", "TIFF", "GIF", "ICO", "PPM", "TGA")  # EPS would start Ghostscript
+FILE_FORMATS = (*FORMATS, "AVIF", "JPEG2000", "BMP", "DIB", "TIFF", "GIF", "ICO", "PPM", "TGA")
+"""Of pictures that a user names; others are rare, and EPS would start Ghostscript."""
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file of any format, mode and orientation to RGB.
+    """Read a picture file of any of FILE_FORMATS, mode and orientation to RGB.
 
     Raises ValueError for what is no picture, cannot be decoded, would decode to far too many pixels, or is a mere line.
     """

@@ -5,8 +5,7 @@ A url is a local path, `pipe:<command>`, or what fsspec reads (http, s3, gs, hf 
 A sample is the files that share a key and follow each other: `<key>.jpg`, `<key>.txt`, `<key>.json`. As WebDataset has
 it, the key ends at the first dot after the last slash, and the extension is the rest, in lower case. Names without an
 extension or with one that begins with `__`, and those that begin with a dot (macOS writes `._a.jpg` beside `a.jpg`),
-belong to no sample. A name that
-comes again begins another sample of the same key.
+belong to no sample. A name that comes again begins another sample of the same key.
 """
 
 from __future__ import annotations

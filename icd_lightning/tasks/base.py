@@ -20,7 +20,7 @@ from icd_lightning.diffusion import Draws
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.sharding import shard
-from icd_lightning.models.weights import not_finite
+from icd_lightning.models.weights import check_fit, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -196,19 +196,21 @@ class Task(lightning.LightningModule):
         if self.trainer.ckpt_path is None:
             return
         settings = self.optimizer_settings
+        for optimizer in self.trainer.optimizers:
+            self._check_averages(optimizer)
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             scheduler.base_lrs = [settings.lr] * len(scheduler.base_lrs)
             for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = settings.lr * factor(scheduler.last_epoch)
                 group["betas"], group["weight_decay"] = settings.betas, settings.weight_decay
-            self._check_averages(scheduler.optimizer)
 
     def _check_averages(self, optimizer: torch.optim.Optimizer) -> None:
-        """ValueError if the optimizer's state, as a checkpoint held it, is not of these parameters, or not finite."""
-        for parameter, values in optimizer.state.items():
+        """ValueError if AdamW's state, as a checkpoint held it, is not of these parameters, or not finite."""
+        if self.optimizer_settings.kind != "adamw":  # eight bits have another form
+            return
+        whole = (item for item in optimizer.state.items() if not isinstance(item[0], DTensor))
+        for parameter, values in whole:
             for name, value in values.items():
-                if isinstance(parameter, DTensor) or self.optimizer_settings.kind != "adamw":
-                    continue  # another form
                 fits = isinstance(value, Tensor) and value.shape in ((), parameter.shape)
                 if not (fits and value.isfinite().all() and (name == "exp_avg" or (value >= 0).all())):
                     raise ValueError(
@@ -356,15 +358,8 @@ class Task(lightning.LightningModule):
         parameters, saved = self.trained_parameters(), checkpoint["state_dict"]
         if wrong := not_finite(saved.items()):
             raise ValueError(f"the checkpoint holds {wrong}, which is not finite: go on from another, or begin anew")
-        trained = parameters.keys()
-        other = {name for name in trained & saved.keys() if saved[name].shape != parameters[name].shape}
-        if wrong := sorted((trained ^ saved.keys()) | other):
-            raise ValueError(
-                f"checkpoint does not fit this task: {len(trained - saved.keys())} trained tensors missing, "
-                f"{len(saved.keys() - trained)} unknown, {len(other)} of another shape, e.g. {wrong[0]}; "
-                "was it made with another model or LoRA rank?"
-            )
-        frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
+        check_fit(saved, parameters, "the checkpoint", "this task, its model and its LoRA rank")
+        frozen = {name: value for name, value in self.state_dict().items() if name not in parameters}
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = {**frozen, **checkpoint[key]}

@@ -23,7 +23,7 @@ def test_what_is_out_of_range_is_clamped():
     assert quantize(values.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.gif", "a.webp", "no_extension"])
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.gif", "a.webp", "a.avif", "a.jp2", "no_extension"])
 def test_any_format_by_its_content(tmp_path, name):
     path = tmp_path / name
     Image.fromarray(noise()).save(path, format="PNG" if "." not in name else None)

@@ -347,12 +347,12 @@ def add(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("width", "spoil", "message"),
     [
-        (3, drop, r"1 trained tensors missing, 0 unknown, 0 of another shape, e.g. left.bias"),
-        (3, add, r"0 trained tensors missing, 1 unknown, 0 of another shape, e.g. middle.bias"),
+        (3, drop, r"1 weights missing, 0 unknown, 0 of another shape, for example left.bias"),
+        (3, add, r"0 weights missing, 1 unknown, 0 of another shape, for example middle.bias"),
         (
             5,
             lambda state: None,
-            r"0 trained tensors missing, 0 unknown, 4 of another shape, e.g. left.bias; was it made",
+            r"0 weights missing, 0 unknown, 4 of another shape, for example left.bias",
         ),
     ],
 )

@@ -349,8 +349,8 @@ def test_a_checkpoint_holds_the_students_alone(trained):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.popitem(), "1 trained tensors missing, 0 unknown"),
-        (lambda state: state.update({"unet.other": torch.zeros(1)}), "0 trained tensors missing, 1 unknown"),
+        (lambda state: state.popitem(), "1 weights missing, 0 unknown"),
+        (lambda state: state.update({"unet.other": torch.zeros(1)}), "0 weights missing, 1 unknown"),
         (lambda state: state.update({next(iter(state)): torch.zeros(1)}), "1 of another shape"),
     ],
 )
