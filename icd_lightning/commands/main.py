@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         trust.begin(trusted=words != args)
         _run(name, rest)
@@ -61,6 +61,8 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("ICD_TRACEBACK") or (message := _told(error)) is None:
             raise
         fail(message)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

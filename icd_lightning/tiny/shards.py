@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Literal
 
@@ -44,8 +46,12 @@ def _draw(count: int, num_workers: int | None, encoded: partial[dict[str, Any]])
     if workers == 1:
         yield from map(encoded, range(count))
         return
-    with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap(encoded, range(count), chunksize=64)
+    # multiprocessing.Pool would wait for ever for a worker that was killed, or that inherited an answer to SIGTERM
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield from pool.map(encoded, range(count), chunksize=64)
+        except BrokenProcessPool:
+            raise OSError(f"one of {workers} drawing processes was killed, perhaps for memory; take fewer by num_workers")
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:

@@ -1,3 +1,7 @@
+import os
+import signal
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +12,7 @@ from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import Scene, scene_at
+from icd_lightning.tiny.shards import _draw
 
 
 def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
@@ -29,6 +34,15 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
         shapes(str(tmp_path / str(workers)), count=210, size=8, shard_size=150, num_workers=workers)
     assert Manifest.load(tmp_path / "1") == Manifest.load(tmp_path / "2")
     assert Manifest.load(tmp_path / "1").samples == 210
+
+
+def _killed(index):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_drawing_and_does_not_hang_it():
+    with pytest.raises(OSError, match="drawing processes was killed"):
+        list(_draw(210, 2, partial(_killed)))
 
 
 def test_shapes_keeps_what_it_wrote_before_and_says_so(tmp_path, capsys):
