@@ -51,7 +51,8 @@ def _draw(count: int, num_workers: int | None, encoded: partial[dict[str, Any]])
         try:
             yield from pool.map(encoded, range(count), chunksize=64)
         except BrokenProcessPool:
-            raise OSError(f"one of {workers} drawing processes was killed, perhaps for memory; take fewer by num_workers")
+            killed = f"one of {workers} drawing processes was killed, perhaps for memory: take fewer by num_workers"
+            raise OSError(killed) from None
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:
