@@ -141,6 +141,37 @@ def describe(*urls: str, examples: int = 4) -> None:
         raise ValueError(f"{_counted(len(problems), 'problem')}: {first}{more}; write or copy the shards again")
 
 
+def index(*urls: str, caption_field: str | None = None) -> None:
+    """Index local shards, as training on them otherwise does first; copied with them, it serves training elsewhere.
+
+    Beside each shard a file is left that says where its samples lie, how large they are and which cannot be used.
+
+    Args:
+        urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`.
+        caption_field: Take captions from this field of the json file instead of the txt or caption file.
+    """
+    from collections import Counter
+
+    from rich.console import Console
+
+    from icd_lightning.data.index import SUFFIX, open_indexes
+    from icd_lightning.data.shards import find_shards
+    from icd_lightning.data.tally import REASONS, left_out
+
+    shards = find_shards(list(urls))
+    indexes = open_indexes(shards, caption_field)
+    if indexes is None:
+        raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{SUFFIX}")
+    counts = Counter(REASONS[code] for index in indexes for code in index.reason.tolist() if code >= 0)
+    samples = sum(len(index.reason) for index in indexes)
+    text = f"{_counted(samples, 'sample')} in {_counted(len(shards), 'shard')} are indexed"
+    if counts:
+        text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"
+    Console().print(text, soft_wrap=True)
+    if damaged := [f"{url}: {index.damage}" for url, index in zip(shards, indexes, strict=True) if index.damage]:
+        raise ValueError(f"{_counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
+
+
 def _counted(count: int, name: str) -> str:
     return f"{count} {name}{'s' * (count != 1)}"
 

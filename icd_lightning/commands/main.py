@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "generate": ("pictures:generate", "make a picture from a prompt"),
     "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),
     "data cache-latents": ("data:cache_latents", "encode shards of pictures once, to train without an encoder"),
+    "data index": ("data:index", "index shards, once, for training on them"),
     "data describe": ("data:describe", "count and check shards"),
     "eval": ("evaluate:evaluate", "measure methods: to noise and back, generation, edits"),
     "ablations": ("ablations:ablations", "train and measure the paper's ablations A to K"),

@@ -14,12 +14,14 @@ from typing import Any
 import lightning
 
 from icd_lightning.data.decoding import SampleDecoder, bucket_step
+from icd_lightning.data.index import open_indexes
 from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
-from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.stream import Piece, TrainStream
+from icd_lightning.data.shards import find_shards, open_shards
+from icd_lightning.data.stream import TrainStream, find_places
 from icd_lightning.data.tally import RejectedError, Tally
-from icd_lightning.data.tars import Raw, index_shard, is_local
+from icd_lightning.data.tars import Raw, index_shard, is_local, read_ranges
+from icd_lightning.data.uncounted import UncountedStream, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,9 @@ class ShardDataModule(lightning.LightningDataModule):
 
     Args:
         urls: Shards to train on: a folder, a list, or patterns such as `shards/{00000..00009}.tar`; also `pipe:...`,
-            `http://...`, `s3://...` and whatever else fsspec has a driver for. These cannot be counted and need
-            `batches_per_epoch` (and a shard for every worker).
+            `http://...`, `s3://...` and whatever else fsspec has a driver for. Local shards are indexed once, by one
+            process, which leaves a file beside each (see `icd data index`). Shards elsewhere that have no such file
+            cannot be counted and need `batches_per_epoch` (and a shard for every worker).
         val_urls: Local shards to validate and test on, in order; none by default.
         batch_size: Samples in a batch of one rank.
         val_batch_size: The same for validation; `batch_size` if not given.
@@ -45,11 +48,13 @@ class ShardDataModule(lightning.LightningDataModule):
             be enlarged.
         caption_field: Take captions from this field of the json file instead of the txt or caption file.
         num_workers: Worker processes; 0 reads in the training process.
-        seed: Decides the order of samples, together with the number of ranks and workers.
-        shuffle_buffer: Samples among which each worker shuffles, after the shards have been shuffled.
+        seed: Decides the order of samples; of shards that are not indexed, together with the number of all workers.
+        shuffle_buffer: Samples among which samples are shuffled, after the shards have been shuffled; of shards that
+            are not indexed, those that each worker keeps in memory, 1000 at most.
         batches_per_epoch: Batches of each rank in an epoch; as many as the shards hold if not given. With accumulated
             micro-batches it is brought to a multiple of them: an epoch is made of whole optimizer steps.
-        verify: How closely shards are compared with the manifest.json beside them: see `open_shards`.
+        verify: How closely shards are compared with the manifest.json beside them: see `open_shards`. With "off" they
+            are not indexed either, but read from end to end as they are.
         max_skipped: The run ends when more than this share of the samples cannot be used (after the first 1000).
         stall_timeout: The run ends when no usable sample has come for so many seconds.
 
@@ -74,7 +79,7 @@ class ShardDataModule(lightning.LightningDataModule):
         caption_field: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        shuffle_buffer: int = 1000,
+        shuffle_buffer: int = 100_000,
         batches_per_epoch: int | None = None,
         verify: Verify = "count",
         max_skipped: float = 0.5,
@@ -97,10 +102,16 @@ class ShardDataModule(lightning.LightningDataModule):
         Tally(**self.limits)  # complains of wrong ones
         self.train_tally: Tally | None = None
         self.val_tally: Tally | None = None
-        self.stream: TrainStream | None = None
+        self.stream: TrainStream | UncountedStream | None = None
+        self.prepare_data_per_node = False
         self.validation_set: ValidationSet | None = None
         self._loader: Loader | None = None
         self._offset = 0
+
+    def prepare_data(self) -> None:
+        """Index the shards to train on, on one rank while the others wait."""
+        if self.verify != "off":
+            open_indexes(find_shards(self.urls), self.decoder.caption_field)
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
@@ -109,14 +120,7 @@ class ShardDataModule(lightning.LightningDataModule):
         # here, not when it is made: ranks that are forked would count in the same memory
         self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
-            shards = open_shards(self.urls, verify=self.verify)
-            tally = Tally(**self.limits)
-            raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
-            _probe(raws, self.decoder, "urls", tally)
-            batches = self._count_batches(shards, world_size)
-            self.stream = TrainStream(
-                shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
-            )
+            self.stream = self._open_stream(rank, world_size)
         if self.val_urls:
             self.validation_set = self._open_validation_set(rank, world_size)
         elif stage in ("validate", "test"):
@@ -124,24 +128,47 @@ class ShardDataModule(lightning.LightningDataModule):
         elif self.trainer and rank == 0:
             logger.warning("val_urls is not given: nothing is validated, and callbacks have no pictures to look at")
 
-    def _count_batches(self, shards: Sequence[Shard], world_size: int) -> int:
+    def _open_stream(self, rank: int, world_size: int) -> TrainStream | UncountedStream:
+        shards = open_shards(self.urls, verify=self.verify)
+        tally = Tally(**self.limits)
+        raws = chain.from_iterable(read_shard(shard.url, tally) for shard in shards[:PROBED_SHARDS])
+        _probe(raws, self.decoder, "urls", tally)
+        urls = tuple(shard.url for shard in shards)
+        indexes = None if self.verify == "off" else open_indexes(urls, self.decoder.caption_field)
+        order = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "rank": rank, "world_size": world_size}
+        if indexes is not None:
+            places = find_places(urls, indexes, self.decoder, self.train_tally if rank == 0 else tally)
+            if not len(places.form):
+                raise self.train_tally.nothing("none of the samples of urls can be used")
+            if not isinstance(read_ranges([places.of(0)])[0], Exception):
+                batches = self._count_batches(len(places.form), world_size)
+                return TrainStream(places, self.decoder, self.batch_size, batches, **order)
+            logger.warning("%s is indexed, but where it lies gives out whole files only: they are read so", urls[0])
+        batches = self._count_batches(None, world_size, urls)
+        order["shuffle_buffer"] = min(1000, self.shuffle_buffer)
+        return UncountedStream(urls, self.decoder, self.batch_size, batches, **order)
+
+    def _count_batches(self, samples: int | None, world_size: int, urls: Sequence[str] = ()) -> int:
         """Batches of each rank in an epoch, whole optimizer steps; ValueError where data and readers do not fit."""
-        workers = max(1, self.num_workers)
-        readers = f"{world_size * workers} readers ({world_size} ranks x {workers} workers)"
-        uncounted = next((shard.url for shard in shards if shard.samples is None), None)
-        units = len(shards) if uncounted else sum(shard.samples or 0 for shard in shards)
-        what = "uncounted shards" if uncounted else "samples"
-        if units < world_size * workers:
-            fewer = "give a lower num_workers" if units >= world_size else "take fewer devices"
-            raise ValueError(f"urls hold {units} {what}, too few for {readers}; {fewer}, or add {what}")
-        batches = self.batches_per_epoch
-        if batches is None and uncounted:
-            raise ValueError(f"how many samples {uncounted} holds is not known in advance: give batches_per_epoch")
-        batches = batches or units // (self.batch_size * world_size)
-        if batches == 0:
+        batches, readers = self.batches_per_epoch, world_size * max(1, self.num_workers)
+        if samples is None:
+            if len(urls) < readers:
+                fewer = "give a lower num_workers" if len(urls) >= world_size else "take fewer devices"
+                raise ValueError(
+                    f"urls hold {len(urls)} uncounted shards, too few for {readers} readers ({world_size} ranks x "
+                    f"{max(1, self.num_workers)} workers); {fewer}, or add shards"
+                )
+            if batches is None:
+                raise ValueError(
+                    f"how many samples {urls[0]} holds is not known in advance: give batches_per_epoch, or index the "
+                    "shards by `icd data index` where they are local, and copy what it makes to where they are"
+                )
+        elif batches is None and (batches := samples // (self.batch_size * world_size)) == 0:
+            most = samples // world_size
+            lower = f"lower batch_size to at most {most}" if most else "take fewer devices"
             raise ValueError(
-                f"urls hold {units} samples, too few for one batch of {self.batch_size} on each of {world_size} ranks; "
-                f"lower batch_size to at most {units // world_size}, or add samples"
+                f"urls hold {samples} samples, too few for one batch of {self.batch_size} on each of {world_size} "
+                f"ranks; {lower}, or add samples"
             )
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         if batches < accumulated:
@@ -157,7 +184,7 @@ class ShardDataModule(lightning.LightningDataModule):
         for shard in shards:
             if not is_local(shard.url):
                 raise ValueError(f"val_urls holds {shard.url}; validation reads by index: copy it to a local file")
-        if self.stream is not None and (both := {s.url for s in self.stream.shards} & {s.url for s in shards}):
+        if self.stream is not None and (both := {*self.stream.urls} & {s.url for s in shards}):
             logger.warning("%s is trained and validated on", min(both))
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)
@@ -199,8 +226,11 @@ class ShardDataModule(lightning.LightningDataModule):
         before, now = state_dict["order"], self._order()
         samples = state_dict["position"] * before["batch_size"] * before["world_size"]
         self._offset = samples // (now["batch_size"] * now["world_size"]) - state_dict["finished"]
+        same = () if isinstance(self.stream, UncountedStream) else ("world_size", "num_workers")
         if different := [
-            f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in now.items()
+            if before.get(name) != value and name not in same
         ]:
             logger.warning(
                 "data continue at the same point, but not with the same samples as without a stop: %s",
@@ -221,16 +251,17 @@ class ShardDataModule(lightning.LightningDataModule):
         """All that decides which samples make which batch."""
         stream = self.stream
         assert stream is not None
-        names = ("seed", "batch_size", "world_size", "shuffle_buffer", "batches_per_epoch")
+        names = ("seed", "batch_size", "world_size", "shuffle_buffer")
         order = {name: getattr(stream, name) for name in names} | {"num_workers": max(1, self.num_workers)}
-        return order | {"shards": _fingerprint(stream.shards)} | asdict(stream.decoder)
+        order |= {"indexed": isinstance(stream, TrainStream), "shards": _fingerprint(stream.urls)}
+        return order | asdict(stream.decoder)
 
 
 @lru_cache(maxsize=8)
-def _fingerprint(shards: tuple[Shard, ...]) -> str:
+def _fingerprint(urls: tuple[str, ...]) -> str:
     """Of the names, sizes and first bytes of shards, or the urls of remote ones; a copy elsewhere has the same."""
     digest = hashlib.sha256()
-    for path, url in ((Path(shard.url), shard.url) for shard in shards):
+    for path, url in ((Path(url), url) for url in urls):
         if not path.is_file():
             digest.update(url.encode())
             continue

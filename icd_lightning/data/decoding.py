@@ -39,6 +39,7 @@ MIXED = (
 )
 CONTROL = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFD)} - set("\t\n\r")
 MOST_CHARACTERS = 10_000  # of a caption, of which encoders see some 400 at most
+MOST_PIXELS = 1 << 16  # of a side
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
@@ -90,6 +91,13 @@ class SampleDecoder:
 
     def admit(self, raw: Raw) -> Sample:
         """Check all but pixels and embeddings; raise `RejectedError` for what is wrong."""
+        return self.fit(self.open(raw))
+
+    def open(self, raw: Raw) -> Sample:
+        """Check what no resolution changes, reading no more of an image than its header.
+
+        An image may come as an open file. The sample has the size of its picture, upright, or of its moments.
+        """
         name = printable(f"{raw['__key__']} of {raw['__url__']}")
         if large := [extension for extension, data in raw.items() if data is LARGE]:
             raise RejectedError("too_large", f"{name}: {large[0]} has more than {MOST_BYTES >> 20} MB")
@@ -113,7 +121,34 @@ class SampleDecoder:
         if len(caption) > MOST_CHARACTERS:
             raise RejectedError("bad_caption", f"{name}: its caption has {len(caption):,} characters")
         sample = Sample(name, raw["__key__"], caption.strip(), metadata)
-        return self._with_moments(sample, raw) if MOMENTS in raw else self._with_image(sample, raw)
+        return self._with_moments(sample, raw) if MOMENTS in raw else _with_image(sample, raw)
+
+    def fit(self, sample: Sample) -> Sample:
+        """Give an opened sample its size in a batch; raise `RejectedError` if it can have none."""
+        if sample.moments is None:
+            return sample._replace(size=self.size_in_batch(*sample.size, sample.name))
+        settings = sample.metadata["moments"]
+        made, wanted = (settings["resolution"], settings.get("buckets", False)), (self.resolution, self.buckets)
+        if made != wanted:
+            encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
+            remedy = "give the resolution and buckets that their latents were made with, or make them again"
+            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}", remedy)
+        return sample
+
+    def size_in_batch(self, height: int, width: int, name: str = "one") -> tuple[int, int]:
+        """The (height, width) to which a picture is brought; raise `RejectedError` for one too narrow or too small."""
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise RejectedError("too_narrow", f"{name} is {width} x {height}")
+        size = (self.resolution, self.resolution)
+        if self.buckets:
+            size = nearest_bucket(height, width, self.resolution)
+        too_small = min(height / size[0], width / size[1]) < 1
+        if too_small if self.min_size is None else min(height, width) < self.min_size:
+            wanted = f"{size[1]} x {size[0]} pixels" if self.min_size is None else f"{self.min_size} pixels a side"
+            option = "resolution" if self.min_size is None else "min_size"
+            remedy = f"lower {option}, or give min_size=0 to enlarge them"
+            raise RejectedError("too_small", f"{name} is {width} x {height}, less than {wanted}", remedy)
+        return size
 
     def finish(self, sample: Sample) -> Sample:
         """Read pixels or embeddings; raise `RejectedError` if they are corrupt."""
@@ -141,50 +176,22 @@ class SampleDecoder:
         place = {"original_size": original_size, "crop_top_left": crop_top_left}
         return sample._replace(picture=np.asarray(cut), metadata=sample.metadata | place)
 
-    def _with_image(self, sample: Sample, raw: Raw) -> Sample:
-        """Open the image, reading no more than its header."""
-        data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
-        if data is None:
-            extensions = [name for name in raw if not name.startswith("__")][:10]
-            lacks = f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}"
-            raise RejectedError("no_image", lacks, explain_dots(raw))
-        try:
-            image = Image.open(BytesIO(data), formats=FORMATS)
-            height, width = upright_size(image)
-        except Exception as error:
-            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
-        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise RejectedError("too_narrow", f"{sample.name} is {width} x {height}")
-        size = (self.resolution, self.resolution)
-        if self.buckets:
-            size = nearest_bucket(height, width, self.resolution)
-        too_small = min(height / size[0], width / size[1]) < 1
-        if too_small if self.min_size is None else min(height, width) < self.min_size:
-            wanted = f"{size[1]} x {size[0]} pixels" if self.min_size is None else f"{self.min_size} pixels a side"
-            option = "resolution" if self.min_size is None else "min_size"
-            remedy = f"lower {option}, or give min_size=0 to enlarge them"
-            raise RejectedError("too_small", f"{sample.name} is {width} x {height}, less than {wanted}", remedy)
-        return sample._replace(size=size, picture=image)
-
     def _with_moments(self, sample: Sample, raw: Raw) -> Sample:
         """Read moments (C, h, w), and turn into tuples what json has made lists of."""
         try:
             moments, settings = _array(raw[MOMENTS]), sample.metadata["moments"]
             made = (settings["resolution"], settings.get("buckets", False))
             encoders = [settings["autoencoder"], *([settings["text_encoder"]] if TEXT in raw else [])]
-            if (*map(type, made), *map(type, encoders)) != (int, bool, *[str] * len(encoders)):
+            known = (*map(type, made), *map(type, encoders)) == (int, bool, *[str] * len(encoders))
+            if not (known and 0 < made[0] <= MOST_PIXELS):
                 raise ValueError(f"moments made as {settings!r:.200}")
             places = {place: _pixels(sample.metadata[place]) for place in PLACES}
             _, height, width = moments.shape
+            sizes = bucket_sizes(made[0]) if made[1] else ((made[0], made[0]),)
+            if not any((height << halved, width << halved) in sizes for halved in range(8)):
+                raise ValueError(f"{height} x {width}, as no picture's are")
         except Exception as error:  # numpy reads a header by Python's own parser, with all its errors
             raise RejectedError("corrupt_latents", f"{sample.name}: {error!r}") from error
-        if made != (wanted := (self.resolution, self.buckets)):
-            encoded, wanted = (f"{side} pixels{' in buckets' * many}" for side, many in (made, wanted))
-            remedy = "give the resolution and buckets that their latents were made with, or make them again"
-            raise RejectedError("wrong_resolution", f"{sample.name} was encoded at {encoded}, not {wanted}", remedy)
-        sizes = bucket_sizes(self.resolution) if self.buckets else ((self.resolution, self.resolution),)
-        if not any((height << halved, width << halved) in sizes for halved in range(8)):
-            raise RejectedError("corrupt_latents", f"{sample.name}: {height} x {width}, as no picture's are")
         if TEXT in raw and sample.caption != text_caption(raw):
             raise NothingToReadError(
                 f"{sample.name} has embeddings of {text_caption(raw)!r}, not of {sample.caption!r} as caption_field "
@@ -204,6 +211,20 @@ class SampleDecoder:
             "give each a txt or caption file of the same key, next to it: a tar must be sorted by name "
             "(`tar --sort=name`)"
         )
+
+
+def _with_image(sample: Sample, raw: Raw) -> Sample:
+    """Open the image, reading no more than its header."""
+    data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
+    if data is None:
+        extensions = [name for name in raw if not name.startswith("__")][:10]
+        lacks = f"{sample.name} has {extensions}, none of {', '.join(IMAGE_EXTENSIONS)}"
+        raise RejectedError("no_image", lacks, explain_dots(raw))
+    try:
+        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+        return sample._replace(size=upright_size(image), picture=image)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+        raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
 
 
 def _array(data: bytes) -> NDArray[np.float16]:

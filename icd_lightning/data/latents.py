@@ -29,9 +29,9 @@ from safetensors.numpy import save
 from icd_lightning.data.decoding import Sample, SampleDecoder, collate
 from icd_lightning.data.manifest import PROGRESS, Manifest, ShardRecord, check_shard, remove_shards, write_shard
 from icd_lightning.data.shards import Shard, open_shards
-from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT, is_local
+from icd_lightning.data.uncounted import read_shard
 from icd_lightning.files import read_object, write_json
 from icd_lightning.progress import progress
 
@@ -103,7 +103,7 @@ class _Encoder:
 
     def samples(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield {"__key__": str, MOMENTS, perhaps TEXT, "json", "txt": bytes} for each picture that can be used."""
-        raws = progress(Piece(shard.url).read(tally), f"encoding {shard.url}", shard.samples)
+        raws = progress(read_shard(shard.url, tally), f"encoding {shard.url}", shard.samples)
         decoded = tally.usable(self.decoder.decode, raws)
         while True:
             tally.awaited()  # the time that the encoder took is no silence of the source

@@ -1,4 +1,4 @@
-"""What a Trainer iterates over: batches of a TrainStream or of a fixed set, made by worker processes or without.
+"""What a Trainer iterates over: batches of a stream or of a fixed set, made by worker processes or without.
 
 To Lightning these are plain iterables, not `DataLoader`s: so it neither wraps their samplers nor warns about them.
 """
@@ -21,6 +21,7 @@ from icd_lightning.data.decoding import SampleDecoder, collate
 from icd_lightning.data.stream import TrainStream
 from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import Entry, Raw
+from icd_lightning.data.uncounted import UncountedStream
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Loader:
 
     def __init__(
         self,
-        source: TrainStream | ValidationSet,
+        source: TrainStream | UncountedStream | ValidationSet,
         tally: Tally,
         *,
         num_workers: int = 0,
@@ -156,7 +157,7 @@ class _Batches(IterableDataset):
     An error comes as the last item: raised in a worker, it would reach the user wrapped in the worker's traceback.
     """
 
-    def __init__(self, source: TrainStream | ValidationSet, position: int, tally: Tally) -> None:
+    def __init__(self, source: TrainStream | UncountedStream | ValidationSet, position: int, tally: Tally) -> None:
         self.source, self.position, self.tally = source, position, tally
 
     def __iter__(self) -> Iterator[Batch | NothingToReadError]:

@@ -183,9 +183,11 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
     """Find, check and count shards; raise ValueError or FileNotFoundError for the first that is not as it should be.
 
     `verify` compares each local shard with the manifest beside it: "bytes" its size, "count" also its number of samples
-    (some 10,000 samples a second), "sha256" also its content. Counts come from the manifest or else from the tar's
-    headers; with "off", and for shards that are not local, `samples` is None.
+    (some 10,000 samples a second, once), "sha256" also its content. Counts come from the manifest, the shard's index or
+    the tar's headers; with "off", and for shards that are not local, `samples` is None.
     """
+    from icd_lightning.data.index import count_samples  # with torch, a second to import
+
     shards = find_shards(urls)
     if verify == "off":
         return tuple(Shard(url, None) for url in shards)
@@ -201,8 +203,7 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
         if path.parent in manifests:
             counts[url] = manifests[path.parent].shards[path.name].samples
             continue
-        entries, problem = index_shard(path)
-        counts[url] = len(entries)
+        counts[url], problem = count_samples(path)
         if problem:
             logger.warning("%s: %s", path, problem)
     return tuple(Shard(url, counts.get(url)) for url in shards)

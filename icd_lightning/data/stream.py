@@ -1,200 +1,177 @@
-"""An endless shuffled stream of batches to train on.
+"""An endless shuffled stream of batches to train on, each read from its samples' places in the shards.
 
-Every batch is a pure function of the seed and its place: (epoch, rank, worker, index). So two readers never see the
-same sample in an epoch, and a run can go on from any batch without having decoded those before.
+A batch is a pure function of the seed and its number: so two ranks never see the same sample in a pass, the number of
+workers changes nothing, and a run goes on from any batch without reading those before it.
 """
 
 from __future__ import annotations
 
-import random
+import tarfile
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, cycle, islice
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
-from icd_lightning.data.shards import Shard
-from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import Raw, is_local, open_url, read_samples
-
-T = TypeVar("T")
-
-PAUSES = (0.0, 0.5, 2.0)
-"""Seconds before each attempt to read a shard that is elsewhere."""
+from icd_lightning.data.decoding import MIXED, SampleDecoder, collate
+from icd_lightning.data.index import ShardIndex
+from icd_lightning.data.plan import Plan
+from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError, Tally
+from icd_lightning.data.tars import MOST_BYTES, Raw, is_local, parse_sample, read_ranges
+from icd_lightning.data.uncounted import PAUSES
 
 
-class Piece(NamedTuple):
-    """Samples `start` to `stop` (None: all) of one shard."""
+class Places(NamedTuple):
+    """Where the N samples that can be used lie, shard for shard, and what form each has in a batch."""
 
-    url: str
-    start: int = 0
-    stop: int | None = None
+    urls: tuple[str, ...]
+    bounds: NDArray[np.int64]  # (S + 1,), where the samples of each shard begin and the last ends
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    form: NDArray[np.int16]
 
-    def read(self, tally: Tally) -> Iterator[Raw]:
-        """Yield raw samples; a shard that cannot be read (on), or holds too few, is counted once and left.
+    def of(self, sample: int) -> tuple[str, int, int]:
+        """(url, offset, length) of a sample."""
+        url = self.urls[int(np.searchsorted(self.bounds, sample, side="right")) - 1]
+        return url, int(self.offset[sample]), int(self.length[sample])
 
-        One that is elsewhere is tried again, from the sample where it broke off, so that batches stay as they are.
-        """
-        tally.add("shards")
-        problem, given = None, 0
-        for pause in (0.0,) if is_local(self.url) or self.url.startswith("pipe:") else PAUSES:
-            time.sleep(pause)
+
+def find_places(urls: Sequence[str], indexes: Sequence[ShardIndex], decoder: SampleDecoder, tally: Tally) -> Places:
+    """Which samples a decoder can use, by the indexes alone; those that it cannot are counted with their reasons."""
+    if len({index.kind for index in indexes if (index.reason < 0).any()}) > 1:
+        raise NothingToReadError(MIXED)
+    forms: dict[tuple[int, int], int] = {}
+    parts: list[tuple[NDArray, NDArray, NDArray]] = []
+    rejected: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for shard, index in enumerate(indexes):
+        form = _forms(index, decoder, forms)
+        for code in np.unique(form[form < 0]).tolist():
+            rows = np.flatnonzero(form == code)
+            rejected[~code].append((shard, int(rows[0]), len(rows)))
+        usable = form >= 0
+        parts.append((index.offset[usable], index.length[usable], form[usable]))
+    _count(urls, indexes, rejected, decoder, tally)
+    bounds = np.concatenate([[0], np.cumsum([len(offset) for offset, _, _ in parts])])
+    return Places(tuple(urls), bounds, *map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _forms(index: ShardIndex, decoder: SampleDecoder, forms: dict[tuple[int, int], int]) -> NDArray[np.int16]:
+    """For each sample the number in `forms` of its size in a batch, or ~ the place in REASONS of why it has none."""
+    found = ~index.reason.astype(np.int16)
+    sizes, which = np.unique(index.size[:, 0].astype(np.int64) << 32 | index.size[:, 1], return_inverse=True)
+    of_size = np.zeros(len(sizes), np.int16)
+    for number, size in enumerate(sizes.tolist()):
+        if size:
             try:
-                with open_url(self.url, patience=tally.stall_timeout) as file:
-                    for raw in islice(read_samples(file, self.url), self.start + given, self.stop):
-                        tally.add("read")
-                        given += 1
-                        yield raw
-            except Exception as error:  # whatever the scheme's opener raises
-                cause = error.__cause__ or error  # fsspec calls whatever fails on http a FileNotFoundError
-                problem = f"{self.url} cannot be read to its end ({type(cause).__name__}: {cause})"
-            else:
-                problem = None
-                break
-        missing = None if self.stop is None else self.stop - self.start - given
-        if problem or missing:
-            tally.broke(problem or f"{self.url} holds {missing} samples fewer than were counted", missing)
+                own = size >> 32, size & 0xFFFFFFFF
+                in_batch = decoder.size_in_batch(*own) if index.kind == "pictures" else own
+                of_size[number] = forms.setdefault(in_batch, len(forms))
+            except RejectedError as error:
+                of_size[number] = ~REASONS.index(error.reason)
+    return np.where(index.reason < 0, of_size[which], found)
+
+
+def _count(
+    urls: Sequence[str],
+    indexes: Sequence[ShardIndex],
+    rejected: dict[int, list[tuple[int, int, int]]],
+    decoder: SampleDecoder,
+    tally: Tally,
+) -> None:
+    """Count what cannot be used of shards: for each place in REASONS, of which shards, the first row and how many."""
+    tally.awaited()
+    tally.add("shards", len(urls))
+    tally.add("read", sum(len(index.reason) for index in indexes))
+    for code, found in rejected.items():
+        shard, row, _ = found[0]
+        place = (urls[shard], int(indexes[shard].offset[row]), int(indexes[shard].length[row]))
+        tally.skipped(REASONS[code], _reason(place, decoder), sum(count for _, _, count in found))
+    for url, index in zip(urls, indexes, strict=True):
+        if index.damage:
+            tally.broke(f"{url}: {index.damage}", None)
+
+
+def _reason(place: tuple[str, int, int], decoder: SampleDecoder) -> str:
+    """What is wrong with a sample, in words."""
+    url, offset, length = place
+    (part,) = read_ranges([place]) if length <= MOST_BYTES else (OSError(),)
+    try:
+        if isinstance(part, bytes):
+            decoder.admit(parse_sample(part, url))
+    except (RejectedError, tarfile.TarError) as error:
+        return getattr(error, "detail", str(error))
+    return f"{url}, {length:,} bytes from {offset} on"
 
 
 @dataclass(frozen=True)
 class TrainStream:
-    """What one rank trains on.
+    """What one rank trains on; an epoch is `batches_per_epoch` batches of each rank.
 
-    An epoch is `batches_per_epoch` batches on each rank. The shards are shuffled, the samples in that order are divided
-    over ranks and workers without overlap, and each worker shuffles its share through a buffer of `shuffle_buffer`
-    samples. If the shards hold several epochs, these follow each other through one order before the next is drawn. A
-    share that runs out, because samples were skipped or the epoch is longer than the data, is read again.
-
-    With the decoder's `buckets` a batch holds pictures of one size; those whose size is too rare to fill a batch of a
-    worker in an epoch are not seen in it.
+    Batches go through pass after pass over the samples, whatever an epoch is, dealt to the ranks in turn (see `Plan`).
+    With the decoder's `buckets` a batch holds pictures of one size, and all sizes come in proportion.
     """
 
-    shards: tuple[Shard, ...]
+    places: Places
     decoder: SampleDecoder
     batch_size: int
     batches_per_epoch: int
     seed: int = 0
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = 100_000
     rank: int = 0
     world_size: int = 1
 
-    def pieces(self, epoch: int, *, worker: int = 0, num_workers: int = 1) -> list[Piece]:
-        """The share of a worker in an epoch."""
-        if any(shard.samples is None for shard in self.shards):  # deal whole shards
-            reader, readers = self.rank * num_workers + worker, self.world_size * num_workers
-            return [Piece(shard.url) for shard in self._order(epoch)[reader::readers]]
-        rank_size, total = self.batch_size * self.batches_per_epoch, sum(shard.samples or 0 for shard in self.shards)
-        epochs_per_pass = max(1, total // (rank_size * self.world_size))
-        full_pass, part = divmod(epoch, epochs_per_pass)
-        # in units of batches, so that each worker gets exactly what its batches need
-        bounds = [0, *accumulate(len(range(w, self.batches_per_epoch, num_workers)) for w in range(num_workers))]
-        first = (part * self.world_size + self.rank) * self.batches_per_epoch
-        begin, end = ((first + bounds[w]) * self.batch_size for w in (worker, worker + 1))
-        if total < rank_size * self.world_size:
-            begin, end = (place * total // (rank_size * self.world_size) for place in (begin, end))
-        pieces, offset = [], 0
-        for shard in self._order(full_pass):  # laid end to end
-            start, stop = max(begin - offset, 0), min(end - offset, shard.samples)
-            if start < stop:
-                pieces.append(Piece(shard.url, start, stop))
-            offset += shard.samples
-        return pieces
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return self.places.urls
 
-    def batches(
-        self, epoch: int, tally: Tally, *, worker: int = 0, num_workers: int = 1, skip: int = 0
-    ) -> Iterator[Batch]:
-        """Yield the batches of a worker in an epoch, all samples of one size, but for the first `skip` batches.
-
-        A picture that proves corrupt when decoded is replaced by another of its batch, which is then there twice: so a
-        batch does not depend on those before it, and skipping needs no decoding. A batch of nothing but corrupt ones
-        repeats the next.
-        """
-        reader = _Reader(self, tally, self.pieces(epoch, worker=worker, num_workers=num_workers))
-        seed = f"{self.seed} {epoch} {self.rank}/{self.world_size} {worker}/{num_workers}"
-        groups = _grouped(reader.admitted(random.Random(seed)), self.batch_size)
-        tally.awaited()
-        for _ in range(skip):
-            tally.add("passed", len(next(groups)))
-        ahead: deque[list[Sample]] = deque()
-        for _ in range(skip, len(range(worker, self.batches_per_epoch, num_workers))):
-            tally.awaited()
-            while not (good := next(filter(None, ahead), None)):
-                ahead.append(reader.finished(next(groups)))
-            ahead.popleft()
-            yield collate(list(islice(cycle(good), self.batch_size)))
+    @cached_property
+    def plan(self) -> Plan:
+        options = {"batch_size": self.batch_size, "seed": self.seed, "window": self.shuffle_buffer}
+        return Plan(self.places.form, self.places.bounds, **options)
 
     def batches_from(self, position: int, tally: Tally, *, slot: int = 0, slots: int = 1) -> Iterator[Batch]:
-        """Yield every `slots`-th batch from `position` + `slot` on, without end; `position` counts from epoch 0."""
+        """Yield every `slots`-th batch of this rank from `position` + `slot` on, all samples of one size, without end.
+
+        A sample that proves corrupt is replaced by another of its batch, which is then there twice: so a batch does not
+        depend on those before it. A batch of nothing but corrupt ones repeats the next of this rank.
+        """
         position += slot
         while True:
-            epoch, index = divmod(position, self.batches_per_epoch)
-            for batch in self.batches(epoch, tally, worker=index % slots, num_workers=slots, skip=index // slots):
-                yield batch
-                position += slots
+            tally.awaited()
+            number, tried = position * self.world_size + self.rank, 0
+            while not (good := list(tally.usable(self.decoder.decode, self._read(self.plan.batch(number), tally)))):
+                number, tried = number + self.world_size, tried + self.batch_size
+                if tried >= self.plan.samples:
+                    raise tally.nothing(f"none of the samples for rank {self.rank} could be used")
+            tally.add("passed", len(good))
+            yield collate(list(islice(cycle(good), self.batch_size)))
+            position += slots
 
-    def _order(self, full_pass: int) -> list[Shard]:
-        order = list(self.shards)
-        random.Random(f"{self.seed} {full_pass}").shuffle(order)
-        return order
-
-
-class _Reader:
-    """Reads the share of one worker over and over, each time in another order."""
-
-    def __init__(self, stream: TrainStream, tally: Tally, pieces: list[Piece]) -> None:
-        self.stream, self.tally, self.pieces = stream, tally, pieces
-        self.corrupt_in_a_row = 0
-        self.kinds: set[tuple[bool, bool]] = set()
-
-    def admitted(self, rng: random.Random) -> Iterator[Sample]:
-        while True:
-            count = 0
-            for sample in _shuffled(self._checked(), self.stream.shuffle_buffer, rng):
-                count += 1
-                yield sample
-            if count == 0 or self.corrupt_in_a_row >= count:
-                reader = f"worker {self.tally.worker} of rank {self.stream.rank}"
-                raise self.tally.nothing(f"none of the samples for {reader} could be used")
-            rng.shuffle(self.pieces)
-
-    def finished(self, samples: list[Sample]) -> list[Sample]:
-        """Finish, all of them, those that can be."""
-        good = list(self.tally.usable(self.stream.decoder.finish, samples))
-        self.tally.add("passed", len(good))
-        self.corrupt_in_a_row = 0 if good else self.corrupt_in_a_row + len(samples)
-        return good
-
-    def _checked(self) -> Iterator[Sample]:
-        raws = chain.from_iterable(piece.read(self.tally) for piece in self.pieces)
-        for sample in self.tally.usable(self.stream.decoder.admit, raws):
-            self.kinds.add((sample.moments is None, sample.text is None))
-            if len(self.kinds) > 1:
-                raise NothingToReadError(MIXED)
-            yield sample
-
-
-def _grouped(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
-    """Yield groups of `count` samples of one size, each as soon as it is whole."""
-    groups: defaultdict[tuple[int, int], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.size].append(sample)
-        if len(groups[sample.size]) == count:
-            yield groups.pop(sample.size)
-
-
-def _shuffled(samples: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
-    """Yield from a buffer of `size` samples at random."""
-    buffer: list[T] = []
-    for sample in samples:
-        if len(buffer) < size:
-            buffer.append(sample)
-            continue
-        if size:
-            place = rng.randrange(size)
-            sample, buffer[place] = buffer[place], sample
-        yield sample
-    rng.shuffle(buffer)
-    yield from buffer
+    def _read(self, samples: NDArray[np.int64], tally: Tally) -> Iterator[Raw]:
+        """Read samples by their places; those elsewhere again, where it fails; what cannot be read is counted."""
+        places = [self.places.of(int(sample)) for sample in samples]
+        parts = read_ranges(places, patience=tally.stall_timeout)
+        for pause in PAUSES[1:]:
+            missing = [
+                n for n, place in enumerate(places) if isinstance(parts[n], Exception) and not is_local(place[0])
+            ]
+            if missing:
+                time.sleep(pause)
+                again = read_ranges([places[n] for n in missing], patience=tally.stall_timeout)
+                parts = [again[missing.index(n)] if n in missing else part for n, part in enumerate(parts)]
+        for (url, offset, length), part in zip(places, parts, strict=True):
+            tally.add("read")
+            if isinstance(part, Exception):
+                tally.skipped("broken_shard", f"{url} cannot be read ({part})")
+                continue
+            try:
+                yield parse_sample(part, url)
+            except tarfile.TarError as error:
+                what = f"bytes {offset} to {offset + length} are no sample ({error}): was it written anew?"
+                tally.skipped("broken_shard", f"{url}: {what}")

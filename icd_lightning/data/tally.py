@@ -94,7 +94,7 @@ class Tally:
 
     def skipped(self, reason: str, detail: str, samples: int = 1) -> None:
         """Count what was left out, a sample or a shard of so many; NothingToReadError if that is too much."""
-        self.add(reason)
+        self.add(reason, 1 if reason == "broken_shard" else samples)
         self.add("lost", samples)
         if reason not in self._details:
             self._details[reason] = detail

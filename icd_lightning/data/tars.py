@@ -19,9 +19,10 @@ import shlex
 import signal
 import subprocess
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -92,12 +93,30 @@ class _Ending:
 def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
     """Read a tar, compressed or not, from end to end."""
     with tarfile.open(fileobj=_Ending(file), mode="r|*", tarinfo=BoundedHeader) as tar:
-
-        def content(member: tarfile.TarInfo) -> bytes | None:
-            return tar.extractfile(member).read() if member.size <= MOST_BYTES else LARGE
-
-        for key, files in _grouped(tar, url, content):
+        for key, files in _grouped(tar, url, partial(_content, tar)):
             yield {"__key__": key, "__url__": url, **files}
+
+
+def parse_sample(part: bytes, url: str) -> Raw:
+    """The sample of which a part of a tar consists; ReadError if that is anything else."""
+    try:
+        with tarfile.open(fileobj=BytesIO(part), mode="r:", tarinfo=BoundedHeader) as tar:
+            samples = list(_grouped(tar, url, partial(_content, tar)))
+    except Exception as error:  # tarfile lets headers that lie raise ValueError, OverflowError, RecursionError ...
+        raise tarfile.ReadError(str(error)) from error
+    if len(samples) != 1:
+        raise tarfile.ReadError(f"{len(samples)} samples in the place of one")
+    return {"__key__": samples[0][0], "__url__": url, **samples[0][1]}
+
+
+def open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    """A file of a sample, or LARGE."""
+    return tar.extractfile(member) if member.size <= MOST_BYTES else LARGE
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    file = open_member(tar, member)
+    return LARGE if file is None else file.read()
 
 
 def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
@@ -105,20 +124,38 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
 
     ValueError for a tar that is compressed or not sorted by name.
     """
-    _refuse_compressed(Path(path))
     entries: list[Entry] = []
+
+    def keep(tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]) -> None:
+        files = {extension: (member.offset_data, member.size) for extension, member in members.items()}
+        entries.append(Entry(str(path), key, files))
+
+    return entries, scan_shard(Path(path), keep)
+
+
+def scan_shard(path: Path, visit: Callable[[tarfile.TarFile, str, dict[str, tarfile.TarInfo]], None]) -> str | None:
+    """Visit (tar, key, members by extension) of each sample of a local tar; return what is damaged in it, if anything.
+
+    ValueError for a tar that is compressed or not sorted by name.
+    """
+    _refuse_compressed(path)
+    count, visiting = 0, False
     try:
         with tarfile.open(path, "r:", tarinfo=BoundedHeader) as tar:
-            for key, files in _grouped(tar, path, lambda member: (member.offset_data, member.size)):
-                entries.append(Entry(str(path), key, files))
+            for key, members in _grouped(tar, path, lambda member: member):
+                visiting = True
+                visit(tar, key, members)
+                count, visiting = count + 1, False
     except UnsortedError:
         raise
     except Exception as error:  # tarfile lets headers that lie raise ValueError, OverflowError, RecursionError ...
-        return entries, f"it is damaged after {len(entries)} samples ({error})"
+        if visiting:
+            raise
+        return f"it is damaged after {count} samples ({error})"
     with open(path, "rb") as file:
         file.seek(-min(1024, file.seek(0, 2)), 2)
         ended = not any(file.read())  # every whole tar ends with two blocks of zeros
-    return entries, None if ended else f"it was cut short after {len(entries)} samples"
+    return None if ended else f"it was cut short after {count} samples"
 
 
 def write_tar(samples: Iterable[dict[str, Any]], path: Path) -> int:
@@ -229,6 +266,48 @@ def open_url(url: str, *, patience: float = 60.0) -> IO[bytes]:
         return open(url, "rb")
     if url.startswith("pipe:"):
         return _Pipe(url.removeprefix("pipe:"), patience)
+    system, path = _store(url, patience)
+    return system.open(path, "rb")
+
+
+def read_ranges(places: Sequence[tuple[str, int, int]], *, patience: float = 60.0) -> list[bytes | Exception]:
+    """Read (url, offset, length) each, those of a store side by side; an error in the place of what cannot be read."""
+    parts: list[bytes | Exception] = [b""] * len(places)
+    stores: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
+    for index, (url, offset, length) in enumerate(places):
+        if not is_local(url):
+            store, path = _store(url, patience)
+            stores[store].append((index, path))
+            continue
+        try:
+            with open(url, "rb") as file:
+                file.seek(offset)
+                parts[index] = file.read(length)
+        except OSError as error:
+            parts[index] = error
+    for store, wanted in stores.items():
+        starts = [places[index][1] for index, _ in wanted]
+        ends = [sum(places[index][1:]) for index, _ in wanted]
+        answers = store.cat_ranges([path for _, path in wanted], starts, ends, on_error="return")
+        for (index, _), answer in zip(wanted, answers, strict=True):
+            parts[index] = answer
+    for index, (url, _, length) in enumerate(places):
+        if isinstance(part := parts[index], bytes) and len(part) != length:
+            parts[index] = OSError(f"{url} gave {len(part)} bytes in the place of {length}")
+    return parts
+
+
+def read_small(url: str, most: int, *, patience: float = 60.0) -> bytes | None:
+    """What a file elsewhere holds; None if it is not there or has more than `most` bytes."""
+    store, path = _store(url, patience)
+    try:
+        return store.cat_file(path) if store.info(path)["size"] <= most else None
+    except Exception:  # each store has errors of its own
+        return None
+
+
+def _store(url: str, patience: float) -> tuple[Any, str]:
+    """The fsspec file system of a url, and the path in it."""
     from fsspec.core import url_to_fs
 
     options = {}  # the drivers of stores have timeouts and retries of their own
@@ -238,8 +317,7 @@ def open_url(url: str, *, patience: float = 60.0) -> IO[bytes]:
         # aiohttp's own limit is five minutes for the whole of an answer, and a shard may well be read for longer
         limit = None if math.isinf(patience) else patience
         options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=limit, sock_read=limit)}
-    system, path = url_to_fs(url, **options)
-    return system.open(path, "rb")
+    return url_to_fs(url, **options)
 
 
 def expand(url: str) -> list[str]:

@@ -324,7 +324,7 @@ def test_shards_that_go_bad_during_training_end_it_with_one_clear_error(shards, 
                 shard.unlink()
 
     data = data_for(shards, num_workers=num_workers)
-    message = r"^none of the samples for worker 0 .* \(skipped: broken_shard \d+; for one, .*00000.tar cannot be read"
+    message = r"^none of the samples for rank 0 .* \(skipped: broken_shard \d+; for one, .*\d.tar cannot be read"
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, callbacks=[Spoil()]).fit(Recorder(), datamodule=data)
 

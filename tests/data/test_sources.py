@@ -11,12 +11,12 @@ import fsspec
 import pytest
 from shards_case import corrupt, numbered_samples, numbers
 
-from icd_lightning.data import stream, tally
+from icd_lightning.data import tally, uncounted
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
-from icd_lightning.data.stream import Piece
 from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import expand, index_shard, open_url
+from icd_lightning.data.uncounted import UncountedStream, read_shard
 
 
 def data_for(urls, **options) -> ShardDataModule:
@@ -111,12 +111,12 @@ def memory(shards):
 def test_http(http, num_workers):
     data = data_for(f"{http}/{{00000..00005}}.tar", num_workers=num_workers)
     assert sorted(epoch(data)) == list(range(60))
-    assert [shard.samples for shard in data.stream.shards] == [None] * 6
+    assert isinstance(data.stream, UncountedStream)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_outage_that_ends_changes_no_batch(http, num_workers, monkeypatch):
-    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.05, 0.1))
+    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.05, 0.1))
     urls = f"{http}/{{00000..00005}}.tar"
     steady = epoch(data_for(urls, num_workers=num_workers))
     OUTAGES.update({"/00001.tar": ["refuse", "refuse"], "/00003.tar": ["cut", "refuse"], "/00004.tar": ["cut", "cut"]})
@@ -139,13 +139,32 @@ def test_a_shard_that_broke_off_goes_on_from_its_next_sample(shards, monkeypatch
         attempts.append(url)
         return BreaksOff(shards / "00000.tar")
 
-    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(stream, "open_url", open_slowly)
+    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(uncounted, "open_url", open_slowly)
     counts = Tally()
-    keys = [raw["__key__"] for raw in Piece("http://elsewhere/00000.tar", 1, 9).read(counts)]
+    keys = [raw["__key__"] for raw in read_shard("http://elsewhere/00000.tar", counts)]
     assert len(attempts) == 2
-    assert keys == [entry.key for entry in index_shard(shards / "00000.tar")[0][1:9]]
+    assert keys == [entry.key for entry in index_shard(shards / "00000.tar")[0]]
     assert counts.counts()["broken_shard"] == 0
+
+
+def test_indexed_shards_are_read_by_their_places_where_the_server_gives_parts(http, shards, caplog, monkeypatch):
+    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.05, 0.1))
+    here = data_for(str(shards))
+    wanted = epoch(here)  # which leaves an index beside each
+    data = data_for(f"{http}/{{00000..00005}}.tar")
+    seen = epoch(data)
+    if isinstance(data.stream, UncountedStream):
+        assert "gives out whole files only" in caplog.text
+        assert sorted(seen) == list(range(60))
+        return
+    assert seen == wanted
+    OUTAGES.update({"/00001.tar": ["refuse", "refuse"], "/00004.tar": ["refuse"]})
+    assert list(chain.from_iterable(map(numbers, data.train_dataloader()))) == [
+        number for batch in islice(here.stream.batches_from(0, Tally()), 12) for number in numbers(batch)
+    ]
+    assert not any(OUTAGES.values())
+    assert data.train_tally.counts()["broken_shard"] == 0
 
 
 def test_a_store_that_fsspec_knows(memory):
@@ -161,7 +180,7 @@ def test_a_file_url_is_a_local_file(shards):
     assert find_shards(urls) == find_shards(str(shards))
     data = data_for(urls, batches_per_epoch=None)
     assert sorted(epoch(data)) == list(range(60))
-    assert [shard.samples for shard in data.stream.shards] == [10] * 6
+    assert data.stream.places.bounds.tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert sorted(epoch(data_for([f"local://{shards}/{n:05d}.tar" for n in range(6)]))) == list(range(60))
 
 
@@ -210,7 +229,7 @@ def test_what_needs_no_driver(shards):
 )
 def test_a_source_that_fails_is_counted_and_the_others_go_on(http, shards, caplog, source, why):
     counted = Tally()
-    list(Piece(source(http, shards)).read(counted))
+    list(read_shard(source(http, shards), counted))
     assert counted.counts()["broken_shard"] == 1
     assert why in caplog.text
     good = [f"{http}/{n:05d}.tar" for n in range(6)]
@@ -229,7 +248,7 @@ def test_a_source_that_falls_silent_is_given_up(http, shards, url):
     counted = Tally(stall_timeout=0.3)
     start = time.monotonic()
     with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0.3 s .*broken_shard 1"):
-        list(Piece(url.format(http=http, shards=shards)).read(counted))
+        list(read_shard(url.format(http=http, shards=shards), counted))
     assert time.monotonic() - start < 10
 
 
