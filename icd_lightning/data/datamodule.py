@@ -110,7 +110,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards to train on, on one rank while the others wait."""
-        if self.verify != "off":
+        if self.verify != "off" and self.trainer.state.fn == "fit":
             open_indexes(find_shards(self.urls), self.decoder.caption_field)
 
     def setup(self, stage: str | None = None) -> None:

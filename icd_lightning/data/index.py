@@ -47,7 +47,7 @@ READ = (*CAPTION_EXTENSIONS, "json", MOMENTS)  # whole, to make an index
 BLOCK = 512  # of a tar
 LONGEST = 1 << 30  # bytes of one sample
 KINDS = ("pictures", "moments", "moments and text")
-PARALLEL = 1 << 28  # bytes of shards from which on several processes pay
+PARALLEL = 1 << 26  # bytes of shards from which on several processes pay
 
 
 class ShardIndex(NamedTuple):
