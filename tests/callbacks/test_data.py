@@ -98,6 +98,7 @@ class CheckSum(lightning.Callback):
         torch.distributed.all_gather_object(gathered, trainer.datamodule.train_tally.counts())
         if trainer.is_global_zero:
             assert 18 <= sum(counts["passed"] for counts in gathered) <= 20
+            assert sum(counts["no_caption"] for counts in gathered) == 1  # the index's words, by one rank for all
             for name in ("passed", "no_caption", "corrupt_image"):
                 assert trainer.logger.last.get(f"data/train/{name}", 0) == sum(counts[name] for counts in gathered)
 

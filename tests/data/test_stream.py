@@ -69,6 +69,21 @@ def test_the_seed_decides_the_order(shards):
     assert list(chain(*one[:12])) != sorted(chain(*one[:12]))
 
 
+@pytest.mark.parametrize("make", [stream_over, uncounted_over])
+def test_each_pass_walks_the_shards_in_an_order_of_its_own(shards, make):
+    order = [number // 10 for number in chain(*first(make(shards, shuffle_buffer=0), 48))]
+    passes = [tuple(order[start : start + 60 : 10]) for start in range(0, 240, 60)]
+    assert all(sorted(one) == list(range(6)) for one in passes)
+    assert len(set(passes)) == 4
+
+
+def test_each_shuffle_is_another(shards):
+    order = list(chain(*first(stream_over(shards, shuffle_buffer=10), 24)))  # shard by shard, in two passes
+    within = [tuple(number % 10 for number in order[start : start + 10]) for start in range(0, 120, 10)]
+    assert all(sorted(one) == list(range(10)) for one in within)
+    assert len(set(within)) == 12
+
+
 def test_no_buffer_keeps_the_order_within_a_shard(shards):
     order = list(chain(*first(stream_over(shards, shuffle_buffer=0), 12)))
     assert all(order[i + 1] == order[i] + 1 for i in range(59) if (i + 1) % 10)
@@ -107,13 +122,23 @@ def test_a_corrupt_picture_is_replaced_by_a_good_one_of_its_batch(tmp_path):
     assert [first(stream, 1, start=start)[0] for start in range(12)] == batches
 
 
-def test_the_time_before_a_stream_is_entered_is_no_silence(tmp_path):
-    samples = [corrupt(sample) if n % 10 == 0 else sample for n, sample in enumerate(numbered_samples(60))]
+def test_a_batch_of_nothing_but_corrupt_pictures_repeats_the_next_of_its_rank(tmp_path):
+    ranks = [stream_over(with_corrupt(tmp_path, set()), rank=rank, world_size=2) for rank in range(2)]
+    whole = [first(stream, 6) for stream in ranks]
+    with_corrupt(tmp_path / "bad", set(whole[0][2]))
+    ranks = [stream_over(tmp_path / "bad", rank=rank, world_size=2) for rank in range(2)]
+    assert first(ranks[0], 6) == [*whole[0][:2], whole[0][3], *whole[0][3:]]
+    assert first(ranks[1], 6) == whole[1]
+
+
+@pytest.mark.parametrize(("make", "spoil"), [(stream_over, corrupt), (uncounted_over, lambda s: s | {"txt": b""})])
+def test_the_time_before_a_stream_is_entered_is_no_silence(tmp_path, make, spoil):
+    samples = [spoil(sample) if n % 10 == 0 else sample for n, sample in enumerate(numbered_samples(60))]
     write_shards(samples, tmp_path, shard_size=10, parameters={})
-    for make in (stream_over, uncounted_over):
-        tally = Tally(max_skipped=0.5, stall_timeout=1.0)
-        time.sleep(1.1)  # then the first sample of all is one that cannot be used
-        assert len(next(make(tmp_path, shuffle_buffer=0).batches_from(1, tally)).keys) == 5
+    tally = Tally(max_skipped=0.5, stall_timeout=1.0)
+    stream = make(tmp_path, shuffle_buffer=0)
+    time.sleep(1.1)  # then the first sample of all is one that cannot be used
+    assert len(next(stream.batches_from(1, tally)).keys) == 5
 
 
 def test_samples_are_skipped_for_a_reason_and_counted_once(tmp_path):

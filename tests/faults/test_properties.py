@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.manifest import Manifest
+from icd_lightning.data.plan import Plan
 from icd_lightning.data.tally import NothingToReadError, RejectedError
 from icd_lightning.data.tars import read_samples, write_tar
 from icd_lightning.diffusion import VP, Boundaries, CADSGuidance, Flow, IntervalGuidance, StepGuidance
@@ -156,6 +157,27 @@ contents = st.one_of(
         [b"{}", b"[]", b"null", b"NaN", b'{"moments": 3}', b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"RIFF"]
     ),
 )
+
+
+@searched
+@given(
+    shards=st.lists(st.lists(st.sampled_from([0, 0, 0, 0, 1, 2]), max_size=12), min_size=1, max_size=8),
+    batch_size=st.integers(1, 9),
+    window=st.integers(0, 40),
+    start=st.integers(0, 60),
+)
+def test_batches_show_each_sample_once_a_pass_and_are_of_one_form(shards, batch_size, window, start):
+    forms = np.array([form for shard in shards for form in shard], np.int16)
+    if not len(forms):
+        return
+    bounds = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])])
+    plan, again = (Plan(forms, bounds, batch_size=batch_size, seed=7, window=window) for _ in range(2))
+    passes = batch_size  # after so many, every form has filled its last batch
+    seen = [plan.batch(number) for number in range(len(forms))]
+    assert np.bincount(np.concatenate(seen), minlength=len(forms)).tolist() == [passes] * len(forms)
+    assert all(len(batch) == batch_size and len(set(forms[batch])) == 1 for batch in seen)
+    number = start % len(seen)
+    assert again.batch(number).tolist() == seen[number].tolist()
 
 
 @searched
