@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -15,6 +16,7 @@ from uuid import uuid4
 T = TypeVar("T")
 
 
+@singledispatch  # data/remote.py has its own for paths that are not on this machine
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     """Let `write` make a file under another name, then rename it: nobody ever finds half a file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +27,12 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
         return result
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@singledispatch
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

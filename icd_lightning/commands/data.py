@@ -51,6 +51,8 @@ def cache_latents(
     part: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    num_workers: int = 4,
+    allow_broken: bool = False,
 ) -> None:
     """Encode the pictures of shards once, so that training needs no encoder; go on where an earlier call stopped.
 
@@ -61,7 +63,7 @@ def cache_latents(
 
     Args:
         urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`; also http, s3, gs and pipe: urls.
-        out: Folder for the new shards, one for each old one and named like it.
+        out: Folder for the new shards, one for each old one and named like it; also of a store: s3://bucket/latents.
         vae: The autoencoder: a folder in diffusers' layout, such as the `vae` folder of a model, or a hub id.
         text: Keep also what the text encoders of this model (a folder, a single file or a hub id) make of the captions.
         resolution: Pixels of a side. The short side is resized to it, the centre cut out.
@@ -72,6 +74,8 @@ def cache_latents(
         part: Which share of the shards to do, as in 0/8; what torchrun says if not given, or else all.
         device: Where to encode: auto, cpu, cuda, cuda:1, ... With torchrun, auto is each process's own GPU.
         overwrite: Replace other shards in the folder.
+        num_workers: Threads that decode pictures while others are encoded and written; 0: one thing after another.
+        allow_broken: Keep what could be read of a shard that is cut or damaged, instead of leaving it for later.
     """
     import os
 
@@ -98,6 +102,8 @@ def cache_latents(
         batch_size=batch_size,
         part=share,
         overwrite=overwrite,
+        num_workers=num_workers,
+        allow_broken=allow_broken,
     )
     shards = _counted(len(manifest.shards), "shard")
     if manifest.complete and not manifest.samples:
@@ -107,10 +113,8 @@ def cache_latents(
         )
     if manifest.complete:
         outcome = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
-    elif share[1] > 1:
-        outcome = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
     else:
-        raise ValueError(f"{out} holds {shards}, and some could not be read to their end: run the same command again")
+        outcome = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
     Console().print(outcome, soft_wrap=True)
 
 
@@ -154,14 +158,15 @@ def index(*urls: str, caption_field: str | None = None) -> None:
 
     from rich.console import Console
 
-    from icd_lightning.data.index import SUFFIX, open_indexes
+    from icd_lightning.data.index import open_indexes
     from icd_lightning.data.shards import find_shards
     from icd_lightning.data.tally import REASONS, left_out
+    from icd_lightning.data.tars import INDEX
 
     shards = find_shards(list(urls))
     indexes = open_indexes(shards, caption_field)
     if indexes is None:
-        raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{SUFFIX}")
+        raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{INDEX}")
     counts = Counter(REASONS[code] for index in indexes for code in index.reason.tolist() if code >= 0)
     samples = sum(len(index.reason) for index in indexes)
     text = f"{_counted(samples, 'sample')} in {_counted(len(shards), 'shard')} are indexed"

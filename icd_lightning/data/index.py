@@ -27,6 +27,7 @@ from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError
 from icd_lightning.data.tars import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    INDEX,
     LARGE,
     MOMENTS,
     Raw,
@@ -41,7 +42,6 @@ from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".index.safetensors"
 MOST_INDEX_BYTES = 1 << 28
 READ = (*CAPTION_EXTENSIONS, "json", MOMENTS)  # whole, to make an index
 BLOCK = 512  # of a tar
@@ -119,14 +119,14 @@ def _open(url: str, caption_field: str | None) -> ShardIndex | None:
 
 def beside(url: str) -> str:
     """Where the index of a shard is kept."""
-    return url.removesuffix(".tar") + SUFFIX
+    return url.removesuffix(".tar") + INDEX
 
 
 def _places(url: str) -> Iterator[Path]:
     """Where the index of a local shard may be: beside it or, where nobody may write, among the user's caches."""
     yield Path(beside(url))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    yield cache / "icd_lightning" / (hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24] + SUFFIX)
+    yield cache / "icd_lightning" / (hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24] + INDEX)
 
 
 def _kept(url: str, *caption_field: str | None) -> ShardIndex | None:

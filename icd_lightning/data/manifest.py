@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from icd_lightning.data.tars import is_local, write_tar
-from icd_lightning.files import read_object, write_text, write_whole
+from icd_lightning.data.remote import AnyPath
+from icd_lightning.data.tars import INDEX, is_local, write_tar
+from icd_lightning.files import read_object, remove_tree, write_text, write_whole
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress"  # holds a record of each shard that is done, where several processes write a set
@@ -51,7 +51,7 @@ class Manifest:
         return sum(record.samples for record in self.shards.values())
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest | None:
+    def load(cls, folder: AnyPath) -> Manifest | None:
         """Read `folder`/manifest.json; None if there is none."""
         path = folder / MANIFEST
         if not path.exists():
@@ -74,7 +74,7 @@ class Manifest:
         return {folder: manifest for folder in folders if (manifest := cls.load(folder))}
 
     @classmethod
-    def of_set(cls, folder: Path, parameters: dict[str, Any]) -> Manifest | None:
+    def of_set(cls, folder: AnyPath, parameters: dict[str, Any]) -> Manifest | None:
         """The manifest of the set made with `parameters`; None where no shards are, ValueError for another set."""
         holds_shards = any(folder.glob("*.tar"))  # before the manifest, which is written before the first shard
         manifest = cls.load(folder)
@@ -90,21 +90,25 @@ class Manifest:
             raise ValueError(f"{folder} holds another set ({changes}); choose another folder or pass --overwrite")
         return manifest
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def remove_shards(folder: Path) -> None:
+def remove_shards(folder: AnyPath) -> None:
     """Remove shards, their manifest and what interrupted writers left."""
-    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(".*.tmp")):
+    remove_tree(folder / PROGRESS)
+    for stale in (folder / MANIFEST, *folder.glob("*.tar"), *folder.glob(f"*{INDEX}"), *folder.glob(".*.tmp")):
         stale.unlink(missing_ok=True)
 
 
-def write_shard(samples: Iterable[dict[str, Any]], path: Path) -> ShardRecord:
+def write_shard(samples: Iterable[dict[str, Any]], path: AnyPath) -> ShardRecord:
     """Write one shard, which gets its name only when it is whole."""
-    count = write_whole(path, lambda temporary: write_tar(samples, temporary))
-    return ShardRecord(count, path.stat().st_size, sha256(path))
+
+    def write(temporary: Path) -> ShardRecord:
+        count = write_tar(samples, temporary)
+        return ShardRecord(count, temporary.stat().st_size, sha256(temporary))
+
+    return write_whole(path, write)
 
 
 def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None:

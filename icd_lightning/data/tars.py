@@ -36,6 +36,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "caption")
 MOMENTS = "moments.npy"  # holds an encoder's output instead of a picture
 TEXT = "text.safetensors"  # beside it, may hold the caption's embeddings
+INDEX = ".index.safetensors"  # ends the name of the file beside a shard that says where its samples lie
 MOST_BYTES = 1 << 28  # of one file of a sample
 LARGE = None  # in the place of a larger one
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

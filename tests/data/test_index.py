@@ -18,11 +18,11 @@ from shards_case import numbered_samples, samples_of
 from icd_lightning.commands.main import main
 from icd_lightning.data import index as indexing
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.index import SUFFIX, count_samples, open_indexes
+from icd_lightning.data.index import count_samples, open_indexes
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.stream import TrainStream
 from icd_lightning.data.tally import REASONS, RejectedError
-from icd_lightning.data.tars import parse_sample, read_ranges
+from icd_lightning.data.tars import INDEX, parse_sample, read_ranges
 
 
 def photo(format: str, *, turned: bool = False, **options) -> bytes:
@@ -80,7 +80,7 @@ def test_the_size_of_a_turned_picture_is_that_of_the_upright_one(various):
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob(f"*{SUFFIX}")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob(f"*{INDEX}")}
 
 
 def test_an_index_is_made_once_and_anew_for_another_shard_or_other_captions(various, monkeypatch):
@@ -142,7 +142,7 @@ HOSTILE = {
 def test_an_index_that_is_none_is_made_anew(shards, name):
     urls = find_shards(str(shards))
     good = open_indexes(urls, None)
-    file = shards / f"00002{SUFFIX}"
+    file = shards / f"00002{INDEX}"
     file.write_bytes(HOSTILE[name](file.read_bytes()))
     for one, again in zip(good, open_indexes(urls, None), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one[:4], again[:4], strict=True))
@@ -152,7 +152,7 @@ def test_an_index_that_is_none_is_made_anew(shards, name):
 def test_an_index_that_names_other_samples_of_its_shard_trains_on_none_of_its_lies(shards):
     """Each sample is checked again when it is read."""
     open_indexes(find_shards(str(shards)), None)
-    file = shards / f"00002{SUFFIX}"
+    file = shards / f"00002{INDEX}"
     file.write_bytes(lying(lambda a: a | {"offset": a["offset"] + 512})(file.read_bytes()))
     data = data_for(shards)
     data.setup("fit")
@@ -230,7 +230,7 @@ def test_shards_elsewhere_with_indexes_give_the_batches_of_local_ones(shards, st
 
 
 def test_a_shard_elsewhere_without_an_index_makes_all_uncounted(store):
-    store.rm(f"/indexed/00003{SUFFIX}")
+    store.rm(f"/indexed/00003{INDEX}")
     with pytest.raises(ValueError, match=r"how many samples .*00000.tar holds is not known .*icd data index"):
         data_for("memory://indexed/{00000..00005}.tar").setup("fit")
 
@@ -247,7 +247,7 @@ def test_the_command_makes_indexes_and_says_what_can_be_used(various, capsys):
 
 
 def test_the_command_cannot_write_elsewhere(store, capsys):
-    store.rm(f"/indexed/00003{SUFFIX}")
+    store.rm(f"/indexed/00003{INDEX}")
     with pytest.raises(SystemExit):
         main(["data", "index", "memory://indexed/{00000..00005}.tar"])
     assert "index them where they are local, and copy the" in capsys.readouterr().err

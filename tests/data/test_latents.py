@@ -355,7 +355,12 @@ def test_a_remote_shard_cut_off_is_left_for_another_time(pictures, deterministic
     def run(last: str) -> Manifest:
         return cache_latents(urls(last), tmp_path, deterministic.moments, autoencoder="x", decoder=SampleDecoder(64))
 
-    assert not run("head -c 9000").complete
+    with pytest.raises(
+        ValueError, match=r"cannot be read to their end \(pipe:head -c 9000 .*00001\.tar\): write or copy"
+    ):
+        run("head -c 9000")
+    assert not Manifest.load(tmp_path).complete
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["00000.tar"]
     manifest = run("cat")
     assert manifest.complete
     assert [record.samples for record in manifest.shards.values()] == [8, 8]

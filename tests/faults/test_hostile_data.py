@@ -19,10 +19,9 @@ import icd_lightning
 from icd_lightning.commands.main import main
 from icd_lightning.data import tars
 from icd_lightning.data.datamodule import ShardDataModule
-from icd_lightning.data.index import SUFFIX
 from icd_lightning.data.shards import encode_sample, find_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import LARGE, BoundedHeader, index_shard, read_samples
+from icd_lightning.data.tars import INDEX, LARGE, BoundedHeader, index_shard, read_samples
 
 VAE = Path(icd_lightning.__file__).parent / "weights" / "tiny" / "vae"
 
@@ -356,7 +355,7 @@ def test_a_name_in_a_folder_is_a_path_and_no_url(tmp_path, monkeypatch, name):
     for urls in (".", str(tmp_path), "*.tar"):
         assert find_shards(urls) == [str(tmp_path / name)]
     assert epoch(".")[0] == {f"good{i}" for i in range(6)}
-    assert set(os.listdir()) == {name, name.replace(".tar", SUFFIX)}
+    assert set(os.listdir()) == {name, name.replace(".tar", INDEX)}
 
 
 MANIFESTS = {
