@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 
-from icd_lightning.data.decoding import SampleDecoder, bucket_step
+from icd_lightning.data.decoding import Sample, SampleDecoder, bucket_step
 from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import Shard, open_shards
@@ -99,20 +99,21 @@ class ShardDataModule(lightning.LightningDataModule):
         self.val_tally: Tally | None = None
         self.stream: TrainStream | None = None
         self.validation_set: ValidationSet | None = None
+        self.examples: list[Sample] = []  # the first of those to train and to validate on
         self._loader: Loader | None = None
         self._offset = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._offset = 0  # Lightning loads a checkpoint after this
+        self._offset, self.examples = 0, []  # Lightning loads a checkpoint after this
         # here, not when it is made: ranks that are forked would count in the same memory
         self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
             shards = open_shards(self.urls, verify=self.verify)
             tally = Tally(**self.limits)
             raws = chain.from_iterable(Piece(shard.url).read(tally) for shard in shards[:PROBED_SHARDS])
-            _probe(raws, self.decoder, "urls", tally)
+            self.examples.append(_probe(raws, self.decoder, "urls", tally))
             batches = self._count_batches(shards, world_size)
             self.stream = TrainStream(
                 shards, self.decoder, self.batch_size, batches, self.seed, self.shuffle_buffer, rank, world_size
@@ -161,7 +162,7 @@ class ShardDataModule(lightning.LightningDataModule):
             logger.warning("%s is trained and validated on", min(both))
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)
-        _probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally)
+        self.examples.append(_probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally))
         return ValidationSet(entries, decoder, self.val_batch_size, rank, world_size)
 
     def train_dataloader(self) -> Loader:
@@ -239,13 +240,12 @@ def _fingerprint(shards: tuple[Shard, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:
-    """Raise ValueError if not one of the first samples can be used."""
+def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> Sample:
+    """The first sample; ValueError if not one of the first can be used."""
     rejected: list[RejectedError] = []
     for raw in islice(raws, PROBED_SAMPLES):
         try:
-            decoder.decode(raw)
-            return
+            return decoder.decode(raw)
         except RejectedError as error:
             rejected.append(error)
     if not rejected:
