@@ -8,17 +8,18 @@ import re
 import shutil
 import signal
 import tempfile
-import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icd_lightning.callbacks.checkpoint_io import before
@@ -44,9 +45,6 @@ NOT_NEWS = (
 )
 NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
 """Of warnings, and of what Lightning logs."""
-
-RESTORING = ("restore", "_restore", "resume")
-"""How Lightning's functions begin that take a checkpoint apart."""
 
 KEPT = {"pytorch-lightning_version": str, "state_dict": dict, "epoch": int, "global_step": int, "loops": dict}
 TOLD = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "recipe": dict, "optimizer_settings": dict}
@@ -214,9 +212,34 @@ class FitCommand(LightningCLI):
         if isinstance(clip, float) and not 0 <= clip < math.inf:
             raise ValueError(f"trainer.gradient_clip_val {clip} must be 0 or more, and finite")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:
             raise ValueError(f"trainer: {error}") from error
+        trainer._checkpoint_connector = _Restoring(trainer)
+        return trainer
+
+
+class _Restoring(_CheckpointConnector):
+    """What gives a run its checkpoint back; Lightning has no hook around that, whose errors are of any class."""
+
+    def _restore_modules_and_callbacks(self, *args: Any) -> None:
+        with _going_on():
+            super()._restore_modules_and_callbacks(*args)
+
+    def restore_training_state(self) -> None:
+        with _going_on():
+            super().restore_training_state()
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"this run cannot go on from its checkpoint ({first_line(error)}): name another ckpt_path, such as the "
+            "before-last.ckpt beside it, or give ckpt_path null to begin anew"
+        ) from error
 
 
 def check_room(root: Path, task: torch.nn.Module) -> None:
@@ -276,14 +299,6 @@ def run(args: list[str]) -> None:
         FitCommand(args)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if not any(frame.name.startswith(RESTORING) for frame in frames if "lightning/pytorch" in frame.filename):
-            raise
-        raise ValueError(
-            f"this run cannot go on from its checkpoint ({first_line(error)}): name another ckpt_path, such as the "
-            "before-last.ckpt beside it, or give ckpt_path null to begin anew"
-        ) from error
     except SystemExit as end:
         raise SystemExit(INTERRUPTED if end.code == 1 else end.code) from None  # Lightning's 1 means Ctrl-C alone
 
