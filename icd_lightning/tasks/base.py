@@ -363,15 +363,16 @@ class Task(lightning.LightningModule):
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
         checkpoint["skipped_steps"] = self.skipped_steps
-        trained = self.trained_parameters()
+        trained, wrong = self.trained_parameters(), None
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
-                if wrong := not_finite(checkpoint[key].items()):
-                    raise ValueError(
-                        f"{wrong} is not finite after step {checkpoint['global_step']}, so nothing is saved: the "
-                        "checkpoint before is whole; go on from it with a smaller lr, or precision bf16-mixed"
-                    )
+                wrong = wrong or not_finite(checkpoint[key].items())
+        if wrong := self.trainer.strategy.broadcast(wrong):  # of spread weights the first process alone has the whole
+            raise ValueError(
+                f"{wrong} is not finite after step {checkpoint['global_step']}, so nothing is saved: the "
+                "checkpoint before is whole; go on from it with a smaller lr, or precision bf16-mixed"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""
