@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -160,6 +162,8 @@ class FitCommand(LightningCLI):
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
         kept = before(file)
         if not file.is_file():
+            if named and file.exists():
+                raise ValueError(f"{file} is no file: name another ckpt_path, or take it away to begin anew")
             if named == "last" and kept.is_file():
                 raise ValueError(
                     f"{file} is gone, {kept} is the one before: rename it to go on, or remove it to begin anew"
@@ -292,9 +296,11 @@ def run(args: list[str]) -> None:
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
-    for word in args:
-        if (file := Path(word.partition("=")[2] or word)).suffix in (".yaml", ".yml") and file.is_file():
-            read_yaml(file)  # its size and depth: jsonargparse reads files of any
+    for option, word in pairwise(["", *args]):
+        name, _, value = word.partition("=")
+        file = Path(value or word)
+        if (file.suffix in (".yaml", ".yml") or "--config" in (option, name)) and os.path.exists(file):
+            read_yaml(file)  # its size and depth: jsonargparse reads files of any, and pipes in which nothing comes
     try:
         FitCommand(args)
     except MisconfigurationException as error:
