@@ -72,7 +72,7 @@ def write_json(file: Path, value: Any) -> None:
 def read_bounded(file: Path, most: int = 64 << 20) -> str:
     """The text of a file; FileNotFoundError or ValueError, which name it, if it is none or has over `most` bytes."""
     if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}")
+        raise FileNotFoundError(f"{file} is no file" if file.exists() else f"there is no {file}")
     if file.stat().st_size > most:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than the {most:,} that such a file may have")
     return file.read_text(encoding="utf-8")

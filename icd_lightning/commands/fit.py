@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
 import signal
 import tempfile
-import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icd_lightning.callbacks.checkpoint_io import before
@@ -44,9 +47,6 @@ NOT_NEWS = (
 )
 NOT_NEWS_EITHER = ("Tip", "litlogger", "TPU available", "HPU available", "KeyboardInterrupt", "Seed set to")
 """Of warnings, and of what Lightning logs."""
-
-RESTORING = ("restore", "_restore", "resume")
-"""How Lightning's functions begin that take a checkpoint apart."""
 
 KEPT = {"pytorch-lightning_version": str, "state_dict": dict, "epoch": int, "global_step": int, "loops": dict}
 TOLD = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "recipe": dict, "optimizer_settings": dict}
@@ -162,6 +162,8 @@ class FitCommand(LightningCLI):
         file = Path(self.trainer.default_root_dir) / "checkpoints/last.ckpt" if named == "last" else Path(named or "")
         kept = before(file)
         if not file.is_file():
+            if named and file.exists():
+                raise ValueError(f"{file} is no file: name another ckpt_path, or take it away to begin anew")
             if named == "last" and kept.is_file():
                 raise ValueError(
                     f"{file} is gone, {kept} is the one before: rename it to go on, or remove it to begin anew"
@@ -214,9 +216,34 @@ class FitCommand(LightningCLI):
         if isinstance(clip, float) and not 0 <= clip < math.inf:
             raise ValueError(f"trainer.gradient_clip_val {clip} must be 0 or more, and finite")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:
             raise ValueError(f"trainer: {error}") from error
+        trainer._checkpoint_connector = _Restoring(trainer)
+        return trainer
+
+
+class _Restoring(_CheckpointConnector):
+    """What gives a run its checkpoint back; Lightning has no hook around that, whose errors are of any class."""
+
+    def _restore_modules_and_callbacks(self, *args: Any) -> None:
+        with _going_on():
+            super()._restore_modules_and_callbacks(*args)
+
+    def restore_training_state(self) -> None:
+        with _going_on():
+            super().restore_training_state()
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"this run cannot go on from its checkpoint ({first_line(error)}): name another ckpt_path, such as the "
+            "before-last.ckpt beside it, or give ckpt_path null to begin anew"
+        ) from error
 
 
 def check_room(root: Path, task: torch.nn.Module) -> None:
@@ -269,21 +296,15 @@ def run(args: list[str]) -> None:
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
-    for word in args:
-        if (file := Path(word.partition("=")[2] or word)).suffix in (".yaml", ".yml") and file.is_file():
-            read_yaml(file)  # its size and depth: jsonargparse reads files of any
+    for option, word in pairwise(["", *args]):
+        name, _, value = word.partition("=")
+        file = Path(value or word)
+        if (file.suffix in (".yaml", ".yml") or "--config" in (option, name)) and os.path.exists(file):
+            read_yaml(file)  # its size and depth: jsonargparse reads files of any, and pipes in which nothing comes
     try:
         FitCommand(args)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if not any(frame.name.startswith(RESTORING) for frame in frames if "lightning/pytorch" in frame.filename):
-            raise
-        raise ValueError(
-            f"this run cannot go on from its checkpoint ({first_line(error)}): name another ckpt_path, such as the "
-            "before-last.ckpt beside it, or give ckpt_path null to begin anew"
-        ) from error
     except SystemExit as end:
         raise SystemExit(INTERRUPTED if end.code == 1 else end.code) from None  # Lightning's 1 means Ctrl-C alone
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 
-from icd_lightning.data.decoding import SampleDecoder, bucket_step
+from icd_lightning.data.decoding import Sample, SampleDecoder, bucket_step
 from icd_lightning.data.index import open_indexes
 from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
@@ -105,6 +105,7 @@ class ShardDataModule(lightning.LightningDataModule):
         self.stream: TrainStream | UncountedStream | None = None
         self.prepare_data_per_node = False
         self.validation_set: ValidationSet | None = None
+        self.examples: list[Sample] = []  # the first of those to train and to validate on
         self._loader: Loader | None = None
         self._offset = 0
 
@@ -116,7 +117,7 @@ class ShardDataModule(lightning.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._offset = 0  # Lightning loads a checkpoint after this
+        self._offset, self.examples = 0, []  # Lightning loads a checkpoint after this
         # here, not when it is made: ranks that are forked would count in the same memory
         self.train_tally, self.val_tally = (Tally(self.num_workers, **self.limits) for _ in range(2))
         if stage in (None, "fit"):
@@ -132,7 +133,7 @@ class ShardDataModule(lightning.LightningDataModule):
         shards = open_shards(self.urls, verify=self.verify)
         tally = Tally(**self.limits)
         raws = chain.from_iterable(read_shard(shard.url, tally) for shard in shards[:PROBED_SHARDS])
-        _probe(raws, self.decoder, "urls", tally)
+        self.examples.append(_probe(raws, self.decoder, "urls", tally))
         urls = tuple(shard.url for shard in shards)
         indexes = None if self.verify == "off" else open_indexes(urls, self.decoder.caption_field)
         order = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "rank": rank, "world_size": world_size}
@@ -188,7 +189,7 @@ class ShardDataModule(lightning.LightningDataModule):
             logger.warning("%s is trained and validated on", min(both))
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)
-        _probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally)
+        self.examples.append(_probe((entry.read() for entry in entries), decoder, "val_urls", self.val_tally))
         return ValidationSet(entries, decoder, self.val_batch_size, rank, world_size)
 
     def train_dataloader(self) -> Loader:
@@ -270,13 +271,12 @@ def _fingerprint(urls: tuple[str, ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> None:
-    """Raise ValueError if not one of the first samples can be used."""
+def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> Sample:
+    """The first sample; ValueError if not one of the first can be used."""
     rejected: list[RejectedError] = []
     for raw in islice(raws, PROBED_SAMPLES):
         try:
-            decoder.decode(raw)
-            return
+            return decoder.decode(raw)
         except RejectedError as error:
             rejected.append(error)
     if not rejected:

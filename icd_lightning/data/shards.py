@@ -137,7 +137,8 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
     if times > 1:
         raise ValueError(f"urls name {url} {times} times; name each shard once")
     if missing := [url for url in shards if is_local(url) and not os.path.isfile(url)]:
-        what = "does not exist" if len(missing) == 1 else f"and {len(missing) - 1} more shards do not exist"
+        gone = ("does not exist", "do not exist") if not os.path.exists(missing[0]) else ("is no file", "are no files")
+        what = gone[0] if len(missing) == 1 else f"and {len(missing) - 1} more shards {gone[1]}"
         raise FileNotFoundError(f"{missing[0]} {what}; {REMEDY}")
     return shards
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from icd_lightning.data.manifest import sha256
-from icd_lightning.models.weights import read_pickled
+from icd_lightning.models.weights import read_weights
 
 
 class MissingNetworkError(FileNotFoundError):
@@ -72,11 +72,11 @@ def load_network(repository: str, **options: Any) -> nn.Module:
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .pt file, and nothing that would run code; ValueError for a file that holds none."""
+    """A network's weights, as `read_weights` has them."""
     try:
-        return read_pickled(file)
+        return read_weights(file)
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read as weights ({error}): fetch it again") from error
+        raise ValueError(f"{error}: fetch it again") from error
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -180,6 +180,12 @@ class Layout(Source):
                 tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
             if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
                 raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
+            length, pad = tokenizer.model_max_length, tokenizer.pad_token
+            if type(length) not in (int, float) or not length > 0 or pad is None:
+                raise ValueError(
+                    f"{place}/tokenizer_config.json says model_max_length {length!r} and pad_token {pad!r}: one is "
+                    "a number of tokens, the other a token; correct it, or copy the file again from where it came"
+                )
             return tokenizer
 
         return self._read(load)

@@ -68,6 +68,15 @@ class CLIPConditioner(nn.Module):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.max_length = int(text_encoder.config.max_position_embeddings)
+        # what the tokenizer's file says of this may be another number, or none; P2P asks the tokenizer
+        tokenizer.model_max_length = self.max_length
+        last, known = max(tokenizer.get_vocab().values()), text_encoder.config.vocab_size
+        if last >= known:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} gives token ids up to {last}, and the "
+                f"{type(text_encoder).__name__} beside it knows those up to {known - 1}: they are of two models; take "
+                "the tokenizer's folder of the one that the text encoder is of"
+            )
         self._reported: set[str] = set()
 
     @cached_property

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.data.decoding import EMBEDS, collate
 from icd_lightning.diffusion import Draws
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
@@ -23,6 +25,8 @@ from icd_lightning.models.sharding import shard
 from icd_lightning.models.weights import check_fit, not_finite
 
 log = logging.getLogger(__name__)
+
+AGAIN = "write them again with `icd data cache-latents`"
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,12 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def _check_made_by(batch: Batch, part: str, ours: str) -> None:
+def _check_made_by(batch: Batch, part: str, ours: str, near: str) -> None:
     """Raise ValueError if what the data hold of the batch was made by another network than this family's."""
     if others := {of["moments"][part] for of in batch.metadata} - {ours}:
         what = {"autoencoder": "latents", "text_encoder": "captions"}[part]
         raise ValueError(
-            f"the data's {what} were encoded by {part} {min(others)}, but this family's is {ours}: "
-            "write them again with `icd data cache-latents`"
+            f"{near}: the data's {what} were encoded by {part} {min(others)}, but this family's is {ours}: {AGAIN}"
         )
 
 
@@ -157,6 +160,9 @@ class Task(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_strategy(self.trainer.strategy)
+        for sample in getattr(self.trainer.datamodule, "examples", ()):
+            if sample.moments is not None and hasattr(self, "autoencoder"):
+                self.check_encoded(collate([sample]), sample.name)
 
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
@@ -256,25 +262,42 @@ class Task(lightning.LightningModule):
         # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume
         return self._draws(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
+    def check_encoded(self, batch: Batch, near: str) -> None:
+        """ValueError unless what the data hold of a batch is what this family's own encoders give."""
+        _check_made_by(batch, "autoencoder", self.autoencoder.fingerprint, near)
+        (_, *found), side = batch.moments.shape, batch.metadata[0]["moments"]["resolution"]
+        channels, factor = self.autoencoder.latent_channels, self.autoencoder.downsampling
+        # an encoder may give a variance too, and buckets have no more pixels than a square
+        if found[0] not in (channels, 2 * channels) or not side**2 / 2 < found[1] * found[2] * factor**2 <= side**2:
+            raise ValueError(
+                f"{near}: the data's latents are {found}, which pictures of {side} pixels never give here, where they "
+                f"have {channels} or {2 * channels} channels, and their sides are {factor} times smaller: {AGAIN}"
+            )
+        if batch.prompt_embeds is not None:
+            _check_made_by(batch, "text_encoder", self.conditioner.fingerprint, near)
+            held = {name: list(values.shape[1:]) for name in EMBEDS if (values := getattr(batch, name)) is not None}
+            if held != self._embeds:
+                raise ValueError(
+                    f"{near}: the data's embeddings are {held}, and this family's text encoder gives {self._embeds}: "
+                    f"{AGAIN}"
+                )
+
+    @cached_property
+    def _embeds(self) -> dict[str, list[int]]:
+        """The shapes of what the text side makes of a caption, by name."""
+        return {name: list(values.shape[1:]) for name, values in self.conditioner.unconditional(1).embeds().items()}
+
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Latents (B, C, h, w) to train on: encoded from the batch's images, or drawn from moments encoded before."""
         if batch.moments is None:
             return self.autoencoder.encode(batch.images, normal=draws.normal)
-        _check_made_by(batch, "autoencoder", self.autoencoder.fingerprint)
-        *_, height, width = batch.moments.shape
-        side, factor = batch.metadata[0]["moments"]["resolution"], self.autoencoder.downsampling
-        if not side**2 / 2 < height * width * factor**2 <= side**2:  # buckets have no more pixels than a square
-            raise ValueError(
-                f"the data's latents are {height} x {width}, near {batch.keys[0]}, which pictures of {side} pixels "
-                "never give here: write them again with `icd data cache-latents`"
-            )
+        self.check_encoded(batch, batch.keys[0])
         return self.autoencoder.sample(batch.moments, normal=draws.normal)
 
     def conditioning(self, batch: Batch, framing: Framing) -> Conditioning:
         """Of the batch's captions: encoded, or as they were encoded before; one left empty is no prompt."""
         if batch.prompt_embeds is None:
             return self.conditioner(batch.captions, framing)
-        _check_made_by(batch, "text_encoder", self.conditioner.fingerprint)
         tensors = {"prompt_embeds": batch.prompt_embeds}
         if batch.pooled_prompt_embeds is not None:
             ids = framing.time_ids().to(batch.prompt_embeds.device)
@@ -340,15 +363,16 @@ class Task(lightning.LightningModule):
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
         checkpoint["skipped_steps"] = self.skipped_steps
-        trained = self.trained_parameters()
+        trained, wrong = self.trained_parameters(), None
         for key in ("state_dict", "current_model_state"):  # the second is the weight averaging callback's
             if key in checkpoint:
                 checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in trained}
-                if wrong := not_finite(checkpoint[key].items()):
-                    raise ValueError(
-                        f"{wrong} is not finite after step {checkpoint['global_step']}, so nothing is saved: the "
-                        "checkpoint before is whole; go on from it with a smaller lr, or precision bf16-mixed"
-                    )
+                wrong = wrong or not_finite(checkpoint[key].items())
+        if wrong := self.trainer.strategy.broadcast(wrong):  # of spread weights the first process alone has the whole
+            raise ValueError(
+                f"{wrong} is not finite after step {checkpoint['global_step']}, so nothing is saved: the "
+                "checkpoint before is whole; go on from it with a smaller lr, or precision bf16-mixed"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Complete the checkpoint with the frozen weights at hand; anything missing or unknown is an error."""

@@ -22,7 +22,7 @@ STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance
 
 
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:
-    """Write the family's folder, whole or not at all; return its size in MB (10^6 bytes)."""
+    """Write the family's folder, every file whole, over the one before; return its size in MB (10^6 bytes)."""
     parts = {part: source / "model" / part for part in PARTS}
     parts |= {f"students/{direction}": source / "students" / direction for direction in DIRECTIONS}
     files = [source / "students" / direction / "icd.json" for direction in DIRECTIONS]
@@ -42,7 +42,10 @@ def package_family(source: Path, out: Path, max_megabytes: float) -> float:
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file()) / 1e6
         if size > max_megabytes:
             raise ValueError(f"the family takes {size:.1f} MB, more than {max_megabytes:g}: make its networks smaller")
-        shutil.rmtree(out, ignore_errors=True)
+        written = {path.relative_to(temporary) for path in temporary.rglob("*")}
+    for path in sorted(out.rglob("*"), reverse=True):  # what a folder holds before the folder
+        if path.relative_to(out) not in written:
+            path.rmdir() if path.is_dir() else path.unlink()
     return size
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvision importable beside a CPU torch)
@@ -20,7 +21,7 @@ from icd_lightning.data.latents import cache_latents
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
-from icd_lightning.data.tars import TEXT
+from icd_lightning.data.tars import MOMENTS, TEXT
 from icd_lightning.models.family import Family
 from icd_lightning.models.weights import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings
@@ -213,6 +214,46 @@ def test_embeddings_of_another_familys_encoders_are_refused(sets, families, tmp_
     encoder.save_pretrained(tmp_path / "family" / "text_encoder")
     with pytest.raises(ValueError, match=r"captions were encoded by text_encoder \w{16}, but this family's is \w{16}"):
         trained(stage_two(tmp_path / "family"), sets["tiny"]["text"], tmp_path)
+
+
+def reshaped(sample: dict, name: str, cut) -> dict:
+    """The sample with its moments, or its embeddings of this name, cut to another shape (None: without them)."""
+    if name == "moments":
+        stream = BytesIO()
+        np.save(stream, np.ascontiguousarray(cut(np.load(BytesIO(sample[MOMENTS])))))
+        return sample | {MOMENTS: stream.getvalue()}
+    embeds = load(sample[TEXT])
+    changed = cut(embeds.pop(name))
+    return sample | {TEXT: save(embeds if changed is None else embeds | {name: np.ascontiguousarray(changed)})}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "cut", "told"),
+    [
+        ("tiny", "moments", lambda v: v[:3], r"latents are \[3, 8, 8\].* have 16 or 32 channels"),
+        ("sdxl", "moments", lambda v: np.tile(v, (2, 1, 1)), r"latents are \[16, 8, 8\].* have 4 or 8 channels"),
+        (
+            "tiny",
+            "prompt_embeds",
+            lambda v: v[:-1],
+            r"'prompt_embeds': \[23, 16\].* gives .*'prompt_embeds': \[24, 16\]",
+        ),
+        ("tiny", "prompt_embeds", lambda v: v[:, :8], r"'prompt_embeds': \[24, 8\].* gives .*\[24, 16\]"),
+        ("sdxl", "pooled_prompt_embeds", lambda v: v[:9], r"'pooled_prompt_embeds': \[9\].* gives .*\[24\]"),
+        ("sdxl", "pooled_prompt_embeds", lambda v: None, r"gives .*'pooled_prompt_embeds': \[24\]"),
+    ],
+)
+@pytest.mark.parametrize("validated", [False, True])
+def test_what_the_model_does_not_take_is_refused_before_the_first_step(
+    sets, families, tmp_path, family, name, cut, told, validated
+):
+    samples = [{k: v for k, v in raw.items() if k != "__url__"} for raw in samples_of(sets[family]["text"])]
+    write_shards([reshaped(sample, name, cut) for sample in samples], tmp_path, shard_size=8, parameters={})
+    whole, losses = sets[family]["text"], Losses()
+    data = scenes_data(whole, val_urls=str(tmp_path)) if validated else scenes_data(tmp_path, val_urls=str(whole))
+    with pytest.raises(ValueError, match=rf"00000 of {tmp_path}/00000.tar: .*{told}.*again with `icd data cache-lat"):
+        trainer_for(tmp_path, callbacks=[losses], max_steps=1).fit(stage_one(families[family]), datamodule=data)
+    assert losses.values == []
 
 
 def test_shards_with_and_without_embeddings_do_not_mix(sets):

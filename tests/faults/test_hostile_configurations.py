@@ -1,11 +1,14 @@
 """Configurations and method files that somebody else wrote: they build trusted parts, or end in one line."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -192,6 +195,7 @@ def test_a_checkpoint_whose_content_cannot_be_is_refused_by_name(here, capsys):
         changed = damage(checkpoint)
         torch.save(checkpoint if changed is None or name.startswith("averages") else changed, here / "damaged.ckpt")
         said = refusal(capsys, *fit, "--trainer.max_steps=2", f"--ckpt_path={here / 'damaged.ckpt'}")
+        assert re.search("cannot go on from|cannot be read as a checkpoint|s optimizer is of another", said), name
         assert "ckpt_path" in said, name
 
 
@@ -230,3 +234,45 @@ def test_latents_that_are_none_are_refused(here, capsys, latents):
 
 def test_what_would_never_end_is_refused(here, capsys):
     assert "count 1000000000" in refusal(capsys, "generate", "a star", "--count", "1000000000")
+
+
+NO_FILES = {"a pipe": os.mkfifo, "without end": lambda place: os.symlink("/dev/zero", place), "a folder": os.mkdir}
+READ = {  # a name, and what reads it
+    "set/0.tar": [["data", "describe", "set"], ["data", "describe", "set/*.tar"], [*BASE, "--data.init_args.urls=set"]],
+    "set/manifest.json": [["data", "describe", "set"], [*BASE, "--data.init_args.urls=set"]],
+    "p.png": [["edit", "p.png", "--source", "a", "--target", "b"], ["invert", "p.png", "--prompt", "a"]],
+    "my.yaml": [[*BASE, "--config", "my.yaml"], [*BASE, "--config=my.yaml"]],
+    "mine": [[*BASE, "--config", "mine"]],
+    "method.yaml": [
+        ["edit", str(ROOT / "docs/edits.png"), "--source", "a", "--target", "b", "--method", "method.yaml"]
+    ],
+    "x.ckpt": [[*BASE, "--ckpt_path=x.ckpt"], ["generate", "a", "--model=x.ckpt"]],
+    "run/checkpoints/last.ckpt": [BASE],
+    "x.pt": [["generate", "a", "--guided_unet=x.pt"]],
+    "x.safetensors": [["generate", "a", f"--{name}=x.safetensors"] for name in ("forward", "style", "latents")],
+    "edits.csv": [["edit", "edits.csv"]],
+}
+
+
+@pytest.mark.parametrize("kind", ["a pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in [*NO_FILES][1:])])
+@pytest.mark.parametrize("name", READ)
+def test_what_is_no_file_is_refused_by_name_and_never_waited_for(here, capsys, name, kind):
+    def give_up(*_) -> NoReturn:
+        pytest.fail("it is waited for")
+
+    scenes = write_scenes(here / "scenes", 8)
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
+    NO_FILES[kind](here / name)
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        for command in READ[name]:
+            own = ["--trainer.default_root_dir=run", f"--data.init_args.val_urls={scenes}"] if "fit" in command else []
+            if own and not any("urls=" in word for word in command):
+                own.append(f"--data.init_args.urls={scenes}")
+            said = refusal(capsys, *command, *own)
+            assert name in said
+            assert "does not exist" not in said
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import icd_lightning
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import save_png
+from icd_lightning.models.family import Family
+from icd_lightning.models.text import build_tokenizer
+from icd_lightning.tiny.scenes import vocabulary
 
 TINY = Path(icd_lightning.__file__).parent / "weights" / "tiny"
 JSON = [
@@ -113,6 +116,11 @@ VALUES = {
         {"scaling_factor": 0},
     ],
     "text_encoder/config.json": [{"hidden_size": "big"}, {"num_attention_heads": 0}, {"vocab_size": 3}],
+    "tokenizer/tokenizer_config.json": [
+        *({"model_max_length": value} for value in ("x", 0, -1, [1], True)),
+        {"pad_token": None},
+        {"eos_token": 5},
+    ],
 }
 STUDENT_VALUES = [
     {"alpha": "16"},
@@ -183,6 +191,22 @@ def test_configurations_with_values_that_cannot_be_are_refused_by_name(family, c
     (family / name).unlink()
     (family / name).write_text(json.dumps(content))
     assert_refused(capsys, family, name, *value, f"autoencoder of {family}", "its latents have a", "not finite")
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused_by_name(family, capsys):
+    for file in (family / "tokenizer").iterdir():
+        file.unlink()
+    build_tokenizer({*vocabulary(), "zebra"}, 24).save_pretrained(family / "tokenizer")
+    assert_refused(capsys, family, "tokenizer")
+
+
+def test_a_tokenizer_cuts_where_its_encoder_does_whatever_its_file_says(family):
+    file = family / "tokenizer" / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    file.unlink()
+    for length in ({"model_max_length": 10**30}, {"model_max_length": 7}, {}):
+        file.write_text(json.dumps({key: value for key, value in said.items() if key != "model_max_length"} | length))
+        assert Family(str(family)).load_conditioner().tokenizer.model_max_length == 24  # prompt-to-prompt's length too
 
 
 @pytest.mark.parametrize(("value", "header"), full(list(product(STUDENT_VALUES, ["kept", "lost"])), 4))

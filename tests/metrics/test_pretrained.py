@@ -51,7 +51,21 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(metrics_home, name, ur
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut short"])
 def test_a_file_of_weights_that_was_cut_short_is_to_be_fetched_again(tmp_path, content):
     (tmp_path / "net.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"net.pt cannot be read as weights \(.*\): fetch it again"):
+    with pytest.raises(ValueError, match=r"net.pt cannot be read as a file of weights \(.*\): fetch it again"):
+        pretrained.load_weights(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([torch.zeros(2)], "holds something else than one network's state dict"),
+        ({"state_dict": {"weight": torch.zeros(2)}}, "holds something else than one network's state dict"),
+        ({"weight": torch.tensor([1.0, torch.nan])}, "weight is not finite"),
+    ],
+)
+def test_a_file_of_anything_but_finite_weights_is_refused_by_name(tmp_path, content, told):
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=f"net.pt.*{told}.*: fetch it again"):
         pretrained.load_weights(tmp_path / "net.pt")
 
 

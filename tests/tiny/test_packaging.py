@@ -1,0 +1,56 @@
+"""The family that ships is replaced whole, and is there at every moment."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from icd_lightning.models.students import DIRECTIONS
+from icd_lightning.tiny.packaging import PARTS, STAGES, package_family
+
+
+def write_trainings(folder: Path, content: str) -> Path:
+    """What `make tiny-weights` leaves, every part one file with this content."""
+    for part in (*(f"model/{part}" for part in PARTS), *(f"students/{direction}" for direction in DIRECTIONS)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "weights.txt").write_text(content)
+        (folder / part / "icd.json").write_text(json.dumps({"family": "outputs/model"}))
+    for stage in STAGES:
+        (folder / stage).mkdir(exist_ok=True)
+        (folder / stage / "config.yaml").write_text(content)
+    return folder
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_family_takes_the_place_of_the_old_but_for_what_people_wrote(tmp_path):
+    package_family(write_trainings(tmp_path / "old", "old"), tmp_path / "family", 1.0)
+    (tmp_path / "family" / "notes.md").write_text("by hand")
+    (tmp_path / "family" / "gone").mkdir()
+    (tmp_path / "family" / "gone" / "weights.txt").write_text("old")
+    package_family(write_trainings(tmp_path / "new", "new"), tmp_path / "family", 1.0)
+    package_family(tmp_path / "new", tmp_path / "alone", 1.0)
+    assert files(tmp_path / "family") == {**files(tmp_path / "alone"), "notes.md": "by hand"}
+    assert not (tmp_path / "family" / "gone").exists()
+    assert json.loads((tmp_path / "family/students/forward/icd.json").read_text()) == {"family": "tiny"}
+
+
+@pytest.mark.parametrize("renames", [0, 1, 7])
+def test_one_that_is_killed_while_it_is_put_in_place_leaves_every_file(tmp_path, monkeypatch, renames):
+    package_family(write_trainings(tmp_path / "old", "old"), tmp_path / "family", 1.0)
+    before, done, move = files(tmp_path / "family"), [], os.replace
+
+    def killed_after(*paths) -> None:
+        if len(done) >= renames:
+            raise KeyboardInterrupt
+        done.append(move(*paths))
+
+    write_trainings(tmp_path / "new", "new")
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        package_family(tmp_path / "new", tmp_path / "family", 1.0)
+    assert files(tmp_path / "family").keys() == before.keys()
