@@ -69,10 +69,15 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_bounded(file: Path, most: int = 64 << 20) -> str:
-    """The text of a file; FileNotFoundError or ValueError, which name it, if it is none or has over `most` bytes."""
+def check_file(file: Path) -> None:
+    """FileNotFoundError unless this is a file: a pipe would be waited for, and some devices have no end."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file" if file.exists() else f"there is no {file}")
+
+
+def read_bounded(file: Path, most: int = 64 << 20) -> str:
+    """The text of a file; FileNotFoundError or ValueError, which name it, if it is none or has over `most` bytes."""
+    check_file(file)
     if file.stat().st_size > most:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than the {most:,} that such a file may have")
     return file.read_text(encoding="utf-8")

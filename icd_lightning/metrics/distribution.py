@@ -14,6 +14,7 @@ from torchvision.models.inception import Inception3
 from torchvision.transforms.functional import InterpolationMode, center_crop
 
 from icd_lightning.data.images import quantize
+from icd_lightning.files import check_file
 from icd_lightning.metrics.base import PictureMetric, pillow_squares
 from icd_lightning.metrics.pretrained import find_file, frozen, load_weights
 
@@ -86,6 +87,7 @@ class FrechetDistance(PictureMetric):
 def read_statistics(file: str | Path, num_features: int) -> tuple[Tensor, Tensor]:
     """Means (1, F) and covariances (1, F, F) of an .npz file as pytorch-fid saves it; ValueError for any other."""
     try:
+        check_file(Path(file))
         with np.load(file, allow_pickle=False) as stored:
             mean, covariance = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
     except Exception as error:  # numpy raises many kinds for what is no such file

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from icd_lightning.files import check_file
+
 
 def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A state dict, in this type if one is given, safetensors or pickled; nothing in a pickle is run.
@@ -22,6 +24,7 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     Raises ValueError for a file of anything else, and for weights that are not finite.
     """
     try:
+        check_file(file)
         if file.suffix == ".safetensors":
             weights = load_file(file)
         else:

@@ -1,9 +1,11 @@
 """What the tests of faults measure is written to the file that ICD_RELIABILITY names: `make test-faults` does so."""
 
 import os
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -21,6 +23,20 @@ TRIED: Counter[str] = Counter()
 def measured() -> Callable[[str, str], None]:
     """Keep a figure: what was tried, and what came of it."""
     return lambda tried, outcome: ROWS.append((tried, outcome))
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Let the test fail that waits for a minute, as for a pipe in which nothing comes."""
+
+    def give_up(*_: object) -> NoReturn:
+        pytest.fail("it is waited for")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from safetensors.torch import load_file, save_file
 import icd_lightning
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import save_png
+from icd_lightning.metrics.distribution import read_statistics
+from icd_lightning.metrics.pretrained import load_weights
 from icd_lightning.models.family import Family
 from icd_lightning.models.text import build_tokenizer
+from icd_lightning.models.weights import read_weights
 from icd_lightning.tiny.scenes import vocabulary
 
 TINY = Path(icd_lightning.__file__).parent / "weights" / "tiny"
@@ -221,6 +225,13 @@ def test_a_student_whose_header_and_file_disagree_or_lie_is_refused(family, caps
         weights.unlink()
         save_file(tensors, weights)
     assert_refused(capsys, family, "students/forward/icd.json", *value)
+
+
+@pytest.mark.parametrize("read", [read_weights, load_weights, partial(read_statistics, num_features=2)], ids=str)
+def test_a_pipe_is_refused_by_name_and_never_waited_for(tmp_path, impatient, read):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"{tmp_path}/x.pt is no file"):
+        read(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
