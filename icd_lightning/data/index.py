@@ -12,7 +12,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ from icd_lightning.data.tars import (
     scan_shard,
 )
 from icd_lightning.files import write_whole
+from icd_lightning.processes import in_processes
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ def open_indexes(urls: Sequence[str], caption_field: str | None) -> list[ShardIn
     if any(url.startswith("pipe:") for url in elsewhere) or (elsewhere and opened(elsewhere[0]) is None):
         return None
     missing = [url for url in urls if is_local(url) and _kept(url, caption_field) is None]
-    with _workers(missing) as pool:
-        for _ in progress(pool.map(opened, missing), f"indexing {len(missing)} shards", len(missing)):
-            pass  # is kept, or made again below
+    processes = min(os.cpu_count() or 1, len(missing)) if sum(map(os.path.getsize, missing)) > PARALLEL else 1
+    for _ in progress(in_processes(opened, missing, processes), f"indexing {len(missing)} shards", len(missing)):
+        pass  # is kept, or made again below
     with ThreadPoolExecutor(16 if elsewhere else 1) as pool:
         found = list(pool.map(opened, urls))
     return None if any(index is None for index in found) else found
@@ -90,11 +91,6 @@ def count_samples(path: Path) -> tuple[int, str | None]:
         return len(index.offset), index.damage or None
     entries, damage = index_shard(path)
     return len(entries), damage
-
-
-def _workers(shards: Sequence[str]) -> Executor:
-    many = len(shards) > 1 and sum(map(os.path.getsize, shards)) > PARALLEL
-    return ProcessPoolExecutor(min(os.cpu_count() or 1, len(shards))) if many else ThreadPoolExecutor(1)
 
 
 def _open(url: str, caption_field: str | None) -> ShardIndex | None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Literal
 
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.shards import ENCODINGS, encode_sample, find_reusable, write_shards
+from icd_lightning.processes import in_processes
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import scene_at
 
@@ -36,23 +33,10 @@ def write_scenes(
     if reused := find_reusable(out, parameters, overwrite=overwrite):
         return reused, False
     encoded = partial(_encoded_scene, **{name: settings[name] for name in ("seed", "size", "format")})
-    samples = _draw(count, num_workers, encoded)
+    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 200)  # a process pays from some hundred pictures on
+    samples = in_processes(encoded, range(count), workers, chunksize=64)
     options = {"shard_size": shard_size, "parameters": parameters, "total": count, "overwrite": overwrite}
     return write_shards(samples, out, **options), True
-
-
-def _draw(count: int, num_workers: int | None, encoded: partial[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    workers = min(num_workers or os.cpu_count() or 1, 1 + count // 200)  # a process pays from some hundred pictures on
-    if workers == 1:
-        yield from map(encoded, range(count))
-        return
-    # multiprocessing.Pool would wait for ever for a worker that was killed, or that inherited an answer to SIGTERM
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            yield from pool.map(encoded, range(count), chunksize=64)
-        except BrokenProcessPool:
-            killed = f"one of {workers} drawing processes was killed, perhaps for memory: take fewer by num_workers"
-            raise OSError(killed) from None
 
 
 def _encoded_scene(index: int, *, seed: int, size: int, format: Literal["png", "jpg"]) -> dict[str, Any]:

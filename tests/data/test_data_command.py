@@ -1,6 +1,5 @@
 import os
 import signal
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from shards_case import samples_of
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest
+from icd_lightning.processes import in_processes
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import Scene, scene_at
-from icd_lightning.tiny.shards import _draw
 
 
 def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
@@ -40,9 +39,9 @@ def _killed(index):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_ends_the_drawing_and_does_not_hang_it():
-    with pytest.raises(OSError, match="drawing processes was killed"):
-        list(_draw(210, 2, partial(_killed)))
+def test_a_process_that_is_killed_ends_the_work_and_does_not_hang_it():
+    with pytest.raises(OSError, match="one of 2 processes was killed"):
+        list(in_processes(_killed, range(210), 2))
 
 
 def test_shapes_keeps_what_it_wrote_before_and_says_so(tmp_path, capsys):
