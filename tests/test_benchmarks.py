@@ -108,6 +108,15 @@ def test_the_command_prints_a_table(random_family):
 
 
 @pytest.mark.slow
+def test_caching_is_timed_one_after_another_and_in_threads():
+    options = ["--size=64", "--count=16", "--shard-size=8", "--encode-ms=1", "--threads=1,2", "--repeats=2"]
+    command = [sys.executable, "caching.py", *options]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| one after another", "| threads, 1 to decode", "| threads, 2 to decode"]
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line():
     command = [sys.executable, "editing.py", "--methods", "ice"]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
