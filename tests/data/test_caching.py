@@ -203,8 +203,8 @@ def test_the_time_that_an_encoder_takes_is_no_silence(tmp_path, monkeypatch, sha
     """With three batches, or two and a shard's end, on their way, the reader waits, and then finds what is no good."""
     samples = [corrupt(sample) if number == bad else sample for number, sample in enumerate(numbered_samples(10))]
     write_shards(samples, tmp_path / "pictures", shard_size=shard_size, parameters={})
-    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.4))
-    sleepy = iter([0.8])
+    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.6))
+    sleepy = iter([1.0])
     encode = lambda images: time.sleep(next(sleepy, 0)) or moments(images)  # noqa: E731
     assert cache(tmp_path / "pictures", tmp_path / "out", encode, batch_size=2).samples == 9
 
