@@ -8,6 +8,7 @@ from recorder_case import Recorder, data_for, trainer_for
 from shards_case import corrupt, cut_after, numbered_samples, numbers
 
 from icd_lightning.data.shards import write_shards
+from icd_lightning.data.tars import INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -183,6 +184,30 @@ def test_resuming_on_other_samples_says_what_changed(shards, tmp_path, caplog, o
         other.load_state_dict(state)
         assert ("not with the same samples" in caplog.text) == (expected is not None)
         assert (expected or "") in caplog.text
+
+
+@pytest.mark.parametrize(("verify", "told"), [("count", None), ("off", "num_workers was 1, is 2")])
+def test_another_number_of_workers_changes_the_samples_of_shards_without_an_index_alone(
+    shards, tmp_path, caplog, verify, told
+):
+    data = data_for(shards, verify=verify, batches_per_epoch=12)
+    trainer_for(tmp_path, max_epochs=1).fit(Recorder(), datamodule=data)
+    other = data_for(shards, verify=verify, batches_per_epoch=12, num_workers=2)
+    other.setup("fit")
+    other.load_state_dict(data.state_dict())
+    assert ("not with the same samples" in caplog.text) == (told is not None)
+    assert (told or "") in caplog.text
+
+
+def test_what_is_not_trained_on_is_not_indexed(shards, tmp_path):
+    other = tmp_path / "val"
+    write_shards(numbered_samples(20), other, shard_size=10, parameters={})
+    data = {"val_urls": str(other), "num_workers": 0}
+    trainer_for(tmp_path).validate(Recorder(), datamodule=data_for(shards, **data))
+    assert not [*shards.glob(f"*{INDEX}"), *other.glob(f"*{INDEX}")]
+    trainer_for(tmp_path, max_epochs=1).fit(Recorder(), datamodule=data_for(shards, **data))
+    assert len(list(shards.glob(f"*{INDEX}"))) == 6
+    assert not list(other.glob(f"*{INDEX}"))
 
 
 def test_resuming_on_a_copy_is_silent_and_on_other_data_of_equal_counts_is_not(shards, tmp_path, caplog):

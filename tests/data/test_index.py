@@ -134,6 +134,8 @@ HOSTILE = {
     "before the file": lying(lambda a: a | {"offset": a["offset"] - 512}),
     "all memory": lying(lambda a: a | {"length": a["length"] + (1 << 50)}),
     "no pixels": lying(lambda a: a | {"size": a["size"] * 0}),
+    "other reasons": lambda content: save(load(content), told(content) | {"reasons": "no_image"}),
+    "other kind": lambda content: save(load(content), told(content) | {"kind": "films"}),
     "unknown reason": lying(lambda a: a | {"reason": a["reason"] + 100}),
 }
 
