@@ -169,6 +169,10 @@ def index(*urls: str, caption_field: str | None = None) -> None:
         raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{INDEX}")
     counts = Counter(REASONS[code] for index in indexes for code in index.reason.tolist() if code >= 0)
     samples = sum(len(index.reason) for index in indexes)
+    if samples and counts.total() == samples:
+        raise ValueError(
+            f"none of {_counted(samples, 'sample')} can be used ({left_out(counts)}): see `icd data describe`"
+        )
     text = f"{_counted(samples, 'sample')} in {_counted(len(shards), 'shard')} are indexed"
     if counts:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -110,9 +111,13 @@ class ShardDataModule(lightning.LightningDataModule):
         self._offset = 0
 
     def prepare_data(self) -> None:
-        """Index the shards to train on, on one rank while the others wait."""
-        if self.verify != "off" and self.trainer.state.fn == "fit":
-            open_indexes(find_shards(self.urls), self.decoder.caption_field)
+        """Index the shards that are here to train on, on one rank while the others wait."""
+        if self.verify == "off" or self.trainer.state.fn != "fit":
+            return
+        with suppress(ValueError, OSError):  # `setup` says what is wrong on every rank
+            urls = [url for url in find_shards(self.urls) if is_local(url)]
+            self._look_into(urls)
+            open_indexes(urls, self.decoder.caption_field)
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and count the shards, and try whether samples can be read from them."""
@@ -131,14 +136,12 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def _open_stream(self, rank: int, world_size: int) -> TrainStream | UncountedStream:
         shards = open_shards(self.urls, verify=self.verify)
-        tally = Tally(**self.limits)
-        raws = chain.from_iterable(read_shard(shard.url, tally) for shard in shards[:PROBED_SHARDS])
-        self.examples.append(_probe(raws, self.decoder, "urls", tally))
         urls = tuple(shard.url for shard in shards)
+        self.examples.append(self._look_into(urls))
         indexes = None if self.verify == "off" else open_indexes(urls, self.decoder.caption_field)
         order = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "rank": rank, "world_size": world_size}
         if indexes is not None:
-            places = find_places(urls, indexes, self.decoder, self.train_tally if rank == 0 else tally)
+            places = find_places(urls, indexes, self.decoder, self.train_tally if rank == 0 else Tally())
             if not len(places.form):
                 raise self.train_tally.nothing("none of the samples of urls can be used")
             if not isinstance(read_ranges([places.of(0)])[0], Exception):
@@ -148,6 +151,12 @@ class ShardDataModule(lightning.LightningDataModule):
         batches = self._count_batches(None, world_size, urls)
         order["shuffle_buffer"] = min(1000, self.shuffle_buffer)
         return UncountedStream(urls, self.decoder, self.batch_size, batches, **order)
+
+    def _look_into(self, urls: Sequence[str]) -> Sample:
+        """The first sample; ValueError if not one of the first can be used."""
+        tally = Tally(**self.limits)
+        raws = chain.from_iterable(read_shard(url, tally) for url in urls[:PROBED_SHARDS])
+        return _probe(raws, self.decoder, "urls", tally)
 
     def _count_batches(self, samples: int | None, world_size: int, urls: Sequence[str] = ()) -> int:
         """Batches of each rank in an epoch, whole optimizer steps; ValueError where data and readers do not fit."""

@@ -13,9 +13,11 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ from icd_lightning.data.tars import (
     index_shard,
     is_local,
     open_member,
+    printable,
     read_small,
     scan_shard,
 )
@@ -43,131 +46,151 @@ from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
 
+VERSION = "1"  # of what an index says; raised when a decoder judges otherwise
 MOST_INDEX_BYTES = 1 << 28
-READ = (*CAPTION_EXTENSIONS, "json", MOMENTS)  # whole, to make an index
+READ_WHOLE = (*CAPTION_EXTENSIONS, "json", MOMENTS)
 BLOCK = 512  # of a tar
 LONGEST = 1 << 30  # bytes of one sample
 KINDS = ("pictures", "moments", "moments and text")
-PARALLEL = 1 << 26  # bytes of shards from which on several processes pay
+BYTES_FOR_PROCESSES = 1 << 26  # of shards from which on several processes pay
 
 
 class ShardIndex(NamedTuple):
     """One row for each sample of a shard, in order.
 
-    `offset` and `length` int64 (N,): the bytes of the tar that hold its files, headers and all. `size` int32 (N, 2):
-    (height, width) of its picture, upright, or of its moments. `reason` int8 (N,): which of REASONS keeps it from being
-    used at any resolution, or -1. `kind` is one of KINDS, `damage` says what is wrong with the tar.
+    `offset` and `length` int64 (N,): the bytes of the tar that hold its files, headers and all. `check` uint32 (N,):
+    the crc32 of its first header. `size` int32 (N, 2): (height, width) of its picture, upright, or of its moments.
+    `reason` int8 (N,): which of REASONS keeps it from being used at any resolution, or -1. `kind` is one of KINDS,
+    `damage` says what is wrong with the tar.
     """
 
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
+    check: NDArray[np.uint32]
     size: NDArray[np.int32]
     reason: NDArray[np.int8]
     kind: str
     damage: str = ""
 
 
+COLUMNS = {"offset": np.int64, "length": np.int64, "check": np.uint32, "size": np.int32, "reason": np.int8}
+
+
 def open_indexes(urls: Sequence[str], caption_field: str | None) -> list[ShardIndex] | None:
     """The indexes of shards; those of local shards are made where they are missing, and kept.
 
-    None if a shard that is elsewhere has none. `caption_field` is that of SampleDecoder.
+    None if a shard that is elsewhere has none, which is logged. `caption_field` is that of SampleDecoder.
     """
-    opened = partial(_open, caption_field=caption_field)
     elsewhere = [url for url in urls if not is_local(url)]
-    if any(url.startswith("pipe:") for url in elsewhere) or (elsewhere and opened(elsewhere[0]) is None):
+    if any(url.startswith("pipe:") for url in elsewhere):
         return None
-    missing = [url for url in urls if is_local(url) and _kept(url, caption_field) is None]
-    processes = min(os.cpu_count() or 1, len(missing)) if sum(map(os.path.getsize, missing)) > PARALLEL else 1
-    for _ in progress(in_processes(opened, missing, processes), f"indexing {len(missing)} shards", len(missing)):
-        pass  # is kept, or made again below
-    with ThreadPoolExecutor(16 if elsewhere else 1) as pool:
-        found = list(pool.map(opened, urls))
-    return None if any(index is None for index in found) else found
+    with ThreadPoolExecutor(16) as pool:
+        first = [read_index(url, caption_field) for url in elsewhere[:1]]
+        rest = pool.map(partial(read_index, caption_field=caption_field), elsewhere[1:]) if all(first) else []
+        found = dict(zip(elsewhere, [*first, *rest], strict=False))
+    if lacking := [url for url, index in found.items() if index is None]:
+        logger.warning("%s is not there, or of other captions: shards are read from end to end", beside(lacking[0]))
+        return None
+    found |= {url: read_index(url, caption_field) for url in urls if is_local(url)}
+    missing = [url for url in urls if found[url] is None]
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(processes, len(missing)) if sum(map(os.path.getsize, missing)) > BYTES_FOR_PROCESSES else 1
+    made = in_processes(partial(make_index, caption_field=caption_field), missing, processes)
+    found |= zip(missing, progress(made, f"indexing {len(missing)} shards", len(missing)), strict=True)
+    return [found[url] for url in urls]
 
 
 def count_samples(path: Path) -> tuple[int, str | None]:
     """How many samples a local shard holds and what is damaged in it, by its index or else by its headers."""
-    if (index := _kept(str(path))) is not None:
+    if (index := read_index(str(path), None)) is not None:
         return len(index.offset), index.damage or None
     entries, damage = index_shard(path)
     return len(entries), damage
 
 
-def _open(url: str, caption_field: str | None) -> ShardIndex | None:
-    """The index of a shard: as it is kept, or else, of a local one, made and kept; None where there is none."""
+def beside(url: str, caption_field: str | None = None) -> str:
+    """Where the index of a shard is kept; one of other captions has a file of its own."""
+    mark = "" if caption_field is None else f".{hashlib.sha256(caption_field.encode()).hexdigest()[:8]}"
+    return url.removesuffix(".tar") + mark + INDEX
+
+
+def read_index(url: str, caption_field: str | None) -> ShardIndex | None:
+    """The index of a shard as it is kept; None where there is none that fits."""
     if not is_local(url):
-        content = read_small(beside(url), MOST_INDEX_BYTES)
-        return None if content is None else _parsed(content, caption_field)
-    if (kept := _kept(url, caption_field)) is not None:
-        return kept
-    index = _made(Path(url), caption_field)
-    told = {"caption_field": json.dumps(caption_field), "reasons": " ".join(REASONS), "damage": index.damage}
-    arrays = {name: getattr(index, name) for name in ("offset", "length", "size", "reason")}
-    content = save(arrays, told | {"kind": index.kind, "shard": _fingerprint(url)})
-    for file in _places(url):
-        try:
-            write_whole(file, partial(Path.write_bytes, data=content))
-            return index
-        except OSError as error:
-            logger.info("the index of %s cannot be kept at %s (%s)", url, file, error)
-    return index
-
-
-def beside(url: str) -> str:
-    """Where the index of a shard is kept."""
-    return url.removesuffix(".tar") + INDEX
-
-
-def _places(url: str) -> Iterator[Path]:
-    """Where the index of a local shard may be: beside it or, where nobody may write, among the user's caches."""
-    yield Path(beside(url))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    yield cache / "icd_lightning" / (hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24] + INDEX)
-
-
-def _kept(url: str, *caption_field: str | None) -> ShardIndex | None:
-    """The index of a local shard, of whatever captions if no field is given; None where there is none that fits."""
-    for file in filter(Path.is_file, _places(url)):
-        content = file.read_bytes() if file.stat().st_size <= MOST_INDEX_BYTES else b""
-        if (index := _parsed(content, *caption_field, shard=_fingerprint(url))) is not None:
-            return index
+        content = read_small(beside(url, caption_field), MOST_INDEX_BYTES)
+        return None if content is None else _parse(content, caption_field)
+    for file in _places(url, caption_field):
+        with suppress(OSError):  # there is none, or not for us
+            if file.stat().st_size <= MOST_INDEX_BYTES and file.is_file():
+                index = _parse(file.read_bytes(), caption_field, shard=_fingerprint(url))
+                if index is not None:
+                    return index
     return None
 
 
-def _parsed(content: bytes, *caption_field: str | None, shard: str | None = None) -> ShardIndex | None:
+def make_index(url: str, caption_field: str | None) -> ShardIndex:
+    """Index a local shard, and keep the index where that is possible."""
+    index = _scan(Path(url), caption_field)
+    told = {"version": VERSION, "caption_field": json.dumps(caption_field), "reasons": " ".join(REASONS)}
+    told |= {"kind": index.kind, "damage": index.damage, "shard": _fingerprint(url)}
+    content = save({name: getattr(index, name) for name in COLUMNS}, told)
+    for file in _places(url, caption_field):
+        try:
+            write_whole(file, partial(Path.write_bytes, data=content))
+            break
+        except OSError as error:
+            logger.debug("the index of %s cannot be kept at %s (%s)", url, file, error)
+    return index
+
+
+def _places(url: str, caption_field: str | None) -> Iterator[Path]:
+    """Where the index of a local shard may be: beside it or, where nobody may write, among the user's caches."""
+    name = beside(url, caption_field)
+    yield Path(name)
+    with suppress(RuntimeError):  # nobody's home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        yield cache / "icd_lightning" / (hashlib.sha256(os.fsencode(os.path.abspath(name))).hexdigest()[:24] + INDEX)
+
+
+def _parse(content: bytes, caption_field: str | None, *, shard: str | None = None) -> ShardIndex | None:
     """The index that a file holds; None if it is none, or of another shard or other captions."""
     try:
-        arrays = load(content)
+        columns = load(content)
         told = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        index = ShardIndex(**arrays, kind=told["kind"], damage=told["damage"])
-        fits = not caption_field or caption_field == (json.loads(told["caption_field"]),)
+        index = ShardIndex(**columns, kind=told["kind"], damage=told["damage"])
+        fits = (told["version"], json.loads(told["caption_field"])) == (VERSION, caption_field)
         fits = fits and index.kind in KINDS and told["reasons"] == " ".join(REASONS) and shard in (None, told["shard"])
-        return index if fits and _holds(index) else None
+        return index if fits and _can_be(index) else None
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
-def _holds(index: ShardIndex) -> bool:
+def _can_be(index: ShardIndex) -> bool:
     """Whether the columns of an index are as long as each other, and their values such as can be."""
-    offset, length, size, reason = index[:4]
-    (count,) = offset.shape
-    kinds = [array.dtype for array in index[:4]] == [np.int64, np.int64, np.int32, np.int8]
-    shapes = (length.shape, size.shape, reason.shape) == ((count,), (count, 2), (count,))
+    offset, length, _, size, reason = columns = index[:5]
+    if [column.dtype for column in columns] != list(COLUMNS.values()):
+        return False
+    if offset.ndim != 1 or [column.shape for column in columns] != [offset.shape] * 3 + [
+        (*offset.shape, 2),
+        offset.shape,
+    ]:
+        return False
     values = (offset >= 0) & (length >= BLOCK) & (length <= LONGEST) & (reason >= -1) & (reason < len(REASONS))
-    return kinds and shapes and bool(values.all() and (size[reason < 0] > 0).all())
+    apart = offset[1:] >= offset[:-1] + length[:-1]
+    return bool(values.all() and apart.all() and (size[reason < 0] > 0).all())
 
 
 def _fingerprint(url: str) -> str:
     """Of the size and the ends of a local shard: changes when it is written anew, not when it is copied."""
     with open(url, "rb") as file:
         first, size = file.read(4096), file.seek(0, 2)
-        file.seek(-min(4096, size), 2)
+        file.seek(-min(1 << 14, size), 2)  # tars are filled up with zeros to 10 KiB
         return f"{size} {hashlib.sha256(first + file.read()).hexdigest()[:24]}"
 
 
-def _made(path: Path, caption_field: str | None) -> ShardIndex:
+def _scan(path: Path, caption_field: str | None) -> ShardIndex:
     decoder = SampleDecoder(1, caption_field)
-    rows: list[tuple[int, int, tuple[int, int], int]] = []
+    rows: list[tuple[int, int, int, tuple[int, int], int]] = []
     kinds: set[str] = set()
 
     def visit(tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]) -> None:
@@ -177,18 +200,20 @@ def _made(path: Path, caption_field: str | None) -> ShardIndex:
         for extension, member in members.items():
             raw[extension] = file = open_member(tar, member) if last - first <= LONGEST else LARGE
             if file is not LARGE and extension not in IMAGE_EXTENSIONS:
-                raw[extension] = file.read() if extension in READ else b""
+                raw[extension] = file.read() if extension in READ_WHOLE else b""
+        size, reason = (0, 0), -1
         try:
             sample = decoder.open(raw)
+            size = sample.size
             kinds.add(KINDS[(sample.moments is not None) + (sample.text is not None)])
-            rows.append((first, last - first, sample.size, -1))
         except RejectedError as error:
-            rows.append((first, min(last - first, LONGEST), (0, 0), REASONS.index(error.reason)))
+            reason = REASONS.index(error.reason)
+        tar.fileobj.seek(first)
+        rows.append((first, min(last - first, LONGEST), crc32(tar.fileobj.read(BLOCK)), size, reason))
 
     damage = scan_shard(path, visit)
     if len(kinds) > 1:
         raise NothingToReadError(MIXED)
-    columns = zip(*rows, strict=True) if rows else ([], [], np.zeros((0, 2)), [])
-    types = (np.int64, np.int64, np.int32, np.int8)
-    arrays = [np.array(column, kind) for column, kind in zip(columns, types, strict=True)]
-    return ShardIndex(*arrays, kind=min(kinds, default=KINDS[0]), damage=damage or "")
+    values = zip(*rows, strict=True) if rows else ([], [], [], np.zeros((0, 2)), [])
+    columns = [np.array(column, kind) for column, kind in zip(values, COLUMNS.values(), strict=True)]
+    return ShardIndex(*columns, kind=min(kinds, default=KINDS[0]), damage=printable(damage or ""))

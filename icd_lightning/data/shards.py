@@ -21,7 +21,7 @@ from PIL import Image
 
 from icd_lightning.data.images import FORMATS
 from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, Verify, check_shard, remove_shards, write_shard
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, expand, gaps, index_shard, is_local, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, INDEX, expand, gaps, index_shard, is_local, text_caption
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
         if _names(url) > MOST_SHARDS:
             raise ValueError(f"urls {url[:200]!r} stand for more than {MOST_SHARDS:,} shards: give a smaller pattern")
         for name in expand_urls(url):
-            if not (matches := expand(name)):
+            if not (matches := [match for match in expand(name) if not match.endswith(INDEX)]):
                 raise FileNotFoundError(f"no file matches {name}; {REMEDY}")
             shards += matches
     if not shards:
@@ -158,7 +158,7 @@ def _names(pattern: str) -> int:
 def _in_folder(folder: Path) -> list[str]:
     manifest = Manifest.load(folder)
     names = {path.name for path in folder.glob("*.tar")} | (manifest.shards.keys() if manifest else set())
-    names = names or {path.name for path in folder.glob("*.tar.*")}  # compressed
+    names = names or {path.name for path in folder.glob("*.tar.*") if not path.name.endswith(INDEX)}  # compressed
     if not names:
         raise FileNotFoundError(f"there are no .tar shards in {folder}; {REMEDY}")
     # a name is no url, whatever it looks like: an absolute path is read as one

@@ -19,22 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import MIXED, SampleDecoder, collate
+from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.index import ShardIndex
 from icd_lightning.data.plan import Plan
 from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError, Tally
-from icd_lightning.data.tars import MOST_BYTES, Raw, is_local, parse_sample, read_ranges
-from icd_lightning.data.uncounted import PAUSES
+from icd_lightning.data.tars import MOST_BYTES, PAUSES, Raw, is_local, parse_sample, read_ranges
+
+MOST_AT_ONCE = 1 << 26
+"""Bytes that one process asks stores for."""
 
 
 class Places(NamedTuple):
-    """Where the N samples that can be used lie, shard for shard, and what form each has in a batch."""
+    """Where the N samples that can be used lie, shard for shard, and what form each has in a batch (see ShardIndex)."""
 
     urls: tuple[str, ...]
     bounds: NDArray[np.int64]  # (S + 1,), where the samples of each shard begin and the last ends
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
-    form: NDArray[np.int16]
+    check: NDArray[np.uint32]
+    form: NDArray[np.int32]
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of each form
 
     def of(self, sample: int) -> tuple[str, int, int]:
         """(url, offset, length) of a sample."""
@@ -47,7 +51,7 @@ def find_places(urls: Sequence[str], indexes: Sequence[ShardIndex], decoder: Sam
     if len({index.kind for index in indexes if (index.reason < 0).any()}) > 1:
         raise NothingToReadError(MIXED)
     forms: dict[tuple[int, int], int] = {}
-    parts: list[tuple[NDArray, NDArray, NDArray]] = []
+    parts: list[tuple[NDArray, ...]] = []
     rejected: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for shard, index in enumerate(indexes):
         form = _forms(index, decoder, forms)
@@ -55,17 +59,17 @@ def find_places(urls: Sequence[str], indexes: Sequence[ShardIndex], decoder: Sam
             rows = np.flatnonzero(form == code)
             rejected[~code].append((shard, int(rows[0]), len(rows)))
         usable = form >= 0
-        parts.append((index.offset[usable], index.length[usable], form[usable]))
+        parts.append((index.offset[usable], index.length[usable], index.check[usable], form[usable]))
     _count(urls, indexes, rejected, decoder, tally)
-    bounds = np.concatenate([[0], np.cumsum([len(offset) for offset, _, _ in parts])])
-    return Places(tuple(urls), bounds, *map(np.concatenate, zip(*parts, strict=True)))
+    bounds = np.concatenate([[0], np.cumsum([len(part[0]) for part in parts])])
+    return Places(tuple(urls), bounds, *map(np.concatenate, zip(*parts, strict=True)), sizes=tuple(forms))
 
 
-def _forms(index: ShardIndex, decoder: SampleDecoder, forms: dict[tuple[int, int], int]) -> NDArray[np.int16]:
+def _forms(index: ShardIndex, decoder: SampleDecoder, forms: dict[tuple[int, int], int]) -> NDArray[np.int32]:
     """For each sample the number in `forms` of its size in a batch, or ~ the place in REASONS of why it has none."""
-    found = ~index.reason.astype(np.int16)
+    found = ~index.reason.astype(np.int32)
     sizes, which = np.unique(index.size[:, 0].astype(np.int64) << 32 | index.size[:, 1], return_inverse=True)
-    of_size = np.zeros(len(sizes), np.int16)
+    of_size = np.zeros(len(sizes), np.int32)
     for number, size in enumerate(sizes.tolist()):
         if size:
             try:
@@ -142,10 +146,11 @@ class TrainStream:
         depend on those before it. A batch of nothing but corrupt ones repeats the next of this rank.
         """
         position += slot
+        failing: set[str] = set()
         while True:
             tally.awaited()
             number, tried = position * self.world_size + self.rank, 0
-            while not (good := list(tally.usable(self.decoder.decode, self._read(self.plan.batch(number), tally)))):
+            while not (good := self._good(number, tally, failing)):
                 number, tried = number + self.world_size, tried + self.batch_size
                 if tried >= self.plan.samples:
                     raise tally.nothing(f"none of the samples for rank {self.rank} could be used")
@@ -153,25 +158,52 @@ class TrainStream:
             yield collate(list(islice(cycle(good), self.batch_size)))
             position += slots
 
-    def _read(self, samples: NDArray[np.int64], tally: Tally) -> Iterator[Raw]:
-        """Read samples by their places; those elsewhere again, where it fails; what cannot be read is counted."""
-        places = [self.places.of(int(sample)) for sample in samples]
-        parts = read_ranges(places, patience=tally.stall_timeout)
-        for pause in PAUSES[1:]:
-            missing = [
-                n for n, place in enumerate(places) if isinstance(parts[n], Exception) and not is_local(place[0])
-            ]
-            if missing:
-                time.sleep(pause)
-                again = read_ranges([places[n] for n in missing], patience=tally.stall_timeout)
-                parts = [again[missing.index(n)] if n in missing else part for n, part in enumerate(parts)]
-        for (url, offset, length), part in zip(places, parts, strict=True):
-            tally.add("read")
-            if isinstance(part, Exception):
-                tally.skipped("broken_shard", f"{url} cannot be read ({part})")
-                continue
-            try:
-                yield parse_sample(part, url)
-            except tarfile.TarError as error:
-                what = f"bytes {offset} to {offset + length} are no sample ({error}): was it written anew?"
-                tally.skipped("broken_shard", f"{url}: {what}")
+    def _good(self, number: int, tally: Tally, failing: set[str]) -> list[Sample]:
+        """The samples of a batch that can be used, all of its form."""
+        chosen = self.plan.batch(number)
+        size = self.places.sizes[self.places.form[chosen[0]]]
+
+        def decode(raw: Raw) -> Sample:
+            sample = self.decoder.decode(raw)
+            if sample.size != size:
+                raise RejectedError("broken_shard", f"{sample.name} is of another size than its index says")
+            return sample
+
+        return list(tally.usable(decode, self._read(chosen, tally, failing)))
+
+    def _read(self, samples: NDArray[np.int64], tally: Tally, failing: set[str]) -> Iterator[Raw]:
+        """Read samples by their places, and count what cannot be read; shards elsewhere that fail are tried again."""
+        checks = iter(self.places.check[samples].tolist())
+        for group in _groups([self.places.of(int(sample)) for sample in samples]):
+            parts = read_ranges(group, patience=tally.stall_timeout)
+            for pause in PAUSES[1:]:
+                again = [n for n, part in enumerate(parts) if isinstance(part, Exception)]
+                again = [n for n in again if not is_local(group[n][0]) and group[n][0] not in failing]
+                if again:
+                    time.sleep(pause)
+                    for n, part in zip(again, read_ranges([group[n] for n in again]), strict=True):
+                        parts[n] = part
+            for (url, offset, length), part in zip(group, parts, strict=True):
+                tally.add("read")
+                check = next(checks)
+                if isinstance(part, Exception):
+                    failing.add(url)  # from now on it is not waited for
+                    tally.skipped("broken_shard", f"{url} cannot be read ({part})")
+                    continue
+                failing.discard(url)
+                try:
+                    yield parse_sample(part, url, check)
+                except tarfile.TarError as error:
+                    what = f"bytes {offset} to {offset + length} are not the sample of its index ({error})"
+                    tally.skipped("broken_shard", f"{url}: {what}: was it written anew? begin the training again")
+
+
+def _groups(places: list[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
+    """Places to read at once: one on this machine, or of stores as many as have MOST_AT_ONCE bytes."""
+    group: list[tuple[str, int, int]] = []
+    for place in places:
+        if group and (is_local(place[0]) or sum(length for _, _, length in group) + place[2] > MOST_AT_ONCE):
+            yield group
+            group = []
+        group.append(place)
+    yield group

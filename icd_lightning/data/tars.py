@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import tarfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from functools import partial
 from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from zlib import crc32
 
 from icd_lightning.trust import check_command
 
@@ -39,6 +41,7 @@ TEXT = "text.safetensors"  # beside it, may hold the caption's embeddings
 INDEX = ".index.safetensors"  # ends the name of the file beside a shard that says where its samples lie
 MOST_BYTES = 1 << 28  # of one file of a sample
 LARGE = None  # in the place of a larger one
+PAUSES = (0.0, 0.5, 2.0)  # seconds before each attempt to read what is elsewhere
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -98,8 +101,13 @@ def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
             yield {"__key__": key, "__url__": url, **files}
 
 
-def parse_sample(part: bytes, url: str) -> Raw:
-    """The sample of which a part of a tar consists; ReadError if that is anything else."""
+def parse_sample(part: bytes, url: str, check: int | None = None) -> Raw:
+    """The sample of which a part of a tar consists; ReadError if that is anything else.
+
+    `check` is the crc32 that its first header must have.
+    """
+    if check is not None and crc32(part[:512]) != check:
+        raise tarfile.ReadError("another header")
     try:
         with tarfile.open(fileobj=BytesIO(part), mode="r:", tarinfo=BoundedHeader) as tar:
             samples = list(_grouped(tar, url, partial(_content, tar)))
@@ -299,12 +307,23 @@ def read_ranges(places: Sequence[tuple[str, int, int]], *, patience: float = 60.
 
 
 def read_small(url: str, most: int, *, patience: float = 60.0) -> bytes | None:
-    """What a file elsewhere holds; None if it is not there or has more than `most` bytes."""
+    """What a file elsewhere holds; None if it is not there, or not for us; OSError if it cannot be read."""
     store, path = _store(url, patience)
-    try:
-        return store.cat_file(path) if store.info(path)["size"] <= most else None
-    except Exception:  # each store has errors of its own
-        return None
+    for pause in PAUSES:
+        time.sleep(pause)
+        try:
+            with store.open(path, "rb") as file:
+                content = file.read(most + 1)
+            return content if len(content) <= most else None
+        except Exception as error:  # each store has errors of its own
+            cause = error.__cause__ or error  # fsspec calls whatever fails on http a FileNotFoundError
+            status = getattr(cause, "status", None)
+            if status in (401, 403, 404, 410) or (
+                status is None and isinstance(error, FileNotFoundError | PermissionError)
+            ):
+                return None
+            problem = cause
+    raise OSError(f"{url} cannot be read ({type(problem).__name__}: {problem})")
 
 
 def _store(url: str, patience: float) -> tuple[Any, str]:

@@ -15,10 +15,8 @@ from itertools import chain, count, cycle, islice
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.tally import NothingToReadError, Tally
-from icd_lightning.data.tars import Raw, is_local, open_url, read_samples
+from icd_lightning.data.tars import PAUSES, Raw, is_local, open_url, read_samples
 
-PAUSES = (0.0, 0.5, 2.0)
-"""Seconds before each attempt to read what is elsewhere."""
 MOST_BUFFERED = 1 << 30
 """Bytes of samples in a worker's buffer."""
 
@@ -99,6 +97,7 @@ class _Reader:
         self.kinds: set[tuple[bool, bool]] = set()
 
     def admitted(self) -> Iterator[Sample]:
+        barren = 0  # shards that gave nothing, one after another
         for one_pass in count():
             order = list(self.stream.urls)
             random.Random(f"{self.stream.seed} {one_pass}").shuffle(order)
@@ -109,7 +108,8 @@ class _Reader:
             for sample in _shuffled(self._checked(raws), self.stream.shuffle_buffer, rng):
                 usable += 1
                 yield sample
-            if usable == 0 or self.corrupt_in_a_row >= usable:
+            barren = 0 if usable > self.corrupt_in_a_row else barren + len(share)
+            if barren >= 4 * len(order):  # by chance it may get the same few several times
                 reader = f"worker {self.tally.worker} of rank {self.stream.rank}"
                 raise self.tally.nothing(f"none of the samples for {reader} could be used")
 

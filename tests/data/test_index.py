@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from recorder_case import Recorder, data_for, trainer_for
 from safetensors.numpy import load, save
-from shards_case import numbered_samples, samples_of
+from shards_case import numbered_samples, samples_of, write_files
 
 from icd_lightning.commands.main import main
 from icd_lightning.data import index as indexing
@@ -21,7 +21,7 @@ from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.index import count_samples, open_indexes
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.stream import TrainStream
-from icd_lightning.data.tally import REASONS, RejectedError
+from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError
 from icd_lightning.data.tars import INDEX, parse_sample, read_ranges
 
 
@@ -63,7 +63,7 @@ def test_an_index_says_of_each_sample_what_reading_it_would(various, field):
     urls, decoder = find_shards(str(various)), SampleDecoder(8, field)
     found = []
     for url, index in zip(urls, open_indexes(urls, field), strict=True):
-        for offset, length, size, reason in zip(*index[:4], strict=True):
+        for offset, length, _, size, reason in zip(*index[:5], strict=True):
             raw = parse_sample(read_ranges([(url, int(offset), int(length))])[0], url)
             found.append(raw)
             if reason < 0:
@@ -85,8 +85,8 @@ def times(folder: Path) -> dict[str, int]:
 
 def test_an_index_is_made_once_and_anew_for_another_shard_or_other_captions(various, monkeypatch):
     made = []
-    make = indexing._made
-    monkeypatch.setattr(indexing, "_made", lambda path, field: made.append((path.name, field)) or make(path, field))
+    make = indexing._scan
+    monkeypatch.setattr(indexing, "_scan", lambda path, field: made.append((path.name, field)) or make(path, field))
     urls = find_shards(str(various))
     open_indexes(urls, None)
     open_indexes(urls, None)
@@ -104,7 +104,7 @@ def test_an_index_is_made_once_and_anew_for_another_shard_or_other_captions(vari
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_indexes_are_the_same_by_however_many_processes(various, monkeypatch, parallel):
-    monkeypatch.setattr(indexing, "PARALLEL", 0 if parallel else 1 << 40)
+    monkeypatch.setattr(indexing, "BYTES_FOR_PROCESSES", 0 if parallel else 1 << 40)
     open_indexes(find_shards(str(various)), None)
     assert len(times(various)) == 3
     assert sum(count_samples(Path(url))[0] for url in find_shards(str(various))) == len(SAMPLES)
@@ -147,7 +147,7 @@ def test_an_index_that_is_none_is_made_anew(shards, name):
     file = shards / f"00002{INDEX}"
     file.write_bytes(HOSTILE[name](file.read_bytes()))
     for one, again in zip(good, open_indexes(urls, None), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one[:4], again[:4], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(one[:5], again[:5], strict=True))
     assert load(file.read_bytes())["offset"].tolist() == good[2].offset.tolist()
 
 
@@ -177,7 +177,7 @@ def test_where_nobody_may_write_the_index_is_kept_among_the_users_caches(shards,
     open_indexes(urls, None)
     assert not times(shards)
     assert len(times(tmp_path / "cache" / "icd_lightning")) == 6
-    monkeypatch.setattr(indexing, "_made", None)
+    monkeypatch.setattr(indexing, "_scan", None)
     assert len(open_indexes(urls, None)) == 6
 
 
@@ -187,12 +187,12 @@ from pathlib import Path
 import icd_lightning
 from recorder_case import Recorder, data_for, trainer_for
 from icd_lightning.data import index
-make = index._made
+make = index._scan
 def made(path, field):
     with open(sys.argv[2], "a") as file:
         file.write(f"{path.name}\\n")
     return make(path, field)
-index._made = made
+index._scan = made
 trainer = trainer_for(Path(sys.argv[1]).parent, devices=2, strategy="ddp", max_epochs=1)
 trainer.fit(Recorder(), datamodule=data_for(sys.argv[1]))
 """
@@ -253,3 +253,62 @@ def test_the_command_cannot_write_elsewhere(store, capsys):
     with pytest.raises(SystemExit):
         main(["data", "index", "memory://indexed/{00000..00005}.tar"])
     assert "index them where they are local, and copy the" in capsys.readouterr().err
+
+
+# --- shards and indexes that do not belong together -------------------------------------------------------------------
+
+
+def test_a_shard_mended_in_one_sample_has_another_index(shards):
+    """Tars are filled up with zeros, so that a mended one is often as long as before."""
+    urls = find_shards(str(shards))
+    before = [index.reason.tolist() for index in open_indexes(urls, None)]
+    longer = numbered_samples(60)
+    longer[33]["txt"] = b"x" * 600
+    write_shards(longer, shards, shard_size=10, parameters={"seed": 0}, overwrite=True)
+    data = data_for(shards)
+    data.setup("fit")
+    assert sorted(int(key) for batch in data.train_dataloader() for key in batch.keys) == list(range(60))
+    assert data.train_tally.counts()["broken_shard"] == 0
+    assert [index.reason.tolist() for index in open_indexes(urls, None)] == before
+
+
+def test_no_caption_goes_to_another_picture_by_an_index_that_lies(tmp_path):
+    """All samples have one key, and the index begins each at its caption."""
+    samples = [sample | {"__key__": "x"} for sample in numbered_samples(4)]
+    files = [(f"x.{name}", sample[name]) for sample in samples for name in ("png", "txt", "json")]
+    write_files(tmp_path / "0.tar", files)
+    open_indexes([str(tmp_path / "0.tar")], None)
+    file = tmp_path / f"0{INDEX}"
+    file.write_bytes(lying(lambda a: a | {"offset": a["offset"] + 1024})(file.read_bytes()))
+    data = data_for(tmp_path, batch_size=1, batches_per_epoch=4)
+    data.setup("fit")
+    with pytest.raises(NothingToReadError, match="another header"):
+        list(data.train_dataloader())
+
+
+def test_an_index_that_lies_about_a_size_spoils_no_batch(tmp_path):
+    write_shards(
+        [*numbered_samples(8, size=64), *numbered_samples(8, first=8, size=96)], tmp_path, shard_size=16, parameters={}
+    )
+    open_indexes(find_shards(str(tmp_path)), None)
+    file = tmp_path / f"00000{INDEX}"
+    swapped = [[96, 48]] * 4 + [[64, 64]] * 12
+    file.write_bytes(lying(lambda a: a | {"size": np.array(swapped, np.int32)})(file.read_bytes()))
+    data = data_for(tmp_path, batch_size=4, resolution=64, buckets=True, min_size=0)
+    data.setup("fit")
+    keys = {int(key) for batch in data.train_dataloader() for key in batch.keys}
+    assert keys == set(range(4, 16))
+    assert data.train_tally.counts()["broken_shard"] >= 4
+
+
+def test_indexes_are_no_shards(shards):
+    open_indexes(find_shards(str(shards)), None)
+    assert find_shards(f"{shards}/0*") == find_shards(str(shards))
+
+
+def test_a_killed_process_ends_the_indexing_with_one_line(shards, monkeypatch):
+    monkeypatch.setattr(indexing, "BYTES_FOR_PROCESSES", 0)
+    monkeypatch.setattr(indexing.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(indexing, "_scan", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(OSError, match="one of 2 processes was killed"):
+        open_indexes(find_shards(str(shards)), None)

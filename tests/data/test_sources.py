@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from shards_case import corrupt, numbered_samples, numbers
 
-from icd_lightning.data import tally, uncounted
+from icd_lightning.data import stream, tally, uncounted
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError, Tally
@@ -149,7 +149,7 @@ def test_a_shard_that_broke_off_goes_on_from_its_next_sample(shards, monkeypatch
 
 
 def test_indexed_shards_are_read_by_their_places_where_the_server_gives_parts(http, shards, caplog, monkeypatch):
-    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.05, 0.1))
+    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.05, 0.1))
     here = data_for(str(shards))
     wanted = epoch(here)  # which leaves an index beside each
     data = data_for(f"{http}/{{00000..00005}}.tar")
