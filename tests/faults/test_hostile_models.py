@@ -227,7 +227,11 @@ def test_a_student_whose_header_and_file_disagree_or_lie_is_refused(family, caps
     assert_refused(capsys, family, "students/forward/icd.json", *value)
 
 
-@pytest.mark.parametrize("read", [read_weights, load_weights, partial(read_statistics, num_features=2)], ids=str)
+@pytest.mark.parametrize(
+    "read",
+    [read_weights, load_weights, partial(read_statistics, num_features=2)],
+    ids=["weights", "a metric's weights", "statistics"],
+)
 def test_a_pipe_is_refused_by_name_and_never_waited_for(tmp_path, impatient, read):
     os.mkfifo(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"{tmp_path}/x.pt is no file"):
