@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import find_shards, open_shards
 from icd_lightning.data.stream import TrainStream, find_places
 from icd_lightning.data.tally import RejectedError, Tally
-from icd_lightning.data.tars import Raw, index_shard, is_local, read_ranges
+from icd_lightning.data.tars import PAUSES, OtherLengthError, Raw, index_shard, is_local, read_ranges
 from icd_lightning.data.uncounted import UncountedStream, read_shard
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class ShardDataModule(lightning.LightningDataModule):
             places = find_places(urls, indexes, self.decoder, self.train_tally if rank == 0 else Tally())
             if not len(places.form):
                 raise self.train_tally.nothing("none of the samples of urls can be used")
-            if not isinstance(read_ranges([places.of(0)])[0], Exception):
+            if _gives_parts(places.of(0)):
                 batches = self._count_batches(len(places.form), world_size)
                 return TrainStream(places, self.decoder, self.batch_size, batches, **order)
             logger.warning("%s is indexed, but where it lies gives out whole files only: they are read so", urls[0])
@@ -278,6 +279,18 @@ def _fingerprint(urls: tuple[str, ...]) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(4096))
     return digest.hexdigest()[:12]
+
+
+def _gives_parts(place: tuple[str, int, int]) -> bool:
+    """Whether the store of a shard gives out parts of files; OSError if it gives nothing, as an outage does."""
+    if is_local(place[0]):
+        return True
+    for pause in PAUSES:
+        time.sleep(pause)
+        (part,) = read_ranges([place])
+        if isinstance(part, bytes | OtherLengthError):
+            return isinstance(part, bytes)
+    raise OSError(f"{place[0]} cannot be read ({part}), though its index can: try again later")
 
 
 def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> Sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -288,8 +289,17 @@ def bucket_sizes(resolution: int) -> tuple[tuple[int, int], ...]:
 
 def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
     """The bucket (height, width) whose form is nearest to a picture's."""
+    forms, sizes = _sorted_buckets(resolution)
     form = math.log(height / width)
-    return min(bucket_sizes(resolution), key=lambda size: abs(form - math.log(size[0] / size[1])))
+    place = bisect(forms, form)
+    return min(sizes[max(0, place - 1) : place + 1], key=lambda size: abs(form - math.log(size[0] / size[1])))
+
+
+@lru_cache
+def _sorted_buckets(resolution: int) -> tuple[list[float], list[tuple[int, int]]]:
+    """Forms log(height / width) in order, and their buckets."""
+    sizes = sorted(bucket_sizes(resolution), key=lambda size: size[0] / size[1])
+    return [math.log(height / width) for height, width in sizes], sizes
 
 
 def bucket_step(resolution: int) -> int:

@@ -67,6 +67,10 @@ class UnsortedError(ValueError):
     """A sample's files lie apart."""
 
 
+class OtherLengthError(OSError):
+    """A part of a file came in another length: it has been cut, or its server gives out whole files only."""
+
+
 class BoundedHeader(tarfile.TarInfo):
     """A member's header. Tarfile reads into memory, of any size, what a header of names or attributes says it has."""
 
@@ -302,7 +306,7 @@ def read_ranges(places: Sequence[tuple[str, int, int]], *, patience: float = 60.
             parts[index] = answer
     for index, (url, _, length) in enumerate(places):
         if isinstance(part := parts[index], bytes) and len(part) != length:
-            parts[index] = OSError(f"{url} gave {len(part)} bytes in the place of {length}")
+            parts[index] = OtherLengthError(f"{url} gave {len(part)} bytes in the place of {length}")
     return parts
 
 
