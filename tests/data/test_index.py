@@ -312,3 +312,11 @@ def test_a_killed_process_ends_the_indexing_with_one_line(shards, monkeypatch):
     monkeypatch.setattr(indexing, "_scan", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(OSError, match="one of 2 processes was killed"):
         open_indexes(find_shards(str(shards)), None)
+
+
+def test_an_index_under_the_name_of_other_captions_is_not_taken(various):
+    url = find_shards(str(various))[0]
+    (plain,) = open_indexes([url], None)
+    shutil.copy(indexing.beside(url), indexing.beside(url, "title"))
+    (titled,) = open_indexes([url], "title")
+    assert titled.reason.tolist() != plain.reason.tolist()
