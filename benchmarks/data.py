@@ -4,8 +4,8 @@
     python benchmarks/data.py --minutes 30         # and half an hour of memory
     PYTHONPATH=../older-checkout python benchmarks/data.py
 
-Draws its own shards, JPEG photographs of noise, into a temporary folder. It uses nothing but `ShardDataModule`, so that
-an older checkout can be measured by the same script.
+Draws its own shards, JPEG pictures of noise, into a temporary folder. It uses `write_shards`, `ShardDataModule` and its
+stream's `batches_from` alone, so that an older checkout can be measured by the same script.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import logging
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ def watch(folder: Path, resolution: int, minutes: float) -> None:
     """Print the memory that this process and its two workers have for themselves."""
     data = opened(folder, resolution, 2)
     loader, end, seen, next_line = data.train_dataloader(), time.monotonic() + 60 * minutes, 0, 0.0
+    taken: list[float] = []
     while time.monotonic() < end:
         for batch in loader:
             seen += len(batch.keys)
@@ -118,10 +120,15 @@ def watch(folder: Path, resolution: int, minutes: float) -> None:
                 processes = [psutil.Process(), *psutil.Process(os.getpid()).children(recursive=True)]
                 memory = sum(process.memory_full_info().uss for process in processes) / 2**20
                 print(f"  {minutes - (end - time.monotonic()) / 60:5.1f} min, {seen:8,} pictures: {memory:6.0f} MiB")
+                taken.append(memory)
                 next_line = time.monotonic() + 60
             if time.monotonic() >= end:
                 break
     data.teardown()
+    first, second = (statistics.mean(half) for half in (taken[: len(taken) // 2] or taken, taken[len(taken) // 2 :]))
+    print(
+        f"  {min(taken):.0f} to {max(taken):.0f} MiB; {first:.0f} on average in the first half, {second:.0f} in the second"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -22,8 +21,8 @@ from icd_lightning.data.manifest import Verify
 from icd_lightning.data.shards import find_shards, open_shards
 from icd_lightning.data.stream import TrainStream, find_places
 from icd_lightning.data.tally import RejectedError, Tally
-from icd_lightning.data.tars import PAUSES, OtherLengthError, Raw, index_shard, is_local, read_ranges
-from icd_lightning.data.uncounted import UncountedStream, read_shard
+from icd_lightning.data.tars import OtherLengthError, Raw, index_shard, is_local, read_ranges
+from icd_lightning.data.uncounted import MOST_SHUFFLED, UncountedStream, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards that are here to train on, on one rank while the others wait."""
-        if self.verify == "off" or self.trainer.state.fn != "fit":
+        if self.verify == "off" or (self.trainer and self.trainer.state.fn != "fit"):
             return
         with suppress(ValueError, OSError):  # `setup` says what is wrong on every rank
             urls = [url for url in find_shards(self.urls) if is_local(url)]
@@ -150,7 +149,7 @@ class ShardDataModule(lightning.LightningDataModule):
                 return TrainStream(places, self.decoder, self.batch_size, batches, **order)
             logger.warning("%s is indexed, but where it lies gives out whole files only: they are read so", urls[0])
         batches = self._count_batches(None, world_size, urls)
-        order["shuffle_buffer"] = min(1000, self.shuffle_buffer)
+        order["shuffle_buffer"] = min(MOST_SHUFFLED, self.shuffle_buffer)
         return UncountedStream(urls, self.decoder, self.batch_size, batches, **order)
 
     def _look_into(self, urls: Sequence[str]) -> Sample:
@@ -283,14 +282,10 @@ def _fingerprint(urls: tuple[str, ...]) -> str:
 
 def _gives_parts(place: tuple[str, int, int]) -> bool:
     """Whether the store of a shard gives out parts of files; OSError if it gives nothing, as an outage does."""
-    if is_local(place[0]):
-        return True
-    for pause in PAUSES:
-        time.sleep(pause)
-        (part,) = read_ranges([place])
-        if isinstance(part, bytes | OtherLengthError):
-            return isinstance(part, bytes)
-    raise OSError(f"{place[0]} cannot be read ({part}), though its index can: try again later")
+    (part,) = read_ranges([place])
+    if not isinstance(part, bytes | OtherLengthError):
+        raise OSError(f"{place[0]} cannot be read ({part}), though its index can: try again later")
+    return isinstance(part, bytes)
 
 
 def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally) -> Sample:

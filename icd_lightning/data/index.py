@@ -89,7 +89,7 @@ def open_indexes(urls: Sequence[str], caption_field: str | None) -> list[ShardIn
         rest = pool.map(partial(read_index, caption_field=caption_field), elsewhere[1:]) if all(first) else []
         found = dict(zip(elsewhere, [*first, *rest], strict=False))
     if lacking := [url for url, index in found.items() if index is None]:
-        logger.warning("%s is not there, or of other captions: shards are read from end to end", beside(lacking[0]))
+        logger.warning("there is no %s that fits: shards are not indexed", beside(lacking[0], caption_field))
         return None
     found |= {url: read_index(url, caption_field) for url in urls if is_local(url)}
     missing = [url for url in urls if found[url] is None]
@@ -168,12 +168,10 @@ def _parse(content: bytes, caption_field: str | None, *, shard: str | None = Non
 def _can_be(index: ShardIndex) -> bool:
     """Whether the columns of an index are as long as each other, and their values such as can be."""
     offset, length, _, size, reason = columns = index[:5]
-    if [column.dtype for column in columns] != list(COLUMNS.values()):
+    if [column.dtype for column in columns] != list(COLUMNS.values()) or offset.ndim != 1:
         return False
-    if offset.ndim != 1 or [column.shape for column in columns] != [offset.shape] * 3 + [
-        (*offset.shape, 2),
-        offset.shape,
-    ]:
+    row = offset.shape
+    if [column.shape for column in columns] != [row, row, row, (*row, 2), row]:
         return False
     values = (offset >= 0) & (length >= BLOCK) & (length <= LONGEST) & (reason >= -1) & (reason < len(REASONS))
     apart = offset[1:] >= offset[:-1] + length[:-1]

@@ -31,7 +31,7 @@ from icd_lightning.data.manifest import PROGRESS, Manifest, ShardRecord, remove_
 from icd_lightning.data.remote import AnyPath, folder_at
 from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.tally import Tally, left_out
-from icd_lightning.data.tars import MOMENTS, TEXT, Raw, index_shard, is_local
+from icd_lightning.data.tars import MOMENTS, TEXT, Raw, is_local
 from icd_lightning.data.threads import side_by_side, submitted
 from icd_lightning.data.uncounted import read_shard
 from icd_lightning.files import read_object, remove_tree, write_json
@@ -170,8 +170,8 @@ class _Caching:
                     yield _Batch.of(samples)
                     self.tally.awaited()
             whole = self.tally.counts()["broken_shard"] == before
-            if whole and is_local(shard.url) and (cut := index_shard(shard.url)[1]):  # between samples, unseen so far
-                self.tally.broke(f"{shard.url}: {cut}", None)
+            if whole and shard.damage:  # cut between samples, where reading sees nothing of it
+                self.tally.broke(f"{shard.url}: {shard.damage}")
                 whole = False
             self.broken.extend([] if whole else [shard.url])
             yield _Batch([], whole=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -45,8 +46,7 @@ class Plan:
     def __init__(self, forms: NDArray, bounds: NDArray, *, batch_size: int, seed: int, window: int) -> None:
         self.forms, self.bounds, self.batch_size, self.seed, self.window = forms, bounds, batch_size, seed, window
         kinds = int(forms.max(initial=0)) + 1
-        pairs = pairwise(bounds)
-        self.counts = np.stack([np.bincount(forms[start:stop], minlength=kinds) for start, stop in pairs])
+        self.counts = np.stack([np.bincount(forms[start:stop], minlength=kinds) for start, stop in pairwise(bounds)])
         self.per_pass = self.counts.sum(0)
         self._chapters: dict[int, list[Chapter]] = {}
         self._contents: dict[tuple[int, int], Content] = {}
@@ -62,7 +62,7 @@ class Plan:
         while self._filled((one_pass + 1) * self.per_pass) <= number:
             one_pass += 1
         chapters = self._pass(one_pass)
-        place = int(np.searchsorted([chapter.batches for chapter in chapters], number, side="right")) - 1
+        place = bisect(chapters, number, key=lambda chapter: chapter.batches) - 1
         _, form, index = self._content(one_pass, place).endings[number - chapters[place].batches]
         return self._members(form, index * self.batch_size, (index + 1) * self.batch_size, one_pass, place)
 

@@ -109,10 +109,11 @@ def write_shards(
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to read; `samples` is None for one that cannot be counted before it is read."""
+    """A shard to read; `samples` is None for one that cannot be counted before it is read, `damage` what is wrong."""
 
     url: str
     samples: int | None
+    damage: str | None = None
 
 
 def find_shards(urls: str | Sequence[str]) -> list[str]:
@@ -199,15 +200,15 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
             f"{problems[0]}{more}; write or copy the shards again, or "
             "give verify=off and batches_per_epoch to read them as they are"
         )
-    counts: dict[str, int] = {}
+    counts: dict[str, tuple[int, str | None]] = {}
     for url, path in ((url, Path(url)) for url in shards if is_local(url)):
         if path.parent in manifests:
-            counts[url] = manifests[path.parent].shards[path.name].samples
+            counts[url] = manifests[path.parent].shards[path.name].samples, None
             continue
-        counts[url], problem = count_samples(path)
-        if problem:
-            logger.warning("%s: %s", path, problem)
-    return tuple(Shard(url, counts.get(url)) for url in shards)
+        counts[url] = _, damage = count_samples(path)
+        if damage:
+            logger.warning("%s: %s", path, damage)
+    return tuple(Shard(url, *counts.get(url, (None,))) for url in shards)
 
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:

@@ -7,7 +7,6 @@ workers changes nothing, and a run goes on from any batch without reading those 
 from __future__ import annotations
 
 import tarfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.index import ShardIndex
 from icd_lightning.data.plan import Plan
 from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError, Tally
-from icd_lightning.data.tars import MOST_BYTES, PAUSES, Raw, is_local, parse_sample, read_ranges
+from icd_lightning.data.tars import MOST_BYTES, Raw, is_local, parse_sample, read_ranges
 
 MOST_AT_ONCE = 1 << 26
 """Bytes that one process asks stores for."""
@@ -98,7 +97,7 @@ def _count(
         tally.skipped(REASONS[code], _reason(place, decoder), sum(count for _, _, count in found))
     for url, index in zip(urls, indexes, strict=True):
         if index.damage:
-            tally.broke(f"{url}: {index.damage}", None)
+            tally.broke(f"{url}: {index.damage}")
 
 
 def _reason(place: tuple[str, int, int], decoder: SampleDecoder) -> str:
@@ -172,17 +171,10 @@ class TrainStream:
         return list(tally.usable(decode, self._read(chosen, tally, failing)))
 
     def _read(self, samples: NDArray[np.int64], tally: Tally, failing: set[str]) -> Iterator[Raw]:
-        """Read samples by their places, and count what cannot be read; shards elsewhere that fail are tried again."""
+        """Read samples by their places, and count what cannot be read; the shards that it is of are `failing` then."""
         checks = iter(self.places.check[samples].tolist())
         for group in _groups([self.places.of(int(sample)) for sample in samples]):
-            parts = read_ranges(group, patience=tally.stall_timeout)
-            for pause in PAUSES[1:]:
-                again = [n for n, part in enumerate(parts) if isinstance(part, Exception)]
-                again = [n for n in again if not is_local(group[n][0]) and group[n][0] not in failing]
-                if again:
-                    time.sleep(pause)
-                    for n, part in zip(again, read_ranges([group[n] for n in again]), strict=True):
-                        parts[n] = part
+            parts = read_ranges(group, patience=tally.stall_timeout, given_up=failing)
             for (url, offset, length), part in zip(group, parts, strict=True):
                 tally.add("read")
                 check = next(checks)

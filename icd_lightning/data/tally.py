@@ -110,11 +110,10 @@ class Tally:
         if time.monotonic() - self._alive[self.worker].item() > self.stall_timeout:
             raise self.nothing(f"no sample that can be used was found for {self.stall_timeout:g} s")
 
-    def broke(self, detail: str, missing: int | None) -> None:
-        """Count a shard that cannot be read to its end, with the samples thus lost, or None if nobody knows."""
-        if missing is None:  # as many as others have, on average
-            good = self._sum("shards") - self._sum("broken_shard") - 1
-            missing = self._sum("read") // good if good > 0 else 1
+    def broke(self, detail: str) -> None:
+        """Count a shard that cannot be read to its end, and as lost as many samples as others have on average."""
+        others = self._sum("shards") - 1
+        missing = self._sum("read") // others if others > 0 else 1
         self.add("read", missing)
         self.skipped("broken_shard", detail, missing)
 

@@ -283,8 +283,29 @@ def open_url(url: str, *, patience: float = 60.0) -> IO[bytes]:
     return system.open(path, "rb")
 
 
-def read_ranges(places: Sequence[tuple[str, int, int]], *, patience: float = 60.0) -> list[bytes | Exception]:
-    """Read (url, offset, length) each, those of a store side by side; an error in the place of what cannot be read."""
+def read_ranges(
+    places: Sequence[tuple[str, int, int]], *, patience: float = 60.0, given_up: Collection[str] = ()
+) -> list[bytes | Exception]:
+    """Read (url, offset, length) each, those of a store side by side; an error in the place of what cannot be read.
+
+    What is elsewhere is tried again, but for urls that are given up and for what comes in another length.
+    """
+    parts = _read_once(places, patience)
+    for pause in PAUSES[1:]:
+        if not (again := [n for n, part in enumerate(parts) if _may_come(places[n][0], part, given_up)]):
+            break
+        time.sleep(pause)
+        for n, part in zip(again, _read_once([places[n] for n in again], patience), strict=True):
+            parts[n] = part
+    return parts
+
+
+def _may_come(url: str, part: bytes | Exception, given_up: Collection[str]) -> bool:
+    failed = isinstance(part, Exception) and not isinstance(part, OtherLengthError)
+    return failed and not is_local(url) and url not in given_up
+
+
+def _read_once(places: Sequence[tuple[str, int, int]], patience: float) -> list[bytes | Exception]:
     parts: list[bytes | Exception] = [b""] * len(places)
     stores: defaultdict[Any, list[tuple[int, str]]] = defaultdict(list)
     for index, (url, offset, length) in enumerate(places):

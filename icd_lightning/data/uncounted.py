@@ -17,12 +17,13 @@ from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import PAUSES, Raw, is_local, open_url, read_samples
 
+MOST_SHUFFLED = 1000
 MOST_BUFFERED = 1 << 30
-"""Bytes of samples in a worker's buffer."""
+"""Samples in a worker's buffer, and their bytes."""
 
 
-def read_shard(url: str, tally: Tally, samples: int | None = None) -> Iterator[Raw]:
-    """Yield raw samples; a shard that cannot be read (on), or holds fewer than `samples`, is counted once and left.
+def read_shard(url: str, tally: Tally) -> Iterator[Raw]:
+    """Yield raw samples; a shard that cannot be read (on) is counted once and left.
 
     One that is elsewhere is tried again, from the sample where it broke off, so that batches stay as they are.
     """
@@ -42,9 +43,8 @@ def read_shard(url: str, tally: Tally, samples: int | None = None) -> Iterator[R
         else:
             problem = None
             break
-    missing = None if samples is None else max(0, samples - given)
-    if problem or missing:
-        tally.broke(problem or f"{url} holds {missing} samples fewer than were counted", missing)
+    if problem:
+        tally.broke(problem)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class UncountedStream:
     batch_size: int
     batches_per_epoch: int
     seed: int = 0
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = MOST_SHUFFLED
     rank: int = 0
     world_size: int = 1
 

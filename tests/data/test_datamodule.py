@@ -199,6 +199,14 @@ def test_another_number_of_workers_changes_the_samples_of_shards_without_an_inde
     assert (told or "") in caplog.text
 
 
+def test_a_data_module_without_a_trainer_is_prepared_too(shards):
+    data = data_for(shards)
+    data.prepare_data()
+    assert len(list(shards.glob(f"*{INDEX}"))) == 6
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) == 12
+
+
 def test_what_is_not_trained_on_is_not_indexed(shards, tmp_path):
     other = tmp_path / "val"
     write_shards(numbered_samples(20), other, shard_size=10, parameters={})

@@ -1,5 +1,6 @@
 """What is known of shards before they are read."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -110,14 +111,12 @@ def test_indexes_are_the_same_by_however_many_processes(various, monkeypatch, pa
     assert sum(count_samples(Path(url))[0] for url in find_shards(str(various))) == len(SAMPLES)
 
 
-def lying(change) -> bytes:
-    """An index whose first row is changed, with the same words about it."""
+def lying(change):
+    """What makes of an index one whose columns are changed, with the same words about it."""
     return lambda content: save(change(load(content)), told(content))
 
 
 def told(content: bytes) -> dict:
-    import json
-
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
 
 

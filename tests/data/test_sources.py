@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from shards_case import corrupt, numbered_samples, numbers
 
-from icd_lightning.data import datamodule, stream, tally, uncounted
+from icd_lightning.data import datamodule, tally, tars, uncounted
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import find_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError, Tally
@@ -149,7 +149,7 @@ def test_a_shard_that_broke_off_goes_on_from_its_next_sample(shards, monkeypatch
 
 
 def test_indexed_shards_are_read_by_their_places_where_the_server_gives_parts(http, shards, caplog, monkeypatch):
-    monkeypatch.setattr(stream, "PAUSES", (0.0, 0.05, 0.1))
+    monkeypatch.setattr(tars, "PAUSES", (0.0, 0.05, 0.1))
     here = data_for(str(shards))
     wanted = epoch(here)  # which leaves an index beside each
     data = data_for(f"{http}/{{00000..00005}}.tar")
@@ -169,7 +169,7 @@ def test_indexed_shards_are_read_by_their_places_where_the_server_gives_parts(ht
 
 def test_an_outage_at_the_start_is_told_of_and_changes_no_order(monkeypatch):
     """Else one rank might read from end to end, and another by places."""
-    monkeypatch.setattr(datamodule, "PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(tars, "PAUSES", (0.0, 0.01))
     with pytest.raises(OSError, match=r"nothing.tar cannot be read .*though its index can: try again later"):
         datamodule._gives_parts(("memory://nothing.tar", 0, 512))
 

@@ -10,9 +10,7 @@ from recorder_case import trained
 from shards_case import files_of, numbered_samples, write_files
 
 from icd_lightning.data.shards import open_shards
-from icd_lightning.data.tally import Tally
 from icd_lightning.data.tars import index_shard, read_samples
-from icd_lightning.data.uncounted import read_shard
 
 GROUPS = {
     "extensions": (["d/a.b.JPG", "d/a.txt", "d.e/f.png"], [("d/a", "b.jpg txt"), ("d.e/f", "png")]),
@@ -69,11 +67,3 @@ def test_a_tar_of_macos_is_counted_and_trained_on_whole(tmp_path):
     (shard,) = open_shards(str(tmp_path / "set"))
     assert shard.samples == 16
     assert trained(tmp_path / "set", tmp_path, batch_size=4) == list(range(16))
-
-
-def test_a_shard_with_fewer_samples_than_counted_is_told_of(tmp_path, caplog):
-    path = write_files(tmp_path / "0.tar", files_of(numbered_samples(4)))
-    tally = Tally()
-    assert len(list(read_shard(str(path), tally, 7))) == 4
-    assert tally.counts()["broken_shard"] == 1
-    assert "holds 3 samples fewer than were counted" in caplog.text
