@@ -126,9 +126,7 @@ def watch(folder: Path, resolution: int, minutes: float) -> None:
                 break
     data.teardown()
     first, second = (statistics.mean(half) for half in (taken[: len(taken) // 2] or taken, taken[len(taken) // 2 :]))
-    print(
-        f"  {min(taken):.0f} to {max(taken):.0f} MiB; {first:.0f} on average in the first half, {second:.0f} in the second"
-    )
+    print(f"  {min(taken):.0f} to {max(taken):.0f} MiB; averages of the halves: {first:.0f} and {second:.0f}")
 
 
 if __name__ == "__main__":

@@ -123,3 +123,17 @@ def test_a_mistake_is_one_line():
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("editing: error: no method 'ice'")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_data_are_timed_and_their_memory_watched():
+    options = ["--side=64", "--resolution=64", "--count=400", "--shards=10", "--minutes=0.02"]
+    command = [sys.executable, "data.py", *options]
+    said = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout
+    for wanted in (
+        "2 workers: ",
+        "10 shards of 20 pictures: ready in ",
+        "first batch at batch 1000: ",
+        "averages of the",
+    ):
+        assert wanted in said

@@ -176,9 +176,9 @@ def index(*urls: str, caption_field: str | None = None) -> None:
     text = f"{_counted(samples, 'sample')} in {_counted(len(shards), 'shard')} are indexed"
     if counts:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"
-    Console().print(text, soft_wrap=True)
     if damaged := [f"{url}: {index.damage}" for url, index in zip(shards, indexes, strict=True) if index.damage]:
         raise ValueError(f"{_counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
+    Console().print(text, soft_wrap=True)
 
 
 def _counted(count: int, name: str) -> str:

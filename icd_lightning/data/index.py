@@ -131,6 +131,8 @@ def read_index(url: str, caption_field: str | None) -> ShardIndex | None:
 def make_index(url: str, caption_field: str | None) -> ShardIndex:
     """Index a local shard, and keep the index where that is possible."""
     index = _scan(Path(url), caption_field)
+    if not len(index.offset):  # an empty shard, or no shard at all, beside which nothing of ours belongs
+        return index
     told = {"version": VERSION, "caption_field": json.dumps(caption_field), "reasons": " ".join(REASONS)}
     told |= {"kind": index.kind, "damage": index.damage, "shard": _fingerprint(url)}
     content = save({name: getattr(index, name) for name in COLUMNS}, told)

@@ -300,6 +300,15 @@ def test_an_index_that_lies_about_a_size_spoils_no_batch(tmp_path):
     assert data.train_tally.counts()["broken_shard"] >= 4
 
 
+def test_nothing_is_kept_beside_what_is_no_shard(shards, capsys):
+    with pytest.raises(SystemExit):
+        main(["data", "index", f"{shards}/manifest.json"])
+    told = capsys.readouterr()
+    assert "1 damaged shard" in told.err
+    assert not told.out
+    assert not list(shards.glob(f"*{INDEX}"))
+
+
 def test_indexes_are_no_shards(shards):
     open_indexes(find_shards(str(shards)), None)
     assert find_shards(f"{shards}/0*") == find_shards(str(shards))
