@@ -30,8 +30,8 @@ demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; result
 	$(ICD) demo $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
-test: $(STAMP) ## the fast tests on all cores, as CI runs them
-	$(PYTEST) $(ARGS)
+test: $(STAMP) ## the fast tests on all cores, as CI runs them; one that hangs is ended with its stacks
+	$(PYTEST) --timeout 180 --timeout-method thread $(ARGS)
 
 test-all: $(STAMP) ## all tests, the slow ones too
 	$(PYTEST) -m '' $(ARGS)

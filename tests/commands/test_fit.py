@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_case import write_family
+from running_case import running
 from training_case import write_scenes
 
 from icd_lightning.commands.fit import micro_batches
@@ -115,20 +116,20 @@ def interrupted(command, tmp_path_factory):
         """
     )
     words = command(folder, "--config", str(overlay))
-    process = subprocess.Popen(
+    with running(
         [sys.executable, "-m", "icd_lightning.commands.main", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests run by `&`
         text=True,
-    )
-    console = []
-    for line in process.stderr:
-        console.append(line)
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGINT)
-    return folder, process.wait(), "".join(console)
+    ) as process:
+        console = []
+        for line in process.stderr:
+            console.append(line)
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+        return folder, process.wait(), "".join(console)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from running_case import running, wait_for_file
 from shards_case import corrupt, cut_after, numbered_samples
 
 from icd_lightning.commands.main import main
@@ -181,9 +182,8 @@ def test_a_signal_ends_the_command_with_nothing_half_written(tmp_path, number, c
     write_shards(numbered_samples(4000, size=64), tmp_path / "pictures", shard_size=4000, parameters={})
     options = [tmp_path / "pictures", "--out", tmp_path / "out", "--vae", VAE, "--device", "cpu"]
     command = [sys.executable, "-m", "icd_lightning.commands.main", "data", "cache-latents", *map(str, options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not list((tmp_path / "out").glob(".00000.tar-*.tmp")):
-            time.sleep(0.05)
+    with running(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_file(process, tmp_path, "out/.00000.tar-*.tmp")
         process.send_signal(number)
         start = time.monotonic()
         assert process.wait(60) == code

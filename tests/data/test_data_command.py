@@ -1,6 +1,3 @@
-import os
-import signal
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +6,6 @@ from shards_case import samples_of
 from icd_lightning.commands.data import describe, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest
-from icd_lightning.processes import in_processes
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import Scene, scene_at
 
@@ -33,15 +29,6 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
         shapes(str(tmp_path / str(workers)), count=210, size=8, shard_size=150, num_workers=workers)
     assert Manifest.load(tmp_path / "1") == Manifest.load(tmp_path / "2")
     assert Manifest.load(tmp_path / "1").samples == 210
-
-
-def _killed(index):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_that_is_killed_ends_the_work_and_does_not_hang_it():
-    with pytest.raises(OSError, match="one of 2 processes was killed"):
-        list(in_processes(_killed, range(210), 2))
 
 
 def test_shapes_keeps_what_it_wrote_before_and_says_so(tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from family_case import VAE
 from lightning.pytorch.callbacks import ModelCheckpoint
+from running_case import running
 from shards_case import corrupt, samples_of, skips_damaged
 from training_case import FEW, Losses, distillation, scenes_data, trainer_for, write_scenes
 
@@ -278,16 +280,20 @@ def test_parts_at_once(pictures, deterministic, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_share_the_shards(pictures, random_family, tmp_path):
     options = [str(pictures), "--out", str(tmp_path / "out"), "--vae", str(random_family / "vae"), "--device", "cpu"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "icd_lightning.commands.main", "data", "cache-latents", *options],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=200)[0] for process in ranks]
+    command = [sys.executable, "-m", "icd_lightning.commands.main", "data", "cache-latents", *options]
+    with ExitStack() as both:
+        ranks = [
+            both.enter_context(
+                running(
+                    command,
+                    env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=200)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0]
     assert any("24 pictures in 3 shards" in text for text in said)
     assert len(samples_of(tmp_path / "out")) == 24

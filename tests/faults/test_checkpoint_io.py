@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running_case import running
 
 from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO, before
 from icd_lightning.models.weights import read_pickled
@@ -46,7 +47,7 @@ def test_a_killed_writer_leaves_whole_checkpoints_and_no_rubbish_after_the_next(
     place, moments = elsewhere / "last.ckpt", random.Random(0)
     for _ in range(5):
         command, environment = [sys.executable, "-c", WRITES_ON, str(place)], {**os.environ, "TMPDIR": str(tmp_path)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
+        with running(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
             written = [int(writer.stdout.readline()) for _ in range(2)]
             time.sleep(moments.uniform(0, 0.05))
             writer.send_signal(signal.SIGKILL)

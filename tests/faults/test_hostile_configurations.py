@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from kills_case import ICD, ROOT
 from PIL import Image
+from running_case import running, wait_for_file
 from safetensors.torch import save_file
 from training_case import write_scenes
 
@@ -132,9 +132,8 @@ def test_a_run_without_room_for_its_checkpoints_is_told_of_before_it_begins(here
 
 def test_sigterm_ends_any_command_with_143_and_nothing_half_written(here):
     command = [str(ICD), "data", "shapes", "--out", "shapes", "--count", "1000000", "--shard_size", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while not list(here.glob("shapes/.00000.tar-*.tmp")):
-            time.sleep(0.05)
+    with running(command, stderr=subprocess.DEVNULL) as process:
+        wait_for_file(process, here, "shapes/.00000.tar-*.tmp")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     assert [file.name for file in Path("shapes").iterdir()] == ["manifest.json"]
