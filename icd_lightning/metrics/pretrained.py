@@ -48,10 +48,14 @@ def find_hub_file(repository: str, name: str) -> Path:
 
 def load_part(repository: str, part: Any, **options: Any) -> Any:
     """A tokenizer or image processor of a Hugging Face repository; `part` is the class that reads it."""
-    try:
-        return part.from_pretrained(_source(repository), local_files_only=True, **options)
+    from huggingface_hub import snapshot_download
+
+    name = Path(repository).name
+    try:  # by its folder: by a repository's name transformers looks online for adapters, whatever it is told
+        folder = _at_home(name) or snapshot_download(repository, local_files_only=True)
+        return part.from_pretrained(folder, local_files_only=True, **options)
     except OSError as error:
-        raise _missing(f"{repository} (hf download {repository})", f"{Path(repository).name}/") from error
+        raise _missing(f"{repository} (hf download {repository})", f"{name}/") from error
 
 
 def load_network(repository: str, **options: Any) -> nn.Module:
@@ -61,7 +65,7 @@ def load_network(repository: str, **options: Any) -> nn.Module:
     """
     from transformers import AutoModel
 
-    source = str(_source(repository))
+    source = str(_at_home(Path(repository).name) or repository)
     if source not in _alive:
         settings = {"output_loading_info": True, "dtype": torch.float32, **options}
         loaded, info = load_part(repository, AutoModel, **settings)
@@ -82,10 +86,6 @@ def load_weights(file: Path) -> dict[str, Tensor]:
 def frozen(network: nn.Module) -> nn.Module:
     """The network, ready to measure."""
     return network.requires_grad_(False).eval()
-
-
-def _source(repository: str) -> str | Path:
-    return _at_home(Path(repository).name) or repository
 
 
 def _at_home(name: str) -> Path | None:

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from ranks_case import run_ranks
 from recorder_case import Recorder, data_for, trainer_for
 from safetensors.numpy import load, save
 from shards_case import numbered_samples, samples_of, write_files
@@ -180,30 +179,21 @@ def test_where_nobody_may_write_the_index_is_kept_among_the_users_caches(shards,
     assert len(open_indexes(urls, None)) == 6
 
 
-RANKS = """
-import sys
-from pathlib import Path
-import icd_lightning
-from recorder_case import Recorder, data_for, trainer_for
-from icd_lightning.data import index
-make = index._scan
-def made(path, field):
-    with open(sys.argv[2], "a") as file:
-        file.write(f"{path.name}\\n")
-    return make(path, field)
-index._scan = made
-trainer = trainer_for(Path(sys.argv[1]).parent, devices=2, strategy="ddp", max_epochs=1)
-trainer.fit(Recorder(), datamodule=data_for(sys.argv[1]))
-"""
+def _train(rank, shards, noted):
+    scan = indexing._scan
+
+    def noted_scan(path, field):
+        with noted.open("a") as file:
+            file.write(f"{path.name}\n")
+        return scan(path, field)
+
+    indexing._scan = noted_scan
+    trainer = trainer_for(shards.parent, devices=2, strategy="ddp", max_epochs=1)
+    trainer.fit(Recorder(), datamodule=data_for(shards))
 
 
 def test_one_rank_makes_the_index_for_all(shards, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(script), str(shards), str(tmp_path / "made.txt")]
-    ended = subprocess.run(command, timeout=120, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    assert run_ranks(_train, shards, tmp_path / "made.txt") == [0, 0]
     assert sorted((tmp_path / "made.txt").read_text().split()) == [f"0000{n}.tar" for n in range(6)]
 
 

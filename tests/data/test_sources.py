@@ -79,6 +79,13 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """What cannot be read is tried again at once."""
+    monkeypatch.setattr(tars, "PAUSES", (0.0, 0.01, 0.02))
+    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.01, 0.02))
+
+
 OUTAGES: dict[str, list[str]] = {}
 """What the server does at the next requests for a path, before it serves it."""
 
@@ -116,7 +123,6 @@ def test_http(http, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_outage_that_ends_changes_no_batch(http, num_workers, monkeypatch):
-    monkeypatch.setattr(uncounted, "PAUSES", (0.0, 0.05, 0.1))
     urls = f"{http}/{{00000..00005}}.tar"
     steady = epoch(data_for(urls, num_workers=num_workers))
     OUTAGES.update({"/00001.tar": ["refuse", "refuse"], "/00003.tar": ["cut", "refuse"], "/00004.tar": ["cut", "cut"]})
@@ -149,7 +155,6 @@ def test_a_shard_that_broke_off_goes_on_from_its_next_sample(shards, monkeypatch
 
 
 def test_indexed_shards_are_read_by_their_places_where_the_server_gives_parts(http, shards, caplog, monkeypatch):
-    monkeypatch.setattr(tars, "PAUSES", (0.0, 0.05, 0.1))
     here = data_for(str(shards))
     wanted = epoch(here)  # which leaves an index beside each
     data = data_for(f"{http}/{{00000..00005}}.tar")

@@ -3,31 +3,26 @@
 import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from running_case import running
+from ranks_case import PROCESSES
 
 from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO, before
 from icd_lightning.models.weights import read_pickled
 
-WRITES_ON = """
-import sys, torch
-from pathlib import Path
-from icd_lightning.callbacks.checkpoint_io import WholeCheckpointIO
-step = 1
-while True:
-    checkpoint = {"step": step, "weights": torch.full((1 << 20,), float(step))}
-    WholeCheckpointIO().save_checkpoint(checkpoint, Path(sys.argv[1]))
-    print(step, flush=True)
-    step += 1
-"""
+
+def write_on(place: Path, temporary: Path, written: Any) -> None:
+    tempfile.tempdir = str(temporary)
+    for step in count(1):
+        checkpoint = {"step": step, "weights": torch.full((1 << 20,), float(step))}
+        WholeCheckpointIO().save_checkpoint(checkpoint, place)
+        written.send(step)
 
 
 @pytest.fixture
@@ -46,13 +41,15 @@ def load(file: Path) -> dict:
 def test_a_killed_writer_leaves_whole_checkpoints_and_no_rubbish_after_the_next(elsewhere, tmp_path):
     place, moments = elsewhere / "last.ckpt", random.Random(0)
     for _ in range(5):
-        command, environment = [sys.executable, "-c", WRITES_ON, str(place)], {**os.environ, "TMPDIR": str(tmp_path)}
-        with running(command, stdout=subprocess.PIPE, env=environment, text=True) as writer:
-            written = [int(writer.stdout.readline()) for _ in range(2)]
-            time.sleep(moments.uniform(0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-        assert load(place)["step"] >= written[-1]
-        assert load(before(place))["step"] >= written[-1] - 1
+        reader, writer = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=write_on, args=(place, tmp_path, writer))
+        process.start()
+        step = max(reader.recv() for _ in range(2))
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert load(place)["step"] >= step
+        assert load(before(place))["step"] >= step - 1
     WholeCheckpointIO().save_checkpoint({"step": 0, "weights": torch.zeros(1)}, place)
     assert {file.name for file in elsewhere.iterdir()} == {"last.ckpt", "before-last.ckpt"}
     assert not list(tmp_path.iterdir())

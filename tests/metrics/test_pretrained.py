@@ -28,7 +28,8 @@ WITHOUT = {"psnr", "ssim", "mse", "latent-nll"}
 
 
 @pytest.mark.parametrize("name", sorted(OWN.keys() - WITHOUT))
-def test_a_missing_network_ends_early_with_what_to_fetch_and_how_to_go_without(metrics_home, name):
+def test_a_missing_network_ends_early_with_what_to_fetch_and_how_to_go_without(metrics_home, name, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("something was looked for online"))
     go_without = r"or go without, e\.g\. metrics: \[psnr"
     message = rf"metric {name} lacks its network: put {TO_FETCH[name]}.* into {metrics_home}, {go_without}"
     with pytest.raises(FileNotFoundError, match=message):
@@ -78,6 +79,16 @@ def test_torch_hub_s_cache_is_looked_into_after_home(metrics_home):
     assert pretrained.find_file(f"https://host/{name}") == cache / name
     (metrics_home / name).write_bytes(content)
     assert pretrained.find_file(f"https://host/{name}") == metrics_home / name
+
+
+def test_the_hub_s_cache_is_looked_into_after_home(metrics_home):
+    repository = metrics_home.parent / "hub" / "models--facebook--dino-vitb8"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "image_size": 32}
+    for layers, folder in ((1, repository / "snapshots" / "0123"), (2, metrics_home / "dino-vitb8")):
+        ViTModel(ViTConfig(**sizes, num_hidden_layers=layers)).save_pretrained(folder)
+        assert len(pretrained.load_network(DINO).layers) == layers
 
 
 def test_a_folder_that_lacks_weights_is_refused_and_a_whole_one_shared(metrics_home):
