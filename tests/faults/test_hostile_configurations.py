@@ -175,26 +175,37 @@ DAMAGE = {  # of a checkpoint's content
     "no optimizer": lambda checkpoint: {**checkpoint, "optimizer_states": []},
     "an optimizer of text": lambda checkpoint: {**checkpoint, "optimizer_states": ["x"]},
     "data of text": lambda checkpoint: {**checkpoint, "ShardDataModule": {"position": "x"}},
+    "data without an order": lambda checkpoint: {**checkpoint, "ShardDataModule": {"position": 1}},
     "averages that are not finite": lambda checkpoint: state(checkpoint)["exp_avg"].fill_(torch.nan),
     "averages of another shape": lambda checkpoint: state(checkpoint).update(exp_avg=torch.zeros(3)),
     "averages of text": lambda checkpoint: state(checkpoint).update(exp_avg="x"),
 }
 
 
-def test_a_checkpoint_whose_content_cannot_be_is_refused_by_name(here, capsys):
-    scenes = write_scenes(here / "scenes")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The words of a training and the checkpoint of its first step."""
+    root = tmp_path_factory.mktemp("trained")
+    scenes = write_scenes(root / "scenes")
     own = [f"--data.init_args.{key}={scenes}" for key in ("urls", "val_urls")]
-    own += ["--data.init_args.batch_size=2", "--global_batch_size=2", "--trainer.default_root_dir=run"]
+    own += ["--data.init_args.batch_size=2", "--global_batch_size=2", f"--trainer.default_root_dir={root / 'run'}"]
     fit = [*BASE, *own, "--trainer.limit_val_batches=0"]
     main([*fit, "--trainer.max_steps=1"])
-    place = here / "run" / "checkpoints" / "last.ckpt"
-    for name, damage in DAMAGE.items():
-        checkpoint = torch.load(place, weights_only=True)
-        changed = damage(checkpoint)
-        torch.save(checkpoint if changed is None or name.startswith("averages") else changed, here / "damaged.ckpt")
-        said = refusal(capsys, *fit, "--trainer.max_steps=2", f"--ckpt_path={here / 'damaged.ckpt'}")
-        assert re.search("cannot go on from|cannot be read as a checkpoint|s optimizer is of another", said), name
-        assert "ckpt_path" in said, name
+    return fit, root / "run" / "checkpoints" / "last.ckpt"
+
+
+OFTEN = ("no weights", "an optimizer of text", "data without an order", "averages of another shape")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in DAMAGE])
+def test_a_checkpoint_whose_content_cannot_be_is_refused_by_name(trained, here, capsys, name):
+    fit, place = trained
+    checkpoint = torch.load(place, weights_only=True)
+    changed = DAMAGE[name](checkpoint)
+    torch.save(checkpoint if changed is None or name.startswith("averages") else changed, here / "damaged.ckpt")
+    said = refusal(capsys, *fit, "--trainer.max_steps=2", f"--ckpt_path={here / 'damaged.ckpt'}")
+    assert re.search("cannot go on from|cannot be read as a checkpoint|s optimizer is of another", said)
+    assert "ckpt_path" in said
 
 
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(touch PWNED) run\n", None])
