@@ -1,0 +1,120 @@
+"""The reference of configurations: every class that a YAML file may name, and its arguments as `icd` parses them."""
+
+from __future__ import annotations
+
+import icd_lightning  # isort: skip  (before lightning)
+import importlib
+import inspect
+import pkgutil
+import re
+from argparse import SUPPRESS
+from collections.abc import Iterator
+
+import lightning
+from docstring_parser import parse
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import Strategy
+
+from icd_lightning.diffusion import Loss
+from icd_lightning.editing.method import PictureMethod
+from icd_lightning.editing.methods import LOADED, METHODS
+from icd_lightning.metrics.base import PictureMetric
+from icd_lightning.metrics.registry import METRICS
+from icd_lightning.models.backbones import Backbone
+from icd_lightning.models.students import Students
+from icd_lightning.tasks.base import Task
+
+SEARCHED = ("tasks", "models", "diffusion", "data", "callbacks", "editing", "metrics", "tiny")
+KINDS = {  # a heading, what its classes derive from, and where a configuration names them
+    "Tasks": (Task, "`model.class_path`; the arguments are `model.init_args`"),
+    "Students": (Students, "`model.init_args.students`"),
+    "Losses": (Loss, "`model.init_args.losses.<name>`, further ones `model.init_args.losses.others.<name>`"),
+    "Backbones": (Backbone, "`model.init_args.family.backbone`"),
+    "Data": (lightning.LightningDataModule, "`data.class_path`; the arguments are `data.init_args`"),
+    "Callbacks": (lightning.Callback, "`trainer.callbacks`"),
+    "Strategies": (Strategy, "`trainer.strategy`"),
+    "Methods": (PictureMethod, "`--method FILE.yaml` of `icd edit` and `icd eval`, as the files in conf/method"),
+    "Metrics": (PictureMetric, "`--metrics FILE.yaml`, and `metrics` of callbacks"),
+}
+INTRODUCTION = """\
+# Configuration
+
+What a YAML file may name, and its arguments: read from the signatures and docstrings when this page is built. `icd fit --config A
+--config B` lays files one over the other; a key on the command line comes last. `icd fit --help` says how they are used, and
+`--print_config` what came out. A required argument has no default.
+"""
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    for part in SEARCHED:
+        package = importlib.import_module(f"icd_lightning.{part}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    sections = [INTRODUCTION]
+    for heading, (base, place) in KINDS.items():
+        sections.append(f"## {heading}\n\nNamed in {place}.\n")
+        sections += map(section, classes(base))
+    return "\n".join(sections)
+
+
+def classes(base: type) -> list[type]:
+    """The classes of this package that derive from it and can be made, by name."""
+    below, found = [base], set[type]()
+    while below:
+        cls = below.pop()
+        below += cls.__subclasses__()
+        ours = cls.__module__.startswith("icd_lightning.") and not cls.__name__.startswith("_")
+        if ours and not inspect.isabstract(cls):
+            found.add(cls)
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def section(cls: type) -> str:
+    """A class: its path, short names, what it is, and a table of its arguments."""
+    path, text = f"{cls.__module__}.{cls.__qualname__}", parse(vars(cls).get("__doc__") or "")
+    short = [
+        f"`{name}`"
+        for registry in (METHODS, METRICS)
+        for name, entry in registry.entries.items()
+        if entry.class_path.endswith(f".{cls.__name__}")
+    ]
+    about = "\n\n".join(filter(None, (text.short_description, text.long_description)))
+    names = f" Short names: {', '.join(short)}." if short else ""
+    return f"### {cls.__name__}\n\n`{path}`{names}\n\n{about}\n\n{table(cls)}"
+
+
+def table(cls: type) -> str:
+    """The arguments of a class, a row for each."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(cls, skip=LOADED & set(inspect.signature(cls).parameters))
+    rows = list(arguments(parser))
+    head = "| argument | type | default | meaning |\n|---|---|---|---|\n" if rows else "It takes no arguments.\n"
+    return head + "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+
+
+def arguments(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each argument that a parser takes; nested ones by their dotted names."""
+    for action in parser._actions:
+        if SUPPRESS in (action.help, action.default) or action.dest == "help":
+            continue
+        default = "required" if action.required else f"`{shown(action.default)}`"
+        help_text = " ".join((action.help or "").split())
+        yield f"`{action.dest}`", f"`{type_name(getattr(action, '_typehint', None) or action.type)}`", default, help_text
+
+
+def type_name(hint: object) -> str:
+    """A type without the modules of its names."""
+    return re.sub(r"(?:\w+\.)+(?=\w)", "", inspect.formatannotation(hint))
+
+
+def shown(value: object) -> str:
+    """A default as a configuration says it: a class by its name, its arguments behind it."""
+    if isinstance(value, dict) and "class_path" in value:
+        given = ", ".join(f"{key}: {shown(one)}" for key, one in value.get("init_args", {}).items())
+        return f"{value['class_path'].rpartition('.')[2]}({given})"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    return re.sub(r"<.*?(\w+) object at \w+>", r"\1", str(value))
