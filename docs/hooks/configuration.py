@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import icd_lightning  # isort: skip  (before lightning)
 import importlib
 import inspect
 import pkgutil
@@ -100,7 +99,12 @@ def arguments(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
             continue
         default = "required" if action.required else f"`{shown(action.default)}`"
         help_text = " ".join((action.help or "").split())
-        yield f"`{action.dest}`", f"`{type_name(getattr(action, '_typehint', None) or action.type)}`", default, help_text
+        yield (
+            f"`{action.dest}`",
+            f"`{type_name(getattr(action, '_typehint', None) or action.type)}`",
+            default,
+            help_text,
+        )
 
 
 def type_name(hint: object) -> str:

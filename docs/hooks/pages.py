@@ -13,6 +13,7 @@ from mkdocs.structure.files import File
 
 import icd_lightning  # isort: skip  (before all that imports torchvision)
 import configuration  # beside this file
+
 from icd_lightning.commands.main import COMMANDS, help_text, main
 
 ROOT = Path(__file__).parents[2]
