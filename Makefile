@@ -14,7 +14,7 @@ RESULTS ?=
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
-  notebooks notebook-results tensorboard tiny-weights tiny-report clean
+  notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -139,6 +139,10 @@ tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## t
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)
+
+docs: $(STAMP) ## build the documentation as a site, build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'build/site/index.html is written; to search it, serve it: $(BIN)/python -m http.server --directory build/site'
 
 clean: ## remove what the demo and the trainings wrote, and the environment
 	rm -rf outputs $(VENV)

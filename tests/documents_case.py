@@ -9,10 +9,8 @@ from pathlib import Path
 from string import Template
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = {
-    str(path.relative_to(ROOT)): path
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[dbn]*/README.md"))
-}
+FOLDERS = (".", "benchmarks", "data", "docs", "notebooks")
+DOCUMENTS = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")}
 FENCE = re.compile(r"^```(\w+)(?: \{([^}\n]*)\})?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PARSED_ALONE = {"needs-weights", "needs-data", "takes-minutes"}
 """Marks of fences that no test runs: their commands must exist, with these options."""

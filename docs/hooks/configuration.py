@@ -7,10 +7,10 @@ import inspect
 import pkgutil
 import re
 from argparse import SUPPRESS
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 
 import lightning
-from docstring_parser import parse
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 
@@ -38,9 +38,9 @@ KINDS = {  # a heading, what its classes derive from, and where a configuration 
 INTRODUCTION = """\
 # Configuration
 
-What a YAML file may name, and its arguments: read from the signatures and docstrings when this page is built. `icd fit --config A
---config B` lays files one over the other; a key on the command line comes last. `icd fit --help` says how they are used, and
-`--print_config` what came out. A required argument has no default.
+What a YAML file may name, and its arguments, read from signatures and docstrings when this page was built.
+`icd fit --config A --config B` lays files one over the other; keys on the command line come last. `icd fit --help` says
+how they are used, and `--print_config` what came out.
 """
 
 
@@ -58,53 +58,60 @@ def page() -> str:
 
 
 def classes(base: type) -> list[type]:
-    """The classes of this package that derive from it and can be made, by name."""
+    """The classes of this package that derive from it and can be made, by name; the tiny world's come last."""
     below, found = [base], set[type]()
     while below:
         cls = below.pop()
         below += cls.__subclasses__()
-        ours = cls.__module__.startswith("icd_lightning.") and not cls.__name__.startswith("_")
+        ours = cls.__module__.startswith("icd_lightning.") and cls is not base
         if ours and not inspect.isabstract(cls):
             found.add(cls)
-    return sorted(found, key=lambda cls: cls.__name__)
+    return sorted(found, key=lambda cls: (".tiny." in cls.__module__, cls.__name__))
 
 
 def section(cls: type) -> str:
     """A class: its path, short names, what it is, and a table of its arguments."""
-    path, text = f"{cls.__module__}.{cls.__qualname__}", parse(vars(cls).get("__doc__") or "")
+    path = f"{cls.__module__}.{cls.__qualname__}"
     short = [
         f"`{name}`"
         for registry in (METHODS, METRICS)
         for name, entry in registry.entries.items()
         if entry.class_path.endswith(f".{cls.__name__}")
     ]
-    about = "\n\n".join(filter(None, (text.short_description, text.long_description)))
     names = f" Short names: {', '.join(short)}." if short else ""
-    return f"### {cls.__name__}\n\n`{path}`{names}\n\n{about}\n\n{table(cls)}"
+    return f"### {cls.__name__}\n\n`{path}`{names}\n\n{described(cls)}\n\n{table(cls)}"
+
+
+def described(cls: type) -> str:
+    """What a class's own docstring says beside its arguments."""
+    text = inspect.cleandoc(vars(cls).get("__doc__") or "")
+    return re.sub(r"^Args:\n(?:(?: .*)?\n)*(?: .*$)?", "", text, flags=re.MULTILINE)
 
 
 def table(cls: type) -> str:
     """The arguments of a class, a row for each."""
-    parser = ArgumentParser()
-    parser.add_class_arguments(cls, skip=LOADED & set(inspect.signature(cls).parameters))
-    rows = list(arguments(parser))
+    parser, parameters = ArgumentParser(), inspect.signature(cls, eval_str=True).parameters
+    parser.add_class_arguments(cls, skip=LOADED & set(parameters) if issubclass(cls, PictureMethod) else set())
+    groups = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+    rows = list(arguments(parser, groups))
     head = "| argument | type | default | meaning |\n|---|---|---|---|\n" if rows else "It takes no arguments.\n"
-    return head + "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def arguments(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of each argument that a parser takes; nested ones by their dotted names."""
+def arguments(parser: ArgumentParser, groups: Mapping[str, type]) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each argument that a parser takes.
+
+    Those of a group, a dataclass, have dotted names, behind a row that says what the group is.
+    """
     for action in parser._actions:
+        if action.dest in groups and action.default == SUPPRESS:
+            cls = groups[action.dest]
+            yield f"`{action.dest}`", f"`{cls.__name__}`", "", " ".join(described(cls).split())
         if SUPPRESS in (action.help, action.default) or action.dest == "help":
             continue
         default = "required" if action.required else f"`{shown(action.default)}`"
-        help_text = " ".join((action.help or "").split())
-        yield (
-            f"`{action.dest}`",
-            f"`{type_name(getattr(action, '_typehint', None) or action.type)}`",
-            default,
-            help_text,
-        )
+        kind = type_name(getattr(action, "_typehint", None) or action.type)
+        yield f"`{action.dest}`", f"`{kind}`", default, " ".join((action.help or "").split())
 
 
 def type_name(hint: object) -> str:
