@@ -53,22 +53,23 @@ def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
     folder = posixpath.dirname(next((path for path, other in ELSEWHERE.items() if other == uri), f"docs/{uri}"))
 
-    def moved(link: str) -> str | None:
-        """The site's name of what a link leads to; None: it is not of the repository, or not in the site."""
-        path = posixpath.normpath(posixpath.join(folder, link))
+    def path_of(link: str) -> str:
+        return posixpath.normpath(posixpath.join(folder, link))
+
+    def moved(path: str) -> str | None:
+        """The site's name of a file of the repository, seen from this page; None: the site does not have it."""
         place = ELSEWHERE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         return place and posixpath.relpath(place, posixpath.dirname(uri) or ".")
 
     def replaced(match: re.Match[str]) -> str:
-        text, link, anchor = match[1], match[2], match[3] or ""
-        path = posixpath.normpath(posixpath.join(folder, link))
+        text, path, anchor = match[1], path_of(match[2]), match[3] or ""
         if not (ROOT / path).exists():
             return match[0]
         if re.match(r"icd_lightning/.*\.py$", path):
             return f"[{text}][{path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}]"
-        return f"[{text}]({place}{anchor})" if (place := moved(link)) else text
+        return f"[{text}]({place}{anchor})" if (place := moved(path)) else text
 
-    return SOURCE.sub(lambda match: moved(match[0]) or match[0], LINK.sub(replaced, markdown))
+    return SOURCE.sub(lambda match: moved(path_of(match[0])) or match[0], LINK.sub(replaced, markdown))
 
 
 def made() -> dict[str, str]:
