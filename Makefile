@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install lock install-locked demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
 
@@ -25,6 +25,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 install: $(STAMP) ## make .venv with everything in it (every other target does so first)
+
+lock: $(STAMP) ## write hashes.txt: version and SHA-256 of every file that pip would install on this kind of machine
+	@mkdir -p build
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report build/files.json --constraint constraints.txt '.[dev]' 'setuptools>=77'
+	@$(BIN)/python -c 'import json; files = [item for item in json.load(open("build/files.json"))["install"] if not item["is_direct"]]; \
+	  print(*("{0[metadata][name]}=={0[metadata][version]} --hash=sha256:{0[download_info][archive_info][hashes][sha256]}".format(f) for f in files), sep="\n")' > hashes.txt
+
+install-locked: hashes.txt ## make .venv of the files in hashes.txt and of no others
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
 
 demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; results in outputs/demo
 	$(ICD) demo $(ARGS)
