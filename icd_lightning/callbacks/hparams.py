@@ -8,8 +8,10 @@ import lightning
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from icd_lightning.callbacks.loggers import COMPARED, FINAL
+
 SETTINGS = ("model", "data", "seed_everything")
-MEASURED = ("reconstruction", "reconstruction_guided", "generation", "guidance_sweep", "val")
+MEASURED = ("val", *COMPARED["Reconstruction"], *COMPARED["Generation"])
 
 
 class FinalMetrics(lightning.Callback):
@@ -18,7 +20,7 @@ class FinalMetrics(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log once the last validation is over."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in MEASURED}
+        metrics = {FINAL.format(name): value for name, value in values.items() if name.split("/")[0] in MEASURED}
         if not metrics or not trainer.is_global_zero:
             return
         settings = {"max_steps": trainer.max_steps}
