@@ -39,17 +39,20 @@ Charts = dict[str, dict[str, tuple[str, list[str]]]]
 class RunTensorBoard(TensorBoardLogger):
     """TensorBoard's log of a run, with `charts` of all that the run has logged, before a restart too.
 
-    Its Custom Scalars tab shows them. They are written anew when a name is new, and the last ones count.
+    The tab Custom Scalars shows them. They are written at the first figures, and again when there is a new one: the
+    last that are written count.
     """
+
+    _written: Charts = {}  # noqa: RUF012  (replaced, never changed)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        """Log scalars, and lay out the charts if one is new."""
-        names = self._names  # of the files as they were
+        """Log scalars, and the charts if they change."""
         super().log_metrics(metrics, step)
-        if metrics.keys() - names:
-            names |= metrics.keys()
-            self.experiment.add_custom_scalars(charts(names))
+        self._names.update(metrics)
+        if (now := charts(self._names)) != self._written:
+            self.experiment.add_custom_scalars(now)
+            self._written = now
 
     @cached_property
     def _names(self) -> set[str]:
