@@ -67,6 +67,7 @@ MOVED = {  # keys of stage 2's model.init_args before students and losses were p
 MOVED_KEY = re.compile(rf"(?:Option '|arguments: --)({'|'.join(MOVED)})(?:[.'= ]|$)")
 ENDS_ALONE = "arguments are required: boundaries.boundary_timesteps"
 WEIGHT_ALONE = re.compile(r'"losses\.(\w+)".*Given value: ([\d.eE+-]+)$', re.DOTALL)
+LACKING = re.compile(r"class_path '([\w.]+)':\s+Requirement '([^']+)' not met")
 NO_LOSS = re.compile(r"(--model\.init_args\.losses)\.(\w+)[=\0]null(?=\0|$)")
 
 
@@ -137,11 +138,13 @@ class FitCommand(LightningCLI):
         """Lightning would take settings from the checkpoint; ours hold none, and a damaged one is told of below."""
 
     def instantiate_classes(self) -> None:
-        """Say in a line what to install for a part that needs it, such as a logger."""
+        """Build trainer, task and data; say what to install for a part that needs it, such as a logger."""
         try:
             super().instantiate_classes()
-        except ModuleNotFoundError as error:
-            raise ValueError(f"a part that the configuration names lacks its package: {error}") from error
+        except ValueError as error:
+            if lacking := LACKING.search(str(error)):
+                raise ValueError(f"{lacking[1]} needs a package that is not here: pip install '{lacking[2]}'") from error
+            raise
 
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""
