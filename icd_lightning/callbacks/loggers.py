@@ -24,13 +24,15 @@ GENERATED, FINAL = "generation/{}", "final/{}"
 """Names of what is measured in a validation, and in the last one."""
 
 COMPARED = {
-    "Losses": ("train", "val"),
-    "Reconstruction": tuple(name.partition("/")[0] for name in (PLAIN, GUIDED, SWEPT)),
-    "Generation": (GENERATED.partition("/")[0],),
+    "Losses": ("train/{}", "val/{}"),
+    "Reconstruction": (PLAIN, GUIDED),
+    "Guidance": (SWEPT,),
+    "Generation": (GENERATED,),
 }
-"""What stands before the / of names that a chart compares, if what follows is the same, but for a w; by category."""
+CATEGORIES = {name.partition("/")[0]: category for category, names in COMPARED.items() for name in names}
+"""By what stands before the / of a name. A chart compares the names of one category that are equal after it."""
 OTHERS = "Training"
-"""The category of all else, with a chart for each word before the /."""
+"""The category of all else, with a chart for each beginning."""
 
 Charts = dict[str, dict[str, tuple[str, list[str]]]]
 """category -> chart -> its kind, and the names of its scalars as regular expressions, as SummaryWriter takes them."""
@@ -60,7 +62,7 @@ class RunTensorBoard(TensorBoardLogger):
 
 
 def charts(names: Iterable[str]) -> Charts:
-    """Put scalars into charts: train/loss with val/loss, reconstruction/psnr with guidance_sweep/psnr_w3.
+    """Put scalars into charts: train/reverse_cd with val/reverse_cd, guidance_sweep/psnr_w1 with those of other w.
 
     Names without a / are left out, and the last values, which are in HPARAMS.
     """
@@ -69,7 +71,7 @@ def charts(names: Iterable[str]) -> Charts:
         place, slash, rest = name.partition("/")
         if not slash or FINAL.startswith(f"{place}/"):
             continue
-        category = next((one for one, places in COMPARED.items() if place in places), OTHERS)
+        category = CATEGORIES.get(place, OTHERS)
         title = place if category == OTHERS else re.sub(r"_w[\d.]+$", "", rest)
         found[category].setdefault(title, ("Multiline", []))[1].append(f"{re.escape(name)}$")
     return {category: of for category, of in found.items() if of}

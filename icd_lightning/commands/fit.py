@@ -143,7 +143,9 @@ class FitCommand(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             if lacking := LACKING.search(str(error)):
-                raise ValueError(f"{lacking[1]} needs a package that is not here: pip install '{lacking[2]}'") from error
+                raise ValueError(
+                    f"{lacking[1]} needs a package that is not here: pip install '{lacking[2]}'"
+                ) from error
             raise
 
     def before_validate(self) -> None:

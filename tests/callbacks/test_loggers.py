@@ -89,10 +89,10 @@ def test_the_charts_draw_every_scalar_of_the_run_once(watched):
 def test_the_charts_compare_what_belongs_together(watched):
     layout, scalars = layouts(watched)[-1], read_scalars(watched)
     named = {title: {chart: shown(tags, scalars) for chart, tags in of.items()} for title, of in layout.items()}
-    assert list(layout) == ["Losses", "Reconstruction", "Generation", "Training"]
+    assert list(layout) == ["Losses", "Reconstruction", "Guidance", "Generation", "Training"]
     assert set(named["Losses"]["reverse_cd"]) == {"train/reverse_cd", "val/reverse_cd"}
-    psnr = {"reconstruction/psnr", "reconstruction_guided/psnr", "guidance_sweep/psnr_w1", "guidance_sweep/psnr_w1.5"}
-    assert set(named["Reconstruction"]["psnr"]) == psnr
+    assert set(named["Reconstruction"]["psnr"]) == {"reconstruction/psnr", "reconstruction_guided/psnr"}
+    assert set(named["Guidance"]["psnr"]) == {"guidance_sweep/psnr_w1", "guidance_sweep/psnr_w1.5"}
     assert named["Generation"] == {"tiny-agreement": ["generation/tiny-agreement"]}
     training = {"data", "grad_norm", "learning_rate", "throughput"}
     assert training == {chart for chart in named["Training"] if not chart.endswith("_by_segment")}
@@ -186,13 +186,13 @@ def test_weights_and_biases_gets_figures_and_pictures_offline(fit, tmp_path, mon
     import wandb
 
     try:
-        main(fit)
+        main([*fit, "--trainer.callbacks+=icd_lightning.callbacks.hparams.FinalMetrics"])
     finally:
         wandb.teardown()  # which waits for what is not yet written
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     held = record.read_bytes()
-    names = ("train/loss", "grad_norm/forward", "reconstruction/psnr", "pictures/inversion", "data/train/passed")
-    assert [name for name in names if name.encode() not in held] == []
+    names = ("train/loss", "grad_norm/forward", "reconstruction/psnr", "data/train/passed", "pictures/inversion")
+    assert [name for name in (*names, "model.boundaries.boundary_timesteps") if name.encode() not in held] == []
     (picture,) = record.parent.glob("files/media/images/pictures/inversion_*.png")
     assert Image.open(picture).width > 128
     run = tmp_path / "run"  # has what it has without Weights & Biases
