@@ -156,13 +156,11 @@ def load(model: Model) -> InvertibleConsistencyPipeline:
 
     parts = {name: getattr(model, name) or None for name in ("forward", "reverse", "guided_unet")}
     try:
-        with torch.inference_mode(False):  # ComfyUI is in it, and weights would stay bound to it
-            pipe = InvertibleConsistencyPipeline.from_pretrained(
-                model.model, torch_dtype=getattr(torch, model.precision), **parts
-            )
-            return pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        dtype = getattr(torch, model.precision)
+        pipe = InvertibleConsistencyPipeline.from_pretrained(model.model, torch_dtype=dtype, **parts)
     except OSError as error:
         raise ValueError(str(error)) from error
+    return pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def lines(prompt: str) -> list[str]:

@@ -186,10 +186,11 @@ def test_weights_and_biases_gets_figures_and_pictures_offline(fit, tmp_path, mon
     import wandb
 
     try:
-        main([*fit, "--trainer.callbacks+=icd_lightning.callbacks.hparams.FinalMetrics"])
+        callback = "--trainer.callbacks+=icd_lightning.callbacks.hparams.FinalMetrics"
+        main([*fit, callback, "--trainer.logger.init_args.id=mine"])
     finally:
         wandb.teardown()  # which waits for what is not yet written
-    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-mine.wandb")
     held = record.read_bytes()
     names = ("train/loss", "grad_norm/forward", "reconstruction/psnr", "data/train/passed", "pictures/inversion")
     assert [name for name in (*names, "model.boundaries.boundary_timesteps") if name.encode() not in held] == []
