@@ -147,13 +147,14 @@ def test_a_logger_without_pictures_is_left_alone_and_told_of_once(tmp_path, capl
         drawn.append(np.full((4, 6, 3), 128, np.uint8))
         return drawn[-1]
 
-    for loggers in ([Figures(tmp_path)], [Figures(tmp_path), board]):
+    other = TensorBoardLogger(tmp_path / "other", name="", version="")
+    for loggers in ([Figures(tmp_path)], [Figures(tmp_path), board, other]):
         log_picture(trainer_for(tmp_path, logger=loggers), "pictures/grey", draw)
     board.save()
     assert [text for text in caplog.messages if "Figures" in text] == [
         "Figures takes no pictures: TensorBoard and Weights & Biases do (docs/loggers.md)"
     ]
-    assert len(drawn) == 1  # for the second trainer alone
+    assert len(drawn) == 1  # for the second trainer alone, and once
     (event,) = EventAccumulator(str(tmp_path)).Reload().Images("pictures/grey")
     assert (event.height, event.width) == (4, 6)
 
