@@ -6,7 +6,7 @@ Install this package into ComfyUI's Python, and save these lines as `custom_node
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
-ComfyUI imports this at its start, so torch and diffusers wait until a node runs.
+ComfyUI imports this at its start, so diffusers and all networks wait until a node runs.
 """
 
 from __future__ import annotations
@@ -149,11 +149,12 @@ NODE_DISPLAY_NAME_MAPPINGS = {"ICDInvert": "iCD Invert", "ICDEdit": "iCD Edit"}
 
 @lru_cache(maxsize=1)
 def load(model: Model) -> InvertibleConsistencyPipeline:
-    """The pipeline on the accelerator, if there is one; the latest is kept. ValueError if it cannot be loaded."""
+    """The pipeline on the accelerator, if there is one; the latest alone is kept. ValueError if it cannot be loaded."""
     import torch
 
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
+    load.cache_clear()  # else memory would hold two while this one is loaded
     parts = {name: getattr(model, name) or None for name in ("forward", "reverse", "guided_unet")}
     try:
         dtype = getattr(torch, model.precision)

@@ -142,11 +142,10 @@ class FitCommand(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if lacking := LACKING.search(str(error)):
-                raise ValueError(
-                    f"{lacking[1]} needs a package that is not here: pip install '{lacking[2]}'"
-                ) from error
-            raise
+            if (lacking := LACKING.search(str(error))) is None:
+                raise
+            name, package = lacking.groups()
+            raise ValueError(f"{name} needs a package that is not here: pip install '{package}'") from error
 
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""

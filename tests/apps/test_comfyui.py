@@ -1,6 +1,5 @@
 """The nodes, called as ComfyUI calls them: imported from custom_nodes, filled by INPUT_TYPES, in inference mode."""
 
-import gc
 import importlib.util
 import re
 import subprocess
@@ -157,16 +156,21 @@ def test_another_seed_is_another_inversion(random_family, images, inverted):
     assert not torch.equal(other.noise[:1], inverted[0].noise[:1])
 
 
-def test_one_model_is_loaded_once_and_the_latest_alone_is_kept(random_family, images):
+def test_one_model_is_loaded_once_and_the_latest_alone_is_kept(random_family, images, monkeypatch):
     load.cache_clear()
     asked = {"image": images, "source_prompt": SOURCES[0], "model": str(random_family)}
     inversion, _ = call("ICDInvert", **asked)
     call("ICDEdit", inversion=inversion, target_prompt=TARGETS[0])
     assert load.cache_info().misses == 1
-    first = ref(load(inversion.model))
+    first, loading = ref(load(inversion.model)), InvertibleConsistencyPipeline.from_pretrained
+
+    def from_pretrained(*args, **options):
+        assert first() is None, "gone before another takes memory"
+        return loading(*args, **options)
+
+    monkeypatch.setattr(InvertibleConsistencyPipeline, "from_pretrained", from_pretrained)
     call("ICDInvert", **asked, precision="bfloat16")
-    gc.collect()
-    assert first() is None
+    assert load.cache_info().currsize == 1
     (edited,) = call("ICDEdit", inversion=inversion, target_prompt=TARGETS[0])  # loads its own model again
     assert edited.shape == (2, 64, 64, 3)
 
