@@ -52,7 +52,7 @@ def pipe(random_family) -> InvertibleConsistencyPipeline:
     return InvertibleConsistencyPipeline.from_pretrained(str(random_family))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inverted(random_family, images):
     return call("ICDInvert", image=images, source_prompt="\n".join(SOURCES), model=str(random_family))
 
@@ -161,7 +161,7 @@ def test_one_model_is_loaded_once_and_the_latest_alone_is_kept(random_family, im
     asked = {"image": images, "source_prompt": SOURCES[0], "model": str(random_family)}
     inversion, _ = call("ICDInvert", **asked)
     call("ICDEdit", inversion=inversion, target_prompt=TARGETS[0])
-    assert load.cache_info().misses == 1
+    assert load.cache_info().hits == 1
     first, loading = ref(load(inversion.model)), InvertibleConsistencyPipeline.from_pretrained
 
     def from_pretrained(*args, **options):
