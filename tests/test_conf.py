@@ -38,6 +38,7 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "sdxl": (("base", "model/sdxl"), InvertibleConsistencyDistillation),
     "sdxl, random": (("base", "model/sdxl", "model/sdxl_random"), InvertibleConsistencyDistillation),
     "stage 1": ((*SD15, "task/guidance_distillation"), GuidanceDistillation),
+    "tiny, logged": ((*TINY, "logger/wandb"), InvertibleConsistencyDistillation),
     "tiny, watched": ((*TINY, "callbacks/tiny"), InvertibleConsistencyDistillation),
     "sd15, watched": ((*SD15, "callbacks/sd15"), InvertibleConsistencyDistillation),
     "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),

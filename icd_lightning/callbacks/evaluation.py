@@ -8,12 +8,12 @@ from zlib import crc32
 
 import lightning
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics import Metric
 
+from icd_lightning.callbacks.loggers import PLAIN, log_picture
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_pictures
 from icd_lightning.editing.consistency import InvertibleConsistency
@@ -86,7 +86,7 @@ class StudentEvaluation(lightning.Callback):
             for name, metric in metrics.items():
                 logged = place.format(name)
                 # sync_dist averages what is equal on all ranks already; without it Lightning warns
-                pl_module.log(logged, metric.compute(), prog_bar=logged == "reconstruction/psnr", sync_dist=True)
+                pl_module.log(logged, metric.compute(), prog_bar=logged == PLAIN.format("psnr"), sync_dist=True)
 
     def measure(self, place: str, results: Tensor, batch: Batch, noise: Tensor) -> None:
         """Give the metrics of a place what there is: results (B, 3, H, W), the batch and the noise they came from."""
@@ -94,11 +94,9 @@ class StudentEvaluation(lightning.Callback):
             self.metrics[place][name].update(results, batch.images, prompts=batch.captions, noise=noise)
 
     def draw(self, trainer: lightning.Trainer, name: str, rows: Mapping[str, Tensor], captions: Sequence[str]) -> None:
-        """Log a `grid` of the first pictures where the trainer has a TensorBoard log, on rank 0."""
+        """Log a `grid` of the first pictures."""
         shown = {label: images[: self.grid_columns] for label, images in rows.items()}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_image(name, grid(shown, captions), trainer.global_step, dataformats="HWC")
+        log_picture(trainer, name, lambda: grid(shown, captions))
 
 
 def check_students(callback: lightning.Callback, task: lightning.LightningModule) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import lightning
 
 from icd_lightning.callbacks.evaluation import StudentEvaluation, pipeline_of
+from icd_lightning.callbacks.loggers import GENERATED
 from icd_lightning.data.batch import Batch
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
-
-GENERATED = "generation/{}"
 
 
 class GenerationCallback(StudentEvaluation):

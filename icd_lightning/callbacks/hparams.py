@@ -8,17 +8,22 @@ import lightning
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from icd_lightning.callbacks.loggers import CATEGORIES, FINAL
+
 SETTINGS = ("model", "data", "seed_everything")
-MEASURED = ("reconstruction", "reconstruction_guided", "generation", "guidance_sweep", "val")
+MEASURED = CATEGORIES.keys() - {"train"}
 
 
 class FinalMetrics(lightning.Callback):
-    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`."""
+    """At the end of a training, log the settings of its configuration with the final metrics, as `final/<metric>`.
+
+    Other loggers than TensorBoard's get the settings alone: they know the last value of a metric by themselves.
+    """
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log once the last validation is over."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {f"final/{name}": value for name, value in values.items() if name.split("/")[0] in MEASURED}
+        metrics = {FINAL.format(name): value for name, value in values.items() if name.split("/")[0] in MEASURED}
         if not metrics or not trainer.is_global_zero:
             return
         settings = {"max_steps": trainer.max_steps}
@@ -30,6 +35,8 @@ class FinalMetrics(lightning.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings, metrics, trainer.global_step)
+            else:
+                logger.log_hyperparams(settings)
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

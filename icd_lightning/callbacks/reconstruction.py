@@ -8,18 +8,17 @@ import lightning
 from torchmetrics import MeanMetric
 
 from icd_lightning.callbacks.evaluation import StudentEvaluation, noise_images, pipeline_of
+from icd_lightning.callbacks.loggers import GUIDED, PLAIN, SWEPT
 from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.method import UNGUIDED, seeded_noise
-
-PLAIN, GUIDED = "reconstruction/{}", "reconstruction_guided/{}"
 
 
 class ReconstructionCallback(StudentEvaluation):
     """Invert and generate validation pictures; log what came back, over all ranks, unguided and as the task decodes.
 
     `reconstruction/<metric>` is at w = 1, `reconstruction_guided/<metric>` with the task's `decoding`; `latent_mse` is
-    the mean squared error of the latents. A grid of pictures goes to TensorBoard: originals, the noise that they were
+    the mean squared error of the latents. A grid of pictures is logged: originals, the noise that they were
     inverted to, what came back of it, and pictures generated from drawn noise.
 
     Args:
@@ -69,7 +68,7 @@ class GuidanceSweep(StudentEvaluation):
     ) -> None:
         if not guidance_scales or min(guidance_scales) < 1:
             raise ValueError(f"guidance_scales {list(guidance_scales)} must be 1 (unguided) or more, and at least one")
-        self._scales = {f"guidance_sweep/{{}}_w{w:g}": w for w in guidance_scales}
+        self._scales = {SWEPT.format(w): w for w in guidance_scales}
         super().__init__(metrics, tuple(self._scales), num_images)
 
     def look(self, trainer: lightning.Trainer, task, batch: Batch, *, seeds: list[int], draw: bool) -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from icd_lightning.callbacks.checkpoint_io import before
+from icd_lightning.callbacks.loggers import RunTensorBoard
 from icd_lightning.commands.main import fail
 from icd_lightning.files import read_yaml
 from icd_lightning.models.weights import first_line, read_pickled
@@ -66,6 +67,7 @@ MOVED = {  # keys of stage 2's model.init_args before students and losses were p
 MOVED_KEY = re.compile(rf"(?:Option '|arguments: --)({'|'.join(MOVED)})(?:[.'= ]|$)")
 ENDS_ALONE = "arguments are required: boundaries.boundary_timesteps"
 WEIGHT_ALONE = re.compile(r'"losses\.(\w+)".*Given value: ([\d.eE+-]+)$', re.DOTALL)
+LACKING = re.compile(r"class_path '([\w.]+)':\s+Requirement '([^']+)' not met")
 NO_LOSS = re.compile(r"(--model\.init_args\.losses)\.(\w+)[=\0]null(?=\0|$)")
 
 
@@ -134,6 +136,16 @@ class FitCommand(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take settings from the checkpoint; ours hold none, and a damaged one is told of below."""
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, task and data; say what to install for a part that needs it, such as a logger."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (lacking := LACKING.search(str(error))) is None:
+                raise
+            name, package = lacking.groups()
+            raise ValueError(f"{name} needs a package that is not here: pip install '{package}'") from error
 
     def before_validate(self) -> None:
         """Refuse to measure untrained students for want of a checkpoint."""
@@ -204,10 +216,15 @@ class FitCommand(LightningCLI):
             log.info("global batch %d = %d samples x %d devices x %d accumulated micro-batches", *shown)
 
     def instantiate_trainer(self, **kwargs) -> lightning.Trainer:
-        """Log to `trainer.default_root_dir` itself, so that a run has one folder and starting again finds it."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
+        """Log to `trainer.default_root_dir` itself, so that a run has one folder and starting again finds it.
+
+        Other loggers come second, for Lightning keeps checkpoints where the first one writes.
+        """
+        given = self._get(self.config_init, "trainer.logger")
+        others = [] if given in (None, True) else given if isinstance(given, list) else [given]
+        if given is not False and not any(isinstance(one, TensorBoardLogger) for one in others):
             root = self._get(self.config_init, "trainer.default_root_dir") or "outputs/run"
-            kwargs["logger"] = TensorBoardLogger(root, name="", version="")
+            kwargs["logger"] = [RunTensorBoard(root, name="", version=""), *others]
         for name in ("accumulate_grad_batches", "val_check_interval"):
             value = self._get(self.config_init, f"trainer.{name}")
             if isinstance(value, (int, float)) and not value > 0:

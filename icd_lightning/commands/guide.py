@@ -9,6 +9,7 @@ Train. Configurations are laid one over the other, each holding only what it cha
   conf/model/               the networks, and what suits them: tiny (shipped), sd15, sdxl
   conf/experiment/          length, batch and folder: demo, tiny, sd15_paper, sdxl_paper, sd15_guidance, sdxl_guidance
   conf/trainer/             how devices share the work: single, ddp, fsdp; and compile. docs/gpus.md tells more
+  conf/logger/              wandb: Weights & Biases beside TensorBoard. docs/loggers.md tells more
   conf/ablation/            rows of the paper's Table 2: A ... K
   conf/task/                guidance_distillation: stage 1 in the place of stage 2
   conf/tiny/                the stages of `make tiny-weights`, each after conf/tiny/base.yaml

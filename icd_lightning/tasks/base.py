@@ -235,6 +235,7 @@ class Task(lightning.LightningModule):
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self.log(f"grad_norm/{group['name']}", norm)
+            self.log(f"learning_rate/{group['name']}", group["lr"])
             # a gradient scaler (16-mixed) expects infinite gradients, and skips the step by itself
             if self.trainer.precision != "16-mixed" and not norm.isfinite():
                 self._skip_step(optimizer)
