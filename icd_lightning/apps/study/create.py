@@ -26,7 +26,7 @@ Save = Callable[[NDArray[np.uint8]], str]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a study is made: votes wanted for a pair of edits, the share of checks among an assessor's tasks, the seed."""
+    """How a study is made: votes wanted for each two edits, the share of checks among an assessor's tasks, the seed."""
 
     votes: int = 3
     check_share: float = 0.1

@@ -1,4 +1,4 @@
-"""The study's report: preferences as Fig. 13 draws them (arXiv:2406.14539) and as the lower half of Table 3, agreement."""
+"""The study's report: preferences, drawn as in Fig. 13 (arXiv:2406.14539), and how far assessors agree."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from icd_lightning.files import write_text, write_whole
 PER_CENT = Style(1, factor=100)
 STYLES = {**dict.fromkeys(("a preferred", "a better", "tie", "b better"), PER_CENT), "alpha": Style(2)}
 NOTE = (
-    "Shares of votes, each pair of edits weighing the same; in 'a preferred' a tie is half a vote for each. ± is half of "
-    "a 95 % interval over 1,000 resamples of pairs. alpha is Krippendorff's: assessors' agreement, 0 being chance."
+    "Shares of votes, each pair of edits weighing the same; in 'a preferred' a tie is half a vote for each. ± is half "
+    "of a 95 % interval over 1,000 resamples of pairs. alpha is Krippendorff's: assessors' agreement, 0 being chance."
 )
 
 
@@ -48,11 +48,11 @@ class Outcome:
     @property
     def note(self) -> str:
         """Whose votes are counted."""
-        failed, unchecked = len(self.panelists.failed), len(self.panelists.unchecked)
+        people = self.panelists
         return (
-            f"{self.votes} votes of {len(self.panelists.counted)} assessors are counted; {failed} who failed the checks "
-            f"and {unchecked} who met none are left out. {self.short} of {self.pairs} pairs have fewer than "
-            f"{self.settings['votes']} votes."
+            f"{self.votes} votes of {len(people.counted)} assessors are counted; {len(people.failed)} who failed the "
+            f"checks and {len(people.unchecked)} who met none are left out. {self.short} of {self.pairs} pairs have "
+            f"fewer than {self.settings['votes']} votes."
         )
 
 

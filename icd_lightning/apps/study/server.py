@@ -120,7 +120,8 @@ def serve(folder: Path, host: str, port: int) -> None:
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen at {host}, port {port} ({error}): give another --port or --host") from error
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise ValueError(f"cannot listen at {host}, port {port} ({reason}): give another --port or --host") from error
     name = f"[{host}]" if ":" in host else host
     log.info("%s: http://%s:%d/ (Ctrl-C stops; votes are kept)", folder, name, listening.getsockname()[1])
     config = uvicorn.Config(

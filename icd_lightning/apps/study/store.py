@@ -12,8 +12,6 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icd_lightning.files import check_file
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -39,7 +37,7 @@ CREATE INDEX votes_of_task ON votes (task);
 """
 """A row of votes is a task given to an assessor; its choice is NULL until there is one. b is NULL in checks."""
 NEXT = """
-SELECT id, (swapped + count(votes.task)) % 2 FROM tasks LEFT JOIN votes ON task = id
+SELECT id, (tasks.swapped + count(votes.task)) % 2 FROM tasks LEFT JOIN votes ON task = id
 WHERE (b IS NULL) = :check AND id NOT IN (SELECT task FROM votes WHERE assessor = :token)
 GROUP BY id HAVING :check OR sum(choice IS NOT NULL OR ifnull(given > :since, 0)) < :votes
 ORDER BY sum(choice IS NOT NULL OR ifnull(given > :since, 0)), place LIMIT 1
@@ -111,7 +109,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.file, self.lock = folder / FILE, threading.Lock()
-        check_file(self.file)
+        if not self.file.is_file():
+            raise FileNotFoundError(f"there is no study at {folder}: icd study create makes one")
         try:
             self.connection = _connect(self.file)
             (application,) = self.connection.execute("PRAGMA application_id").fetchone()
