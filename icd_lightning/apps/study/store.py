@@ -95,7 +95,6 @@ def create(file: Path, settings: Mapping[str, object], tasks: Sequence[Task]) ->
 
 def _connect(file: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, timeout=30)
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it is answered
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -117,6 +116,7 @@ class Store:
             (state,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
             if application != FORMAT or state != "ok":
                 raise sqlite3.DatabaseError(state if application == FORMAT else "not a study's")
+            self.connection.execute("PRAGMA journal_mode = WAL")  # reports read while votes are written
             self.settings = dict(self.connection.execute("SELECT name, value FROM settings"))
         except sqlite3.DatabaseError as error:
             raise ValueError(
