@@ -23,7 +23,7 @@ def is_up(port: int) -> bool:
 
 
 class Voter:
-    """Goes on until there is nothing left; `acknowledged` is what the server said it has, `seconds` how long it took."""
+    """Goes on until there is nothing left; `acknowledged` is what the server said it has, `seconds` what it took."""
 
     def __init__(self, port: int) -> None:
         self.port, self.path = port, None

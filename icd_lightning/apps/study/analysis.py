@@ -66,12 +66,12 @@ class Preference:
 
 def preferences(votes: pd.DataFrame) -> Iterator[Preference]:
     """Of each two methods: over all benchmarks, where there are several, by benchmark, and by its types of edits."""
-    for _, of_pair in votes.groupby(["a", "b"], sort=False):
+    for _, of_pair in votes.groupby(["a", "b"]):
         if of_pair.benchmark.nunique() > 1:
             yield Preference.of(of_pair, ALL, ALL)
-        for benchmark, of_benchmark in of_pair.groupby("benchmark", sort=False):
+        for benchmark, of_benchmark in of_pair.groupby("benchmark"):
             yield Preference.of(of_benchmark, benchmark, ALL)
-            for kind, of_kind in of_benchmark.groupby("kind", sort=True):
+            for kind, of_kind in of_benchmark.groupby("kind"):
                 if kind:
                     yield Preference.of(of_kind, benchmark, kind)
 

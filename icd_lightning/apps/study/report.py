@@ -83,20 +83,20 @@ def table(outcome: Outcome, *, by_kind: bool = False) -> Table:
             figures: list[Value] = [one.preferred, one.won, one.tied, one.lost]
             alpha = None if math.isnan(one.alpha) else one.alpha
             kind = [one.kind] if by_kind else []
-            rows.append((one.a, one.b, one.benchmark, *kind, *figures, alpha, one.pairs, one.votes))
+            rows.append((f"{one.a} vs. {one.b}", one.benchmark, *kind, *figures, alpha, one.pairs, one.votes))
     title, kinds = ("Preferences by type of edit", ("type",)) if by_kind else ("Preferences", ())
-    header = ("a", "b", "benchmark", *kinds, "a preferred", "a better", "tie", "b better", "alpha", "pairs", "votes")
+    header = ("a vs. b", "benchmark", *kinds, "a preferred", "a better", "tie", "b better", "alpha", "pairs", "votes")
     return Table(title, NOTE if by_kind else f"{outcome.note} {NOTE}", header, tuple(rows), styles=STYLES)
 
 
 def bars(outcome: Outcome) -> Bars:
     """Fig. 13: how often the one is better, the other, or neither."""
     rows = [
-        (f"{one.a} | {one.b}\n{one.benchmark}", (float(one.won), float(one.tied), float(one.lost)))
+        (f"{one.a} vs. {one.b}\n{one.benchmark}", (float(one.won), float(one.tied), float(one.lost)))
         for one in outcome.preferences
         if one.kind == ALL
     ]
-    note = f"Edits side by side: the method named first is better, neither is, the second is. {outcome.note}"
+    note = "Edits side by side: how often that of the method named first is better, neither is, the second's is."
     return Bars("Which edit is better", note, ("first is better", "no difference", "second is better"), tuple(rows))
 
 

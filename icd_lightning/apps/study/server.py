@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 4096
 """Of a request's body."""
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
     "Referrer-Policy": "no-referrer",  # addresses hold tokens
     "X-Content-Type-Options": "nosniff",
 }

@@ -167,18 +167,20 @@ class Store:
         return Shown(*about, *((b, a) if swapped else (a, b)))
 
     def _give(self, connection: sqlite3.Connection, token: str) -> bool:
-        """Assign a task, a check where it is time for one; False if there is none left."""
+        """Assign a pair of edits, or a check where it is time for one; False if no pair is left."""
         query = "SELECT phase, (SELECT count(*) FROM votes WHERE assessor = token) FROM assessors WHERE token = ?"
         phase, count = connection.execute(query, (token,)).fetchone()
         share, votes = float(self.settings["check_share"]), int(self.settings["votes"])
         values = {"token": token, "votes": votes, "since": time.time() - PATIENCE}
-        for check in (True, False) if int(phase + (count + 1) * share) > int(phase + count * share) else (False,):
-            if found := connection.execute(NEXT, {**values, "check": check}).fetchone():
-                task, swapped = found
-                row = (token, task, count + 1, swapped, time.time())
-                connection.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, NULL, NULL)", row)
-                return True
-        return False
+        found = connection.execute(NEXT, {**values, "check": False}).fetchone()
+        if found is None:
+            return False
+        if int(phase + (count + 1) * share) > int(phase + count * share):
+            found = connection.execute(NEXT, {**values, "check": True}).fetchone() or found
+        task, swapped = found
+        row = (token, task, count + 1, swapped, time.time())
+        connection.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, NULL, NULL)", row)
+        return True
 
     def vote(self, token: str, task: str, side: str) -> str | None:
         """Record a choice among SIDES; return the side on record, which is the first one told.

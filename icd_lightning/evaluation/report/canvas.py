@@ -291,7 +291,7 @@ def _columns(table: Table, width: int) -> tuple[int, list[float], float]:
 
 
 BAR, BAR_GAP = 46, 16
-PART_COLORS = ((SERIES[0], "paper"), (COLORS["rule"], "ink"), (SERIES[1], "paper"))
+PART_COLORS = (("accent", "paper"), ("rule", "ink"), (SERIES[1], "paper"))
 """Of the parts of a bar, and of the letters on them."""
 
 
