@@ -66,7 +66,10 @@ def serve(study: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
         host: Address to listen at.
         port: Port to listen at, 0 for any that is free.
     """
-    from icd_lightning.apps.study.server import serve
+    try:
+        from icd_lightning.apps.study.server import serve
+    except ImportError as error:
+        raise ValueError(f"icd study serve needs more ({error}): pip install 'icd-lightning[app]'") from error
 
     serve(Path(study), host, port)
 

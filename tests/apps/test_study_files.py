@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from study_case import COLORS, PROMPT, make_study, method_in, solid, write_edits
+from study_case import COLORS, PROMPT, Assessor, make_study, method_in, served, solid, write_edits
 
 from icd_lightning.apps.study.create import Plan, create_study
 from icd_lightning.apps.study.edits import read_edits
@@ -228,6 +228,26 @@ def test_a_study_is_replaced_when_told_and_never_its_votes(tmp_path, capsys):
     capsys.readouterr()
     assert "holds 1 votes, which are never replaced: name another --out" in told(capsys, *create, "--overwrite")
     assert (study / FILE).read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / "album" / "pictures").mkdir(parents=True)
+    (tmp_path / "album" / "pictures" / "mine.png").write_text("mine")
+    results, folders = write_edits(tmp_path, 2)
+    create = ("create", *results, "--folders", *folders, "--overwrite", "--out", tmp_path / "album")
+    assert "album is not empty and holds no study: name another --out" in told(capsys, *create)
+    assert [path.name for path in (tmp_path / "album").rglob("*")] == ["pictures", "mine.png"]
+
+
+def test_a_study_that_is_served_is_not_replaced(tmp_path, capsys):
+    study = make_study(tmp_path, 2)
+    results, folders = write_edits(tmp_path, 3)
+    create = ("create", *results, "--folders", *folders, "--overwrite", "--out", study)
+    with served(study) as port:
+        assert "is being served: stop that first" in told(capsys, *create)
+        assert Assessor(port).task() is not None
+    main(["study", *map(str, create)])  # the remedy
+    assert len({task["key"] for task in tasks_of(study)}) == 3
 
 
 def damage(file, how):

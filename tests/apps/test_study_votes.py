@@ -89,10 +89,9 @@ def test_checks_come_at_their_share_wherever_one_stops(opened, share):
 
 def test_a_check_comes_only_while_there_are_pairs(opened):
     store = opened(2, votes=1, check_share=0.5)
-    while answer(store, first := store.join()):
-        while answer(store, first):
-            pass
-    late = store.join()
+    first, late = store.join(), store.join()
+    while answer(store, first):
+        pass
     store.connection.execute("UPDATE assessors SET phase = 0.9 WHERE token = ?", (late,))
     assert store.next_task(late) is None
 

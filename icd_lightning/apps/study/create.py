@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icd_lightning.apps.study import store
-from icd_lightning.apps.study.edits import Edits, PictureFile
+from icd_lightning.apps.study.edits import Edits
 from icd_lightning.apps.study.store import FILE, PICTURES, Store, Task
-from icd_lightning.data.images import read_picture, save_png
+from icd_lightning.data.images import read_picture, resize_and_crop, save_png
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import remove_tree, replaced_folder
 from icd_lightning.progress import progress
@@ -86,18 +86,23 @@ def create_study(found: Sequence[Edits], plan: Plan, folder: Path, *, overwrite:
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """ValueError if there is a study that may not be replaced; one with votes never may."""
-    if not (folder / FILE).exists():
+    """ValueError for a folder with other things in it, or with a study that may not be replaced, as one with votes."""
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
+    if not (folder / FILE).exists():
+        raise ValueError(f"{folder} is not empty and holds no study: name another --out")
     if not overwrite:
         raise ValueError(
             f"{folder} holds a study; name another --out, or replace it, while it has no votes, by --overwrite"
         )
     study = Store(folder)
-    votes = len(study.votes())
-    study.close()
-    if votes:
-        raise ValueError(f"{folder} holds {votes} votes, which are never replaced: name another --out")
+    try:
+        if votes := len(study.votes()):
+            raise ValueError(f"{folder} holds {votes} votes, which are never replaced: name another --out")
+        if study.is_shared():
+            raise ValueError(f"{folder} is being served: stop that first, or name another --out")
+    finally:
+        study.close()
 
 
 def _saving(folder: Path) -> Save:
@@ -113,10 +118,11 @@ def _materials(found: Sequence[Edits], save: Save) -> Iterator[Material]:
     """All pictures of an example become squares of the smallest edit's side: a size would tell of a method."""
     for edits in found:
         for example, files in zip(edits.examples, zip(*edits.files.values(), strict=True), strict=True):
-            side = min(min(read_picture(file).size) for file in files)
-            names = [save(PictureFile(file).draw(side)) for file in files]
+            pictures = [read_picture(file) for file in files]
+            side = min(min(picture.size) for picture in pictures)
+            squares = (np.asarray(resize_and_crop(picture, side)[0]) for picture in pictures)
+            made = dict(zip(edits.files, map(save, squares), strict=True))
             reference = save(example.truth.draw(side)) if example.truth else None
-            made = dict(zip(edits.files, names, strict=True))
             yield Material(edits.benchmark, example, side, save(example.array(side)), reference, made)
 
 

@@ -128,6 +128,15 @@ class Store:
         """Fold the log of writes into the file."""
         self.connection.close()
 
+    def is_shared(self) -> bool:
+        """Whether another connection is open; a file without one can leave the mode that several need."""
+        self.connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            self.connection.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.OperationalError:
+            return True
+        return False
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, one after another; written to the disk when it ends."""
