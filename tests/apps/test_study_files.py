@@ -82,6 +82,7 @@ def test_files_say_nothing_of_methods(tmp_path):
 
 def test_pictures_of_a_task_have_one_size(tmp_path):
     results, folders = write_edits(tmp_path, 2)
+    save_png(solid((0, 9, 0), 24), tmp_path / "method-ours" / "000.png", about={})
     save_png(solid((0, 0, 9), 24)[:20], tmp_path / "method-theirs" / "001.png", about={})
     save_png(solid((1, 2, 3), 40)[:, :30], tmp_path / "001.png", about={})
     create_study(read_edits(results, folders, None), Plan(check_share=0.5), tmp_path / "study")
@@ -144,7 +145,7 @@ def test_what_icd_eval_wrote_becomes_a_study(tmp_path):
         assert (pixels["reference"] == by_key[task["key"]].truth.draw(64)).all()
 
 
-def test_results_that_are_not_of_edits_or_not_whole_are_refused(tmp_path, capsys):
+def test_results_that_are_not_of_edits_or_not_whole_are_refused(tmp_path, capsys, monkeypatch):
     data, levels = data_set(scene_edits(2, HELD_OUT_SEED)), {"icd": 0.0, "nti": 0.5}
     out = write_eval(tmp_path / "edits", "tiny_edit", data, levels)
     other = write_eval(tmp_path / "other", "tiny_edit", data_set(scene_edits(3, HELD_OUT_SEED)), {"npi": 0.0})
@@ -162,6 +163,13 @@ def test_results_that_are_not_of_edits_or_not_whole_are_refused(tmp_path, capsys
     text = summary.read_text()
     summary.write_text(text.replace('"benchmark": "tiny_edit"', '"benchmark": "nothing"'))
     assert "benchmark 'nothing'" in told(capsys, *create, out)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nX = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    summary.write_text(text.replace('"benchmark": "tiny_edit"', '"benchmark": "evil.X"'))
+    assert f"{summary} names evil.X, which is not of icd_lightning" in told(capsys, *create, out)
+    assert not (tmp_path / "ran").exists()
+    summary.write_text(text.replace('"count": 2', '"count": "2"'))
+    assert f"{summary} holds settings that icd eval does not write" in told(capsys, *create, out)
     summary.write_text(text.replace('"settings"', '"other"'))
     assert "does not say its benchmark" in told(capsys, *create, summary)
     assert not (tmp_path / "none").exists()

@@ -142,17 +142,20 @@ def test_a_vote_counts_once_and_the_first_time(opened):
         store.connection.execute("INSERT INTO votes SELECT * FROM votes")
 
 
-def test_many_at_once_get_tasks_of_their_own(opened):
-    store = opened(10, votes=3, check_share=0.0)
+def test_many_at_once_in_two_servers_get_tasks_of_their_own(opened):
+    first = opened(10, votes=3, check_share=0.0)
+    second = Store(first.file.parent)
 
-    def work(_):
+    def work(number):
+        store = (first, second)[number % 2]
         token = store.join()
         while answer(store, token, "tie"):
             pass
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(24)))
-    assert set(Counter(store.votes().task).values()) == {3}
+    second.close()
+    assert set(Counter(first.votes().task).values()) == {3}
 
 
 def test_a_vote_on_what_was_not_given_is_none(opened):

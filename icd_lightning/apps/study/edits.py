@@ -112,10 +112,14 @@ def _examples_of(summary: Path) -> tuple[str, list[Example]]:
     told = read_summary(summary).get("settings")
     if not isinstance(told, dict) or not isinstance(told.get("benchmark"), str):
         raise ValueError(f"{summary} does not say its benchmark: make it again by icd eval --benchmark")
-    places = {name: Path(told[name]) for name in ("data", "images") if told.get(name)}
-    options = {name: told.get(name) for name in ("count", "seed")}
-    settings = Settings(told["benchmark"], natural=bool(told.get("natural")), **places, **options)
-    return settings.benchmark, list(Benchmark.find(settings.benchmark).read(settings).examples)
+    try:
+        places = {name: Path(told[name]) for name in ("data", "images") if told.get(name)}
+        options = {name: told.get(name) for name in ("count", "seed")}
+        settings = Settings(told["benchmark"], natural=bool(told.get("natural")), **places, **options)
+    except TypeError as error:
+        raise ValueError(f"{summary} holds settings that icd eval does not write ({error}): make it again") from error
+    benchmark = Benchmark.find(settings.benchmark, told_by=str(summary))
+    return settings.benchmark, list(benchmark.read(settings).examples)
 
 
 def _pictures(run: Results, examples: Sequence[Example]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,15 @@ from icd_lightning.evaluation.report import (
     write_report,
 )
 from icd_lightning.evaluation.results import ALL
-from icd_lightning.evaluation.statistics import Estimate
+from icd_lightning.evaluation.statistics import RESAMPLES, Estimate
 from icd_lightning.files import write_text, write_whole
 
 PER_CENT = Style(1, factor=100)
 STYLES = {**dict.fromkeys(("a preferred", "a better", "tie", "b better"), PER_CENT), "alpha": Style(2)}
 NOTE = (
     "Shares of votes, each pair of edits weighing the same; in 'a preferred' a tie is half a vote for each. ± is half "
-    "of a 95 % interval over 1,000 resamples of pairs. alpha is Krippendorff's: assessors' agreement, 0 being chance."
+    f"of a 95 % interval over {RESAMPLES:,} resamples of pairs. alpha is Krippendorff's: how far assessors agree, 0 "
+    "being chance."
 )
 
 
@@ -100,28 +101,23 @@ def bars(outcome: Outcome) -> Bars:
     return Bars("Which edit is better", note, ("first is better", "no difference", "second is better"), tuple(rows))
 
 
-def frame(outcome: Outcome) -> pd.DataFrame:
-    """Every preference with its limits, as numbers."""
-    rows = []
-    for one in outcome.preferences:
-        row: dict[str, object] = {}
-        for name, value in vars(one).items():
-            row |= (
-                {f"{name}_{key}": v for key, v in value.as_dict().items()}
-                if isinstance(value, Estimate)
-                else {name: value}
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)
+def numbers(preference: Preference) -> Iterator[tuple[str, object]]:
+    """A preference's columns in the CSV, those of an estimate with its limits."""
+    for name, value in vars(preference).items():
+        if isinstance(value, Estimate):
+            yield from ((f"{name}_{key}", limit) for key, limit in value.as_dict().items())
+        else:
+            yield name, value
 
 
 def write_outcome(outcome: Outcome, out: Path, facts: dict[str, str]) -> list[Path]:
     """Print the tables; write them as Markdown and CSV, the figure, and the page; return their paths."""
     tables = [table(outcome), *([by_kind] if (by_kind := table(outcome, by_kind=True)).rows else [])]
     print_tables(tables[:1])
-    markdown, numbers = out / "preferences.md", out / "preferences.csv"
+    markdown, sheet = out / "preferences.md", out / "preferences.csv"
+    frame = pd.DataFrame([dict(numbers(one)) for one in outcome.preferences])
     write_text(markdown, "\n".join(map(markdown_table, tables)))
-    write_whole(numbers, lambda temporary: frame(outcome).to_csv(temporary, index=False))
+    write_whole(sheet, lambda temporary: frame.to_csv(temporary, index=False))
     figure = bars(outcome)
     people = outcome.panelists
     everybody = len(people.counted) + len(people.failed) + len(people.unchecked)
@@ -131,4 +127,4 @@ def write_outcome(outcome: Outcome, out: Path, facts: dict[str, str]) -> list[Pa
         (f"{outcome.pairs:,}", "pairs of edits"),
     )
     report = Report("Preference study", outcome.settings["title"], tiles, (figure, *tables), facts)
-    return [markdown, numbers, draw_section(figure, out / "preferences.png"), *write_report(report, out)]
+    return [markdown, sheet, draw_section(figure, out / "preferences.png"), *write_report(report, out)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -28,17 +27,13 @@ def templates(folder: Path) -> Environment:
 def page(report: Report) -> str:
     """The whole HTML document."""
     environment = templates(Path(__file__).parent)
-    for name, kind in (("panel", Panel), ("bars", Bars)):
-        environment.tests[name] = partial(_is_of, kind)
+    environment.tests["panel"] = lambda section: isinstance(section, Panel)
+    environment.tests["bars"] = lambda section: isinstance(section, Bars)
     variables = {color: f"var(--{name})" for name, color in VARIABLES.items()}  # the page's colours, light or dark
     environment.filters.update(image=_image, svg=lambda curve: Markup(curve_svg(curve, variables)))
     numbered = groupby(enumerate(report.sections), key=lambda pair: isinstance(pair[1], Curve))
     groups = [(are_curves, list(group)) for are_curves, group in numbered]
     return environment.get_template("page.html.j2").render(report=report, groups=groups, colors=VARIABLES)
-
-
-def _is_of(kind: type, section: object) -> bool:
-    return isinstance(section, kind)
 
 
 def _image(picture: Picture) -> dict[str, object]:
