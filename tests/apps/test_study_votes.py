@@ -1,6 +1,7 @@
 """Who is given what, and what becomes of a vote, in the study's file."""
 
 import sqlite3
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,20 +143,31 @@ def test_a_vote_counts_once_and_the_first_time(opened):
         store.connection.execute("INSERT INTO votes SELECT * FROM votes")
 
 
-def test_many_at_once_in_two_servers_get_tasks_of_their_own(opened):
-    first = opened(10, votes=3, check_share=0.0)
-    second = Store(first.file.parent)
+def test_many_at_once_get_tasks_of_their_own(opened):
+    store = opened(10, votes=3, check_share=0.0)
 
-    def work(number):
-        store = (first, second)[number % 2]
+    def work(_):
         token = store.join()
         while answer(store, token, "tie"):
             pass
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(24)))
-    second.close()
-    assert set(Counter(first.votes().task).values()) == {3}
+    assert set(Counter(store.votes().task).values()) == {3}
+
+
+def test_a_task_that_another_server_is_giving_out_is_not_given_twice(opened):
+    store = opened(2, votes=1, check_share=0.0)
+    tokens, ((task,), _) = (store.join(), store.join()), store.read("SELECT id FROM tasks ORDER BY place")
+    other = sqlite3.connect(store.file, isolation_level=None)
+    with ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO votes VALUES (?, ?, 1, 0, ?, NULL, NULL)", (tokens[0], task, time.time()))
+        waiting = pool.submit(store.next_task, tokens[1])
+        time.sleep(0.3)
+        other.execute("COMMIT")
+    other.close()
+    assert waiting.result().task != task
 
 
 def test_a_vote_on_what_was_not_given_is_none(opened):
