@@ -83,10 +83,10 @@ def table(outcome: Outcome, *, by_kind: bool = False) -> Table:
         if (one.kind != ALL) == by_kind:
             figures: list[Value] = [one.preferred, one.won, one.tied, one.lost]
             alpha = None if math.isnan(one.alpha) else one.alpha
-            kind = [one.kind] if by_kind else []
-            rows.append((f"{one.a} vs. {one.b}", one.benchmark, *kind, *figures, alpha, one.pairs, one.votes))
-    title, kinds = ("Preferences by type of edit", ("type",)) if by_kind else ("Preferences", ())
-    header = ("a vs. b", "benchmark", *kinds, "a preferred", "a better", "tie", "b better", "alpha", "pairs", "votes")
+            where = f"{one.benchmark}: {one.kind}" if by_kind else one.benchmark
+            rows.append((f"{one.a} vs. {one.b}", where, *figures, alpha, one.pairs, one.votes))
+    title, where = ("Preferences by type of edit", "type") if by_kind else ("Preferences", "benchmark")
+    header = ("a vs. b", where, "a preferred", "a better", "tie", "b better", "alpha", "pairs", "votes")
     return Table(title, NOTE if by_kind else f"{outcome.note} {NOTE}", header, tuple(rows), styles=STYLES)
 
 
