@@ -13,12 +13,14 @@ from random import Random
 from typing import ClassVar
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from icd_lightning.apps.study.create import Plan, create_study
 from icd_lightning.apps.study.edits import read_edits
 from icd_lightning.apps.study.server import listen, server
 from icd_lightning.apps.study.store import Store
+from icd_lightning.commands.main import main
 from icd_lightning.data.images import save_png
 
 COLORS = {"method-ours": (0, 160, 0), "method-theirs": (0, 0, 200), "method-other": (200, 200, 0)}
@@ -136,6 +138,14 @@ class Assessor:
             original, *_, left, right = map(self.picture, places)
             side = choose(str(zlib.crc32(original)), [method_in(left), method_in(right)])
             assert self.vote(task, side) == 303
+
+
+def told(capsys, *args):
+    """The one line of a mistake."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", *map(str, args)])
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

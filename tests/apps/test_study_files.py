@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from study_case import COLORS, PROMPT, Assessor, make_study, method_in, served, solid, write_edits
+from study_case import COLORS, PROMPT, Assessor, make_study, method_in, served, solid, told, write_edits
 
 from icd_lightning.apps.study.create import Plan, create_study
 from icd_lightning.apps.study.edits import read_edits
@@ -36,14 +36,6 @@ def tasks_of(study):
 def without_names(tasks):
     """What a seed decides."""
     return [(task["key"], task["a"], task["b"], task["swapped"]) for task in tasks]
-
-
-def told(capsys, *args):
-    """The one line of a mistake."""
-    with pytest.raises(SystemExit, match="2"):
-        main(["study", *map(str, args)])
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_every_two_methods_meet_on_every_picture(tmp_path):

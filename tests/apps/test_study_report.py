@@ -6,8 +6,7 @@ from random import Random
 
 import pandas as pd
 import pytest
-from study_case import make_study
-from test_study_files import told
+from study_case import make_study, told
 
 from icd_lightning.apps.study.analysis import judge, krippendorff_alpha, preferences
 from icd_lightning.apps.study.store import Store

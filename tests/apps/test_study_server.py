@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from study_case import COLORS, PROMPT, Assessor, careless, liking, make_study, served
-from test_study_files import told
+from study_case import COLORS, PROMPT, Assessor, careless, liking, make_study, served, told
 
 from icd_lightning.apps.study.report import evaluate
 from icd_lightning.apps.study.store import Store
@@ -61,8 +60,8 @@ def test_what_cannot_be_is_refused_in_a_line(study, method, path, body, status, 
     folder, port = study
     person = Assessor(port)
     names = {"own": person.path, "task": person.task()[0], "huge": "x" * 5000}
-    told, _, page = person.ask(method, path.format(**names), body and body.format(**names))
-    assert told == status
+    answered, _, page = person.ask(method, path.format(**names), body and body.format(**names))
+    assert answered == status
     assert message in page.decode()
     assert b"<script>" not in page
     assert "Traceback" not in page.decode()
@@ -136,8 +135,8 @@ def test_the_report_finds_known_preferences_and_leaves_spammers_out(tmp_path):
     assert overall.preferred.high - overall.preferred.low < 0.25
     with_spammers = next(iter(evaluate(folder, 0.0).preferences)).preferred
     assert with_spammers.high < 0.75  # what leaving them out is for
-    told = [part for person in everybody for answer in person.seen for part in (str(answer[:2]).encode(), answer[2])]
-    assert not [part for part in told for name in COLORS if name.encode() in part]
+    parts = [part for person in everybody for answer in person.seen for part in (str(answer[:2]).encode(), answer[2])]
+    assert not [part for part in parts for name in COLORS if name.encode() in part]
 
 
 @pytest.fixture
@@ -156,10 +155,10 @@ KEYS = {"ArrowLeft": "left", "ArrowRight": "right", "ArrowDown": "tie"}
 
 
 def test_a_browser_votes_by_keys_and_clicks_wide_and_narrow(tmp_path, browser):
-    folder, told, choices = make_study(tmp_path, 5, votes=1, check_share=0.0), [], {}
+    folder, seen, choices = make_study(tmp_path, 5, votes=1, check_share=0.0), [], {}
     page = browser.new_page()
-    page.on("console", lambda message: told.append(f"console: {message.text}"))
-    page.on("response", lambda response: told.append(f"{response.url} {response.all_headers()}"))
+    page.on("console", lambda message: seen.append(f"console: {message.text}"))
+    page.on("response", lambda response: seen.append(f"{response.url} {response.all_headers()}"))
     with served(folder) as port:
         page.goto(f"http://127.0.0.1:{port}/")
         page.get_by_role("button", name="Begin").click()
@@ -186,4 +185,4 @@ def test_a_browser_votes_by_keys_and_clicks_wide_and_narrow(tmp_path, browser):
     store.close()
     sides = {task: {"tie": "tie"}.get(c, ("left", "right")[(c == "b") != s]) for task, (c, s) in recorded.items()}
     assert sides == choices
-    assert not [text for text in told for name in ("console:", *COLORS) if name in text]
+    assert not [text for text in seen for name in ("console:", *COLORS) if name in text]
