@@ -144,6 +144,9 @@ def test_results_that_are_not_of_edits_or_not_whole_are_refused(tmp_path, capsys
     back = write_eval(tmp_path / "back", "inversion", held_out_scenes(2), levels)
     create = ("create", "--out", tmp_path / "none")
     assert "tiny_edit.json was measured on other examples of tiny_edit" in told(capsys, *create, out, other)
+    assert "tiny_edit.json has icd on tiny_edit, as the results before it have: leave one out" in told(
+        capsys, *create, out, out
+    )
     assert "inversion is no benchmark of edits" in told(capsys, *create, back)
     (picture,) = out.glob("nti-*/images/w-3/*-00000.png")
     save_png(solid((0, 0, 0)), picture, about={"example": "another"})
@@ -171,6 +174,8 @@ def test_results_that_are_not_of_edits_or_not_whole_are_refused(tmp_path, capsys
     ("change", "complaint"),
     [
         (["--folders", "a"], "must be a NAME=FOLDER for each method"),
+        (["--folders", "a=x", "=y"], "must be a NAME=FOLDER for each method"),
+        (["--folders", "a=x", "a=y"], "must be a NAME=FOLDER for each method"),
         (["--methods", "method-ours"], "has 3 edits by 1 methods: a study compares at least 2 of each"),
         (["--methods", "method-ours,nti"], "has no method 'nti', only method-ours, method-theirs"),
         (["--votes", "0"], "votes 0 must be 1 or more"),

@@ -1,6 +1,7 @@
 """icd study serve: pages, refusals, blinding, and assessors whose taste the report finds again."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from icd_lightning.apps.study.report import evaluate
 from icd_lightning.apps.study.store import Store
 
 CHROMIUM = Path("/usr/bin/chromium")
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,15 @@ def test_a_port_in_use_is_named(study, capsys):
     assert f"cannot listen at 127.0.0.1, port {port} (Address already in use): give another --port" in line
     assert "port 99999" in told(capsys, "serve", folder, "--port", "99999")
     assert "cannot listen at 999.0.0.1" in told(capsys, "serve", folder, "--host", "999.0.0.1")
+
+
+def test_without_the_extra_it_is_said_what_to_install(study, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "icd_lightning.apps.study.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    line = told(capsys, "serve", study[0])
+    assert line.endswith("pip install 'icd-lightning[app]'")
+    extra = re.search(r"^app = (.*)$", PYPROJECT.read_text(), re.MULTILINE)[1]
+    assert all(f'"{package}>=' in extra for package in ("starlette", "uvicorn", "python-multipart"))
 
 
 def test_a_vote_that_cannot_be_written_is_not_acknowledged(tmp_path):

@@ -101,7 +101,10 @@ def _of_runs(summaries: Sequence[Path], methods: Sequence[str] | None) -> Iterab
         known, runs = by_benchmark.setdefault(name, (examples, {}))
         if [one.identity for one in known] != [one.identity for one in examples]:
             raise ValueError(f"{summary} was measured on other examples of {name} than the results before it")
-        runs |= read_runs(summary)
+        added = read_runs(summary)
+        if twice := runs.keys() & added.keys():
+            raise ValueError(f"{summary} has {min(twice)} on {name}, as the results before it have: leave one out")
+        runs |= added
     for name, (examples, runs) in by_benchmark.items():
         chosen = _chosen(runs, methods, name)
         yield Edits(name, examples, {method: _pictures(run, examples) for method, run in chosen.items()})
@@ -134,7 +137,7 @@ def _pictures(run: Results, examples: Sequence[Example]) -> list[Path]:
 def _of_folders(table: Path, folders: Sequence[str], methods: Sequence[str] | None) -> Edits:
     """Rows of image and target; source, reference, kind and output, the name of the edit, where they are given."""
     named = dict(folder.partition("=")[::2] for folder in folders)
-    if len(named) < len(folders) or not all(named.values()):
+    if len(named) < len(folders) or not all(named) or not all(named.values()):
         raise ValueError(f"folders {' '.join(folders)} must be a NAME=FOLDER for each method")
     rows = csv_rows(table, ("image", "target"))
     examples = [_example(table.parent, row) for row in rows]
