@@ -183,9 +183,9 @@ class Benchmark:
     folder: str | None = None
 
     @classmethod
-    def find(cls, name: str) -> Benchmark:
-        """By name, or by its path, package.module.NAME; ValueError if there is none."""
-        benchmark = BENCHMARKS.find(name).load()
+    def find(cls, name: str, *, told_by: str | None = None) -> Benchmark:
+        """By name, or by its path, package.module.NAME; ValueError if there is none, or `told_by` may not name it."""
+        benchmark = BENCHMARKS.find(name, told_by=told_by).load()
         if not isinstance(benchmark, cls):
             raise ValueError(f"{name} is {benchmark!r}, and no Benchmark of icd_lightning.evaluation.benchmark")
         return benchmark

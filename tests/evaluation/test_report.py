@@ -13,6 +13,7 @@ from rich.console import Console
 
 from icd_lightning.evaluation.report import (
     MISSING,
+    Bars,
     Curve,
     Panel,
     Report,
@@ -23,8 +24,17 @@ from icd_lightning.evaluation.report import (
     print_tables,
     write_report,
 )
-from icd_lightning.evaluation.report.canvas import INNER, Canvas, Font, draw_body, draw_report, wrap
-from icd_lightning.evaluation.report.figures import curve_figure, text_width
+from icd_lightning.evaluation.report.canvas import (
+    INNER,
+    MIN_LABEL,
+    PART_COLORS,
+    Canvas,
+    Font,
+    draw_body,
+    draw_report,
+    wrap,
+)
+from icd_lightning.evaluation.report.figures import COLORS, curve_figure, text_width
 from icd_lightning.evaluation.statistics import Estimate
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import random_scene
@@ -83,6 +93,10 @@ def table(**options):
 
 def curve(**options):
     return Curve("Loss", "", "step", "loss", {"a": ([1, 2, 3], [1.0, 0.5, 0.2]), "b": ([1, 3], [0.4, 0.3])}, **options)
+
+
+def bars(*shares) -> Bars:
+    return Bars("Votes", "", ("ours", "neither", "theirs"), tuple((f"row {i}\nquiet", s) for i, s in enumerate(shares)))
 
 
 def report(*sections, **options):
@@ -170,12 +184,13 @@ def test_page_shows_text_as_it_is(tmp_path):
         Panel(HOSTILE, HOSTILE, (HOSTILE,), ((HOSTILE, (solid((1, 2, 3)),)),)),
         Table(HOSTILE, HOSTILE, (HOSTILE,), ((HOSTILE,),)),
         Curve(HOSTILE, HOSTILE, HOSTILE, HOSTILE, {HOSTILE: ([0, 1], [0, 1])}),
+        Bars(HOSTILE, HOSTILE, (HOSTILE,) * 3, ((HOSTILE, (1.0, 0.0, 0.0)),)),
     )
     path, _ = write_report(Report(HOSTILE, HOSTILE, ((HOSTILE, HOSTILE),), sections, {HOSTILE: HOSTILE}), tmp_path)
     page = Reader(path.read_text())
     assert page.all("script") == []
     assert page.all("img")[0]["alt"] == f"{HOSTILE}: {HOSTILE}"
-    assert page.texts.count(HOSTILE) == 20
+    assert page.texts.count(HOSTILE) == 26
 
 
 def test_tables_of_the_page_are_whole_and_numbers_stand_right(tmp_path):
@@ -184,6 +199,13 @@ def test_tables_of_the_page_are_whole_and_numbers_stand_right(tmp_path):
     assert len([head for head in page.all("th") if head["scope"] == "row"]) == 3
     assert [cell.get("class") for cell in page.all("td")] == ["number"] * 9
     assert [row.get("class") for row in page.all("tr")] == [None, None, "ours", None]
+
+
+def test_bars_of_the_page_are_as_wide_as_their_shares(tmp_path):
+    page = Reader(html_of(tmp_path, bars((0.5, 0.05, 0.45), (0.0, 0.0, 1.0))))
+    assert [part["style"] for part in page.all("span")] == [f"width: {x}%" for x in (50.0, 5.0, 45.0, 0.0, 0.0, 100.0)]
+    assert page.all("span")[1]["title"] == "neither: 5.0 %"
+    assert [text for text in page.texts if "%" in text and ":" not in text] == ["50\xa0%", "45\xa0%", "100\xa0%"]
 
 
 # The picture
@@ -224,6 +246,15 @@ def test_pictures_stand_under_one_another_and_never_overlap():
     assert np.nonzero(ink)[1].max() < boxes[0, 2] - 10  # the long caption keeps to its column
 
 
+def test_bars_of_the_picture_are_as_wide_as_their_shares():
+    colors = [tuple(bytes.fromhex(COLORS.get(color, color)[1:])) for color, _ in PART_COLORS]
+    picture = draw_body(bars((0.25, 0.15, 0.6))).pixels()
+    line = picture[where(picture, colors[2])[1] - 2]  # at the bar's lower edge, below the letters
+    assert [int((line == color).all(-1).sum()) for color in colors] == [
+        pytest.approx(share * (INNER - MIN_LABEL), abs=2) for share in (0.25, 0.15, 0.6)
+    ]
+
+
 def test_a_hole_stays_empty_and_ours_is_tinted():
     rows = (("", (solid((10, 200, 10)), None)), ("", (solid((10, 10, 200)), solid((200, 10, 10)))))
     sheet = drawn(Panel("Pictures", "", ("theirs", "ours"), rows, highlight=(1,)))
@@ -262,6 +293,8 @@ def test_numbers_of_a_wide_table_keep_to_one_line():
         (Curve("Loss", "", "x", "y", {"a": ([], [])}),),
         (Curve("Loss", "", "x", "y", {"a": ([1], [0.0])}, log_y=True),),
         (Curve("Loss", "", "x", "y", {"a": ([1], [2.0])}), curve(), curve()),
+        (bars(),),
+        (bars((0.0, 1.0, 0.0)),),
     ],
 )
 def test_little_data_makes_a_report_too(tmp_path, sections):
@@ -375,6 +408,9 @@ def test_terminal_table_shows_values_as_they_are():
         (lambda: Panel("P", "", ("a", "b"), (("x", (None,)),)), "row 'x' has 1 pictures for 2 columns"),
         (lambda: Table("T", "", ("a", "b"), ((1,),)), r"1 values for 2 columns: \(1,\)"),
         (lambda: Curve("C", "", "x", "y", {}), "0 series"),
+        (lambda: bars((0.5, 0.1, 0.1)), r"'row 0.*has \(0.5, 0.1, 0.1\), which are not shares of a whole"),
+        (lambda: bars((1.5, -0.5, 0.0)), "not shares of a whole"),
+        (lambda: bars((math.nan, 0.5, 0.5)), "not shares of a whole"),
         (lambda: Curve("C", "", "x", "y", {str(i): ([], []) for i in range(7)}), "7 series; show 1 to 6"),
     ],
 )

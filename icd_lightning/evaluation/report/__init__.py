@@ -166,7 +166,30 @@ class Curve:
         return index % MAX_SERIES, MARKS[index // MAX_SERIES] if self.marks else ""
 
 
-Section = Panel | Table | Curve
+@dataclass(frozen=True)
+class Bars:
+    """Bars that show a whole in two parts and what lies between them: (label, (first, between, second)), shares of 1.
+
+    In labels a newline starts a second, quieter line.
+    """
+
+    title: str
+    note: str
+    parts: tuple[str, str, str]
+    rows: tuple[tuple[str, tuple[float, float, float]], ...]
+
+    def __post_init__(self) -> None:
+        for label, shares in self.rows:
+            if not (min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6):
+                raise ValueError(f"bars {self.title!r}: {label!r} has {shares}, which are not shares of a whole")
+
+    @staticmethod
+    def text(share: float) -> str:
+        """What stands in a part; nothing where it would have no room."""
+        return f"{100 * share:.0f}\u00a0%" if share >= 0.07 else ""
+
+
+Section = Panel | Table | Curve | Bars
 
 
 @dataclass(frozen=True)
@@ -219,7 +242,7 @@ def write_report(
     return html, png
 
 
-def draw_section(section: Panel | Curve, path: Path) -> Path:
+def draw_section(section: Section, path: Path) -> Path:
     """Draw what stands below a section's heading, as a PNG of its own; return its path."""
     from icd_lightning.evaluation.report.canvas import draw_body
 

@@ -13,8 +13,17 @@ from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from PIL import Image
 
-from icd_lightning.evaluation.report import Curve, Panel, Picture, Report, Section, Table
-from icd_lightning.evaluation.report.figures import COLORS, FAMILY, PIXELS, REPORTED, Font, curve_pixels, text_width
+from icd_lightning.evaluation.report import Bars, Curve, Panel, Picture, Report, Section, Table
+from icd_lightning.evaluation.report.figures import (
+    COLORS,
+    FAMILY,
+    PIXELS,
+    REPORTED,
+    SERIES,
+    Font,
+    curve_pixels,
+    text_width,
+)
 
 WIDTH, MARGIN = 1600, 64
 INNER = WIDTH - 2 * MARGIN
@@ -80,7 +89,7 @@ class Canvas:
 
     def box(self, box: tuple[float, float, float, float], color: str, radius: float, *, zorder: float = -1) -> None:
         """Fill a rounded rectangle (left, top, right, bottom)."""
-        self.axes.add_patch(_rounded(box, radius, facecolor=COLORS[color], zorder=zorder))
+        self.axes.add_patch(_rounded(box, radius, facecolor=COLORS.get(color, color), zorder=zorder))
 
     def rule(self, x: float, y: float, width: float, color: str = "rule", thickness: float = 2) -> None:
         self.axes.hlines(y, x, x + width, color=COLORS[color], linewidth=thickness, capstyle="butt")
@@ -157,6 +166,8 @@ def _body(canvas: Canvas, section: Section, x: float, y: float, width: int) -> f
         return _panel(canvas, section, x, y, width)
     if isinstance(section, Table):
         return _table(canvas, section, x, y, width)
+    if isinstance(section, Bars):
+        return _bars(canvas, section, x, y, width)
     pixels = curve_pixels(section, width)
     canvas.picture(pixels, x, y, (pixels.shape[1], pixels.shape[0]))
     return y + pixels.shape[0]
@@ -277,3 +288,28 @@ def _columns(table: Table, width: int) -> tuple[int, list[float], float]:
     size = max(int(BODY.size * share), 11)  # too many columns even so: break inside words, stay on the sheet
     widths = [column * min(share, size / BODY.size) for column in widths]
     return size, widths, min((width - sum(widths)) / gaps, 120)
+
+
+BAR, BAR_GAP = 46, 16
+PART_COLORS = (("accent", "paper"), ("rule", "ink"), (SERIES[1], "paper"))
+"""Of the parts of a bar, and of the letters on them."""
+
+
+def _bars(canvas: Canvas, bars: Bars, x: float, y: float, width: int) -> float:
+    left = x
+    for part, (color, _) in zip(bars.parts, PART_COLORS, strict=True):
+        canvas.box((left, y + 2, left + 20, y + 22), color, 4)
+        canvas.write(left + 30, y, [(part, BODY)])
+        left += 30 + text_width(part, BODY) + 36
+    y += 44
+    for label, shares in bars.rows:
+        lines = _two_sizes(label, BODY, MIN_LABEL - 28)
+        height, left = max(BAR, lines_height(lines)), x + MIN_LABEL
+        canvas.write(x, y + (height - lines_height(lines)) / 2, lines)
+        for share, (color, ink) in zip(shares, PART_COLORS, strict=True):
+            right, top = left + share * (width - MIN_LABEL), y + (height - BAR) / 2
+            canvas.box((left, top, right, top + BAR), color, 0)
+            canvas.write((left + right) / 2, top + 9, [(bars.text(share), Font(20, ink, align="center"))])
+            left = right
+        y += height + BAR_GAP
+    return y - BAR_GAP

@@ -11,23 +11,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from icd_lightning.evaluation.report import Curve, Panel, Picture, Report
+from icd_lightning.evaluation.report import Bars, Curve, Panel, Picture, Report
 from icd_lightning.evaluation.report.figures import COLORS, SERIES, curve_svg
 
 MAX_SIDE = 384  # pixels of a picture in the page; larger ones would make it heavy, and are shown smaller anyhow
 VARIABLES = {**COLORS, **{f"series-{index}": color for index, color in enumerate(SERIES)}}
 
 
+def templates(folder: Path) -> Environment:
+    """Of HTML; values are escaped, and one that is missing is an error."""
+    loader = FileSystemLoader(folder)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
 def page(report: Report) -> str:
     """The whole HTML document."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.tests["panel"] = lambda section: isinstance(section, Panel)
+    environment.tests["bars"] = lambda section: isinstance(section, Bars)
     variables = {color: f"var(--{name})" for name, color in VARIABLES.items()}  # the page's colours, light or dark
     environment.filters.update(image=_image, svg=lambda curve: Markup(curve_svg(curve, variables)))
     numbered = groupby(enumerate(report.sections), key=lambda pair: isinstance(pair[1], Curve))
