@@ -6,15 +6,15 @@ Importing this module is light, for the sake of `--help`.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 
-from icd_lightning.models.released import BASES, LICENCE, RELEASED, Released, find
+from icd_lightning.models.released import BASES, LICENCE, RELEASED, find
+from icd_lightning.models.released import host as usual_host
 
 log = logging.getLogger(__name__)
 
-ROW = "{:<18} {:<26} {:<18} {:>8}  {}\n"
+ROW = "{:<18} {:<30} {:<16} {:>8}  {}\n"
 
 
 def models() -> None:
@@ -36,7 +36,7 @@ def models() -> None:
     )
 
 
-def download(name: str, *, url: str | None = None, sha256: str | None = None) -> None:
+def download(name: str, *, host: str | None = None, sha256: str | None = None) -> None:
     """Download a released model and the UNet that it needs, each once.
 
     icd download icd-sd15
@@ -46,27 +46,23 @@ def download(name: str, *, url: str | None = None, sha256: str | None = None) ->
 
     Args:
         name: One of `icd models`.
-        url: Folder that holds copies of the archives, in the place of their authors'; by default ICD_RELEASED_URL.
+        host: Address of a folder with copies of the archives; by default ICD_RELEASED_URL or else the authors'.
         sha256: What the archive of this name must have; not of the UNet that comes with it.
     """
     released = find(name)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 {sha256!r} is none: it has 64 digits from 0 to f")
-    if url is not None:
-        os.environ["ICD_RELEASED_URL"] = url
     for part in released.parts:
-        _fetch(part, sha256 if part is released else None)
+        told = sha256 if part is released else None
+        if part.here and told in (None, part.known):
+            log.info("%s is here: %s", part.name, part.folder)
+            continue
+        from icd_lightning.models.archives import install
 
-
-def _fetch(part: Released, known: str | None) -> None:
-    if part.here and known is None:
-        log.info("%s is here: %s", part.name, part.folder)
-        return
-    from icd_lightning.models.archives import install
-
-    log.info("%s: %s, about %g GB", part.name, part.url, part.gigabytes)
-    found = install(part, known=known)
-    log.info("%s: %s, SHA-256 %s%s", part.name, part.folder, found, "" if known else " (noted, not known beforehand)")
+        log.info("%s: %s, about %g GB", part.name, part.archive, part.gigabytes)
+        checked = "as it must be" if told or part.known else "noted, for nothing was known of it"
+        found = install(part, host or usual_host(), known=told)
+        log.info("%s: %s, SHA-256 %s, %s", part.name, part.folder, found, checked)
 
 
 def push(

@@ -57,8 +57,8 @@ class Weights:
         named = self.model == "tiny" or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
         if not named and not Path(located(self.model)).exists():
             raise ValueError(
-                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, tiny, or a released "
-                "one (`icd models`)"
+                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, tiny, or one of "
+                "`icd models`"
             )
         located(self.guided_unet or "")
         for path in (self.forward, self.reverse):

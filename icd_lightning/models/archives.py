@@ -24,7 +24,7 @@ from icd_lightning.models.weights import first_line
 MD5 = re.compile("[0-9a-f]{32}")  # what a store's ETag is, unless the file was uploaded in parts
 
 
-def install(released: Released, *, known: str | None = None) -> str:
+def install(released: Released, host: str, *, known: str | None = None) -> str:
     """Download a released archive, check it, and put its weights into their folder; return its SHA-256.
 
     The sum is kept beside the folder, and every later download must have it. What a stopped call has downloaded, the
@@ -37,28 +37,27 @@ def install(released: Released, *, known: str | None = None) -> str:
     """
     folder = released.folder.parent
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{released.archive}.sha256"
-    known = known or released.sha256 or (record.read_text().strip() if record.is_file() else None)
+    url = f"{host.rstrip('/')}/{released.archive}"
     try:
         with WeakFileLock(folder / f".{released.name}.lock", timeout=0.1):
-            archive, told = _downloaded(released, folder)
+            archive, told = _downloaded(url, released, folder)
             try:
-                found = _checked(archive, told, known)
+                found = _checked(archive, told, known or released.known)
                 _unpack(archive, released)
             except ValueError as error:
                 archive.unlink()
-                raise ValueError(f"{released.url} {error}; it was removed, and nothing of it is kept") from error
-            write_text(record, f"{found}\n")
+                raise ValueError(f"{url} {error}; nothing of it is kept") from error
+            write_text(released.record, f"{found}\n")
             archive.unlink()
     except TimeoutError as error:
         raise OSError(f"{released.name} is being downloaded by another call: wait for it") from error
     return found
 
 
-def _downloaded(released: Released, folder: Path) -> tuple[Path, HfFileMetadata]:
+def _downloaded(url: str, released: Released, folder: Path) -> tuple[Path, HfFileMetadata]:
     """The whole archive, and what its server says of it: of another size or ETag it is another file, begun anew."""
     try:
-        told = get_hf_file_metadata(released.url, token=False)
+        told = get_hf_file_metadata(url, token=False)
         if not told.size or told.size > 2e9 * released.gigabytes:
             raise ValueError(f"the server says {told.size} bytes, and it has about {released.gigabytes:g} GB")
         version = hashlib.sha256(f"{told.size} {told.etag}".encode()).hexdigest()[:16]
@@ -68,7 +67,7 @@ def _downloaded(released: Released, folder: Path) -> tuple[Path, HfFileMetadata]
             if needed > shutil.disk_usage(folder).free:
                 raise OSError(f"{needed / 1e9:.1f} GB are needed in {folder}, where less is free")
             http_get(
-                released.url,
+                url,
                 file,
                 resume_size=file.tell(),
                 expected_size=told.size,
@@ -76,8 +75,8 @@ def _downloaded(released: Released, folder: Path) -> tuple[Path, HfFileMetadata]
             )
     except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
         raise OSError(
-            f"{released.url} cannot be downloaded ({first_line(error)}); what came is kept, and `icd download "
-            f"{released.name}` goes on with it. ICD_RELEASED_URL names a copy elsewhere"
+            f"{url} cannot be downloaded ({first_line(error)}); what came is kept, and `icd download {released.name}` goes "
+            "on with it. --host names another place of the archives"
         ) from error
     return part, told
 
@@ -88,8 +87,8 @@ def _checked(archive: Path, told: HfFileMetadata, known: str | None) -> str:
     if known is not None:
         if found != known.lower():
             raise ValueError(
-                f"has the SHA-256 {found}, and {known} is known of it: download again, or name the sum of a new release "
-                "by --sha256"
+                f"has the SHA-256 {found}, and {known} is known of it: download again or, if it was released anew, name "
+                "its sum by --sha256"
             )
     elif told.etag and MD5.fullmatch(told.etag):
         with archive.open("rb") as file:

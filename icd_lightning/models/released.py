@@ -52,10 +52,6 @@ class Released:
         return BASES[self.family]
 
     @property
-    def url(self) -> str:
-        return f"{source()}/{self.archive}"
-
-    @property
     def files(self) -> dict[str, str]:
         """The archive's files of weights by name, and where each goes in `folder`."""
         if not self.boundaries:
@@ -73,6 +69,16 @@ class Released:
     def here(self) -> bool:
         """Whether it was downloaded."""
         return all((self.folder / place).is_file() for place in self.files.values())
+
+    @property
+    def record(self) -> Path:
+        """The file that keeps the SHA-256 of the archive as it was downloaded first."""
+        return self.folder.with_name(f"{self.archive}.sha256")
+
+    @property
+    def known(self) -> str | None:
+        """The SHA-256 that the archive must have: the catalogue's or else the first download's, if there is one."""
+        return self.sha256 or (self.record.read_text().strip() if self.record.is_file() else None)
 
     @property
     def index(self) -> dict[str, Any]:
@@ -105,9 +111,9 @@ RELEASED = {
 """icd-sd15 and icd-sdxl are those that the authors edit with most."""
 
 
-def source() -> str:
-    """Where archives are: at the authors' host, or at a copy that ICD_RELEASED_URL names."""
-    return os.environ.get("ICD_RELEASED_URL", URL).rstrip("/")
+def host() -> str:
+    """Where the archives are: at the authors', or where ICD_RELEASED_URL says that there are copies."""
+    return os.environ.get("ICD_RELEASED_URL", URL)
 
 
 def find(name: str) -> Released:
@@ -128,6 +134,6 @@ def located(name: str) -> str:
         size = sum(part.gigabytes for part in missing)
         raise FileNotFoundError(
             f"{name} is not here yet: `icd download {name}` fetches {size:g} GB "
-            f"({', '.join(part.archive for part in missing)} of {source()}) into {released.folder.parent}"
+            f"({', '.join(part.archive for part in missing)} of {host()}) into {released.folder.parent}"
         )
     return str(released.folder if released.boundaries else released.folder / next(iter(released.files)))
