@@ -75,8 +75,8 @@ def _downloaded(url: str, released: Released, folder: Path) -> tuple[Path, HfFil
             )
     except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
         raise OSError(
-            f"{url} cannot be downloaded ({first_line(error)}); what came is kept, and `icd download {released.name}` goes "
-            "on with it. --host names another place of the archives"
+            f"{url} cannot be downloaded ({first_line(error)}); what came is kept, and `icd download {released.name}` "
+            "goes on with it. --host names another place of the archives"
         ) from error
     return part, told
 
@@ -87,7 +87,7 @@ def _checked(archive: Path, told: HfFileMetadata, known: str | None) -> str:
     if known is not None:
         if found != known.lower():
             raise ValueError(
-                f"has the SHA-256 {found}, and {known} is known of it: download again or, if it was released anew, name "
+                f"has the SHA-256 {found}, and {known} is known of it: download again or, if it is a new release, name "
                 "its sum by --sha256"
             )
     elif told.etag and MD5.fullmatch(told.etag):

@@ -73,7 +73,8 @@ pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")
 """
 
 REPOSITORY = """\
-Both students of {paper}: a real picture to noise in {count} network evaluations, and back with another prompt in {count}.
+Both students of {paper}: they take a real picture to noise in {count} network evaluations, and back,
+with another prompt, in as many.
 
 ```python
 from icd_lightning import InvertibleConsistencyPipeline
