@@ -189,10 +189,9 @@ class Untrained(InvertibleConsistency):
         """Through the boundaries given, or those of the trained students."""
         paths = dict(students or {})
         text = paths.pop("boundaries", None)
-        ends = (
-            Boundaries.parse(text, allow_off_grid=True) if text else common_boundaries(_student_files(family, **paths))
-        )
-        return cls.of_teacher(family, ends)
+        if text:
+            return cls.of_teacher(family, Boundaries.parse(text, allow_off_grid=True))
+        return cls.of_teacher(family, common_boundaries(_student_files(family, **paths)))
 
     @classmethod
     def of_teacher(cls, family: Family, boundaries: Boundaries) -> Untrained:

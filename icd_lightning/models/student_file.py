@@ -175,7 +175,7 @@ def weights_file(path: str | Path) -> Path:
         file = next(iter(usual or alone), file / WEIGHTS_NAME)
     if not file.is_file() or file.suffix != ".safetensors":
         raise FileNotFoundError(
-            f"no student at {path}: give a .safetensors file, or a folder that holds {WEIGHTS_NAME}, {PEFT_NAME} or just one"
+            f"no student at {path}: give a .safetensors file or a folder that holds one, {WEIGHTS_NAME} or {PEFT_NAME}"
         )
     return file
 
