@@ -2,12 +2,15 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 COMMIT = "c" * 40
 
@@ -37,6 +40,20 @@ class Quiet(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def packed(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
+    """A .tar.gz of these members."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
 
 
 class Archives:
@@ -127,7 +144,8 @@ class Hub:
                 content = files[found[2]]
                 self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
 
-            do_HEAD = do_GET
+            def do_HEAD(self) -> None:
+                self.do_GET()
 
             def create(self, body: bytes) -> None:
                 asked = json.loads(body)
@@ -138,15 +156,11 @@ class Hub:
 
             def preupload(self, body: bytes, repo: str) -> None:
                 names = [file["path"] for file in json.loads(body)["files"]]
-                modes = {True: "lfs", False: "regular"}
-                self.say(
-                    {
-                        "files": [
-                            {"path": n, "uploadMode": modes[n.endswith(".safetensors")], "shouldIgnore": False}
-                            for n in names
-                        ]
-                    }
-                )
+                files = [{"path": name, "uploadMode": self.mode(name), "shouldIgnore": False} for name in names]
+                self.say({"files": files})
+
+            def mode(self, name: str) -> str:
+                return "lfs" if name.endswith(".safetensors") else "regular"
 
             def batch(self, body: bytes, repo: str) -> None:
                 place = f"http://{self.headers['Host']}/large"
@@ -168,7 +182,7 @@ class Hub:
             def say(self, content: dict, status: int = 200) -> None:
                 self.answer(status, json.dumps(content).encode(), Content_Type="application/json")
 
-            routes: dict[str, Callable] = {
+            routes: ClassVar[dict[str, Callable]] = {
                 "/api/repos/create": create,
                 r"/api/models/([^/]+/[^/]+)/preupload/main": preupload,
                 r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": batch,

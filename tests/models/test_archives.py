@@ -1,7 +1,6 @@
 """Released archives come whole or not at all, from a real server: broken off, with a wrong sum, or hostile."""
 
 import hashlib
-import io
 import shutil
 import tarfile
 from dataclasses import replace
@@ -10,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save
-from serving_case import Archives, serving
+from serving_case import Archives, packed, serving
 
 from icd_lightning.models.archives import install
 from icd_lightning.models.released import RELEASED, located
@@ -21,20 +20,6 @@ ONE = RELEASED[NAME]
 
 def weights(seed: int = 0) -> bytes:
     return save({"unet.weight": torch.randn(4000, generator=torch.Generator().manual_seed(seed))})
-
-
-def packed(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
-    """A .tar.gz of these members."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, content in members.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return file.getvalue()
 
 
 def usual(seed: int = 0) -> bytes:
