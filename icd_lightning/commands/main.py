@@ -54,6 +54,8 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.write(GUIDES[name])
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
+    for library in ("httpx", "httpx2"):  # of which the hub's library takes one; they log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
     if name not in ("download", "push"):  # transformers draws a bar for every small file it reads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = signal.signal(signal.SIGTERM, _terminated)

@@ -19,7 +19,7 @@ from icd_lightning.data.manifest import sha256
 from icd_lightning.data.tars import BoundedHeader
 from icd_lightning.files import replaced_folder, write_json, write_text
 from icd_lightning.models.released import Released
-from icd_lightning.models.weights import first_line
+from icd_lightning.models.weights import first_line, read_weights
 
 MD5 = re.compile("[0-9a-f]{32}")  # what a store's ETag is, unless the file was uploaded in parts
 
@@ -48,7 +48,8 @@ def install(released: Released, host: str, *, known: str | None = None) -> str:
                 archive.unlink()
                 raise ValueError(f"{url} {error}; nothing of it is kept") from error
             write_text(released.record, f"{found}\n")
-            archive.unlink()
+            for part in folder.glob(f".{released.archive}-*.part"):  # of other versions too
+                part.unlink()
     except TimeoutError as error:
         raise OSError(f"{released.name} is being downloaded by another call: wait for it") from error
     return found
@@ -129,12 +130,15 @@ def _unpack(archive: Path, released: Released) -> None:
                 tarfile.open(fileobj=_Bounded(file, most), mode="r|", tarinfo=BoundedHeader) as tar,
             ):
                 for member in tar:
-                    if (place := places.pop(Path(member.name).name, None)) is not None:
+                    tar.members = []  # else all are kept
+                    if place := places.pop(Path(member.name).name, None):
                         _write(tar, member, folder / place)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"is no archive, or a damaged one ({first_line(error)})") from error
         if places:
             raise ValueError(f"does not hold {', '.join(places)}")
+        for name, place in released.files.items():
+            _check_weights(name, folder / place)
         if released.index:
             write_json(folder / "model_index.json", released.index)
 
@@ -145,3 +149,10 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("wb") as file:
         shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
+
+
+def _check_weights(name: str, file: Path) -> None:
+    try:
+        read_weights(file)
+    except ValueError as error:
+        raise ValueError(f"holds {name}, which are no weights ({first_line(error.__cause__ or error)})") from error

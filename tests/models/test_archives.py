@@ -1,9 +1,11 @@
 """Released archives come whole or not at all, from a real server: broken off, with a wrong sum, or hostile."""
 
 import hashlib
+import pickle
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,7 @@ HOSTILE = {
     "a bomb": (packed({"zeros": b"\0" * (20 << 20), **BOTH}), "unpacks to more than weights come to"),
     "a header of megabytes": (packed({"x": pax(), **BOTH}), "is no archive, or a damaged one"),
     "without one of them": (packed({FIRST: weights()}), f"does not hold {SECOND}"),
+    "something else": (packed({FIRST: weights(), SECOND: b"x" * 9000}), f"holds {SECOND}, which are no weights"),
     "no archive": (b"<html>not found</html>" * 9, "is no archive, or a damaged one"),
     "cut": (usual()[:-20_000], "is no archive, or a damaged one"),
 }
@@ -183,6 +186,21 @@ def test_nothing_is_written_where_an_archive_says(archives, cache, tmp_path):
     expected = {f"{NAME}/{place}" for place in ONE.files.values()} | {f"{NAME}/model_index.json"}
     expected |= {f"{ONE.archive}.sha256", f".{NAME}.lock"}
     assert everything == {str((cache / name).relative_to(tmp_path)) for name in expected}
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_a_pickle_runs_nothing(archives, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guided = RELEASED["sd15-cfg-distill"]
+    archives.files[guided.archive] = packed({"sd15_cfg_distill.pt": pickle.dumps(Malicious())})
+    with pytest.raises(ValueError, match=r"holds sd15_cfg_distill\.pt, which are no weights"):
+        install(guided, archives.url)
+    assert not (tmp_path / "ran").exists()
+    assert content(cache) == {}
 
 
 # Servers and disks
