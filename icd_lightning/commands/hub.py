@@ -14,7 +14,7 @@ from icd_lightning.models.released import host as usual_host
 
 log = logging.getLogger(__name__)
 
-ROW = "{:<18} {:<30} {:<16} {:>8}  {}\n"
+ROW = "{:<18} {:<31} {:<16} {:>8}  {}\n"
 
 
 def models() -> None:

@@ -55,7 +55,9 @@ class Publication:
     def files(self, repo: str) -> dict[str, Path | bytes]:
         """Content by its place in the repository of this name."""
         index: dict[str, Any] = {"_class_name": "InvertibleConsistencyPipeline", "base_model": self.base_model}
-        index |= {"students": list(DIRECTIONS), **self.defaults}
+        index |= {
+            "students": list(DIRECTIONS),
+        }
         files: dict[str, Path | bytes] = {}
         for direction, student in self.students.items():
             files[f"students/{direction}/{WEIGHTS_NAME}"] = student.path
@@ -86,8 +88,8 @@ def publish(publication: Publication, repo: str, *, private: bool = False, endpo
         api.create_commit(repo, content, commit_message="Upload by icd push")
     except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
         raise OSError(
-            f"{repo} cannot be written on {api.endpoint} ({first_line(error)}): log in by `hf auth login` or HF_TOKEN "
-            "as someone who may, and push again"
+            f"{repo} cannot be written on {api.endpoint} ({first_line(error)}): log in as someone who may, by `hf auth "
+            "login` or HF_TOKEN, and push again; --endpoint or HF_ENDPOINT names another hub"
         ) from error
     return str(address)
 

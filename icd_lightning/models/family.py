@@ -102,7 +102,7 @@ class Family:
     def student(self, direction: Direction) -> Path:
         """Where the model's own student is; ValueError if the model is of a form that has none."""
         if self.source.folder is None and "students" in self.source.index:
-            return self.source.own.file(f"students/{direction}/{WEIGHTS_NAME}")
+            return self.source.file(f"students/{direction}/{WEIGHTS_NAME}")
         return self.root / "students" / direction
 
     @property

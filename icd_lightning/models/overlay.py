@@ -43,6 +43,10 @@ class Overlay(Source):
     def index(self) -> dict[str, Any]:
         return self.own.index
 
+    def file(self, name: str) -> Path:
+        """A small file of the place itself."""
+        return self.own.file(name)
+
     def has(self, part: str) -> bool:
         return self.own.has(part) or self.base.has(part)
 

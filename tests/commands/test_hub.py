@@ -191,7 +191,11 @@ def without_config(folder: Path) -> None:
         (without_config, (), "'random', which is not on the hub: name its id by --base_model"),
         (None, ("--base_model", "/models/sd15"), "'/models/sd15', which is not on the hub"),
         (None, ("--guided_unet", "nowhere"), "no guidance-distilled UNet at nowhere.* by --guided_unet"),
-        (None, ("--endpoint", "http://127.0.0.1:9"), r"cannot be written on http://127\.0\.0\.1:9 .*log in by"),
+        (
+            None,
+            ("--endpoint", "http://127.0.0.1:9"),
+            r"cannot be written on http://127\.0\.0\.1:9 .*--endpoint or HF_ENDPOINT",
+        ),
     ],
     ids=["a student lacks", "twice the same", "no configuration", "base", "guided", "endpoint"],
 )
@@ -208,7 +212,7 @@ def test_a_stranger_is_told_to_log_in(hub, run, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     line = refused(capsys, "push", str(run), REPO, "--endpoint", hub.url)
     assert "401" in line
-    assert "log in by `hf auth login` or HF_TOKEN" in line
+    assert "log in as someone who may, by `hf auth login` or HF_TOKEN" in line
 
 
 def test_a_name_that_is_none_is_refused(run, capsys):

@@ -15,6 +15,7 @@ from serving_case import Archives, packed, serving
 
 from icd_lightning.models.archives import install
 from icd_lightning.models.released import RELEASED, located
+from icd_lightning.models.student_file import StudentFile
 
 NAME = "icd-sd15"
 ONE = RELEASED[NAME]
@@ -25,7 +26,8 @@ def weights(seed: int = 0) -> bytes:
 
 
 def usual(seed: int = 0) -> bytes:
-    return packed({f"iCD-SD15_4steps_1/{name}": weights(seed + n) for n, name in enumerate(ONE.files)})
+    archive = packed({f"iCD-SD15_4steps_1/{name}": weights(seed + n) for n, name in enumerate(ONE.files)})
+    return archive.ljust(40_000, b"\0")  # all of one size
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,23 @@ def content(cache) -> dict[str, bytes]:
     """What a user's cache shows."""
     files = (file for file in cache.rglob("*") if file.is_file() and not file.name.startswith("."))
     return {str(file.relative_to(cache)): file.read_bytes() for file in files}
+
+
+def test_the_catalogue_names_what_was_released():
+    """As the README of the paper's code has it."""
+    forward = {"4steps_1": "19_259_519_779", "4steps_2": "19_249_499_699", "3steps": "19_339_699"}
+    expected = {
+        f"iCD-{family}_{kind}.tar.gz": f"iCD-{family}-forward_{ends}.safetensors"
+        for family in ("SD15", "SDXL")
+        for kind, ends in forward.items()
+    }
+    students = [one for one in RELEASED.values() if one.boundaries]
+    assert {one.archive: next(iter(one.files)) for one in students} == expected
+    for one in students:
+        for name, place in one.files.items():
+            file = StudentFile({}, 64, 8, {}, path=Path(name))
+            assert (tuple(file.boundaries), f"students/{file.direction}/{name}") == ((0, *one.boundaries), place)
+        assert [next(iter(part.files)) for part in one.parts[1:]] == [f"{one.family.lower()}_cfg_distill.pt"]
 
 
 def test_an_archive_becomes_a_folder_and_its_sum_is_kept(archives, cache):
