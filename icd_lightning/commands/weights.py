@@ -27,7 +27,7 @@ class Weights:
         guided_unet: The guidance-distilled UNet, a folder, a file, or a released one such as sd15-cfg-distill; by
             default the model's own.
         vae: Another autoencoder, a folder or hub id; by default the model's own.
-        forward: The forward student, a folder or file of ours, peft's or a released one; by default the model's own.
+        forward: The forward student, of a released model, a folder or file of ours or peft's; by default the model's.
         reverse: The reverse student; by default the model's own.
         boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
         lora_alpha: Alpha of students whose files do not say it, as casts and conversions lose it.
@@ -62,7 +62,7 @@ class Weights:
             )
         located(self.guided_unet or "")
         for path in (self.forward, self.reverse):
-            if path is not None and not Path(path).exists():
+            if path is not None and not Path(located(path)).exists():
                 raise ValueError(f"no student at {path}: give a folder of ours or peft's, or a .safetensors file")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha {self.lora_alpha} must be a positive number: released students have 8")

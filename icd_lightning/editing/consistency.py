@@ -205,7 +205,7 @@ def _student_files(
 ) -> dict[Direction, StudentFile]:
     """Both students' files, by default those in the family's own folder."""
     paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
-    places = {direction: path or family.student(direction) for direction, path in paths.items()}
+    places = {direction: family.student(direction, path) for direction, path in paths.items()}
     return {direction: StudentFile.read(place, alpha=lora_alpha) for direction, place in places.items()}
 
 

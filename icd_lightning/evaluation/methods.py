@@ -113,7 +113,7 @@ class Models:
         depends |= {"weights": teacher_hash(self.family), "boundaries": getattr(method, "boundaries", None)}
         if method.uses_students:
             paths = {"forward": self.forward, "reverse": self.reverse}
-            files = [weights_file(path or self.family.student(part)) for part, path in paths.items()]
+            files = [weights_file(self.family.student(part, path)) for part, path in paths.items()]
             depends |= {"students": sha256(*files), "told": (self.boundaries, self.lora_alpha)}
         return depends
 

@@ -20,7 +20,7 @@ from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.overlay import open_model
-from icd_lightning.models.released import located
+from icd_lightning.models.released import RELEASED, located
 from icd_lightning.models.sources import Layout, Random, Source
 from icd_lightning.models.student_file import WEIGHTS_NAME
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
@@ -99,8 +99,13 @@ class Family:
             )
         return self.source.folder
 
-    def student(self, direction: Direction) -> Path:
-        """Where the model's own student is; ValueError if the model is of a form that has none."""
+    def student(self, direction: Direction, told: str | None = None) -> Path:
+        """Where a student is: as told, of a released model or a path; else the model's own, ValueError if it has none.
+
+        FileNotFoundError for a released model that is not here.
+        """
+        if told is not None:
+            return Path(located(told), "students", direction) if told in RELEASED else Path(told)
         if self.source.folder is None and "students" in self.source.index:
             return self.source.file(f"students/{direction}/{WEIGHTS_NAME}")
         return self.root / "students" / direction

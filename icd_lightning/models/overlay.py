@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 
 from icd_lightning.models.released import find, located
 from icd_lightning.models.sources import HUB_ID, Layout, Source, open_source
+from icd_lightning.models.weights import first_line
 
 
 @dataclass(frozen=True)
@@ -78,4 +79,10 @@ def open_model(model: str, part: str, *, variant: str | None = None, config: str
         raise ValueError(f"{place}/model_index.json says base_model {base!r}: it is a model's id on the hub")
     if guided is not None and find(str(guided)).boundaries:
         raise ValueError(f"{place}/model_index.json says guided_unet {guided!r}, which are students: name a UNet")
-    return Overlay(Layout(place), opened(base))
+    try:
+        return Overlay(Layout(place), opened(base))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the base model of {model}: {first_line(error.__cause__ or error)}. If it is in a folder, name that by "
+            "--model, and the rest by --guided_unet, --forward and --reverse"
+        ) from error

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from serving_case import Archives, packed, serving
 
 from icd_lightning.commands.main import main
+from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.defaults import defaults_of
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.methods import teacher_hash
@@ -83,16 +84,24 @@ def edited(pipe: InvertibleConsistencyPipeline) -> torch.Tensor:
 def test_a_released_model_by_name_is_that_of_its_files(layouts, caches, kind):
     name = OF[kind]
     pipe = InvertibleConsistencyPipeline.from_pretrained(name)
-    students, guided = (part.folder for part in RELEASED[name].parts)
-    paths = {d: str(next((students / "students" / d).iterdir())) for d in DIRECTIONS}
-    told = InvertibleConsistencyPipeline.from_pretrained(
-        RELEASED[name].base.model, guided_unet=str(next(guided.iterdir())), **paths
-    )
+    students, guided = RELEASED[name].parts
+    (network,) = (str(guided.folder / place) for place in guided.files.values())
+    files = {direction: str(students.folder / "students" / direction) for direction in DIRECTIONS}
+    told = InvertibleConsistencyPipeline.from_pretrained(str(layouts[kind]), guided_unet=network, **files)
     assert torch.equal(edited(pipe), edited(told))
     assert pipe.students.lora.alpha == 8
     assert pipe.boundaries.boundary_timesteps == (0, *RELEASED[name].boundaries)
     expected = {"sd15": (20.0, 0.8, True), "sdxl": (8.0, 0.7, False)}[kind]  # arXiv:2406.14539
     assert (pipe.config.edit_guidance_scale, pipe.config.tau, pipe.config.attention_control) == expected
+
+
+def test_released_students_on_a_base_of_ones_own(layouts, caches):
+    told = {"guided_unet": "sd15-cfg-distill", "forward": "icd-sd15", "reverse": "icd-sd15"}
+    models = Weights(str(layouts["sd15"]), **told, device="cpu").models()
+    method = models.load("icd")
+    assert method.boundaries.boundary_timesteps == (0, 259, 519, 779, 999)
+    assert models.determinants("icd", method)["students"]
+    assert models.family.named_guided == str(RELEASED["sd15-cfg-distill"].folder / "sd15_cfg_distill.pt")
 
 
 def test_teachers_of_one_name_are_told_apart_by_their_weights(layouts, caches):
@@ -149,7 +158,10 @@ def test_a_folder_of_ones_own_names_its_base(layouts, caches, tmp_path):
             "no released model '/etc/passwd'",
         ),
         ({"base_model": "someone/some-base", "guided_unet": "icd-sd15"}, "which are students: name a UNet"),
-        ({"base_model": "someone/nobody-has"}, "no model 'someone/nobody-has'"),
+        (
+            {"base_model": "someone/nobody-has"},
+            "the base model of .*nobody-has is not in .* by --model, and",
+        ),
     ],
     ids=["no base", "a file", "students", "a base that is not here"],
 )
