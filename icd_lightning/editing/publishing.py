@@ -55,9 +55,7 @@ class Publication:
     def files(self, repo: str) -> dict[str, Path | bytes]:
         """Content by its place in the repository of this name."""
         index: dict[str, Any] = {"_class_name": "InvertibleConsistencyPipeline", "base_model": self.base_model}
-        index |= {
-            "students": list(DIRECTIONS),
-        }
+        index |= {"students": list(DIRECTIONS), **self.defaults}
         files: dict[str, Path | bytes] = {}
         for direction, student in self.students.items():
             files[f"students/{direction}/{WEIGHTS_NAME}"] = student.path
