@@ -170,6 +170,18 @@ def test_an_overlay_that_says_what_it_must_not(caches, tmp_path, index, message)
         Family(overlay(tmp_path, **index)).check()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"tau": "x"}, {"tau": float("nan")}, {"guidance_scale": [1]}, {"edit_guidance_scale": "y"}], ids=str
+)
+def test_an_overlay_that_says_nonsense_of_edits(layouts, caches, tmp_path, wrong):
+    usual = {"guidance_scale": 3.0, "tau": 0.8, "edit_guidance_scale": 3.0}
+    usual |= {"attention_control": True, "closed_vocabulary": False}
+    assert defaults_of(Family(overlay(tmp_path, base_model=str(layouts["sd15"]), **usual))) == usual
+    place = overlay(tmp_path, base_model=str(layouts["sd15"]), **{**usual, **wrong})
+    with pytest.raises(ValueError, match=r"model_index\.json says how the model is edited, and .* is (no|out)"):
+        defaults_of(Family(place))
+
+
 def test_a_stranger_on_the_hub_names_no_folder_of_this_machine(layouts, caches, tmp_path):
     overlay(tmp_path, base_model=str(layouts["sd15"]))
     put_on_hub(caches / "hub", "someone/sly", tmp_path)
