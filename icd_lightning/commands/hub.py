@@ -53,7 +53,7 @@ def download(name: str, *, host: str | None = None, sha256: str | None = None) -
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256 {sha256!r} is none: it has 64 digits from 0 to f")
     for part in released.parts:
-        told = sha256 if part is released else None
+        told = sha256.lower() if sha256 and part is released else None
         if part.here and told in (None, part.known):
             log.info("%s is here: %s", part.name, part.folder)
             continue
