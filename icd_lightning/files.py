@@ -59,6 +59,11 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what can be made or fetched again; RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icd_lightning"
+
+
 def write_text(file: Path, text: str) -> None:
     """Write text, whole or not at all."""
     write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

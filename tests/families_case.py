@@ -69,6 +69,15 @@ def write_layout(name: str, folder: Path) -> Path:
     return folder
 
 
+def put_on_hub(cache: Path, name: str, folder: Path) -> None:
+    """A model in the cache, as a download leaves it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / ("0" * 40)).symlink_to(folder)
+
+
 @cache
 def states(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The weights of every network of a model in diffusers' layout, by part."""

@@ -20,6 +20,9 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "edit": ("pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
     "invert": ("pictures:invert", "encode a picture to noise, and check what comes back"),
     "generate": ("pictures:generate", "make a picture from a prompt"),
+    "models": ("hub:models", "list the released weights: students and UNets for SD1.5 and SDXL"),
+    "download": ("hub:download", "fetch released weights: icd download icd-sd15"),
+    "push": ("hub:push", "upload a run's students to the Hugging Face hub"),
     "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),
     "data cache-latents": ("data:cache_latents", "encode shards of pictures once, to train without an encoder"),
     "data index": ("data:index", "index shards, once, for training on them"),
@@ -54,7 +57,10 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.write(GUIDES[name])
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every small file it reads
+    for library in ("httpx", "httpx2"):  # of which the hub's library takes one; they log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if name not in ("download", "push"):  # transformers draws a bar for every small file it reads
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         trust.begin(trusted=words != args)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from icd_lightning.models.released import located
+
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 
@@ -20,11 +22,12 @@ class Weights:
     """Which model and students to load, and where; ValueError for what cannot exist.
 
     Args:
-        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, or a hub id.
-        guided_unet: The guidance-distilled UNet, a folder or a file such as the released sd15_cfg_distill.pt; by
+        model: "tiny" (shipped), a released one such as icd-sd15 (`icd models`), a folder in diffusers' layout, a single
+            .safetensors or .ckpt file, or a hub id.
+        guided_unet: The guidance-distilled UNet, a folder, a file, or a released one such as sd15-cfg-distill; by
             default the model's own.
         vae: Another autoencoder, a folder or hub id; by default the model's own.
-        forward: The forward student, a folder or file of ours, peft's or a released one; by default the model's own.
+        forward: The forward student, of a released model, a folder or file of ours or peft's; by default the model's.
         reverse: The reverse student; by default the model's own.
         boundaries: Ends of the students' segments, e.g. 259,519,779,999; by default what their files say.
         lora_alpha: Alpha of students whose files do not say it, as casts and conversions lose it.
@@ -52,12 +55,14 @@ class Weights:
 
     def __post_init__(self) -> None:
         named = self.model == "tiny" or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
-        if not named and not Path(self.model).exists():
+        if not named and not Path(located(self.model)).exists():
             raise ValueError(
-                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, or tiny"
+                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, tiny, or one of "
+                "`icd models`"
             )
+        located(self.guided_unet or "")
         for path in (self.forward, self.reverse):
-            if path is not None and not Path(path).exists():
+            if path is not None and not Path(located(path)).exists():
                 raise ValueError(f"no student at {path}: give a folder of ours or peft's, or a .safetensors file")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha {self.lora_alpha} must be a positive number: released students have 8")

@@ -40,7 +40,7 @@ from icd_lightning.data.tars import (
     read_small,
     scan_shard,
 )
-from icd_lightning.files import write_whole
+from icd_lightning.files import cache_folder, write_whole
 from icd_lightning.processes import in_processes
 from icd_lightning.progress import progress
 
@@ -150,8 +150,7 @@ def _places(url: str, caption_field: str | None) -> Iterator[Path]:
     name = beside(url, caption_field)
     yield Path(name)
     with suppress(RuntimeError):  # nobody's home
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        yield cache / "icd_lightning" / (hashlib.sha256(os.fsencode(os.path.abspath(name))).hexdigest()[:24] + INDEX)
+        yield cache_folder() / (hashlib.sha256(os.fsencode(os.path.abspath(name))).hexdigest()[:24] + INDEX)
 
 
 def _parse(content: bytes, caption_field: str | None, *, shard: str | None = None) -> ShardIndex | None:

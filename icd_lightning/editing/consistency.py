@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -85,7 +85,7 @@ class InvertibleConsistency(EditingMethod):
                 Boundaries.parse(boundaries, allow_off_grid=True), start_timestep=files["forward"].start_timestep
             )
         else:
-            ends = _common(files)
+            ends = common_boundaries(files)
         stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
         if others := {name: other for name, other in stated.items() if tuple(other) != ends.boundary_timesteps}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)
@@ -189,8 +189,9 @@ class Untrained(InvertibleConsistency):
         """Through the boundaries given, or those of the trained students."""
         paths = dict(students or {})
         text = paths.pop("boundaries", None)
-        ends = Boundaries.parse(text, allow_off_grid=True) if text else _common(_student_files(family, **paths))
-        return cls.of_teacher(family, ends)
+        if text:
+            return cls.of_teacher(family, Boundaries.parse(text, allow_off_grid=True))
+        return cls.of_teacher(family, common_boundaries(_student_files(family, **paths)))
 
     @classmethod
     def of_teacher(cls, family: Family, boundaries: Boundaries) -> Untrained:
@@ -204,11 +205,11 @@ def _student_files(
 ) -> dict[Direction, StudentFile]:
     """Both students' files, by default those in the family's own folder."""
     paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
-    places = {direction: path or family.root / "students" / direction for direction, path in paths.items()}
+    places = {direction: family.student(direction, path) for direction, path in paths.items()}
     return {direction: StudentFile.read(place, alpha=lora_alpha) for direction, place in places.items()}
 
 
-def _common(files: dict[Direction, StudentFile]) -> Boundaries:
+def common_boundaries(files: Mapping[Direction, StudentFile]) -> Boundaries:
     """The boundaries that the students' files agree on."""
     stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
     if not stated:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from icd_lightning.diffusion import Boundaries
-from icd_lightning.files import read_object
 from icd_lightning.models.family import EditingDefaults, Family
 
 DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
@@ -28,17 +27,25 @@ def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[st
 
     tau is for students of these boundaries, by default the paper's four.
     """
-    if family.source.folder is not None:
-        index = family.root / "model_index.json"
-        config = read_object(index) if index.is_file() else {}
-        if config.keys() >= set(DEFAULTS):  # a pipeline's own
-            return {name: config[name] for name in DEFAULTS}
-        if (family.root / "icd.json").is_file():
-            return asdict(family.load_defaults())
+    source = family.source
+    if source.index.keys() >= set(DEFAULTS):  # a pipeline's own
+        return _checked({name: source.index[name] for name in DEFAULTS}, family.model)
+    if source.folder is not None and (source.folder / "icd.json").is_file():
+        return asdict(family.load_defaults())
     tau = suitable_tau(boundaries or Boundaries.uniform(4))
     paper: dict[str, Any] = {"guidance_scale": EditingDefaults.guidance_scale, "tau": tau}
     by_attention = {"edit_guidance_scale": P2P_GUIDANCE_SCALE, "attention_control": True}
-    return paper if family.source.has("text_encoder_2") else {**paper, **by_attention}
+    return paper if source.has("text_encoder_2") else {**paper, **by_attention}
+
+
+def _checked(told: dict[str, Any], model: str) -> dict[str, Any]:
+    """What a pipeline's config says, which may be a stranger's."""
+    try:
+        for scale in (told["guidance_scale"], told["edit_guidance_scale"]):
+            EditingDefaults(scale, told["tau"], told["closed_vocabulary"])
+    except ValueError as error:
+        raise ValueError(f"{model}/model_index.json says how the model is edited, and {error}") from error
+    return told
 
 
 def edits_by_attention(family: Family) -> bool:

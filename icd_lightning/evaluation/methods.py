@@ -113,17 +113,20 @@ class Models:
         depends |= {"weights": teacher_hash(self.family), "boundaries": getattr(method, "boundaries", None)}
         if method.uses_students:
             paths = {"forward": self.forward, "reverse": self.reverse}
-            files = [weights_file(path or self.family.root / "students" / part) for part, path in paths.items()]
+            files = [weights_file(self.family.student(part, path)) for part, path in paths.items()]
             depends |= {"students": sha256(*files), "told": (self.boundaries, self.lora_alpha)}
         return depends
 
 
 def teacher_hash(family: Family) -> str:
     """Of all weights but the students'; where the model is no folder or file, of its name in their place."""
-    place = Path(getattr(family.source, "location", None) or getattr(family.source, "file", ""))
+    base = getattr(family.source, "base", family.source)
+    place = Path(getattr(base, "location", None) or getattr(base, "file", ""))
     files = _weights_in(place.glob("*")) if place.is_dir() else [place] if place.is_file() else []
     outside = []  # parts that are kept outside of the model, files or folders; a name of something else has none
-    for part in filter(None, (family.guided_unet, family.vae, parse_style(family.style)[0] if family.style else None)):
+    own = family.source.folder if base is not family.source else None
+    style = parse_style(family.style)[0] if family.style else None
+    for part in filter(None, (family.named_guided, own, family.vae, style)):
         folders = [folder for folder in (Path(part), Path(part, "unet_guided")) if (folder / "config.json").is_file()]
         outside += [Path(part)] if Path(part).is_file() else _weights_in(folders)
     if files:

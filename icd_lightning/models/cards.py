@@ -72,6 +72,28 @@ pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")
 ```
 """
 
+REPOSITORY = """\
+Both students of {paper}: they take a real picture to noise in {count} network evaluations, and back,
+with another prompt, in as many.
+
+```python
+from icd_lightning import InvertibleConsistencyPipeline
+
+pipe = InvertibleConsistencyPipeline.from_pretrained("{repo}")
+pipe.edit("cat.jpg", "a cat on a bench", "a dog on a bench").images[0].save("dog.png")
+```
+
+```bash
+icd edit cat.jpg --model {repo} --source "a cat on a bench" --target "a dog on a bench"
+```
+
+| | |
+|---|---|
+| boundaries | {ends} |
+{lora}| base model | `{family}`, which is loaded from the hub; its licence holds |
+| guidance-distilled UNet | {guided} |
+"""
+
 JOURNEYS = {"forward": "an image's latents to noise", "reverse": "noise to an image's latents"}
 GUIDANCES = {"forward": "unguided, w = 1", "reverse": "any guidance scale w, also one that changes with t"}
 
@@ -91,18 +113,31 @@ def write_student_card(folder: Path, direction: Direction, boundaries: Boundarie
         family=settings["family"],
         guidance=GUIDANCES[direction],
     )
-    _write(folder, f"iCD, {direction} model", text, settings)
+    write_text(folder / "README.md", _page(f"iCD, {direction} model", text, settings))
 
 
 def write_guided_card(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the README.md of a UNet of stage 1."""
     scales = ", ".join(f"{w:g}" for w in settings["guidance_scales"])
     text = GUIDED.format(family=settings["family"], scales=scales, paper=PAPER)
-    _write(folder, "Guidance-distilled UNet", text, settings)
+    write_text(folder / "README.md", _page("Guidance-distilled UNet", text, settings))
 
 
-def _write(folder: Path, title: str, text: str, settings: Mapping[str, Any]) -> None:
+def repository_card(repo: str, boundaries: Boundaries, index: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The README.md of both students on the hub, beside a `model_index.json` of this content."""
+    text = REPOSITORY.format(
+        repo=repo,
+        paper=PAPER,
+        count=boundaries.num_segments,
+        ends=", ".join(map(str, boundaries.boundary_timesteps)),
+        lora=LORA.format(**settings, scale=settings["alpha"] / settings["rank"]),
+        family=settings["family"],
+        guided=f"`icd download {index['guided_unet']}`" if "guided_unet" in index else "`unet_guided/`",
+    )
+    return _page("Invertible Consistency Distillation", text, settings)
+
+
+def _page(title: str, text: str, settings: Mapping[str, Any]) -> str:
     family = settings["family"]
     base = f"base_model: {family}\n" if on_hub(family) else ""
-    page = PAGE.format(base=base, title=title, text=text, settings=json.dumps(settings, indent=2))
-    write_text(folder / "README.md", page)
+    return PAGE.format(base=base, title=title, text=text, settings=json.dumps(settings, indent=2))

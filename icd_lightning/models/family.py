@@ -14,12 +14,15 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
-from icd_lightning.diffusion import Process
+from icd_lightning.diffusion import Direction, Process
 from icd_lightning.files import read_object
 from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
-from icd_lightning.models.sources import Layout, Random, Source, open_source
+from icd_lightning.models.overlay import open_model
+from icd_lightning.models.released import RELEASED, located
+from icd_lightning.models.sources import Layout, Random, Source
+from icd_lightning.models.student_file import WEIGHTS_NAME
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
@@ -53,10 +56,11 @@ class Family:
     """A model family, and how to load each part; nothing is loaded before it is asked for.
 
     Args:
-        model: "tiny" (shipped), a folder in diffusers' layout, a single .safetensors or .ckpt file, a hub id, or
-            "random:sd15", "random:sdxl": random weights of that architecture, for trials.
-        guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file such
-            as the released `sd15_cfg_distill.pt`, or a folder inside the model's.
+        model: "tiny" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers' layout, a
+            single .safetensors or .ckpt file, a hub id, or "random:sd15", "random:sdxl": random weights of that
+            architecture, for trials.
+        guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
+            released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
             is kept in float32, `madebyollin/sdxl-vae-fp16-fix` is not.
         style: a style LoRA to merge into the network, FILE or FILE:SCALE.
@@ -84,7 +88,7 @@ class Family:
     @cached_property
     def source(self) -> Source:
         """Where the parts come from; FileNotFoundError, with what to do, if there is no such model."""
-        return open_source(self.model, self.backbone.part, variant=self.variant, config=self.config)
+        return open_model(self.model, self.backbone.part, variant=self.variant, config=self.config)
 
     @property
     def root(self) -> Path:
@@ -94,6 +98,23 @@ class Family:
                 f"model {self.model!r} is not a folder, so it brings no students: name both (--forward and --reverse)"
             )
         return self.source.folder
+
+    def student(self, direction: Direction, told: str | None = None) -> Path:
+        """Where a student is: as told, of a released model or a path; else the model's own, ValueError if it has none.
+
+        FileNotFoundError for a released model that is not here.
+        """
+        if told is not None:
+            return Path(located(told), "students", direction) if told in RELEASED else Path(told)
+        if self.source.folder is None and "students" in self.source.index:
+            return self.source.file(f"students/{direction}/{WEIGHTS_NAME}")
+        return self.root / "students" / direction
+
+    @property
+    def named_guided(self) -> str | None:
+        """The guidance-distilled network, if it is named: as told, or as the model says; a released one by its file."""
+        name = self.guided_unet or self.source.index.get("guided_unet")
+        return name and located(name)
 
     @property
     def resolution(self) -> int:
@@ -164,17 +185,18 @@ class Family:
     def _guided_network(self) -> Callable[[], nn.Module]:
         """How to load the guidance-distilled network; FileNotFoundError, with what to do, if there is none."""
         backbone, source, usual = self.backbone, self.source, f"{self.backbone.part}_guided"
-        path = Path(self.guided_unet or usual)
-        if self.guided_unet and path.is_file():
+        named = self.named_guided
+        path = Path(named or usual)
+        if named and path.is_file():
             return partial(backbone.guided_from_file, path, source.config(backbone.part), self.dtype)
-        folders = [path, path / usual] if self.guided_unet else []
+        folders = [path, path / usual] if named else []
         if source.folder is not None:
             folders.append(source.folder / path)
         for folder in folders:
             if (folder / "config.json").is_file():
                 variant = self.variant if list(folder.glob(f"*.{self.variant}.*")) else None
                 return partial(Layout(str(folder), variant).network, "", backbone.network_class, self.dtype)
-        if self.guided_unet in (None, usual):
+        if named in (None, usual):
             if isinstance(source, Random):
                 config = backbone.config_with_guidance(source.config(backbone.part), GUIDANCE_WIDTH)
                 return partial(source.network, usual, backbone.network_class, self.dtype, config=config)
@@ -183,7 +205,7 @@ class Family:
         raise FileNotFoundError(
             f"no guidance-distilled {backbone.part} (stage 1) for {self.model}: looked for a file {path} and for "
             f"config.json in {', '.join(dict.fromkeys(map(str, folders)))}. Make one with "
-            "conf/task/guidance_distillation.yaml, or take a released one such as sd15_cfg_distill.pt; name it by "
+            "conf/task/guidance_distillation.yaml, or take a released one (`icd models`); name it by "
             "GUIDED=... of make, or --model.init_args.family.guided_unet of icd fit, --guided_unet of other commands. "
             "`make demo` needs none"
         )

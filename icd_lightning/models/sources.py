@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import huggingface_hub
@@ -93,6 +94,8 @@ class Source(ABC):
     """Where the configs are, for a model that is not in diffusers' layout itself."""
     folder: Path | None = None
     """Where the model is, if it is a folder in that layout."""
+    index: Mapping[str, Any] = MappingProxyType({})
+    """What the model says of itself as a whole, `model_index.json` in that layout; empty if nothing."""
 
     def has(self, part: str) -> bool:
         """Whether the model has this part."""
@@ -132,8 +135,13 @@ class Layout(Source):
             return self.folder / name
         return Path(self._read(partial(huggingface_hub.hf_hub_download, self.location, name)))
 
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        file = self.file("model_index.json")
+        return read_object(file) if self.folder is None or file.is_file() else {}
+
     def has(self, part: str) -> bool:
-        return self.file(part).is_dir() if self.folder else part in read_object(self.file("model_index.json"))
+        return self.file(part).is_dir() if self.folder else part in self.index
 
     def config(self, part: str) -> dict[str, Any]:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"

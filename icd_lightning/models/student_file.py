@@ -169,10 +169,13 @@ def weights_file(path: str | Path) -> Path:
     """The file of weights that a student's folder, or its own name, stands for."""
     file = Path(path)
     if file.is_dir():
-        file = next((file / name for name in (WEIGHTS_NAME, PEFT_NAME) if (file / name).is_file()), file / WEIGHTS_NAME)
+        found = sorted(file.glob("*.safetensors"))
+        usual = [file / name for name in (WEIGHTS_NAME, PEFT_NAME) if file / name in found]
+        alone = found if len(found) == 1 else []  # a released student keeps its own name, which says what it is
+        file = next(iter(usual or alone), file / WEIGHTS_NAME)
     if not file.is_file() or file.suffix != ".safetensors":
         raise FileNotFoundError(
-            f"no student at {path}: give a .safetensors file or a folder that holds {WEIGHTS_NAME} or {PEFT_NAME}"
+            f"no student at {path}: give a .safetensors file or a folder that holds one, {WEIGHTS_NAME} or {PEFT_NAME}"
         )
     return file
 

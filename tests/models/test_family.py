@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from families_case import NAMES, NETWORKS, single_file, states, write_configs
+from families_case import NAMES, NETWORKS, put_on_hub, single_file, states, write_configs
 from outside_case import SmallSD3
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
@@ -35,15 +35,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
-
-
-def put_on_hub(cache: Path, name: str, folder: Path) -> None:
-    """A model in the cache, as a download leaves it."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0" * 40)
-    (place / "snapshots").mkdir()
-    (place / "snapshots" / ("0" * 40)).symlink_to(folder)
 
 
 def same(left, right) -> bool:

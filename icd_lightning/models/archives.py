@@ -1,0 +1,158 @@
+"""Released archives: downloaded with resume, checked, and taken out of without trust."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+from huggingface_hub import get_hf_file_metadata
+from huggingface_hub.file_download import HfFileMetadata, http_get
+from huggingface_hub.utils import WeakFileLock
+
+from icd_lightning.data.manifest import sha256
+from icd_lightning.data.tars import BoundedHeader
+from icd_lightning.files import replaced_folder, write_json, write_text
+from icd_lightning.models.released import Released
+from icd_lightning.models.weights import first_line, read_weights
+
+MD5 = re.compile("[0-9a-f]{32}")  # what a store's ETag is, unless the file was uploaded in parts
+
+
+def install(released: Released, host: str, *, known: str | None = None) -> str:
+    """Download a released archive, check it, and put its weights into their folder; return its SHA-256.
+
+    The sum is kept beside the folder, and every later download must have it. What a stopped call has downloaded, the
+    next goes on with.
+
+    known: the sum that the archive must have; by default the catalogue's, or else that of the first download.
+
+    Raises OSError for a server that cannot be reached, a full disk, or a call of this kind that is under way, and
+    ValueError for other content than was promised; then the folder is as it was.
+    """
+    folder = released.folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    url = f"{host.rstrip('/')}/{released.archive}"
+    try:
+        with WeakFileLock(folder / f".{released.name}.lock", timeout=0.1):
+            archive, told = _downloaded(url, released, folder)
+            try:
+                found = _checked(archive, told, known or released.known)
+                _unpack(archive, released)
+            except ValueError as error:
+                archive.unlink()
+                raise ValueError(f"{url} {error}; nothing of it is kept") from error
+            write_text(released.record, f"{found}\n")
+            for part in folder.glob(f".{released.archive}-*.part"):  # of other versions too
+                part.unlink()
+    except TimeoutError as error:
+        raise OSError(f"{released.name} is being downloaded by another call: wait for it") from error
+    return found
+
+
+def _downloaded(url: str, released: Released, folder: Path) -> tuple[Path, HfFileMetadata]:
+    """The whole archive, and what its server says of it: of another size or ETag it is another file, begun anew."""
+    try:
+        told = get_hf_file_metadata(url, token=False)
+        if not told.size or told.size > 2e9 * released.gigabytes:
+            raise ValueError(f"the server says {told.size} bytes, and it has about {released.gigabytes:g} GB")
+        version = hashlib.sha256(f"{told.size} {told.etag}".encode()).hexdigest()[:16]
+        part = folder / f".{released.archive}-{version}.part"
+        with part.open("ab") as file:
+            needed = 2 * told.size - file.tell()  # unpacked it takes as much again
+            if needed > shutil.disk_usage(folder).free:
+                raise OSError(f"{needed / 1e9:.1f} GB are needed in {folder}, where less is free")
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                expected_size=told.size,
+                displayed_filename=released.archive,
+            )
+    except Exception as error:  # those of the library, whichever it is, that sends the hub's requests, among them
+        raise OSError(
+            f"{url} cannot be downloaded ({first_line(error)}); what came is kept, and `icd download {released.name}` "
+            "goes on with it. --host names another place of the archives"
+        ) from error
+    return part, told
+
+
+def _checked(archive: Path, told: HfFileMetadata, known: str | None) -> str:
+    """The archive's SHA-256; ValueError if it is not as known or, where nothing is, its MD5 not as its server says."""
+    found = sha256(archive)
+    if known is not None:
+        if found != known.lower():
+            raise ValueError(
+                f"has the SHA-256 {found}, and {known} is known of it: download again or, if it is a new release, name "
+                "its sum by --sha256"
+            )
+    elif told.etag and MD5.fullmatch(told.etag):
+        with archive.open("rb") as file:
+            digest = hashlib.md5(usedforsecurity=False)
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != told.etag:
+            raise ValueError(f"has the MD5 {digest.hexdigest()}, and its server says {told.etag}: download again")
+    return found
+
+
+class _Bounded:
+    """What an archive unpacks to, while that is of a size that weights come to."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self.file, self.left = file, most
+
+    def read(self, size: int = -1) -> bytes:
+        """Some of it; ValueError beyond the bound."""
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError("unpacks to more than weights come to")
+        return data
+
+
+def _unpack(archive: Path, released: Released) -> None:
+    """Write the released files into their folder, by our names for them: no name in the archive says where to.
+
+    ValueError unless the archive holds each of them as a plain file.
+    """
+    most = 4 * archive.stat().st_size + (1 << 20)  # weights hardly compress
+    places = dict(released.files)
+    with replaced_folder(released.folder) as folder:
+        try:
+            with (
+                gzip.open(archive) as file,
+                tarfile.open(fileobj=_Bounded(file, most), mode="r|", tarinfo=BoundedHeader) as tar,
+            ):
+                for member in tar:
+                    tar.members = []  # else all are kept
+                    if place := places.pop(Path(member.name).name, None):
+                        _write(tar, member, folder / place)
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"is no archive, or a damaged one ({first_line(error)})") from error
+        if places:
+            raise ValueError(f"does not hold {', '.join(places)}")
+        for name, place in released.files.items():
+            _check_weights(name, folder / place)
+        if released.index:
+            write_json(folder / "model_index.json", released.index)
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"holds {member.name}, which is no plain file")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("wb") as file:
+        shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
+
+
+def _check_weights(name: str, file: Path) -> None:
+    try:
+        read_weights(file)
+    except ValueError as error:
+        raise ValueError(f"holds {name}, which are no weights ({first_line(error.__cause__ or error)})") from error
