@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report clean
 
@@ -28,6 +28,9 @@ install: $(STAMP) ## make .venv with everything in it (every other target does s
 
 demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; results in outputs/demo
 	$(ICD) demo $(ARGS)
+
+app: $(STAMP) ## edit pictures in the browser, with ARGS='--model ...' another model's
+	$(ICD) app $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(STAMP) ## the fast tests on all cores, as CI runs them; one that hangs is ended with its stacks

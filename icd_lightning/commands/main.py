@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "edit": ("pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
     "invert": ("pictures:invert", "encode a picture to noise, and check what comes back"),
     "generate": ("pictures:generate", "make a picture from a prompt"),
+    "app": ("app:app", "edit pictures in a browser"),
     "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),
     "data cache-latents": ("data:cache_latents", "encode shards of pictures once, to train without an encoder"),
     "data index": ("data:index", "index shards, once, for training on them"),
