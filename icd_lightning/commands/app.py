@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,8 +26,7 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
         port: Port to listen at; by default the first free one from 7860 on.
     """
     weights = Weights(**options)
-    if port is not None and not 1 <= port < 1 << 16:
-        raise ValueError(f"port {port} must be 1 to 65535")
+    check_address(host, port)
     if find_spec("gradio") is None:
         raise ValueError("icd app needs gradio, which is not installed: pip install 'icd-lightning[app]'")
     from icd_lightning.apps.editor.page import EditorPage
@@ -38,3 +38,14 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
     _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True)
     log.info("%s (Ctrl-C ends it)", address)
     page.block_thread()
+
+
+def check_address(host: str, port: int | None) -> None:
+    """ValueError for an address where no server can listen."""
+    if port is not None and not 1 <= port < 1 << 16:
+        raise ValueError(f"port {port} must be 1 to 65535")
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        reason, place = error.strerror.split(" (")[0], host if port is None else f"{host}:{port}"
+        raise ValueError(f"nothing can listen at {place} ({reason}): name another --port or --host") from error

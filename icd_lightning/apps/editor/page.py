@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ MAX_WAITING = 64
 KEPT_SECONDS = 3600
 """For which pictures stay on the disk."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-ADDRESS = re.compile(r'"path": "https?://', re.IGNORECASE)
+FILE = {"_type": "gradio.FileData"}
+"""The mark of a file among a call's inputs."""
 
 
 class EditorPage(gr.Blocks):
@@ -55,14 +55,27 @@ class EditorPage(gr.Blocks):
         return super().launch(**{"max_file_size": MAX_BYTES, **off, **look, **options})
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
-        """As Gradio does, which would then fetch any address that is sent in the place of a picture."""
+        """As Gradio does, and no file is taken that was not uploaded.
+
+        Gradio fetches a path that is an address, and checks those paths alone that are marked as files.
+        """
         super().validate_inputs(block_fn, inputs)
-        if ADDRESS.search(json.dumps(inputs)):
-            raise gr.Error("addresses are not fetched: send the picture itself", print_exception=False)
+        for file in _files(inputs):
+            if file.get("meta") != FILE or "://" in str(file["path"]):
+                raise gr.Error("neither addresses nor the server's files are read: upload it", print_exception=False)
+
+
+def _files(value: Any) -> Iterator[dict[str, Any]]:
+    """All that could be taken for a file, however deep."""
+    if isinstance(value, dict) and "path" in value:
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _files(one)
 
 
 def _heading(editor: Editor) -> str:
     model, steps = Path(editor.pipe.config._name_or_path).name, editor.pipe.boundaries.num_segments
     text = f"{model}: to noise in {steps} steps, and back in {steps} with another prompt."
-    known = f"<details><summary>The words it knows</summary>{', '.join(editor.words)}</details>" if editor.words else ""
+    words = escape(", ".join(editor.words))
+    known = f"<details><summary>The words it knows</summary>{words}</details>" if words else ""
     return f"<h1>Edit a picture by text</h1><p>{escape(text)}</p>{known}"
