@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from importlib.util import find_spec
+from threading import Event
 from typing import Any
 
 from icd_lightning.commands.weights import Weights, find_device
@@ -32,12 +33,21 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
     from icd_lightning.apps.editor.page import EditorPage
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it answers
     students = {name: getattr(weights, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
     pipe = InvertibleConsistencyPipeline.from_pretrained(weights.family(), **students)
     page = EditorPage(pipe.to(find_device(weights.device)))
     _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True)
     log.info("%s (Ctrl-C ends it)", address)
-    page.block_thread()
+    try:
+        wait()
+    finally:
+        page.close(verbose=False)  # which removes the pictures that were sent
+
+
+def wait() -> None:
+    """Until a signal ends the program."""
+    Event().wait()
 
 
 def check_address(host: str, port: int | None) -> None:

@@ -13,7 +13,8 @@ from playwright.sync_api import Page, expect
 from icd_lightning.apps.editor.examples import examples_of
 
 PICTURE, SOURCE, TARGET = TASKS[0]
-MARKUP = "a <img src=x onerror=alert(1)> ${1 + 1} {{value}} red star"
+MARKUP = "a <img onerror=1 src=x> ${1+1} {{value}}"
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture
@@ -68,10 +69,8 @@ def picture(tab: Page, place: str) -> Image.Image:
 
 
 def wait_for_edit(tab: Page, before: str | None) -> None:
-    tab.wait_for_function(
-        "before => { const image = document.querySelector('.edit img'); return image && image.src !== before }",
-        arg=before,
-    )
+    expect(tab.locator(".edit img")).to_have_count(1)
+    expect(tab.locator(".edit img")).not_to_have_attribute("src", before or "")
 
 
 def test_it_opens_with_an_edited_example(visit, pipeline):
@@ -102,6 +101,7 @@ def test_a_picture_is_uploaded_and_edited_and_a_slider_only_decodes(visit, pipel
     assert same(picture(tab, "edit"), pipeline.edit(PICTURE, SOURCE, TARGET, tau=tau).images[0])
 
 
+@pytest.mark.slow
 def test_an_example_is_edited_by_a_click(visit, pipeline):
     tab, chosen = visit(), examples_of("tiny")[3]
     before = tab.locator(".edit img").get_attribute("src")
@@ -117,8 +117,7 @@ def test_mistakes_are_told_in_plain_words_and_the_next_edit_goes_well(visit):
     ask_for(tab, SOURCE, "a cat")
     expect(alert).to_contain_text("this model does not know cat: write with a, above")
     ask_for(tab, SOURCE, MARKUP)
-    expect(alert).to_contain_text(["<img", "src=x", "onerror=alert(1)>"][0])
-    expect(alert).to_contain_text("${1, +, 1}, {{value}}")
+    expect(alert).to_contain_text("this model does not know <img, onerror=1, src=x>, ${1+1}, {{value}}: write with")
     ask_for(tab, SOURCE, "")
     expect(alert).to_contain_text("the target prompt is empty")
     ask_for(tab, SOURCE, "a red star " * 9)
@@ -141,6 +140,7 @@ def test_a_notice_is_in_sight_where_the_button_is(visit):
     expect(tab.get_by_role("alert")).to_be_in_viewport()
 
 
+@pytest.mark.slow
 def test_pictures_are_generated(visit):
     tab = visit()
     tab.get_by_role("tab", name="Generate").click()
@@ -148,6 +148,7 @@ def test_pictures_are_generated(visit):
     expect(tab.locator(".large img")).to_have_count(4)
 
 
+@pytest.mark.slow
 def test_borrowed_attention_has_controls_of_its_own_and_a_sheet_is_drawn(visit):
     tab = visit()
     expect(tab.get_by_label("Word weights")).to_be_hidden()
@@ -158,7 +159,7 @@ def test_borrowed_attention_has_controls_of_its_own_and_a_sheet_is_drawn(visit):
     expect(tab.get_by_text("Each edit: 8 evaluations")).to_be_visible()
 
 
-@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize("width", [390, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 1440))])
 def test_nothing_is_wider_than_the_window(visit, width):
     tab = visit(width)
     tab.get_by_label("Borrow attention").click()
@@ -171,28 +172,23 @@ def test_nothing_is_wider_than_the_window(visit, width):
 
 CONTRAST = """selector => {
   const channels = color => color.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
   const element = document.querySelector(selector);
   let behind = element;
-  while (behind.parentElement && (channels(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
-  const values = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(channels).map(light).sort();
-  return (values[1] + 0.05) / (values[0] + 0.05);
+  while (channels(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const [text, paper] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor]
+    .map(color => light(channels(color)));
+  return (Math.max(text, paper) + 0.05) / (Math.min(text, paper) + 0.05);
 }"""
+READ = ("h1", ".heading p", ".edit .cost .prose", ".prompts button", ".notice p", ".prompts textarea")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_words_can_be_read_in_both_schemes(visit, scheme):
     """Contrast as WCAG 2.1 asks for it of text, 4.5."""
     tab = visit(scheme=scheme)
     ask_for(tab, SOURCE, "a cat")
     expect(tab.get_by_role("alert")).to_be_visible()
-    for selector in (
-        "h1",
-        ".heading p",
-        ".edit .cost p, .edit .cost",
-        ".prompts button",
-        ".notice p",
-        ".prompts textarea",
-    ):
+    for selector in READ:
         assert tab.evaluate(CONTRAST, selector) >= 4.5, selector

@@ -19,6 +19,7 @@ from icd_lightning.models.text import END_OF_WORD
 
 MAX_CHARACTERS = 2000
 """Of a prompt; how many tokens it may have, the model says."""
+SAYS = {"source": "shows", "target": "shall show"}
 MAX_CELLS = 36
 """Of a contact sheet."""
 MAX_PICTURES = 8
@@ -105,7 +106,7 @@ class Editor:
 
     def generate(self, prompt: str, count: int, seed: int, guidance: dict[str, float]) -> tuple[list, Cost]:
         """Pictures of a prompt, of the seeds from `seed` on; guidance: guidance_scale and tau."""
-        self._check_prompts(prompt=prompt)
+        self._check_prompts(target=prompt)
         if not 1 <= count <= MAX_PICTURES:
             raise ValueError(f"{count} pictures are not made at once: ask for 1 to {MAX_PICTURES}")
         return self._timed(lambda: self.pipe.generate([prompt] * count, seed=seed, **guidance).images)
@@ -131,20 +132,20 @@ class Editor:
 
     def _check_prompts(self, **prompts: str) -> None:
         """ValueError for prompts that the model would cut, or that say nothing to it."""
-        tokenizer = self.pipe.tokenizer
         for name, prompt in prompts.items():
-            label = name if name == "prompt" else f"{name} prompt"
             if not prompt.strip():
-                said = "shows" if name == "source" else "shall show"
-                raise ValueError(f"the {label} is empty: say what the picture {said}")
+                raise ValueError(f"the {name} prompt is empty: say what the picture {SAYS[name]}")
             if len(prompt) > MAX_CHARACTERS:
-                raise ValueError(f"the {label} has {len(prompt)} characters: shorten it to {MAX_CHARACTERS} or fewer")
+                raise ValueError(
+                    f"the {name} prompt has {len(prompt)} characters: shorten it to {MAX_CHARACTERS} or fewer"
+                )
             check_text(prompt)
-            tokens, most = len(tokenizer(prompt, verbose=False).input_ids) - 2, tokenizer.model_max_length - 2
-            if tokens > most:
-                raise ValueError(f"the {label} has {tokens} tokens, and the model reads {most}: shorten it")
         if unknown := self.pipe.unknown_words(*prompts.values()):
             raise ValueError(f"this model does not know {', '.join(unknown)}: write with {', '.join(self.words)}")
+        most = self.pipe.tokenizer.model_max_length - 2  # without the marks of begin and end
+        for name, prompt in prompts.items():
+            if (count := len(self.pipe.tokenizer(prompt, verbose=False).input_ids) - 2) > most:
+                raise ValueError(f"the {name} prompt has {count} tokens, and the model reads {most}: shorten it")
 
     @property
     def words(self) -> list[str]:
