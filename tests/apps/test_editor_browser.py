@@ -156,7 +156,7 @@ def test_borrowed_attention_has_controls_of_its_own_and_a_sheet_is_drawn(visit):
     tab.get_by_label("Local blend").fill("none")
     tab.get_by_text("Contact sheet").click()
     tab.get_by_role("button", name="Draw").click()
-    expect(tab.get_by_text("Each edit: 8 evaluations")).to_be_visible()
+    expect(tab.get_by_text("8 evaluations each")).to_be_visible()
 
 
 @pytest.mark.parametrize("width", [390, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 1440))])

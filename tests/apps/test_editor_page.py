@@ -65,14 +65,14 @@ def test_a_sheet_is_of_what_is_ticked_in_its_order(visitor, page):
     editor = page.editor
     expected, _ = editor.sheet(editor.invert(PICTURE, SOURCE), editor.usual(SOURCE, TARGET), [0.4, 1], [1, 5])
     assert same(fetched(sheet["value"]), expected)
-    assert cost.startswith("Each edit: 4 evaluations, ")
+    assert cost.startswith("4 evaluations each, ")
 
 
 def test_pictures_are_generated_of_the_seeds_asked_for(visitor, pipeline):
     _, pictures, cost = visitor.call("generate", TARGET, 2, 0.8, 3, 11)["data"]
     expected = pipeline.generate(TARGET, num_images_per_prompt=3, seed=11, guidance_scale=2.0, tau=0.8).images
     assert all(same(fetched(one["image"]), other) for one, other in zip(pictures, expected, strict=True))
-    assert cost.startswith("Each picture: 4 evaluations, ")
+    assert cost.startswith("4 evaluations each, ")
 
 
 # What is refused

@@ -54,7 +54,7 @@ class EditTab:
         """The edit under all that is ticked."""
         ticked = [sorted(read_number(one, group.label) for one in values[group] or ()) for group in self.grid]
         picture, cost = self.editor.sheet(*self._asked(values), *ticked)
-        return {self.sheet_picture: gr.Image(picture, visible=True), self.sheet_cost: f"Each edit: {cost}"}
+        return {self.sheet_picture: gr.Image(picture, visible=True), self.sheet_cost: cost.of_many()}
 
     def _asked(self, values: Values) -> tuple[Inversion, Wish]:
         wish = self.controls.wish(values)

@@ -36,6 +36,10 @@ class Cost:
     def __str__(self) -> str:
         return f"{self.nfe} evaluations, {self.seconds:.2f} s"
 
+    def of_many(self) -> str:
+        """In words, where there are several pictures."""
+        return f"{self.nfe} evaluations each, {self.seconds:.2f} s in all"
+
 
 @dataclass(frozen=True)
 class Inversion:

@@ -36,4 +36,4 @@ class GenerateTab:
         numbers = {name: read_number(values[slider], name) for name, slider in self.numbers.items()}
         count, seed = int(numbers.pop("count")), int(numbers.pop("seed"))
         pictures, cost = self.editor.generate(str(values[self.prompt] or "").strip(), count, seed, numbers)
-        return {self.pictures: pictures, self.cost: f"Each picture: {cost}"}
+        return {self.pictures: pictures, self.cost: cost.of_many()}
