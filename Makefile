@@ -12,9 +12,9 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
-  notebooks notebook-results tensorboard tiny-weights tiny-report clean
+  notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -25,6 +25,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 install: $(STAMP) ## make .venv with everything in it (every other target does so first)
+
+lock: $(STAMP) ## write hashes.txt: version and SHA-256 of every file that pip would install on this kind of machine
+	@mkdir -p build
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report build/files.json --constraint constraints.txt '.[dev]' 'setuptools>=77'
+	@$(BIN)/python -c 'import json; files = [item for item in json.load(open("build/files.json"))["install"] if not item["is_direct"]]; \
+	  print(*("{0[metadata][name]}=={0[metadata][version]} --hash=sha256:{0[download_info][archive_info][hashes][sha256]}".format(f) for f in files), sep="\n")' > hashes.txt
+
+install-locked: hashes.txt ## make .venv of the files in hashes.txt and of no others
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
 
 demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; results in outputs/demo
 	$(ICD) demo $(ARGS)
@@ -142,6 +154,10 @@ tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## t
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)
+
+docs: $(STAMP) ## build the documentation as a site, build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'build/site/index.html is written; to search it, serve it: $(BIN)/python -m http.server --directory build/site'
 
 clean: ## remove what the demo and the trainings wrote, and the environment
 	rm -rf outputs $(VENV)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documents_case import DOCUMENTS, fences
 from training_case import distillation, scenes_data, trainer_for
 
 from icd_lightning.commands.main import main
@@ -16,8 +17,8 @@ from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.invertible_consistency import Losses
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-FILES = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)}
+FENCES = fences(DOCUMENTS["CONTRIBUTING.md"])
+FILES = {re.match(r"# (\w+)\.py\n", fence.text)[1]: fence.text for fence in FENCES if fence.language == "python"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -39,7 +40,7 @@ def test_every_kind_of_part_is_shown():
 def test_the_loss_trains_its_student(parts, random_family, scenes):
     from my_losses import StayNearTheTeacher
 
-    (overlay,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    (overlay,) = (fence.text for fence in FENCES if fence.language == "yaml")
     others = yaml.safe_load(overlay)["model"]["init_args"]["losses"]["others"]
     assert others["near"]["class_path"] == "my_losses.StayNearTheTeacher"
     losses = {"near": StayNearTheTeacher(**others["near"]["init_args"])}

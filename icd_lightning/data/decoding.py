@@ -44,6 +44,13 @@ MOST_PIXELS = 1 << 16  # of a side
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
+def wrong_with(caption: str) -> str:
+    """What no caption does, such as to hold control characters; nothing of one that is well."""
+    if not caption.isprintable() and (odd := set(caption) & CONTROL):
+        return f"holds {min(odd)!r}; is it UTF-8?"
+    return f"has {len(caption):,} characters" if len(caption) > MOST_CHARACTERS else ""
+
+
 class Sample(NamedTuple):
     """One sample: a picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
 
@@ -117,10 +124,8 @@ class SampleDecoder:
             caption, source = metadata.get(self.caption_field), f"json field {self.caption_field!r}"
         if not isinstance(caption, str) or not caption.strip():
             raise RejectedError("no_caption", f"{name} has no {source} with text", self._caption_remedy(raw, metadata))
-        if not caption.isprintable() and (odd := set(caption) & CONTROL):
-            raise RejectedError("bad_caption", f"{name}: its caption holds {min(odd)!r}; is it UTF-8?")
-        if len(caption) > MOST_CHARACTERS:
-            raise RejectedError("bad_caption", f"{name}: its caption has {len(caption):,} characters")
+        if wrong := wrong_with(caption):
+            raise RejectedError("bad_caption", f"{name}: its caption {wrong}")
         sample = Sample(name, raw["__key__"], caption.strip(), metadata)
         return self._with_moments(sample, raw) if MOMENTS in raw else _with_image(sample, raw)
 

@@ -90,7 +90,8 @@ def guidance_distillation(student: Denoiser, teacher: Denoiser, data: NoisedData
 class LossInputs:
     """What one iteration gives to its losses.
 
-    solver(w) is the teacher's step, students[direction](w) a student's jump, at guidance scales w, a number or (B,).
+    `solver(w)` is the teacher's step, `students[direction](w)` a student's jump, at guidance scales w, a number or
+    (B,).
     """
 
     data: NoisedData

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from icd_lightning.data.decoding import wrong_with
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
@@ -153,11 +155,11 @@ def read_captions(file: Path, images: Path | None = None, count: int | None = No
     if file.suffix.lower() == ".json" and file.is_file():
         content = read_object(file)
         try:
-            names = {image["id"]: image["file_name"] for image in content["images"]}
+            names = {image["id"]: str(_inside(image["file_name"])) for image in content["images"]}
             notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
             first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
             captions += [(names[image], names[image], caption) for image, caption in first.items()]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} is not as COCO's caption annotations are ({error!r})") from error
     else:
         for number, row in enumerate(csv_rows(file, ("caption",))):
@@ -203,20 +205,28 @@ def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Exam
             log.warning("%s: left out, there is no type %r", where, entry["editing_type_id"])
             return None
         source, target = (entry[name].translate(BRACKETS) for name in ("original_prompt", "editing_prompt"))
-        runs = tuple(int(value) for value in entry["mask"])
+        runs = tuple(map(index, entry["mask"]))
         if any(start + length > PIE_BENCH_SIDE**2 for start, length in zip(runs[::2], runs[1::2], strict=False)):
             log.warning("%s: the mask leaves the picture and is cut there", where)
         decode_mask(runs, PIE_BENCH_SIDE)
         words = read_blended(entry.get("blended_word", ""), source, target, where)
-        picture = folder / "annotation_images" / entry["image_path"]
+        picture = folder / "annotation_images" / _inside(entry["image_path"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"{where} is not as PIE-Bench's are ({error!r})") from error
     return Example(key, source, picture, target, kind, runs=runs, blended_words=words)
 
 
+def _inside(name: str) -> Path:
+    """A picture's name in annotations that somebody else wrote: relative, and of nothing outside of their folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} is not in the folder of its pictures")
+    return path
+
+
 def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
     """PIE-Bench's mask (side, side), True where editable: runs [start, length, ...] over the rows, and the border."""
-    if len(runs) % 2 or min(runs, default=0) < 0:
+    if len(runs) % 2 or len(runs) > side * side or min(runs, default=0) < 0:
         raise ValueError(f"a mask of {len(runs)} numbers is not made of pairs [start, length, ...], none negative")
     mask = np.zeros(side * side, dtype=bool)
     for start, length in zip(runs[::2], runs[1::2], strict=True):
@@ -254,6 +264,8 @@ def _data_set(examples: list[Example], place: Path, records: Path, count: int | 
     if times > 1:
         raise ValueError(f"{records}: {key!r} comes {times} times; an example is known by its name")
     for example in examples:
+        if wrong := wrong_with(example.caption) or wrong_with(example.target):
+            raise ValueError(f"{records}: a caption of {example.key!r} {wrong}")
         if isinstance(example.picture, Path) and not example.picture.is_file():
             raise ValueError(
                 f"{records} names {example.picture}, which is not there; give the pictures' folder by --images"

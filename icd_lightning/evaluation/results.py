@@ -20,7 +20,7 @@ from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.files import read_object
+from icd_lightning.files import check_file, read_object
 
 ALL = "all"
 CONFIG, ROWS, MEANS = "config.json", "rows.parquet", "results.json"
@@ -45,10 +45,15 @@ class Results:
     @classmethod
     def read(cls, name: str, folder: Path) -> Results:
         """What `perform` left in a run's folder."""
-        frame, means, config = pd.read_parquet(folder / ROWS), read_object(folder / MEANS), read_object(folder / CONFIG)
-        of_sets = [score for score in next(iter(means.values()))[ALL] if score not in frame]
-        scores = {score: {decoding: kinds[ALL][score] for decoding, kinds in means.items()} for score in of_sets}
-        styles = {column: Style(**style) for column, style in config.get("columns", {}).items()}
+        means, config = read_object(folder / MEANS), read_object(folder / CONFIG)
+        check_file(folder / ROWS)
+        try:
+            frame = pd.read_parquet(folder / ROWS)
+            of_sets = [score for score in next(iter(means.values()))[ALL] if score not in frame]
+            scores = {score: {decoding: kinds[ALL][score] for decoding, kinds in means.items()} for score in of_sets}
+            styles = {column: Style(**style) for column, style in config.get("columns", {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise ValueError(f"{folder} does not hold what a run leaves ({error!r}): run it again") from error
         return cls(name, frame, scores, folder, config.get("options", {}), styles)
 
     @property
@@ -108,6 +113,7 @@ def picture_path(decoding: str, example: Example) -> Path:
 def is_made_of(file: Path, example: Example) -> bool:
     """Whether a picture is there, and a result of this very example: another data set may have replaced it."""
     try:
+        check_file(file)
         with Image.open(file) as picture:
             return picture.info.get("example") == example.identity
     except OSError:

@@ -22,6 +22,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -124,7 +125,9 @@ class Run:
             parts[folder / f"{index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"] = batch
         rank, world_size = ranks()
         share = list(parts.items())[rank::world_size]
-        missing = [(f, batch) for f, batch in share if not (f.is_file() and is_whole(pd.read_parquet(f), batch))]
+        missing = [
+            (f, batch) for f, batch in share if (rows := _rows_of(f, batch)) is None or not is_whole(rows, batch)
+        ]
         if len(missing) < len(share):
             log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
         for file, batch in progress(missing, f"{self.name}: {name}", len(missing)):
@@ -171,6 +174,18 @@ def perform(run: Run) -> Results:
         write_json(run.folder / MEANS, results.as_dict())
     wait()
     return results
+
+
+def _rows_of(file: Path, batch: Sequence[Example]) -> pd.DataFrame | None:
+    """What was measured before of a batch; None if that is not there, or damaged."""
+    if not file.is_file():
+        return None
+    with suppress(OSError, ValueError):
+        rows = pd.read_parquet(file)
+        if "key" in rows and {*rows.key} == {example.key for example in batch}:
+            return rows
+    log.warning("%s is damaged: its pictures are measured anew", file)
+    return None
 
 
 def _make(run: Run, batch: Sequence[Example]) -> list[Row]:

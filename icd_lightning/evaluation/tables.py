@@ -30,6 +30,9 @@ def csv_rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             raise ValueError(f"{file} has no column {column}{also}, only {', '.join(heading) or 'none'}")
     if not rows:
         raise ValueError(f"{file} has no rows below its heading")
+    for number, row in enumerate(rows):
+        if None in row:  # what DictReader has no name for
+            raise ValueError(f"{file}, row {number + 1} has more cells than the heading: quote a cell with a comma")
     rows = [{name: (row[key] or "").strip() for key, name in names.items()} for row in rows]
     for number, row in enumerate(rows):
         for column in columns:

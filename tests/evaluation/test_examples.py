@@ -92,7 +92,19 @@ def test_an_entry_of_no_type_is_left_out(pie_bench, caplog):
     assert "entry '2': left out, there is no type '12'" in caplog.text
 
 
-@pytest.mark.parametrize("changes", [{"mask": "5 3"}, {"mask": [3]}, {"original_prompt": None}, {"blended_word": 7}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": "5 3"},
+        {"mask": [3]},
+        {"mask": [1.5, 2]},
+        {"mask": [1] * (512 * 512 + 2)},
+        {"original_prompt": None},
+        {"blended_word": 7},
+        {"image_path": "../x.jpg"},
+        {"image_path": "/x.jpg"},
+    ],
+)
 def test_a_broken_entry_is_named(pie_bench, changes):
     with pytest.raises(ValueError, match="entry '1' is not as PIE-Bench's are"):
         read_pie_bench(pie_bench({"1": entry("1.jpg", **changes)}))
@@ -142,6 +154,9 @@ def test_a_csv_of_captions_needs_no_pictures(tmp_path):
     ("name", "content", "message"),
     [
         ("x.csv", "image,text\na.png,x\n", "no column caption, only image, text"),
+        ("x.csv", "image,caption\na.png,a cat, on a bench\n", "row 1 has more cells than the heading: quote a cell"),
+        ("x.csv", "image,caption\na.png,a \x1b[2J cat\n", "a caption of 'a.png' holds"),
+        ("x.csv", "image,caption\na.png," + "a" * 10_001 + "\n", "a caption of 'a.png' has 10,001 characters"),
         ("x.csv", "image,caption\na.png,\n", "row 1: caption is empty"),
         ("x.csv", "image,caption\nmissing.png,x\n", "names .*missing.png, which is not there"),
         ("x.csv", "image,caption\na.png,x\na.png,y\n", "'a.png' comes 2 times"),

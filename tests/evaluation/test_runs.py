@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -142,6 +144,47 @@ def test_two_data_sets_of_the_same_names_do_not_corrupt_each_other(tmp_path):
     run = run_of(None, tmp_path / "out", second, as_they_are, ("psnr",))
     with pytest.raises(ValueError, match=r"is not a result of a\.png: run it again"):
         read_results(run.folder, "as is", second)
+
+
+def _without_keys(file: Path) -> None:
+    pd.read_parquet(file).drop(columns="key").to_parquet(file)
+
+
+def _with_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+DAMAGE = {
+    "cut": lambda file: os.truncate(file, 100),
+    "empty": lambda file: os.truncate(file, 0),
+    "a pipe": _with_a_pipe,
+    "without keys": _without_keys,
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"), [*(("*.parquet", name) for name in DAMAGE), ("*.png", "cut"), ("*.png", "a pipe")]
+)
+def test_what_is_damaged_is_measured_anew(tmp_path, pattern, damage):
+    run = run_of(None, tmp_path, EXAMPLES[:2], as_they_are, ("psnr",))
+    whole = comparable(perform(run))
+    for file in [*(run.folder / ("images" if pattern == "*.png" else "parts")).rglob(pattern)]:
+        DAMAGE[damage](file)
+    assert comparable(perform(run)) == whole
+    assert comparable(Results.read(run.name, run.folder)) == whole
+
+
+@pytest.mark.parametrize("damage", ["cut", "without a column"])
+def test_results_that_are_damaged_are_told_of(tmp_path, damage):
+    run = run_of(None, tmp_path, EXAMPLES[:2], as_they_are, ("psnr",))
+    perform(run)
+    if damage == "cut":
+        os.truncate(run.folder / "rows.parquet", 100)
+    else:
+        (run.folder / "results.json").write_text('{"as is": {}}')
+    with pytest.raises(ValueError, match=r"does not hold what a run leaves .*: run it again"):
+        Results.read(run.name, run.folder)
 
 
 def test_a_metric_of_another_version_scores_again(tmp_path, monkeypatch):
