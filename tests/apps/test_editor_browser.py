@@ -133,13 +133,6 @@ def test_mistakes_are_told_in_plain_words_and_the_next_edit_goes_well(visit):
     assert "Traceback" not in tab.content()
 
 
-def test_a_notice_is_in_sight_where_the_button_is(visit):
-    tab = visit(390)
-    tab.get_by_role("button", name="Edit", exact=True).scroll_into_view_if_needed()
-    ask_for(tab, SOURCE, "a cat")
-    expect(tab.get_by_role("alert")).to_be_in_viewport()
-
-
 @pytest.mark.slow
 def test_pictures_are_generated(visit):
     tab = visit()
@@ -160,7 +153,7 @@ def test_borrowed_attention_has_controls_of_its_own_and_a_sheet_is_drawn(visit):
 
 
 @pytest.mark.parametrize("width", [390, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 1440))])
-def test_nothing_is_wider_than_the_window(visit, width):
+def test_nothing_is_wider_than_the_window_and_a_notice_is_in_sight(visit, width):
     tab = visit(width)
     tab.get_by_label("Borrow attention").click()
     expect(tab.get_by_label("Word weights")).to_be_visible()
@@ -168,6 +161,9 @@ def test_nothing_is_wider_than_the_window(visit, width):
     for name in ("Edit", "Generate"):
         tab.get_by_role("tab", name=name).click()
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.get_by_role("tab", name="Edit").click()
+    ask_for(tab, SOURCE, "a cat")
+    expect(tab.get_by_role("alert")).to_be_in_viewport()
 
 
 CONTRAST = """selector => {
@@ -184,7 +180,8 @@ CONTRAST = """selector => {
 READ = ("h1", ".heading p", ".edit .cost .prose", ".prompts button", ".notice p", ".prompts textarea")
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_can_be_read_in_both_schemes(visit, scheme):
     """Contrast as WCAG 2.1 asks for it of text, 4.5."""
     tab = visit(scheme=scheme)

@@ -59,6 +59,7 @@ def test_every_control_is_the_pipeline_s(visitor, pipeline, way, options):
     assert cost.startswith(f"From noise: {8 if 'control' in options else 4} evaluations, ")
 
 
+@pytest.mark.slow
 def test_a_sheet_is_of_what_is_ticked_in_its_order(visitor, page):
     values = (visitor.upload(PICTURE), SOURCE, TARGET, *SWAPPED, [1, 0.4], [5, 1])
     _, sheet, cost = visitor.call("sheet", *values)["data"]
