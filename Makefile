@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock install-locked demo test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
 
@@ -40,6 +40,9 @@ install-locked: hashes.txt ## make .venv of the files in hashes.txt and of no ot
 
 demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; results in outputs/demo
 	$(ICD) demo $(ARGS)
+
+app: $(STAMP) ## edit pictures in the browser, with ARGS='--model ...' another model's
+	$(ICD) app $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(STAMP) ## the fast tests on all cores, as CI runs them; one that hangs is ended with its stacks

@@ -7,10 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from icd_lightning.commands.weights import Weights
-from icd_lightning.editing.limits import SHORT_NAMES, PromptToPrompt, check_fraction, check_guidance_scale, check_seed
+from icd_lightning.editing.limits import (
+    SHORT_NAMES,
+    PromptToPrompt,
+    check_fraction,
+    check_guidance_scale,
+    check_seed,
+    read_blend,
+    read_factors,
+)
 from icd_lightning.editing.methods import METHODS, class_of
 from icd_lightning.evaluation.tables import csv_rows
 
@@ -84,27 +92,6 @@ class EditSettings(Weights):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         readers = {"amplify": read_factors, "blend": read_blend}
         return {name: readers[name](value) if name in readers else value for name, value in given.items()}
-
-
-def read_blend(text: str) -> tuple[str, ...] | Literal[False]:
-    """Two words, "cat dog", or none; ValueError for anything else."""
-    words = tuple(text.split())
-    if text != "none" and len(words) != 2:
-        raise ValueError(f"blend {text!r} must be a word of the source and one of the target, or none")
-    return words if text != "none" else False
-
-
-def read_factors(text: float | str) -> float | dict[str, float]:
-    """A factor of attention, 4 or "4", or those of words, "lego=3 red=0"; ValueError for anything else."""
-    try:
-        if isinstance(text, float) or "=" not in text:
-            return float(text)
-        words = [pair.rpartition("=") for pair in text.split()]
-        if all(word for word, _, _ in words):
-            return {word: float(factor) for word, _, factor in words}
-    except ValueError:
-        pass
-    raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")
 
 
 MOST_PIXELS = 1 << 16

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "edit": ("pictures:edit", "edit a picture: icd edit photo.png --source '...' --target '...'"),
     "invert": ("pictures:invert", "encode a picture to noise, and check what comes back"),
     "generate": ("pictures:generate", "make a picture from a prompt"),
+    "app": ("app:app", "edit pictures in a browser"),
     "models": ("hub:models", "list the released weights: students and UNets for SD1.5 and SDXL"),
     "download": ("hub:download", "fetch released weights: icd download icd-sd15"),
     "push": ("hub:push", "upload a run's students to the Hugging Face hub"),

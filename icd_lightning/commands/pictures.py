@@ -72,11 +72,12 @@ def edit(
         return
     values = parse_grid(grid or [])
     cells = variants(settings, values)
-    read_picture(place)
+    original = read_picture(place)
     (path,) = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
     one = Edit(place, source or "", target or "", path)
     one.check(cells[0])
-    from icd_lightning.commands.session import contact_sheet, open_editor, save_result
+    from icd_lightning.commands.session import open_editor, save_result
+    from icd_lightning.evaluation.report.sheet import contact_sheet
 
     results, abouts, costs = zip(*open_editor(cells[0]).edit(one, cells, size), strict=True)
     about = {**one.about, **abouts[0]}
@@ -84,7 +85,8 @@ def edit(
         save_result(path, results[0], "edit", settings, about)
         log.info("%s: %s", path, costs[0])
         return
-    save_result(path, contact_sheet(one, values, results), "edit", settings, {**about, "grid": " ".join(grid)})
+    sheet = contact_sheet(original, (one.source, one.target), values, results, name=place.name)
+    save_result(path, sheet, "edit", settings, {**about, "grid": " ".join(grid)})
     for cell, cost in zip(cells, costs, strict=True):
         log.info("%s: %s", ", ".join(f"{key} {getattr(cell, key):g}" for key in values), cost)
     log.info("%s", path)

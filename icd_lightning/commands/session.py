@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from icd_lightning import __version__
 from icd_lightning.commands.edits import Edit, EditSettings, Size
 from icd_lightning.commands.weights import Weights
-from icd_lightning.data.images import read_picture, resize_and_crop, save_png
+from icd_lightning.data.images import read_picture, save_png
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
+from icd_lightning.editing.limits import check_text
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
@@ -55,8 +55,7 @@ class Session:
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
         for prompt in prompts:
-            if any("\ud800" <= char <= "\udfff" for char in prompt):  # what the shell gave was not UTF-8
-                raise ValueError(f"prompt {prompt[:80]!r} is no text: give it in UTF-8")
+            check_text(prompt)
         closed = defaults_of(self.models.family).get("closed_vocabulary")
         if closed and (unknown := unknown_words(self.method.conditioner.tokenizer, *prompts)):
             log.warning("%s does not know: %s; expect nonsense", self.models.family.model, ", ".join(unknown))
@@ -187,32 +186,3 @@ def read_latents(file: str) -> tuple[Tensor, dict[str, str]]:
     if latents.ndim != 4 or not latents.numel() or not latents.isfinite().all():
         raise ValueError(f"{file} holds no latents as icd invert writes them ({tuple(latents.shape)}): invert again")
     return latents, about
-
-
-def contact_sheet(edit: Edit, grid: Mapping[str, Sequence[float]], cells: Sequence[Image.Image]) -> Image.Image:
-    """Draw the cells, the grid's first key varying fastest: its values are the columns, those of all others the rows.
-
-    Above them stand the prompts; the first column is the picture that was edited.
-    """
-    from icd_lightning.evaluation.report import Panel, Report
-    from icd_lightning.evaluation.report.canvas import MAX_PICTURE, draw_report
-
-    columns_key, *row_keys = grid
-    columns = [_label(columns_key, value) for value in grid[columns_key]]
-    labels = [
-        "\n".join(_label(key, value) for key, value in zip(row_keys[::-1], values, strict=True))
-        for values in itertools.product(*(grid[key] for key in row_keys[::-1]))
-    ]
-    original, _ = resize_and_crop(read_picture(edit.image), cells[0].height, cells[0].width)
-    pictures = iter(map(np.asarray, cells))
-    rows = tuple(
-        (label, (None if index else np.asarray(original), *itertools.islice(pictures, len(columns))))
-        for index, label in enumerate(labels)
-    )
-    panel = Panel("", "", (edit.image.name, *columns), rows)
-    sheet = draw_report(Report(edit.target, f"was: {edit.source}", sections=(panel,)))
-    return Image.fromarray(sheet.pixels(scale=max(cells[0].width / MAX_PICTURE, 1)))
-
-
-def _label(key: str, value: float) -> str:
-    return f"{key.replace('_', ' ')} {value:g}"

@@ -26,21 +26,24 @@ FILE_FORMATS = (*FORMATS, "AVIF", "JPEG2000", "BMP", "DIB", "TIFF", "GIF", "ICO"
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path, *, max_pixels: int | None = None) -> Image.Image:
     """Read a picture file of any of FILE_FORMATS, mode and orientation to RGB.
 
-    Raises ValueError for what is no picture, cannot be decoded, would decode to far too many pixels, or is a mere line.
+    Raises ValueError for what is no picture, cannot be decoded, would decode to far too many pixels (by default twice
+    Pillow's own limit), or is a mere line.
     """
-    path = Path(path)
+    path, most = Path(path), 2 * (Image.MAX_IMAGE_PIXELS or 0) if max_pixels is None else max_pixels
     if not path.is_file():
         raise ValueError(f"{path} is a folder, not a picture" if path.is_dir() else f"there is no picture at {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large; twice as large is an error
-            image = to_rgb(Image.open(path, formats=FILE_FORMATS))
+            opened = Image.open(path, formats=FILE_FORMATS)
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                raise Image.DecompressionBombError
+            image = to_rgb(opened)
     except Image.DecompressionBombError:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise ValueError(f"{path} has more than {most} million pixels: make it smaller first") from None
+        raise ValueError(f"{path} has more than {most // 1_000_000} million pixels: make it smaller first") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):

@@ -32,6 +32,12 @@ def check_seed(value: int) -> int:
     return value
 
 
+def check_text(prompt: str) -> None:
+    """What a tokenizer can read."""
+    if any("\ud800" <= char <= "\udfff" for char in prompt):  # what the shell, or a browser, gave was not UTF-8
+        raise ValueError(f"prompt {prompt[:80]!r} is no text: give it in UTF-8")
+
+
 AlignmentKind = Literal["auto", "replace", "refine"]
 """How prompts are aligned; auto replaces where both have as many words, and refines otherwise."""
 
@@ -107,3 +113,24 @@ def for_each(
     return [
         one.changed(options).blending(words) for one, words in zip(each, blended_words or [None] * count, strict=True)
     ]
+
+
+def read_blend(text: str) -> tuple[str, ...] | Literal[False]:
+    """Two words, "cat dog", or none; ValueError for anything else."""
+    words = tuple(text.split())
+    if text != "none" and len(words) != 2:
+        raise ValueError(f"blend {text!r} must be a word of the source and one of the target, or none")
+    return words if text != "none" else False
+
+
+def read_factors(text: float | str) -> float | dict[str, float]:
+    """A factor of attention, 4 or "4", or those of words, "lego=3 red=0"; ValueError for anything else."""
+    try:
+        if isinstance(text, float) or "=" not in text:
+            return float(text)
+        words = [pair.rpartition("=") for pair in text.split()]
+        if all(word for word, _, _ in words):
+            return {word: float(factor) for word, _, factor in words}
+    except ValueError:
+        pass
+    raise ValueError(f"amplify {text!r} must be a number, or words with numbers, as in 'lego=3 red=0'")

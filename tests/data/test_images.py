@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from icd_lightning.data.images import quantize, read_picture, save_png, to_images, to_pictures
 
@@ -79,6 +80,14 @@ def test_a_decompression_bomb_is_refused_and_a_large_picture_is_not(tmp_path, mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
     with pytest.raises(ValueError, match=r"a\.png has more than .* million pixels"):
         read_picture(tmp_path / "a.png")
+
+
+def test_more_pixels_than_are_wanted_are_not_decoded(tmp_path, monkeypatch):
+    Image.fromarray(noise(40, 50)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", max_pixels=2000).size == (50, 40)
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match=r"a\.png has more than 0 million pixels"):
+        read_picture(tmp_path / "a.png", max_pixels=1999)
 
 
 def test_a_png_keeps_its_pixels_and_says_how_it_was_made(tmp_path):

@@ -1,0 +1,61 @@
+"""`icd app`: the web editor."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from importlib.util import find_spec
+from threading import Event
+from typing import Any
+
+from icd_lightning.commands.weights import Weights, find_device
+
+log = logging.getLogger(__name__)
+
+
+def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> None:
+    """Edit pictures in a browser, with any model: a server that goes on until Ctrl-C.
+
+    icd app
+    icd app --port 7870 --model SD15_FOLDER --guided_unet sd15_cfg_distill.pt \\
+      --forward iCD-SD15-forward_19_259_519_779.safetensors --reverse iCD-SD15-reverse_259_519_779_999.safetensors
+
+    Nobody signs in: whoever reaches the address uses this machine. It sends nothing to anybody else.
+
+    Args:
+        host: Address to listen at; 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it.
+        port: Port to listen at; by default the first free one from 7860 on.
+    """
+    weights = Weights(**options)
+    check_address(host, port)
+    if find_spec("gradio") is None:
+        raise ValueError("icd app needs gradio, which is not installed: pip install 'icd-lightning[app]'")
+    from icd_lightning.apps.editor.page import EditorPage
+    from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it answers
+    students = {name: getattr(weights, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
+    pipe = InvertibleConsistencyPipeline.from_pretrained(weights.family(), **students)
+    page = EditorPage(pipe.to(find_device(weights.device)))
+    _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True)
+    log.info("%s (Ctrl-C ends it)", address)
+    try:
+        wait()
+    finally:
+        page.close(verbose=False)  # which removes the pictures that were sent
+
+
+def wait() -> None:
+    """Until a signal ends the program."""
+    Event().wait()
+
+
+def check_address(host: str, port: int | None) -> None:
+    """ValueError for an address where no server can listen."""
+    if port is not None and not 1 <= port < 1 << 16:
+        raise ValueError(f"port {port} must be 1 to 65535")
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        reason, place = error.strerror.split(" (")[0], host if port is None else f"{host}:{port}"
+        raise ValueError(f"nothing can listen at {place} ({reason}): name another --port or --host") from error
