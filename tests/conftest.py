@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; networks this sm
 
 import icd_lightning  # noqa: F401, I001  must come before diffusers and peft
 
+import shutil
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 
@@ -101,3 +103,17 @@ def scenes(tmp_path_factory) -> Path:
 def layouts(tmp_path_factory) -> dict[str, Path]:
     """SD1.5 and SDXL at minimal widths, random, in diffusers' layout and with stage 1's UNet, to read from."""
     return {name: write_layout(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+@pytest.fixture(scope="module")  # of a module alone: while it lives, no other test may run an event loop
+def browser() -> Iterator:
+    """A real browser of this machine; where there is none, its tests are skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs a browser, one of {', '.join(names)}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield (launched := playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]))
+        launched.close()

@@ -5,7 +5,6 @@ import http.server
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +17,6 @@ from documents_case import ROOT
 import icd_lightning
 
 FILES = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "conf").rglob("*.yaml"))
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +84,12 @@ def test_every_command_and_part_has_its_place(site):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_pages_fit_the_window_and_are_found(site, width):
-    from playwright.sync_api import sync_playwright
-
+def test_pages_fit_the_window_and_are_found(site, browser, width):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/"
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, asked = browser.new_page(viewport={"width": width, "height": 900}), list[str]()
         page.on("request", lambda request: asked.append(request.url))
         for path in sorted(site.glob("*.html")):
@@ -103,6 +97,6 @@ def test_pages_fit_the_window_and_are_found(site, width):
             assert page.evaluate("document.documentElement.scrollWidth") <= width, path.name
         page.goto(f"{address}index.html?q=pseudo-Huber")
         page.wait_for_selector(".md-search-result__item", timeout=20_000)
-        browser.close()
+        page.close()
         server.shutdown()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []

@@ -1,11 +1,9 @@
-import shutil
 import socket
 from collections.abc import Iterator
 
 import pytest
 from editor_case import serving
 
-from icd_lightning.apps.editor.page import EditorPage
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
 
@@ -29,19 +27,9 @@ def hosts() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def page(pipeline, hosts) -> Iterator[EditorPage]:
+def page(pipeline, hosts) -> Iterator:
     """The editor of the tiny family, served."""
+    from icd_lightning.apps.editor.page import EditorPage  # only here: Gradio takes seconds
+
     with serving(EditorPage(pipeline)) as served:
         yield served
-
-
-@pytest.fixture(scope="session")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"needs a browser, one of {', '.join(names)}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -13,8 +13,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from icd_lightning.apps.editor.page import EditorPage
 from icd_lightning.tiny.benchmarks import scene_edits
+
+if TYPE_CHECKING:
+    from icd_lightning.apps.editor.page import EditorPage
 
 
 class Task(NamedTuple):
@@ -35,7 +37,7 @@ class Visitor:
 
     sessions = count()
 
-    def __init__(self, page: EditorPage) -> None:
+    def __init__(self, page: "EditorPage") -> None:
         self.root, self.calls = f"{page.local_url}gradio_api", page.config["dependencies"]
 
     def upload(self, content: Image.Image | bytes, name: str = "picture.png") -> dict:
@@ -83,7 +85,7 @@ def evaluations() -> Iterator[list[int]]:
 
 
 @contextmanager
-def serving(page: EditorPage) -> Iterator[EditorPage]:
+def serving(page: "EditorPage") -> Iterator["EditorPage"]:
     page.launch(prevent_thread_lock=True)
     try:
         yield page

@@ -6,8 +6,7 @@ from editor_case import TASKS, Visitor, fetched, same
 from PIL import Image
 
 from icd_lightning.apps import editor as package
-from icd_lightning.apps.editor.desk import MAX_PIXELS
-from icd_lightning.apps.editor.page import MAX_BYTES, EditorPage
+from icd_lightning.apps.editor.engine import MAX_PIXELS
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 PICTURE, SOURCE, TARGET = TASKS[0]
@@ -119,6 +118,8 @@ def test_no_picture_is_told(visitor):
 
 
 def test_a_file_that_is_too_large_is_refused_as_it_comes(page):
+    from icd_lightning.apps.editor.page import MAX_BYTES
+
     answer = httpx.post(f"{page.local_url}gradio_api/upload", files={"files": bytes(MAX_BYTES + 1)}, timeout=60)
     assert answer.status_code == 413
     assert f"maximum allowed size of {MAX_BYTES} bytes" in answer.text
@@ -151,6 +152,8 @@ def test_nobody_outside_is_asked_for_anything(visitor, hosts):
 
 
 def test_a_space_s_app_is_what_the_package_says(monkeypatch):
+    from icd_lightning.apps.editor.page import EditorPage
+
     built = []
     monkeypatch.setattr(EditorPage, "launch", lambda self: built.append(self))
     code = inspect.cleandoc(package.__doc__.split("\n\n", 1)[1])
@@ -160,6 +163,7 @@ def test_a_space_s_app_is_what_the_package_says(monkeypatch):
 
 
 def test_a_model_without_examples_opens_empty(random_family):
+    from icd_lightning.apps.editor.page import EditorPage
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
     config = EditorPage(InvertibleConsistencyPipeline.from_pretrained(str(random_family))).config

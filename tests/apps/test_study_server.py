@@ -10,7 +10,6 @@ from study_case import COLORS, PROMPT, Assessor, careless, liking, make_study, s
 from icd_lightning.apps.study.report import evaluate
 from icd_lightning.apps.study.store import Store
 
-CHROMIUM = Path("/usr/bin/chromium")
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -148,18 +147,6 @@ def test_the_report_finds_known_preferences_and_leaves_spammers_out(tmp_path):
     assert with_spammers.high < 0.75  # what leaving them out is for
     parts = [part for person in everybody for answer in person.seen for part in (str(answer[:2]).encode(), answer[2])]
     assert not [part for part in parts for name in COLORS if name.encode() in part]
-
-
-@pytest.fixture
-def browser():
-    """A page of a real browser."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.is_file():
-        pytest.skip("there is no Chromium to drive")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 KEYS = {"ArrowLeft": "left", "ArrowRight": "right", "ArrowDown": "tie"}

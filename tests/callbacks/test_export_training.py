@@ -85,6 +85,7 @@ def case_of(task, direction: str, name: str, form: str) -> dict:
     return {"name": name, "file": form.format(direction=direction), "inputs": inputs, "eps": eps}
 
 
+@pytest.mark.slow
 def test_a_program_without_our_code_gets_the_same_eps(trained):
     root, tasks = trained
     for (name, task), forms in zip(tasks.items(), (FORMATS, FORMATS[::-1]), strict=True):

@@ -304,6 +304,7 @@ def test_indexes_are_no_shards(shards):
     assert find_shards(f"{shards}/0*") == find_shards(str(shards))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_indexing_with_one_line(shards, monkeypatch):
     monkeypatch.setattr(indexing, "BYTES_FOR_PROCESSES", 0)
     monkeypatch.setattr(indexing.os, "sched_getaffinity", lambda _: {0, 1})

@@ -38,8 +38,8 @@ def _fresh():
 
 
 CASES = [  # backend, checkpointing, sizes of batches
-    ("eager", True, (4, 4)),
-    pytest.param("eager", False, (4, 4), marks=pytest.mark.slow),
+    pytest.param("eager", True, (4, 4), marks=pytest.mark.slow),
+    ("eager", False, (4, 4)),
     pytest.param("eager", False, (4, 3, 2, 4), marks=pytest.mark.slow),
     pytest.param("aot_eager", True, (4, 3, 4), marks=pytest.mark.slow),
     pytest.param("inductor", False, (4, 4), marks=pytest.mark.slow),

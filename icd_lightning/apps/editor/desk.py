@@ -13,11 +13,8 @@ import gradio as gr
 from markupsafe import escape
 from PIL import Image
 
-from icd_lightning.apps.editor.engine import Editor
+from icd_lightning.apps.editor.engine import MAX_PIXELS, Editor
 from icd_lightning.data.images import read_picture
-
-MAX_PIXELS = 40_000_000
-"""Of a picture that somebody sends: as many as a large camera's, 120 MB once it is read."""
 
 Values = Mapping[Any, Any]
 """Of components, as a browser sent them: nothing is checked."""

@@ -17,6 +17,8 @@ from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.report.sheet import contact_sheet
 from icd_lightning.models.text import END_OF_WORD
 
+MAX_PIXELS = 40_000_000
+"""Of a picture that somebody sends: as many as a large camera's, 120 MB once it is read."""
 MAX_CHARACTERS = 2000
 """Of a prompt; how many tokens it may have, the model says."""
 SAYS = {"source": "shows", "target": "shall show"}
