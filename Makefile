@@ -12,7 +12,7 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
+.PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
 
@@ -44,11 +44,16 @@ demo: $(STAMP) ## distil, invert, generate and edit with the tiny family; result
 app: $(STAMP) ## edit pictures in the browser, with ARGS='--model ...' another model's
 	$(ICD) app $(ARGS)
 
+browser: # where there is none: Debian's, if it may be installed
+	@for name in chromium chromium-browser google-chrome; do ! command -v $$name >/dev/null || exit 0; done; \
+	{ test "$$(id -u)" = 0 && timeout 300 apt-get install --quiet --yes chromium >/dev/null 2>&1; } || \
+	echo 'there is no Chromium or Chrome: the tests of web pages are skipped'
+
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
-test: $(STAMP) ## the fast tests on all cores, as CI runs them; one that hangs is ended with its stacks
+test: $(STAMP) browser ## the fast tests on all cores, as CI runs them; one that hangs is ended with its stacks
 	$(PYTEST) --timeout 180 --timeout-method thread $(ARGS)
 
-test-all: $(STAMP) ## all tests, the slow ones too
+test-all: $(STAMP) browser ## all tests, the slow ones too
 	$(PYTEST) -m '' $(ARGS)
 
 mutants: $(STAMP) ## put faults into a copy of the package, one at a time, and see which of them no test sees

@@ -102,6 +102,20 @@ def test_a_picture_is_uploaded_and_edited_and_a_slider_only_decodes(visit, pipel
 
 
 @pytest.mark.slow
+def test_twenty_browsers_at_once_get_their_own_edits(visit, pipeline):
+    tabs = [(visit(), task) for task in TASKS[:20]]
+    for tab, task in tabs:
+        upload(tab, task.picture)
+        expect(tab.locator(".edit img")).to_have_count(0)
+    for tab, task in tabs:
+        ask_for(tab, task.source, task.target)
+    for tab, _ in tabs:
+        wait_for_edit(tab, None)
+    for tab, task in tabs:  # by now the server is done with the pipeline
+        assert same(picture(tab, "edit"), pipeline.edit(*task).images[0])
+
+
+@pytest.mark.slow
 def test_an_example_is_edited_by_a_click(visit, pipeline):
     tab, chosen = visit(), examples_of("tiny")[3]
     before = tab.locator(".edit img").get_attribute("src")
