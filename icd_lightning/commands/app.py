@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import socket
 from importlib.util import find_spec
 from threading import Event
 from typing import Any
 
+from icd_lightning.apps.listening import listen
 from icd_lightning.commands.weights import Weights, find_device
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
 
     Args:
         host: Address to listen at; 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it.
-        port: Port to listen at; by default the first free one from 7860 on.
+        port: Port to listen at; by default, or with 0, the first free one from 7860 on.
     """
     weights = Weights(**options)
-    check_address(host, port)
+    listen(host, port or 0).close()
     if find_spec("gradio") is None:
-        raise ValueError("icd app needs gradio, which is not installed: pip install 'icd-lightning[app]'")
+        raise ValueError("icd app needs gradio, which is not installed: pip install '.[app]' in the repository")
     from icd_lightning.apps.editor.page import EditorPage
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
@@ -37,7 +37,7 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
     students = {name: getattr(weights, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
     pipe = InvertibleConsistencyPipeline.from_pretrained(weights.family(), **students)
     page = EditorPage(pipe.to(find_device(weights.device)))
-    _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True)
+    _, address, _ = page.launch(server_name=host, server_port=port or None, prevent_thread_lock=True)
     log.info("%s (Ctrl-C ends it)", address)
     try:
         wait()
@@ -48,14 +48,3 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
 def wait() -> None:
     """Until a signal ends the program."""
     Event().wait()
-
-
-def check_address(host: str, port: int | None) -> None:
-    """ValueError for an address where no server can listen."""
-    if port is not None and not 1 <= port < 1 << 16:
-        raise ValueError(f"port {port} must be 1 to 65535")
-    try:
-        socket.create_server((host, port or 0)).close()
-    except OSError as error:
-        reason, place = error.strerror.split(" (")[0], host if port is None else f"{host}:{port}"
-        raise ValueError(f"nothing can listen at {place} ({reason}): name another --port or --host") from error

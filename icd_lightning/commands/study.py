@@ -69,7 +69,7 @@ def serve(study: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     try:
         from icd_lightning.apps.study.server import serve
     except ImportError as error:
-        raise ValueError(f"icd study serve needs more ({error}): pip install 'icd-lightning[app]'") from error
+        raise ValueError(f"icd study serve needs more ({error}): pip install '.[app]' in the repository") from error
 
     serve(Path(study), host, port)
 

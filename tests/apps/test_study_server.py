@@ -108,7 +108,7 @@ def test_without_the_extra_it_is_said_what_to_install(study, capsys, monkeypatch
     monkeypatch.delitem(sys.modules, "icd_lightning.apps.study.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     line = told(capsys, "serve", study[0])
-    assert line.endswith("pip install 'icd-lightning[app]'")
+    assert line.endswith("pip install '.[app]' in the repository")
     extra = re.search(r"^app = (.*)$", PYPROJECT.read_text(), re.MULTILINE)[1]
     assert all(f'"{package}>=' in extra for package in ("starlette", "uvicorn", "python-multipart"))
 

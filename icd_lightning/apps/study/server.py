@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import sqlite3
 from http import HTTPStatus
 from pathlib import Path
@@ -18,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from icd_lightning.apps.listening import listen
 from icd_lightning.apps.study.store import PICTURES, SIDES, Store
 from icd_lightning.evaluation.report.page import templates
 
@@ -121,17 +121,6 @@ def server(store: Store) -> uvicorn.Server:
     headers = list(HEADERS.items())
     options = {"log_level": "warning", "access_log": False, "server_header": False, "headers": headers}
     return uvicorn.Server(uvicorn.Config(application(store), **options))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; ValueError for one that cannot be had."""
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
-        raise ValueError(f"cannot listen at {host}, port {port} ({reason}): give another --port or --host") from error
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for its second half
-    return listening
 
 
 def serve(folder: Path, host: str, port: int) -> None:
