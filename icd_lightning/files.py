@@ -60,8 +60,11 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what can be made or fetched again; RuntimeError for a user without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icd_lightning"
+    """Where this package keeps what can be made or fetched again; OSError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icd_lightning"
+    except RuntimeError as error:
+        raise OSError("this user has no home to keep files in: name a folder by XDG_CACHE_HOME") from error
 
 
 def write_text(file: Path, text: str) -> None:

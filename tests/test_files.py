@@ -6,7 +6,7 @@ from subprocess import run
 
 import pytest
 
-from icd_lightning.files import read_object, read_yaml, write_whole
+from icd_lightning.files import cache_folder, read_object, read_yaml, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -73,3 +73,15 @@ def test_a_json_file_too_large_or_too_deep_is_refused_by_name(tmp_path):
         file.truncate(65 << 20)
     with pytest.raises(ValueError, match=r"large\.json .*more than the 67,108,864"):
         read_object(tmp_path / "large.json")
+
+
+def test_a_user_without_a_home_is_told_how_to_go_without(tmp_path, monkeypatch):
+    def nowhere() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(OSError, match="no home to keep files in: name a folder by XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "icd_lightning"

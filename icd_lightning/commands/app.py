@@ -33,7 +33,6 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
     from icd_lightning.apps.editor.page import EditorPage
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it answers
     students = {name: getattr(weights, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
     pipe = InvertibleConsistencyPipeline.from_pretrained(weights.family(), **students)
     page = EditorPage(pipe.to(find_device(weights.device)))

@@ -149,7 +149,7 @@ def _places(url: str, caption_field: str | None) -> Iterator[Path]:
     """Where the index of a local shard may be: beside it or, where nobody may write, among the user's caches."""
     name = beside(url, caption_field)
     yield Path(name)
-    with suppress(RuntimeError):  # nobody's home
+    with suppress(OSError):  # nobody's home
         yield cache_folder() / (hashlib.sha256(os.fsencode(os.path.abspath(name))).hexdigest()[:24] + INDEX)
 
 
