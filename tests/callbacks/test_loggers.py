@@ -173,6 +173,7 @@ def fit(random_family, scenes, held_out, tmp_path):
     return ["fit", *(f"--config={file}" for file in files), *(f"--{key}={value}" for key, value in settings.items())]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_figures_and_pictures_offline(fit, tmp_path, monkeypatch):
     settings = {"MODE": "offline", "DIR": tmp_path, "SILENT": "true", "CONSOLE": "off"}
     for name, value in settings.items():

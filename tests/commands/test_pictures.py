@@ -177,7 +177,9 @@ def without_header(file: Path, place: Path, prefix: str) -> None:
     save_file(weights, place, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("kind", ["nothing beside", "icd.json beside", "a folder of peft"])
+@pytest.mark.parametrize(
+    "kind", ["nothing beside", pytest.param("icd.json beside", marks=pytest.mark.slow), "a folder of peft"]
+)
 def test_students_whose_files_lost_their_alpha(icd, random_family, folder, capsys, kind):
     """Of alpha 16, which nobody would guess."""
     written = LoraStudents(Family(str(random_family)).load_model(guided=True), lora=LoraSettings(rank=4, alpha=16))

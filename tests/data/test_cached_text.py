@@ -179,7 +179,7 @@ def trained(task, folder: Path, tmp_path: Path) -> tuple[list[float], set[str]]:
     return losses.values, prompts
 
 
-@pytest.mark.parametrize("task", [stage_one, stage_two])
+@pytest.mark.parametrize("task", [pytest.param(stage_one, marks=pytest.mark.slow), stage_two])
 @pytest.mark.parametrize("name", ["tiny", "sdxl"])
 def test_training_on_kept_embeddings_is_training_on_captions(sets, families, tmp_path, name, task):
     (live, encoded), (kept, again) = (

@@ -148,6 +148,7 @@ def test_a_difference_in_every_picture_is_found_however_much_pictures_differ():
     assert compared([pictures + 0.3], [pictures]).verdict == "reversed"
 
 
+@pytest.mark.slow
 def test_three_trainings_that_differ_by_chance_seldom_give_a_verdict():
     random, verdicts = np.random.default_rng(0), []
     for _ in range(300):

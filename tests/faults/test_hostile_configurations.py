@@ -194,7 +194,7 @@ def trained(tmp_path_factory):
     return fit, root / "run" / "checkpoints" / "last.ckpt"
 
 
-OFTEN = ("no weights", "an optimizer of text", "data without an order", "averages of another shape")
+OFTEN = ("no weights", "an optimizer of text")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in DAMAGE])

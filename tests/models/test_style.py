@@ -18,7 +18,7 @@ def told(random_family):
     return torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), T, conditioning, W
 
 
-@pytest.mark.parametrize("written", ["diffusers", "kohya"])
+@pytest.mark.parametrize("written", ["diffusers", pytest.param("kohya", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_merged_style_is_the_adapter(random_family, told, tmp_path, written):
     """A student's file serves as a style: alpha 8 of rank 4, so that an alpha that is lost shows."""

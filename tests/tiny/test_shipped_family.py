@@ -60,6 +60,7 @@ def test_the_scene_network_reads_true_scenes(family):
     )
 
 
+@pytest.mark.slow
 def test_stage_one_stands_in_for_its_guided_teacher(family):
     bars = stage_one_bars(family, DDIMInversion(family), scene_examples(64, HELD_OUT_SEED))
     assert len(bars) == 4
@@ -67,6 +68,7 @@ def test_stage_one_stands_in_for_its_guided_teacher(family):
         assert bar.value <= 1.2 * bar.limit, bar.name
 
 
+@pytest.mark.slow
 def test_trained_students_come_back_nearer_than_untrained_ones(family, students):
     images, prompts = stack(SCENES[:12], 64), PROMPTS[:12]
     quality = {}
