@@ -1,6 +1,7 @@
 """`icd models | download | push`, and that what was pushed comes back as the same model."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -152,7 +153,7 @@ def authors(layouts, tmp_path, monkeypatch):
         yield archives
 
 
-def test_a_released_guided_network_is_named_and_comes_at_the_first_use(hub, run, layouts, cache, authors, capsys):
+def test_a_released_guided_network_is_named_and_comes_at_the_first_use(hub, run, layouts, cache, authors, caplog):
     for _ in range(2):  # once more is no error
         main(["push", str(run), REPO, "--guided_unet", "sd15-cfg-distill", "--endpoint", hub.url])
     files = hub.repositories[REPO]
@@ -160,9 +161,9 @@ def test_a_released_guided_network_is_named_and_comes_at_the_first_use(hub, run,
     assert json.loads(files["model_index.json"])["guided_unet"] == "sd15-cfg-distill"
     assert "`sd15-cfg-distill`, 3 GB, which is downloaded from its authors" in files["README.md"].decode()
     put_on_hub(cache, BASE, layouts["sd15"])
-    capsys.readouterr()
-    main(["generate", "a star", "--model", REPO, "-o", str(cache / "star.png")])
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "cfg-distill" in line]
+    with caplog.at_level(logging.INFO):
+        main(["generate", "a star", "--model", REPO, "-o", str(cache / "star.png")])
+    (told,) = [line for line in caplog.messages if "cfg-distill" in line]
     place = os.environ["ICD_RELEASED_URL"]
     assert told == f"sd15-cfg-distill is needed: sd15_cfg_distill.pt.tar.gz, about 3 GB, of {place}"
     guided = Family(str(layouts["sd15"])).load_model(guided=True).network
