@@ -47,7 +47,7 @@ class Controls:
             )
             guidance = guidance_sliders(scales[way.value], pipe.config.tau)
             swap = gr.Slider(
-                0, 1, pipe.config.tau, step=0.05, label="Swap tau", info="more changes the layout; follows tau",
+                0, 1, pipe.config.tau, step=0.05, label="Swap tau", info="more changes the layout",
                 visible=not by_attention,
             )  # fmt: skip
             guidance[1].input(None, guidance[1], swap, js="tau => tau", api_visibility="private")

@@ -82,4 +82,4 @@ def guidance_sliders(guidance_scale: float, tau: float) -> tuple[gr.Slider, gr.S
     """Of w and tau, at these values."""
     most = 2 * guidance_scale + 4
     scale = gr.Slider(1, most, guidance_scale, step=0.5, label="Guidance w", info="more follows the prompt")
-    return scale, gr.Slider(0, 1, tau, step=0.05, label="tau", info="more follows the prompt, keeps less")
+    return scale, gr.Slider(0, 1, tau, step=0.05, label="tau", info="more edits, keeps less")
