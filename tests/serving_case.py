@@ -62,6 +62,7 @@ class Archives:
     def __init__(self, ranges: bool = True) -> None:
         self.files: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
+        self.said: dict[str, int] = {}  # sizes that are told and are not true; then no answer says its length
         self.asked: list[tuple[str, str | None]] = []
         self.cuts: list[int] = []  # how much each of the next answers sends before the connection breaks
         self.ranges = ranges
@@ -76,7 +77,7 @@ class Archives:
                     return self.answer(404)
                 etag = archives.etags.get(name, hashlib.md5(archives.files[name]).hexdigest())
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(archives.files[name])))
+                self.send_header("Content-Length", str(archives.said.get(name, len(archives.files[name]))))
                 self.send_header("ETag", f'"{etag}"')
                 self.end_headers()
 
@@ -89,8 +90,10 @@ class Archives:
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
-                self.send_header("Content-Length", str(len(body)))
+                if name not in archives.said:
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                self.close_connection = name in archives.said
                 if not archives.cuts:
                     self.wfile.write(body)
                     return

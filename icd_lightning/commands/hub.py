@@ -79,14 +79,15 @@ def push(
     icd push outputs/sd15 someone/icd-sd15-mine
     icd edit cat.jpg --model someone/icd-sd15-mine --source "a cat" --target "a dog"
 
-    Log in first, by `hf auth login` or HF_TOKEN. Who loads the model needs nothing else than its base model.
+    Log in first, by `hf auth login` or HF_TOKEN. Who loads the model needs nothing else: its base model comes from the
+    hub, and a released UNet from its authors, both at the first use.
 
     Args:
         folder: Of a run of `icd fit`, with forward/ and reverse/, or of a pipeline that was saved.
         repo: OWNER/NAME on the hub; made if it is not there.
         base_model: Id on the hub of the model that the students were trained on; by default what the run says.
         guided_unet: Folder of the guidance-distilled UNet, which is uploaded too, or the name of a released one, which
-            is not; by default what the run says.
+            is not, for it is of no stated licence; by default what the run says.
         private: Make the repository private.
         endpoint: Address of another hub; by default HF_ENDPOINT.
     """

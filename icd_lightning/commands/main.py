@@ -60,8 +60,6 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Console()])
     for library in ("httpx", "httpx2"):  # of which the hub's library takes one; they log every request
         logging.getLogger(library).setLevel(logging.WARNING)
-    if name not in ("download", "push"):  # transformers draws a bar for every small file it reads
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         trust.begin(trusted=words != args)

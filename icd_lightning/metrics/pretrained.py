@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from icd_lightning.data.manifest import sha256
 from icd_lightning.models.weights import read_weights
+from icd_lightning.progress import without_bars
 
 
 class MissingNetworkError(FileNotFoundError):
@@ -53,7 +54,8 @@ def load_part(repository: str, part: Any, **options: Any) -> Any:
     name = Path(repository).name
     try:  # by its folder: by a repository's name transformers looks online for adapters, whatever it is told
         folder = _at_home(name) or snapshot_download(repository, local_files_only=True)
-        return part.from_pretrained(folder, local_files_only=True, **options)
+        with without_bars():
+            return part.from_pretrained(folder, local_files_only=True, **options)
     except OSError as error:
         raise _missing(f"{repository} (hf download {repository})", f"{name}/") from error
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import logging
 import re
 import shutil
 import tarfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.file_download import HfFileMetadata, http_get
@@ -18,19 +20,37 @@ from huggingface_hub.utils import WeakFileLock
 from icd_lightning.data.manifest import sha256
 from icd_lightning.data.tars import BoundedHeader
 from icd_lightning.files import replaced_folder, write_json, write_text
-from icd_lightning.models.released import Released
+from icd_lightning.models.released import Released, find, host, located
 from icd_lightning.models.weights import first_line, read_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
 
 MD5 = re.compile("[0-9a-f]{32}")  # what a store's ETag is, unless the file was uploaded in parts
 
 
-def install(released: Released, host: str, *, known: str | None = None) -> str:
+def fetched(name: str) -> str:
+    """Where a released UNet is; if it is not here, it is downloaded, by one process while others wait.
+
+    Raises OSError or ValueError as `install` does.
+    """
+    released = find(name)
+    if not released.here:
+        log.info("%s is needed: %s, about %g GB, of %s", name, released.archive, released.gigabytes, host())
+        install(released, host(), wait=True)
+    return located(name)
+
+
+def install(released: Released, host: str, *, known: str | None = None, wait: bool = False) -> str | None:
     """Download a released archive, check it, and put its weights into their folder; return its SHA-256.
 
     The sum is kept beside the folder, and every later download must have it. What a stopped call has downloaded, the
     next goes on with.
 
     known: the sum that the archive must have; by default the catalogue's, or else that of the first download.
+    wait: for another call that downloads it; what that one brought is taken as it is.
 
     Raises OSError for a server that cannot be reached, a full disk, or a call of this kind that is under way, and
     ValueError for other content than was promised; then the folder is as it was.
@@ -39,7 +59,9 @@ def install(released: Released, host: str, *, known: str | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     url = f"{host.rstrip('/')}/{released.archive}"
     try:
-        with WeakFileLock(folder / f".{released.name}.lock", timeout=0.1):
+        with WeakFileLock(folder / f".{released.name}.lock", timeout=None if wait else 0.1):
+            if wait and released.here:
+                return released.known
             archive, told = _downloaded(url, released, folder)
             try:
                 found = _checked(archive, told, known or released.known)
@@ -55,15 +77,31 @@ def install(released: Released, host: str, *, known: str | None = None) -> str:
     return found
 
 
+class _Promised(io.BufferedWriter):
+    """A file that goes on, and that no server can make larger than it said."""
+
+    def __init__(self, place: Path, size: int) -> None:
+        super().__init__(io.FileIO(place, "ab"))
+        self.size = size
+
+    def write(self, data: Buffer, /) -> int:
+        """Append; ValueError beyond the size."""
+        if self.tell() + memoryview(data).nbytes > self.size:
+            raise ValueError(f"the server sends more than the {self.size} bytes that it said")
+        return super().write(data)
+
+
 def _downloaded(url: str, released: Released, folder: Path) -> tuple[Path, HfFileMetadata]:
     """The whole archive, and what its server says of it: of another size or ETag it is another file, begun anew."""
     try:
         told = get_hf_file_metadata(url, token=False)
+        if told.size is None and told.location != url:  # a copy that is elsewhere
+            told = get_hf_file_metadata(told.location, token=False)
         if not told.size or told.size > 2e9 * released.gigabytes:
             raise ValueError(f"the server says {told.size} bytes, and it has about {released.gigabytes:g} GB")
         version = hashlib.sha256(f"{told.size} {told.etag}".encode()).hexdigest()[:16]
         part = folder / f".{released.archive}-{version}.part"
-        with part.open("ab") as file:
+        with _Promised(part, told.size) as file:
             needed = 2 * told.size - file.tell()  # unpacked it takes as much again
             if needed > shutil.disk_usage(folder).free:
                 raise OSError(f"{needed / 1e9:.1f} GB are needed in {folder}, where less is free")

@@ -9,6 +9,7 @@ from typing import Any
 
 from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.files import write_text
+from icd_lightning.models.released import RELEASED
 from icd_lightning.models.sources import on_hub
 
 PAPER = "[Invertible Consistency Distillation](https://arxiv.org/abs/2406.14539)"
@@ -132,9 +133,16 @@ def repository_card(repo: str, boundaries: Boundaries, index: Mapping[str, Any],
         ends=", ".join(map(str, boundaries.boundary_timesteps)),
         lora=LORA.format(**settings, scale=settings["alpha"] / settings["rank"]),
         family=settings["family"],
-        guided=f"`icd download {index['guided_unet']}`" if "guided_unet" in index else "`unet_guided/`",
+        guided=_guided_in(index.get("guided_unet")),
     )
     return _page("Invertible Consistency Distillation", text, settings)
+
+
+def _guided_in(released: str | None) -> str:
+    """Where the network that the students adapt comes from."""
+    if released is None:
+        return "`unet_guided/`"
+    return f"`{released}`, {RELEASED[released].gigabytes:g} GB, which is downloaded from its authors at the first use"
 
 
 def _page(title: str, text: str, settings: Mapping[str, Any]) -> str:

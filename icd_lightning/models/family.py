@@ -16,6 +16,7 @@ from torch import nn
 
 from icd_lightning.diffusion import Direction, Process
 from icd_lightning.files import read_object
+from icd_lightning.models.archives import fetched
 from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
@@ -112,9 +113,14 @@ class Family:
 
     @property
     def named_guided(self) -> str | None:
-        """The guidance-distilled network, if it is named: as told, or as the model says; a released one by its file."""
-        name = self.guided_unet or self.source.index.get("guided_unet")
-        return name and located(name)
+        """The guidance-distilled network, if it is named: as told, or as the model says; a released one by its file.
+
+        A released one that the model names is downloaded if it is not here, as the model's own parts are.
+        """
+        if self.guided_unet is not None:
+            return located(self.guided_unet)
+        name = self.source.index.get("guided_unet")
+        return name and fetched(str(name))
 
     @property
     def resolution(self) -> int:

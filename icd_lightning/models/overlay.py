@@ -6,6 +6,7 @@ Such a place is a folder, or a model on the hub, that holds
     unet_guided/        in diffusers' layout, unless `guided_unet` below names a released one
     model_index.json    {"base_model": "someone/some-model", "guided_unet": "sd15-cfg-distill", "tau": 0.8, ...}
 
+A released UNet is downloaded at the first use, as the base model is.
 `icd download` makes one of each released model, `icd push` one of a run; who writes the JSON makes one of his own.
 """
 

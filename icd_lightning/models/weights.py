@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icd_lightning.files import check_file
+from icd_lightning.progress import without_bars
 
 
 def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -97,9 +98,10 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
 
 @contextmanager
 def told_of(where: str) -> Iterator[None]:
-    """Name the place of damaged files in whatever error a library has for them."""
+    """Name the place of damaged files in whatever error a library has for them; it draws no bars of its own."""
     try:
-        yield
+        with without_bars():
+            yield
     except (OSError, MemoryError):
         raise
     except Exception as error:

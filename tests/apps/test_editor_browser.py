@@ -2,11 +2,14 @@
 
 import io
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
-from editor_case import TASKS, evaluations, same
+from editor_case import TASKS, Visitor, evaluations, same
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -99,6 +102,33 @@ def test_a_picture_is_uploaded_and_edited_and_a_slider_only_decodes(visit, pipel
     assert 0.4 < tau < 0.6
     assert rows == [1] * 4
     assert same(picture(tab, "edit"), pipeline.edit(PICTURE, SOURCE, TARGET, tau=tau).images[0])
+    expect(tab.get_by_label("range slider for Swap tau")).to_have_value(str(tau))
+
+
+@contextmanager
+def pipeline_is_busy(page) -> Iterator[None]:
+    """For everybody else, as by a long edit of somebody's."""
+    begun, done, edit = threading.Event(), threading.Event(), page.editor.edit
+    page.editor.edit = lambda *args: begun.set() or (done.wait(20) and edit(*args))
+    with ThreadPoolExecutor() as pool:
+        visitor = Visitor(page)
+        waiting = pool.submit(visitor.edit, PICTURE, SOURCE, TARGET, "swap", 3, 1, 1, 0.3, 0.6, "", "")
+        try:
+            assert begun.wait(20)
+            yield
+        finally:
+            done.set()
+            waiting.result(30)
+            page.editor.edit = edit
+
+
+def test_what_was_made_of_a_picture_goes_with_it_at_once(visit, page):
+    tab = visit()
+    with pipeline_is_busy(page):
+        tab.get_by_label("Clear").or_(tab.get_by_label("Remove Image")).first.click()
+        for place in ("edit", "reconstruction"):
+            expect(tab.locator(f".{place} img")).to_have_count(0)
+            expect(tab.locator(f".{place} .cost").first).to_have_text("")
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from icd_lightning.apps.editor.engine import MAX_PIXELS
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 PICTURE, SOURCE, TARGET = TASKS[0]
-SWAPPED = ("swap", 3, 1, 0.3, 0.6, "", "")
+BORROWED = (SOURCE, TARGET, "attention", 3, 1, 1)
+SWAPPED = ("swap", 3, 1, 1, 0.3, 0.6, "", "")
 
 
 @pytest.fixture
@@ -28,13 +29,14 @@ def refusal(answer: dict) -> str:
 @pytest.mark.parametrize(
     ("way", "options"),
     [
-        (("swap", 2, 0.8, 0.3, 0.6, "9", "none"), {"guidance_scale": 2.0, "tau": 0.8}),
+        (("swap", 2, 0.8, 0.8, 0.3, 0.6, "9", "none"), {"guidance_scale": 2.0, "tau": 0.8}),
+        (("swap", 2, 0.8, 0.4, 0.3, 0.6, "", ""), {"guidance_scale": 2.0, "tau": 0.8, "swap_tau": 0.4}),
         (
-            ("attention", 3, 1, 0.5, 0.25, "2", "none"),
+            ("attention", 3, 1, 1, 0.5, 0.25, "2", "none"),
             {"control": PromptToPrompt(cross_replace=0.5, self_replace=0.25, amplify=2.0, blend=False)},
         ),
         (
-            ("attention", 3, 1, 0.5, 0.5, f"{TARGET.split()[2]}=3", f"{SOURCE.split()[2]} {TARGET.split()[2]}"),
+            ("attention", 3, 1, 1, 0.5, 0.5, f"{TARGET.split()[2]}=3", f"{SOURCE.split()[2]} {TARGET.split()[2]}"),
             {
                 "control": PromptToPrompt(
                     cross_replace=0.5,
@@ -44,9 +46,9 @@ def refusal(answer: dict) -> str:
                 )
             },
         ),
-        (("attention", 3, 1, 0.3, 0.6, "", ""), {"control": PromptToPrompt()}),
+        (("attention", 3, 1, 1, 0.3, 0.6, "", ""), {"control": PromptToPrompt()}),
     ],
-    ids=["swap", "attention", "words", "defaults"],
+    ids=["swap", "swap_tau", "attention", "words", "defaults"],
 )
 def test_every_control_is_the_pipeline_s(visitor, pipeline, way, options):
     notice, back, back_cost, edited, cost = visitor.edit(PICTURE, SOURCE, TARGET, *way)
@@ -83,13 +85,19 @@ def test_pictures_are_generated_of_the_seeds_asked_for(visitor, pipeline):
     [
         ((SOURCE, "", *SWAPPED), "the target prompt is empty: say what the picture shall show"),
         ((SOURCE, "a <b>cat</b>", *SWAPPED), "this model does not know &lt;b&gt;cat&lt;/b&gt;: write with a, above"),
-        ((SOURCE, TARGET, "swap", 0, 1, 0, 0, "", ""), "guidance_scale 0 must be 1 (unguided) or more, and finite"),
-        ((SOURCE, TARGET, "swap", 3, 2, 0, 0, "", ""), "tau 2 is no fraction: choose between 0 and 1"),
-        ((SOURCE, TARGET, "swap", None, 1, 0, 0, "", ""), "guidance_scale None must be a finite number"),
-        ((SOURCE, TARGET, "swap", "3", 1, 0, 0, "", ""), "guidance_scale &#39;3&#39; must be a finite number"),
-        ((SOURCE, TARGET, "attention", 3, 1, 7, 0, "", ""), "cross_replace 7 is no fraction: choose between 0 and 1"),
-        ((SOURCE, TARGET, "attention", 3, 1, 0, 0, "x", ""), "amplify &#39;x&#39; must be a number, or words with"),
-        ((SOURCE, TARGET, "attention", 3, 1, 0, 0, "", "a b c"), "blend &#39;a b c&#39; must be a word of the source"),
+        ((SOURCE, TARGET, "swap", 0, 1, 1, 0, 0, "", ""), "guidance_scale 0 must be 1 (unguided) or more, and finite"),
+        ((SOURCE, TARGET, "swap", 3, 2, 1, 0, 0, "", ""), "tau 2 is no fraction: choose between 0 and 1"),
+        ((SOURCE, TARGET, "swap", None, 1, 1, 0, 0, "", ""), "guidance_scale None must be a finite number"),
+        ((SOURCE, TARGET, "swap", "3", 1, 1, 0, 0, "", ""), "guidance_scale &#39;3&#39; must be a finite number"),
+        (
+            (*BORROWED, 7, 0, "", ""),
+            "cross_replace 7 is no fraction: choose between 0 and 1",
+        ),
+        ((*BORROWED, 0, 0, "x", ""), "amplify &#39;x&#39; must be a number, or words with"),
+        (
+            (*BORROWED, 0, 0, "", "a b c"),
+            "blend &#39;a b c&#39; must be a word of the source",
+        ),
     ],
 )
 def test_a_mistake_is_told_and_nothing_is_made(visitor, values, message):
@@ -112,9 +120,27 @@ def test_a_file_that_is_no_good_picture_is_refused_by_its_name_alone(visitor, co
     assert "/" not in told.removesuffix("</p>")
 
 
-def test_no_picture_is_told(visitor):
-    told = refusal(visitor.call("edit", None, SOURCE, TARGET, *SWAPPED))
+@pytest.mark.parametrize("file", [None, {}, {"path": None, "meta": {"_type": "gradio.FileData"}}])
+def test_no_picture_is_told(visitor, file):
+    told = refusal(visitor.call("edit", file, SOURCE, TARGET, *SWAPPED))
     assert "there is no picture: upload one, or choose an example" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("edit", ()),
+        ("edit", ("text", SOURCE, TARGET, *SWAPPED)),
+        ("edit", ({"path": 5, "meta": {"_type": "gradio.FileData"}}, SOURCE, TARGET, *SWAPPED)),
+        ("edit", ({"path": "a\0b", "meta": {"_type": "gradio.FileData"}}, SOURCE, TARGET, *SWAPPED)),
+        ("generate", (TARGET, 10**400, 1, 1, 0)),
+        ("sheet", (None, SOURCE, TARGET, *SWAPPED, 5, {})),
+    ],
+    ids=["nothing", "a text", "a number", "a zero byte", "a large number", "no lists"],
+)
+def test_a_call_that_no_page_makes_leaves_no_traceback(visitor, capfd, name, values):
+    assert "reload it" in str(answer := visitor.call(name, *values)) or refusal(answer)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_a_file_that_is_too_large_is_refused_as_it_comes(page):

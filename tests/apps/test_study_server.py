@@ -1,6 +1,8 @@
 """icd study serve: pages, refusals, blinding, and assessors whose taste the report finds again."""
 
 import re
+import socket
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -76,6 +78,45 @@ def test_a_body_without_a_length_is_bounded_too(study):
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     person.connection.request("POST", f"{person.path}/votes", iter([b"x" * 3000] * 2), form, encode_chunked=True)
     assert person.connection.getresponse().status == 413
+
+
+def test_who_leaves_in_the_middle_of_a_vote_writes_nothing_to_the_log(study, caplog):
+    person = Assessor(study[1])
+    with socket.create_connection(("127.0.0.1", study[1])) as leaving:
+        head = f"POST {person.path}/votes HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n"
+        leaving.sendall(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\ntask=".encode())
+        person.task()  # by now the server waits for the rest
+    for _ in range(3):
+        person.task()
+    assert caplog.messages == []
+
+
+def test_too_many_who_begin_are_told_to_wait(study, monkeypatch):
+    monkeypatch.setattr("icd_lightning.apps.study.store.MOST_IDLE", 0)
+    status, _, page = Assessor(study[1], "/").ask("POST", "/join")
+    assert (status, "Too many people have just begun: try again in half an hour." in page.decode()) == (503, True)
+
+
+def lose_a_picture(folder):
+    next((folder / "pictures").iterdir()).unlink()
+
+
+def lose_a_setting(folder):
+    with sqlite3.connect(folder / "study.sqlite") as connection:
+        connection.execute("DELETE FROM settings WHERE name = 'votes'")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lose_a_picture, "pictures lacks 1 of 7 pictures that .*study.sqlite names: bring back the whole folder"),
+        (lose_a_setting, "study.sqlite cannot be read as a study"),
+    ],
+)
+def test_a_study_that_lacks_something_is_not_served(tmp_path, capsys, harm, message):
+    folder = make_study(tmp_path, 2, check_share=0.25)
+    harm(folder)
+    assert re.search(message, told(capsys, "serve", folder))
 
 
 def test_what_people_write_is_shown_as_it_is(study):

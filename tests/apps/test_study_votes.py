@@ -200,3 +200,15 @@ def test_what_a_killed_server_committed_is_there(opened):
     assert len(other.votes()) == 1
     assert other.knows(token)
     other.close()
+
+
+def test_nobody_begins_while_too_many_who_began_have_not_voted(opened, monkeypatch):
+    monkeypatch.setattr(store_module, "MOST_IDLE", 3)
+    store = opened(4)
+    people = [store.join() for _ in range(3)]
+    assert store.join() is None
+    answer(store, people[0])
+    assert store.join() is not None
+    assert store.join() is None
+    monkeypatch.setattr(store_module, "PATIENCE", -1.0)  # half an hour later
+    assert store.join() is not None

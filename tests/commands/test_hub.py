@@ -1,6 +1,7 @@
 """`icd models | download | push`, and that what was pushed comes back as the same model."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import torch
 import yaml
 from families_case import put_on_hub
 from family_case import BOUNDARIES, write_students
-from serving_case import Hub, serving
+from serving_case import Archives, Hub, packed, serving
 from torch import Tensor
 
 from icd_lightning.commands.main import main
@@ -141,16 +142,44 @@ def test_what_was_pushed_comes_back_with_its_base_alone(hub, run, layouts, cache
         assert same(pipe.students.named_parameters_of(direction), StudentFile.read(run / direction).weights)
 
 
-def test_a_released_guided_network_is_named_in_the_place_of_an_upload(hub, run, layouts, cache, capsys):
-    main(["push", str(run), REPO, "--guided_unet", "sd15-cfg-distill", "--endpoint", hub.url])
-    main(["push", str(run), REPO, "--guided_unet", "sd15-cfg-distill", "--endpoint", hub.url])  # once more is no error
+@pytest.fixture
+def authors(layouts, tmp_path, monkeypatch):
+    """A server of the released UNet, narrow as the others are."""
+    archives, guided = Archives(), RELEASED["sd15-cfg-distill"]
+    torch.save(Family(str(layouts["sd15"])).load_model(guided=True).network.state_dict(), tmp_path / "guided.pt")
+    archives.files[guided.archive] = packed({name: (tmp_path / "guided.pt").read_bytes() for name in guided.files})
+    with serving(archives.handler()) as url:
+        monkeypatch.setenv("ICD_RELEASED_URL", url)
+        yield archives
+
+
+def test_a_released_guided_network_is_named_and_comes_at_the_first_use(hub, run, layouts, cache, authors, caplog):
+    for _ in range(2):  # once more is no error
+        main(["push", str(run), REPO, "--guided_unet", "sd15-cfg-distill", "--endpoint", hub.url])
     files = hub.repositories[REPO]
     assert set(files) == {name for name in PUSHED if not name.startswith("unet_guided/")}
     assert json.loads(files["model_index.json"])["guided_unet"] == "sd15-cfg-distill"
-    assert "`icd download sd15-cfg-distill`" in files["README.md"].decode()
+    assert "`sd15-cfg-distill`, 3 GB, which is downloaded from its authors" in files["README.md"].decode()
     put_on_hub(cache, BASE, layouts["sd15"])
+    with caplog.at_level(logging.INFO):
+        main(["generate", "a star", "--model", REPO, "-o", str(cache / "star.png")])
+    (told,) = [line for line in caplog.messages if "cfg-distill" in line]
+    place = os.environ["ICD_RELEASED_URL"]
+    assert told == f"sd15-cfg-distill is needed: sd15_cfg_distill.pt.tar.gz, about 3 GB, of {place}"
+    guided = Family(str(layouts["sd15"])).load_model(guided=True).network
+    pipe = InvertibleConsistencyPipeline.from_pretrained(REPO)
+    assert same(pipe.students.backbone.bare(pipe.unet).state_dict(), guided.state_dict())
+    assert len(authors.asked) == 1
+
+
+def test_a_released_guided_network_out_of_reach_is_told_in_a_line(hub, run, layouts, cache, authors, capsys):
+    main(["push", str(run), REPO, "--guided_unet", "sd15-cfg-distill", "--endpoint", hub.url])
+    put_on_hub(cache, BASE, layouts["sd15"])
+    authors.files.clear()
     capsys.readouterr()
-    assert "`icd download sd15-cfg-distill` fetches 3 GB" in refused(capsys, "generate", "a star", "--model", REPO)
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "a star", "--model", REPO])
+    assert "what came is kept, and `icd download sd15-cfg-distill` goes on with it" in capsys.readouterr().err
 
 
 def test_a_saved_pipeline_keeps_how_it_is_edited(hub, random_family, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save
-from serving_case import Archives, packed, serving
+from serving_case import Archives, Quiet, packed, serving
 
 from icd_lightning.models.archives import install
 from icd_lightning.models.released import RELEASED, located
@@ -247,6 +248,40 @@ def test_a_full_disk_is_told_of_before_anything_comes(archives, monkeypatch):
     with pytest.raises(OSError, match=r"GB are needed in .*, where less is free"):
         install(ONE, archives.url)
     assert archives.asked == []
+
+
+@pytest.mark.parametrize("archives", [True], indirect=True, ids=[""])
+def test_who_waits_takes_what_another_call_brought(archives, cache):
+    cache.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with WeakFileLock(cache / f".{NAME}.lock"):
+            waiting = pool.submit(install, ONE, archives.url, wait=True)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+            for place in ONE.files.values():
+                (ONE.folder / place).parent.mkdir(parents=True)
+                (ONE.folder / place).touch()
+        waiting.result(20)
+    assert archives.asked == []
+
+
+def test_a_server_that_sends_more_than_it_said_fills_no_disk(archives, cache):
+    archives.said[ONE.archive] = 30_000
+    with pytest.raises(OSError, match="the server sends more than the 30000 bytes that it said"):
+        install(ONE, archives.url)
+    assert sum(file.stat().st_size for file in cache.iterdir()) <= 30_000
+
+
+def test_a_copy_may_be_elsewhere(archives):
+    class Elsewhere(Quiet):
+        def do_HEAD(self) -> None:  # noqa: N802
+            self.answer(302, Location=f"{archives.url}{self.path}")
+
+        do_GET = do_HEAD  # noqa: N815
+
+    with serving(Elsewhere) as url:
+        install(ONE, url)
+    assert ONE.here
 
 
 def test_two_calls_at_once_do_not_write_to_one_file(archives, cache):

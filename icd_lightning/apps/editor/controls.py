@@ -13,7 +13,7 @@ from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
 ATTENTION, SWAP = "attention", "swap"
 WAYS = [("Swap the prompt", SWAP), ("Borrow attention", ATTENTION)]
-NUMBERS = ("guidance_scale", "tau", "cross_replace", "self_replace")
+NUMBERS = ("guidance_scale", "tau", "swap_tau", "cross_replace", "self_replace")
 READERS = {"amplify": read_factors, "blend": read_blend}
 
 
@@ -26,6 +26,7 @@ class Controls:
     way: gr.Radio
     guidance_scale: gr.Slider
     tau: gr.Slider
+    swap_tau: gr.Slider
     cross_replace: gr.Slider
     self_replace: gr.Slider
     amplify: gr.Textbox
@@ -34,7 +35,7 @@ class Controls:
 
     @classmethod
     def build(cls, pipe: InvertibleConsistencyPipeline, source: str, target: str) -> Controls:
-        """On the page, at the family's own values; what only borrowed attention has is hidden from other edits."""
+        """On the page, at the family's own values; what only one way to edit has is hidden from the other."""
         usual, by_attention = PromptToPrompt(), pipe.config.attention_control
         with gr.Row(elem_classes="prompts"):
             prompts = gr.Textbox(source, label="It shows"), gr.Textbox(target, label="It shall show")
@@ -45,6 +46,11 @@ class Controls:
                 WAYS, value=ATTENTION if by_attention else SWAP, label="How", info="borrowing keeps more of the picture"
             )
             guidance = guidance_sliders(scales[way.value], pipe.config.tau)
+            swap = gr.Slider(
+                0, 1, pipe.config.tau, step=0.05, label="Swap tau", info="more changes the layout",
+                visible=not by_attention,
+            )  # fmt: skip
+            guidance[1].input(None, guidance[1], swap, js="tau => tau", api_visibility="private")
         with gr.Row(visible=by_attention) as row:
             cross = gr.Slider(
                 0, 1, usual.cross_replace, step=0.05, label="Cross replacement", info="more keeps the layout"
@@ -53,13 +59,13 @@ class Controls:
             amplify = gr.Textbox(label="Word weights", info=f"of new words, or star=3 red=0; else {usual.amplify:g}")
             blend = gr.Textbox(label="Local blend", info="two words, red blue; or none")
         way.input(
-            lambda chosen: (gr.Row(visible=chosen == ATTENTION), scales[chosen]),
+            lambda chosen: (gr.Row(visible=chosen == ATTENTION), gr.Slider(visible=chosen == SWAP), scales[chosen]),
             way,
-            [row, guidance[0]],
+            [row, swap, guidance[0]],
             queue=False,
             api_visibility="private",
         )
-        return cls(*prompts, way, *guidance, cross, own, amplify, blend, button)
+        return cls(*prompts, way, *guidance, swap, cross, own, amplify, blend, button)
 
     @property
     def inputs(self) -> set:
@@ -75,10 +81,12 @@ class Controls:
     def wish(self, values: Values) -> Wish:
         """What is asked for; ValueError for what no edit has."""
         numbers = {name: read_number(values[getattr(self, name)], name) for name in NUMBERS}
-        guidance = numbers.pop("guidance_scale"), numbers.pop("tau")
+        guidance, swap = (numbers.pop("guidance_scale"), numbers.pop("tau")), numbers.pop("swap_tau")
         prompts = str(values[self.source] or "").strip(), str(values[self.target] or "").strip()
         if values[self.way] != ATTENTION:
-            return Wish(*prompts, *guidance)
+            return Wish(
+                *prompts, *guidance, swap_tau=None if swap == guidance[1] else swap
+            )  # a sheet's follows its tau
         texts = {name: str(values[getattr(self, name)] or "").strip() for name in READERS}
         told = {name: READERS[name](text) for name, text in texts.items() if text}
         return Wish(*prompts, *guidance, PromptToPrompt(**numbers, **told))

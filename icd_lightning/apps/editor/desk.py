@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,14 @@ class Desk:
 
 def read_number(value: Any, name: str) -> float:
     """A number that a browser sent; ValueError for anything else."""
-    if not isinstance(value, (int, float)) or not isfinite(value):
+    if not (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} {value!r} must be a finite number")
     return value
 
 
 def read_upload(value: Any) -> Image.Image:
     """The picture that an image component holds; ValueError if there is none, or none that can be read."""
-    if not value:
+    if not (isinstance(value, dict) and isinstance(value.get("path"), str)):
         raise ValueError("there is no picture: upload one, or choose an example")
     return read_picture(value["path"], max_pixels=MAX_PIXELS)
 
@@ -82,4 +82,4 @@ def guidance_sliders(guidance_scale: float, tau: float) -> tuple[gr.Slider, gr.S
     """Of w and tau, at these values."""
     most = 2 * guidance_scale + 4
     scale = gr.Slider(1, most, guidance_scale, step=0.5, label="Guidance w", info="more follows the prompt")
-    return scale, gr.Slider(0, 1, tau, step=0.05, label="tau", info="guided at t <= tau T only")
+    return scale, gr.Slider(0, 1, tau, step=0.05, label="tau", info="more edits, keeps less")

@@ -36,7 +36,9 @@ class EditTab:
         self.controls = Controls.build(self.editor.pipe, first.source, first.target)
         self.inputs = {self.picture, *self.controls.inputs}
         gr.on(self.controls.asking, **desk.call(self.edit, self.inputs, self.results, name="edit"))
-        self.picture.upload(**desk.call(self.opened, {self.picture}, self.results))
+        self.picture.upload(**desk.call(self.opened, {self.picture}, ()))
+        blank = f"() => Array({len(self.results)}).fill(null)"  # by the browser itself: a call would wait for others
+        gr.on([self.picture.upload, self.picture.clear], None, None, self.results, js=blank, api_visibility="private")
         if examples:
             self._build_examples()
         self._build_sheet()
@@ -46,13 +48,14 @@ class EditTab:
         return dict(zip(self.results, self._shown(*self._asked(values)), strict=True))
 
     def opened(self, values: Values) -> dict[Any, Any]:
-        """Refuse a bad picture at once; what was made of the one before goes."""
+        """Refuse a bad picture at once."""
         read_upload(values[self.picture])
-        return dict.fromkeys(self.results)
+        return {}
 
     def sheet(self, values: Values) -> dict[Any, Any]:
         """The edit under all that is ticked."""
-        ticked = [sorted(read_number(one, group.label) for one in values[group] or ()) for group in self.grid]
+        given = [(group.label, values[group] if isinstance(values[group], list) else ()) for group in self.grid]
+        ticked = [sorted(read_number(one, label) for one in chosen) for label, chosen in given]
         picture, cost = self.editor.sheet(*self._asked(values), *ticked)
         return {self.sheet_picture: gr.Image(picture, visible=True), self.sheet_cost: cost.of_many()}
 

@@ -62,6 +62,7 @@ class Wish:
     guidance_scale: float
     tau: float
     control: PromptToPrompt | None = None
+    swap_tau: float | None = None  # as in `edit` of the pipeline
 
 
 class Editor:
@@ -126,7 +127,7 @@ class Editor:
 
     def _decoded(self, inversion: Inversion, wish: Wish) -> tuple[Image.Image, Cost]:
         guidance = {"guidance_scale": wish.guidance_scale, "tau": wish.tau}
-        options = {"latents": inversion.noise, "control": wish.control, **guidance}
+        options = {"latents": inversion.noise, "control": wish.control, "swap_tau": wish.swap_tau, **guidance}
         pictures, cost = self._timed(lambda: self.pipe.edit(None, wish.source, wish.target, **options).images)
         return pictures[0], cost
 

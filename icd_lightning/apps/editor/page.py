@@ -54,15 +54,18 @@ class EditorPage(gr.Blocks):
         look = {"theme": theme, "css_paths": Path(__file__).with_name("style.css"), "footer_links": [], "quiet": True}
         return super().launch(**{"max_file_size": MAX_BYTES, **off, **look, **options})
 
-    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
-        """As Gradio does, and no file is taken that was not uploaded.
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any) -> list[Any]:
+        """As Gradio does, and no file is taken that was not uploaded; calls that no page makes write no traceback.
 
         Gradio fetches a path that is an address, and checks those paths alone that are marked as files.
         """
-        super().validate_inputs(block_fn, inputs)
         for file in _files(inputs):
             if file.get("meta") != FILE or "://" in str(file["path"]):
                 raise gr.Error("neither addresses nor the server's files are read: upload it", print_exception=False)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *rest)
+        except (ValueError, TypeError) as error:
+            raise gr.Error("the page makes no such call: reload it", print_exception=False) from error
 
 
 def _files(value: Any) -> Iterator[dict[str, Any]]:

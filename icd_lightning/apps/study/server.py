@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -54,7 +54,11 @@ class Pages:
 
     def join(self, request: Request) -> Response:
         """A new assessor, sent to an address of their own."""
-        return RedirectResponse(request.url_for("assess", token=self.store.join()).path, HTTPStatus.SEE_OTHER)
+        if (token := self.store.join()) is None:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE, "Too many people have just begun: try again in half an hour."
+            )
+        return RedirectResponse(request.url_for("assess", token=token).path, HTTPStatus.SEE_OTHER)
 
     def assess(self, request: Request) -> Response:
         """The assessor's next task."""
@@ -95,6 +99,10 @@ class Pages:
         response.headers.update(error.headers or {})
         return response
 
+    def leave(self, request: Request, error: ClientDisconnect) -> Response:
+        """Who has gone reads nothing."""
+        return Response(status_code=HTTPStatus.BAD_REQUEST)
+
     def fail(self, request: Request, error: sqlite3.Error) -> Response:
         """What could not be written was not answered before."""
         log.error("%s: %s", self.store.file, error)
@@ -112,7 +120,7 @@ def application(store: Store) -> Starlette:
         Mount("/pictures", StaticFiles(directory=store.file.parent / PICTURES), name="pictures"),
         Mount("/static", StaticFiles(directory=HERE / "static"), name="static"),
     ]
-    handlers = {HTTPException: pages.refuse, sqlite3.Error: pages.fail}
+    handlers = {HTTPException: pages.refuse, ClientDisconnect: pages.leave, sqlite3.Error: pages.fail}
     return Starlette(routes=routes, exception_handlers=handlers, max_body_size=MOST_BYTES)
 
 
@@ -126,6 +134,7 @@ def server(store: Store) -> uvicorn.Server:
 def serve(folder: Path, host: str, port: int) -> None:
     """Serve a study until it is stopped."""
     store = Store(folder)
+    store.check_pictures()
     with listen(host, port) as listening:
         name = f"[{host}]" if ":" in host else host
         log.info("%s: http://%s:%d/ (Ctrl-C stops; votes are kept)", folder, name, listening.getsockname()[1])

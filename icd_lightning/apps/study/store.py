@@ -21,6 +21,8 @@ FORMAT = 0x1CD57D1
 """SQLite's application_id: what the file is."""
 PATIENCE = 1800.0
 """Seconds after which a task that was given out and not answered is given to somebody else too."""
+MOST_IDLE = 1000
+"""Assessors who began within that time and have not voted; nobody more begins."""
 SIDES = ("left", "right", "tie")
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -43,6 +45,11 @@ GROUP BY id HAVING :check OR sum(choice IS NOT NULL OR ifnull(given > :since, 0)
 ORDER BY sum(choice IS NOT NULL OR ifnull(given > :since, 0)), place LIMIT 1
 """
 """Of the tasks that the assessor has not had and that lack votes, one with the fewest, and whether its sides change."""
+
+IDLE = """
+SELECT count(*) FROM assessors WHERE joined > ?
+AND NOT EXISTS (SELECT 1 FROM votes WHERE assessor = token AND choice IS NOT NULL)
+"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Store:
                 raise sqlite3.DatabaseError(state if application == FORMAT else "not a study's")
             self.connection.execute("PRAGMA journal_mode = WAL")  # reports read while votes are written
             self.settings = dict(self.connection.execute("SELECT name, value FROM settings"))
-        except sqlite3.DatabaseError as error:
+            self.wanted, self.check_share = int(self.settings["votes"]), float(self.settings["check_share"])
+        except (sqlite3.DatabaseError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.file} cannot be read as a study ({error}): bring back a copy of it, or save what can be read "
                 "by sqlite3's .recover"
@@ -149,10 +157,22 @@ class Store:
         with self.lock:
             return self.connection.execute(query, values).fetchall()
 
-    def join(self) -> str:
-        """A new assessor's token."""
+    def check_pictures(self) -> None:
+        """FileNotFoundError unless the pictures of all tasks are beside the file."""
+        rows = self.read("SELECT source, ifnull(reference, source), picture_a, picture_b FROM tasks")
+        named, folder = {name for row in rows for name in row}, self.file.parent / PICTURES
+        if lacking := named - {file.name for file in folder.glob("*")}:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(lacking)} of {len(named)} pictures that {self.file} names: bring back the whole "
+                "folder that icd study create wrote"
+            )
+
+    def join(self) -> str | None:
+        """A new assessor's token; None while too many who have just begun have not voted."""
         token = secrets.token_urlsafe(16)
         with self.transaction() as connection:
+            if connection.execute(IDLE, (time.time() - PATIENCE,)).fetchone()[0] >= MOST_IDLE:
+                return None
             phase = secrets.randbelow(1 << 32) / (1 << 32)  # nobody can tell where checks come
             connection.execute("INSERT INTO assessors VALUES (?, ?, ?)", (token, time.time(), phase))
         return token
@@ -179,12 +199,11 @@ class Store:
         """Assign a pair of edits, or a check where it is time for one; False if no pair is left."""
         query = "SELECT phase, (SELECT count(*) FROM votes WHERE assessor = token) FROM assessors WHERE token = ?"
         phase, count = connection.execute(query, (token,)).fetchone()
-        share, votes = float(self.settings["check_share"]), int(self.settings["votes"])
-        values = {"token": token, "votes": votes, "since": time.time() - PATIENCE}
+        values = {"token": token, "votes": self.wanted, "since": time.time() - PATIENCE}
         found = connection.execute(NEXT, {**values, "check": False}).fetchone()
         if found is None:
             return False
-        if int(phase + (count + 1) * share) > int(phase + count * share):
+        if int(phase + (count + 1) * self.check_share) > int(phase + count * self.check_share):
             found = connection.execute(NEXT, {**values, "check": True}).fetchone() or found
         task, swapped = found
         row = (token, task, count + 1, swapped, time.time())
