@@ -23,13 +23,17 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
-from icd_lightning.models.text import build_tokenizer
+from icd_lightning.models.released import SHIPPED
+from icd_lightning.models.text import T5_LENGTH, build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
+NETWORKS = ("transformer", "unet")
+"""The part that is the network: a model has one of these."""
 MOST_LAYERS = 1000
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
@@ -52,13 +56,13 @@ def architecture(name: str) -> Path:
     return Path(str(files("icd_lightning") / "models" / "architectures" / name))
 
 
-def open_source(model: str, part: str, *, variant: str | None = None, config: str | None = None) -> Source:
-    """What a model's name stands for; `part` is its network.
+def open_source(model: str, *, variant: str | None = None, config: str | None = None) -> Source:
+    """What a model's name stands for.
 
     Raises FileNotFoundError, with what was tried and what to do, if that is nothing.
     """
-    path = shipped() if model == "tiny" else Path(model)
-    if any((path / name).is_dir() for name in (part, "vae")):
+    path = shipped(model) if model in SHIPPED else Path(model)
+    if any((path / name).is_dir() for name in (*NETWORKS, "vae")):
         return Layout(str(path), variant)
     if path.is_file():
         return SingleFile(path, None if config is None else Layout(config))
@@ -66,11 +70,13 @@ def open_source(model: str, part: str, *, variant: str | None = None, config: st
         if model.startswith(RANDOM):
             name = model.removeprefix(RANDOM)
             folder = architecture(name) if architecture(name).is_dir() else Path(name)
-            if not (folder / part).is_dir():
+            if not any((folder / part).is_dir() for part in NETWORKS):
                 raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
             return Random(Layout(str(folder)))
         if not on_hub(model):
-            raise FileNotFoundError(f"{path} has neither {part}/ nor vae/" if path.exists() else f"there is no {path}")
+            raise FileNotFoundError(
+                f"{path} has none of {', '.join(NETWORKS)}, vae" if path.exists() else f"there is no {path}"
+            )
         hub = Layout(model, variant)
         hub.file("model_index.json")
         return hub
@@ -110,8 +116,8 @@ class Source(ABC):
         """A part with its weights; ValueError or FileNotFoundError if any of them is missing."""
 
     @abstractmethod
-    def tokenizer(self, part: str) -> CLIPTokenizer:
-        """A tokenizer."""
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
+        """A tokenizer; a model of random weights has CLIP's, of whichever class they are elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -177,15 +183,15 @@ class Layout(Source):
         refuse_not_finite(network, str(place))
         return network
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         place = Path(self.location) / part
         for name in ("tokenizer_config.json", "tokenizer.json"):
             if (place / name).is_file():
                 read_object(place / name)
 
-        def load(**local: bool) -> CLIPTokenizer:
+        def load(**local: bool) -> Tokenizer:
             with told_of(str(place)):
-                tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
+                tokenizer = cls.from_pretrained(self.location, subfolder=part, **local)
             if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
                 raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
             length, pad = tokenizer.model_max_length, tokenizer.pad_token
@@ -254,9 +260,9 @@ class SingleFile(Source):
         refuse_not_finite(network, f"{self.file}, {part}")
         return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what is not so
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         if self.configs is not None:
-            return self.configs.tokenizer(part)
+            return self.configs.tokenizer(part, cls)
         try:
             return _padded(Layout(CLIP_TOKENIZER).tokenizer(""), part)
         except OSError as error:
@@ -295,9 +301,9 @@ class Random(Source):
             special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             return cls(cls.config_class(**{**config, **special}))
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         """One that knows bytes alone, which any text encoder's vocabulary has room for."""
-        length = self.config(part.replace("tokenizer", "text_encoder"))["max_position_embeddings"]
+        length = self.config(part.replace("tokenizer", "text_encoder")).get("max_position_embeddings", T5_LENGTH)
         return _padded(build_tokenizer((), length), part)
 
 

@@ -22,6 +22,8 @@ from icd_lightning.models.weights import fingerprint
 
 log = logging.getLogger(__name__)
 
+T5_LENGTH = 512
+"""Tokens of a prompt for T5, which has no longest of its own: as FLUX.1-dev was trained."""
 END_OF_WORD = "</w>"
 MAX_REPORTS = 20
 """Cut prompts that are logged; captions on the web are long, and a training sees millions of them."""
@@ -63,11 +65,11 @@ def unknown_words(tokenizer: Any, *prompts: str) -> list[str]:
 class CLIPConditioner(nn.Module):
     """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
 
-    def __init__(self, tokenizer: Any, text_encoder: nn.Module) -> None:
+    def __init__(self, tokenizer: Any, text_encoder: nn.Module, max_length: int | None = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self.max_length = int(text_encoder.config.max_position_embeddings)
+        self.max_length = max_length or int(text_encoder.config.max_position_embeddings)
         # what the tokenizer's file says of this may be another number, or none; P2P asks the tokenizer
         tokenizer.model_max_length = self.max_length
         last, known = max(tokenizer.get_vocab().values()), text_encoder.config.vocab_size
@@ -115,6 +117,29 @@ class CLIPConditioner(nn.Module):
         log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
         if len(self._reported) == MAX_REPORTS:
             log.warning("prompts cut from now on are not reported")
+
+
+class PooledConditioner(CLIPConditioner):
+    """CLIP, whose pooled embedding the network is told beside the sequence, as in FLUX; no prompt is the empty one.
+
+    Args:
+        sequence: the encoder whose embeddings are the sequence, T5 in FLUX; None: CLIP's own.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: nn.Module, sequence: CLIPConditioner | None = None) -> None:
+        super().__init__(tokenizer, text_encoder)
+        self.sequence = sequence
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells text encoders, or pairs of them, apart; the same in any precision."""
+        return fingerprint(self.text_encoder, *([] if self.sequence is None else [self.sequence.text_encoder]))
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D) and pooled ones (B, P); the framing is not for such a network."""
+        encoded = self.encode(prompts)
+        embeds = encoded.last_hidden_state if self.sequence is None else self.sequence.encode(prompts)[0]
+        return Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=encoded.pooler_output)
 
 
 class DualCLIPConditioner(nn.Module):

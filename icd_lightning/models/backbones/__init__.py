@@ -1,6 +1,10 @@
 """Architectures, a file each."""
 
 from icd_lightning.models.backbones.base import Backbone
+from icd_lightning.models.backbones.flux import Flux
 from icd_lightning.models.backbones.unet import UNet
 
-__all__ = ["Backbone", "UNet"]
+TRANSFORMERS: dict[str, type[Backbone]] = {one.network_class.__name__: one for one in (Flux,)}
+"""Those of a model's `transformer`, by its class in diffusers."""
+
+__all__ = ["TRANSFORMERS", "Backbone", "Flux", "UNet"]
