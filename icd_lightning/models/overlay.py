@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CLIPTokenizer
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from icd_lightning.models.released import find, located
-from icd_lightning.models.sources import HUB_ID, Layout, Source, open_source
+from icd_lightning.models.sources import HUB_ID, Layout, Source, Tokenizer, open_source
 from icd_lightning.models.weights import first_line
 
 

@@ -22,13 +22,12 @@ import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
 from icd_lightning.models.released import SHIPPED
-from icd_lightning.models.text import T5_LENGTH, build_tokenizer
+from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
@@ -44,6 +43,7 @@ SINGLE_FILES = {  # a key by which a single file is known to be of one of our ar
 }
 
 Result = TypeVar("Result")
+Tokenizer = CLIPTokenizer | T5Tokenizer
 
 
 def shipped(name: str = "tiny") -> Path:
@@ -117,7 +117,7 @@ class Source(ABC):
 
     @abstractmethod
     def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
-        """A tokenizer; a model of random weights has CLIP's, of whichever class they are elsewhere."""
+        """A tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class Layout(Source):
         def load(**local: bool) -> Tokenizer:
             with told_of(str(place)):
                 tokenizer = cls.from_pretrained(self.location, subfolder=part, **local)
-            if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
+            # where there are no files, transformers makes one that knows nothing, or T5's space alone
+            if len(tokenizer.get_vocab().keys() - tokenizer.all_special_tokens) <= 1:
                 raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
             length, pad = tokenizer.model_max_length, tokenizer.pad_token
             if type(length) not in (int, float) or not length > 0 or pad is None:
@@ -297,13 +298,17 @@ class Random(Source):
             torch.manual_seed(zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
                 return cls.from_config(config)
+            if issubclass(cls, T5EncoderModel):
+                return cls(cls.config_class(**config))
             tokenizer = self.tokenizer(part.replace("text_encoder", "tokenizer"))
             special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             return cls(cls.config_class(**{**config, **special}))
 
     def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         """One that knows bytes alone, which any text encoder's vocabulary has room for."""
-        length = self.config(part.replace("tokenizer", "text_encoder")).get("max_position_embeddings", T5_LENGTH)
+        if cls is T5Tokenizer:
+            return build_t5_tokenizer()
+        length = self.config(part.replace("tokenizer", "text_encoder"))["max_position_embeddings"]
         return _padded(build_tokenizer((), length), part)
 
 

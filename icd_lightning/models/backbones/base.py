@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
-from icd_lightning.models.text import Conditioner
+from icd_lightning.models.text import Conditioner, TextSide
 from icd_lightning.models.weights import check_fit, read_weights
 
 
@@ -112,3 +113,12 @@ class Backbone(ABC):
             )
         width = weights[self.guidance_weight].shape[1]
         return self.from_weights(self.config_with_guidance(config, width), weights, file)
+
+
+def text_side(
+    source: Source, number: str, cls: type[nn.Module], dtype: torch.dtype, max_length: int | None = None
+) -> TextSide:
+    """The frozen text encoder of this class in `text_encoder{number}`; with a max_length it is T5, see `TextSide`."""
+    encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
+    tokenizer = source.tokenizer(f"tokenizer{number}", T5Tokenizer if max_length else CLIPTokenizer)
+    return TextSide(tokenizer, encoder, max_length)

@@ -11,12 +11,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5EncoderModel
 
-from icd_lightning.models.backbones.base import Backbone
+from icd_lightning.models.backbones.base import Backbone, text_side
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
-from icd_lightning.models.text import T5_LENGTH, CLIPConditioner, Conditioner, PooledConditioner
+from icd_lightning.models.text import Conditioner, PooledConditioner, T5Conditioner
 
 CHANNELS = 16
 """Of the latents of every FLUX.1 autoencoder, and of tiny's."""
@@ -30,7 +30,12 @@ class Flux(Backbone):
 
     A network whose input has more channels than the latents sees patches of them, 2 x 2 in FLUX.1, in diffusers' order.
     The LoRA targets are all layers of its blocks, with those by which time, w and the pooled prompt enter.
+
+    Args:
+        max_sequence_length: tokens of a prompt that T5 reads.
     """
+
+    max_sequence_length: int = 512
 
     network_class: ClassVar = FluxTransformer2DModel
     part: ClassVar = "transformer"
@@ -97,16 +102,11 @@ class Flux(Backbone):
         return self.with_weights(network, weights, guidance_embeds=True)
 
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
-        """CLIP, whose pooled embedding is told too; T5 for the sequence, if the model has it."""
-
-        def encoder(part: str, cls: type) -> torch.nn.Module:
-            return source.network(part, cls, dtype).requires_grad_(False).eval()
-
-        second = None
+        """CLIP's pooled embedding beside T5's sequence, or beside its own where the model has no T5."""
+        clip = text_side(source, "", CLIPTextModel, dtype)
         if source.has("text_encoder_2"):
-            tokenizer = source.tokenizer("tokenizer_2", T5TokenizerFast)
-            second = CLIPConditioner(tokenizer, encoder("text_encoder_2", T5EncoderModel), max_length=T5_LENGTH)
-        return PooledConditioner(source.tokenizer("tokenizer"), encoder("text_encoder", CLIPTextModel), second)
+            return T5Conditioner([clip], text_side(source, "_2", T5EncoderModel, dtype, self.max_sequence_length))
+        return PooledConditioner(clip.tokenizer, clip.text_encoder)
 
     def weight(self, network: FluxTransformer2DModel) -> Tensor:
         """The first layer's, which no student adapts."""
