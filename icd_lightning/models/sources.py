@@ -26,10 +26,13 @@ from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Token
 from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
+from icd_lightning.models.released import SHIPPED
 from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
+NETWORKS = ("transformer", "unet")
+"""The part that is the network: a model has one of these."""
 MOST_LAYERS = 1000
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
@@ -53,13 +56,13 @@ def architecture(name: str) -> Path:
     return Path(str(files("icd_lightning") / "models" / "architectures" / name))
 
 
-def open_source(model: str, part: str, *, variant: str | None = None, config: str | None = None) -> Source:
-    """What a model's name stands for; `part` is its network.
+def open_source(model: str, *, variant: str | None = None, config: str | None = None) -> Source:
+    """What a model's name stands for.
 
     Raises FileNotFoundError, with what was tried and what to do, if that is nothing.
     """
-    path = shipped() if model == "tiny" else Path(model)
-    if any((path / name).is_dir() for name in (part, "vae")):
+    path = shipped(model) if model in SHIPPED else Path(model)
+    if any((path / name).is_dir() for name in (*NETWORKS, "vae")):
         return Layout(str(path), variant)
     if path.is_file():
         return SingleFile(path, None if config is None else Layout(config))
@@ -67,11 +70,13 @@ def open_source(model: str, part: str, *, variant: str | None = None, config: st
         if model.startswith(RANDOM):
             name = model.removeprefix(RANDOM)
             folder = architecture(name) if architecture(name).is_dir() else Path(name)
-            if not (folder / part).is_dir():
+            if not any((folder / part).is_dir() for part in NETWORKS):
                 raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
             return Random(Layout(str(folder)))
         if not on_hub(model):
-            raise FileNotFoundError(f"{path} has neither {part}/ nor vae/" if path.exists() else f"there is no {path}")
+            raise FileNotFoundError(
+                f"{path} has none of {', '.join(NETWORKS)}, vae" if path.exists() else f"there is no {path}"
+            )
         hub = Layout(model, variant)
         hub.file("model_index.json")
         return hub

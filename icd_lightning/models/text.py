@@ -133,6 +133,15 @@ class CLIPConditioner(TextSide):
         return self([""]).repeat(batch_size)
 
 
+class PooledConditioner(CLIPConditioner):
+    """The same, and the network is told the pooled embedding too, as tiny_flow."""
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D) and pooled ones (B, D); the framing is not for such a network."""
+        encoded = self.encode(prompts)
+        return Conditioning(prompt_embeds=encoded.last_hidden_state, pooled_prompt_embeds=encoded.pooler_output)
+
+
 class DualCLIPConditioner(nn.Module):
     """Two CLIP text encoders side by side, and the sizes of the pictures, as in SDXL; no prompt is zeros.
 

@@ -26,6 +26,7 @@ class Backbone(ABC):
         blocks: the classes of layers that are gathered one at a time where weights are spread over devices.
         lora_targets: endings of the names of the layers that students adapt, as peft takes them.
         guidance_weight: the name of the weight that takes the guidance embedding.
+        sample_size: side of the latents that networks were trained on whose config does not say it.
     """
 
     network_class: ClassVar[type[nn.Module]]
@@ -33,6 +34,7 @@ class Backbone(ABC):
     blocks: ClassVar[tuple[type[nn.Module], ...]]
     lora_targets: ClassVar[tuple[str, ...]]
     guidance_weight: ClassVar[str]
+    sample_size: ClassVar[int | None] = None
 
     @abstractmethod
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
@@ -60,6 +62,13 @@ class Backbone(ABC):
     @abstractmethod
     def weight(self, network: nn.Module) -> Tensor:
         """A weight of the network's own, never an adapter's: its type and device are the network's."""
+
+    def is_guided(self, config: dict[str, Any]) -> bool:
+        """Whether a model's own network, of this config, obeys w as it comes, and so needs no stage 1."""
+        return False
+
+    def check_teacher(self, config: dict[str, Any]) -> None:  # noqa: B027  (most configs say nothing of it)
+        """ValueError for the config of a network that follows no probability flow, and so is no teacher."""
 
     def require_guidance(self, network: nn.Module) -> None:  # noqa: B027  (most libraries complain themselves)
         """Make it an error that the network is called without its guidance embedding, where a library runs on."""
