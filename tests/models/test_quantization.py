@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
@@ -42,3 +43,16 @@ def test_tiny_students_on_a_quantized_base_are_near_those_on_the_whole_one(kind,
         assert all(parameter.dtype == torch.float32 for parameter in students.parameters_of(direction))
         for ours, theirs in zip(found[direction], expected[direction], strict=True):
             assert 0 < distance(ours, theirs) < most
+
+
+def test_pictures_of_a_quantized_family_are_near_those_of_the_whole_one():
+    """Also where a loop would merge students into weights, which these are not."""
+    pictures = [
+        InvertibleConsistencyPipeline.from_pretrained(Family(quantization=kind))(
+            "a large red star on a blue background", seed=0, output_type="pt"
+        ).images
+        for kind in (None, "int8", "nf4")
+    ]
+    psnr = [float(-10 * (one - pictures[0]).square().mean().log10()) for one in pictures[1:]]
+    assert psnr[0] > 50
+    assert psnr[1] > 35
