@@ -6,7 +6,7 @@ usage: icd fit --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 Train. Configurations are laid one over the other, each holding only what it changes; keys come last.
 
   conf/base.yaml            both students at once, by the paper's recipe: what comes first in every training of stage 2
-  conf/model/               the networks, and what suits them: tiny (shipped), sd15, sdxl
+  conf/model/               the networks, and what suits them: tiny (shipped), sd15, sdxl, sd3, sd35_medium
   conf/experiment/          length, batch and folder: demo, tiny, sd15_paper, sdxl_paper, sd15_guidance, sdxl_guidance
   conf/trainer/             how devices share the work: single, ddp, fsdp; and compile. docs/gpus.md tells more
   conf/logger/              wandb: Weights & Biases beside TensorBoard. docs/loggers.md tells more
