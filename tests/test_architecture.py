@@ -104,7 +104,7 @@ def test_architectures_are_known_in_one_place():
     users = {name for name, path in MODULES.items() if any(ARCHITECTURE.search(found) for found in imports(path))}
     signature = "editing/loading.py"  # of diffusers' `from_pipe`, which hands over parts of the types it names
     assert {name for name in users if not name.startswith("tiny/")} == {
-        *(f"models/backbones/{one}.py" for one in ("flux", "unet")),
+        *(f"models/backbones/{one}.py" for one in ("flux", "sd3", "unet")),
         signature,
     }
 

@@ -16,6 +16,7 @@ from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
+from icd_lightning.models.text import PooledConditioner
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -141,9 +142,11 @@ def test_a_transformer_of_another_class_is_named_with_the_remedy(tmp_path):
         Family(str(tmp_path)).check()
 
 
-def test_fingerprints_tell_pairs_of_text_encoders_apart(flux):
+def test_without_t5_the_sequence_is_clips_own(flux):
     both = flux.load_conditioner()
-    alone = type(both)(both.tokenizer, both.text_encoder)
+    alone = PooledConditioner(both.clips[0].tokenizer, both.clips[0].text_encoder)
+    clip, t5 = alone(PROMPTS).tensors, both(PROMPTS).tensors
+    assert torch.equal(clip["pooled_prompt_embeds"], t5["pooled_prompt_embeds"])
+    assert (clip["prompt_embeds"].shape, t5["prompt_embeds"].shape) == ((2, 24, 16), (2, 512, 24))
     assert both.fingerprint != alone.fingerprint
-    assert alone(PROMPTS).tensors["prompt_embeds"].shape == (2, 24, 16)
-    assert not same(both(PROMPTS).tensors, alone(PROMPTS).tensors)
+    assert same(alone.unconditional(2).tensors, alone(["", ""]).tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ class Backbone(ABC):
         part: the folder that holds the network in diffusers' layout, which is also the prefix of LoRA files.
         blocks: the classes of layers that are gathered one at a time where weights are spread over devices.
         lora_targets: endings of the names of the layers that students adapt, as peft takes them.
-        guidance_weight: the name of a weight that networks with a guidance embedding have, and no others.
+        guidance_weight: the name of the weight that takes the guidance embedding.
         sample_size: side of the latents that networks were trained on whose config does not say it.
     """
 
@@ -80,6 +81,10 @@ class Backbone(ABC):
         """C of the latents that the network takes; another number than its input's where it packs them."""
         return int(network.config["in_channels"])
 
+    def width_in(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
+        """Width of the guidance embedding of the network that these weights are of, 0 without one; see `config`."""
+        return weights[self.guidance_weight].shape[1] if self.guidance_weight in weights else 0
+
     def bare(self, network: nn.Module) -> nn.Module:
         """The network without adapters; it shares the weights."""
         named = network.state_dict().items()
@@ -106,12 +111,12 @@ class Backbone(ABC):
         Raises ValueError, with the file's name, for another network's weights, or those of one without embedding.
         """
         weights = read_weights(file, dtype)
-        if self.guidance_weight not in weights:
+        width = self.width_in(weights, config)
+        if width <= 0:
             raise ValueError(
-                f"{file} holds {len(weights)} weights and no {self.guidance_weight}, so it is not the state dict of a "
-                f"guidance-distilled {self.part}"
+                f"{file} holds {len(weights)} weights and no guidance embedding in {self.guidance_weight}, so it is "
+                f"not the state dict of a guidance-distilled {self.part}"
             )
-        width = weights[self.guidance_weight].shape[1]
         return self.from_weights(self.config_with_guidance(config, width), weights, file)
 
 
