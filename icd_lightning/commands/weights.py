@@ -37,6 +37,7 @@ class Weights:
         prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
         style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
+        trained_at: Pixels of a side of the pictures that students were trained on, if other than the model's own.
     """
 
     model: str = "tiny"
@@ -52,6 +53,7 @@ class Weights:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
     style: str | None = None
+    trained_at: int | None = None
 
     def __post_init__(self) -> None:
         named = self.model in SHIPPED or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
@@ -77,7 +79,7 @@ class Weights:
         """The model, a `Family`; this loads torch."""
         from icd_lightning.models.family import Family
 
-        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style")
+        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style", "trained_at")
         return Family(self.model, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     def models(self) -> Any:

@@ -28,6 +28,7 @@ from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MOST_PIXELS = 1 << 15
 GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Family:
         prediction_type: what the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: a folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
         backbone: the architecture of its network; by default the one that its files name.
+        trained_at: pixels of a side of the pictures that students are trained on, if other than the model's own. It
+            fixes the shift of a flow that has one by resolution, such as FLUX.1-dev's.
     """
 
     model: str = "tiny"
@@ -80,6 +83,11 @@ class Family:
     config: str | None = None
     style: str | None = None
     backbone: Backbone | None = None
+    trained_at: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained_at is not None and not 0 < self.trained_at <= MOST_PIXELS:
+            raise ValueError(f"trained_at {self.trained_at} is no side of pictures, in pixels: name one such as 512")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +141,9 @@ class Family:
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side of the pictures that the network was trained on."""
+        """Pixels of a side of the pictures that the network was trained on, or its students."""
+        if self.trained_at is not None:
+            return self.trained_at
         part, usual = self.architecture.part, self.architecture.sample_size
         size = {"sample_size": usual, **self.source.index, **self.source.config(part)}["sample_size"]
         if type(size) is not int or not 0 < size <= 1 << 12:
@@ -160,9 +170,14 @@ class Family:
     def load_process(self) -> Process:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
         try:
-            return Process.from_config({**self.source.config("scheduler"), **changes})
+            config = {**self.source.config("scheduler"), **changes}
+            return Process.from_config(config, self._tokens() if config.get("use_dynamic_shifting") else None)
         except ValueError as error:
             raise ValueError(f"{self.model}/scheduler: {error}") from error
+
+    def _tokens(self) -> int:
+        """Patches of 2 x 2 latents in a picture."""
+        return (self.resolution // downsampling_of(self._autoencoder_config()) // 2) ** 2
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:

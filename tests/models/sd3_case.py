@@ -13,7 +13,7 @@ from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 
 WIDTH = 16
 TRANSFORMER = {
-    **{"sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2},
+    **{"sample_size": 8, "patch_size": 2, "in_channels": 16, "num_layers": 2, "qk_norm": "rms_norm"},
     **{"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 40, "caption_projection_dim": WIDTH},
     **{
         "pooled_projection_dim": 2 * WIDTH,

@@ -256,7 +256,7 @@ def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
 
 
 BROKEN = {
-    rf"no {COND}": lambda state: state.pop(COND),
+    rf"no guidance embedding in {COND}": lambda state: state.pop(COND),
     "1 weights missing, 0 unknown, 0 of another shape, for example conv_in.bias": lambda state: state.pop(
         "conv_in.bias"
     ),

@@ -1,6 +1,9 @@
 """SD3 goes the whole way, and plain diffusers runs what comes out."""
 
+import json
+import shutil
 from functools import partial
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,22 @@ def test_students_are_trained_resumed_exported_and_run_in_plain_diffusers(family
             students.load(direction, StudentFile.read(tmp_path / "whole" / direction))
             torch.testing.assert_close(theirs, students.predict(direction, *told, torch.full((2,), W)))
         assert not torch.allclose(theirs, teacher, atol=1e-4)
+
+
+def test_a_shift_by_resolution_is_fixed_for_a_training_and_students_tell_it(family, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(family.model, folder, ignore=shutil.ignore_patterns("forward", "reverse", "kohya"))
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "use_dynamic_shifting": True}))
+    # diffusers: mu is 0.5 at 256 tokens and 1.15 at 4096; of 64 and 512 pixels there are 16 and 1024
+    for trained_at, mu in ((None, 0.4594), (512, 0.63)):
+        there = Family(str(folder), backbone=BACKBONE, trained_at=trained_at)
+        assert there.load_process().settings["shift"] == pytest.approx(exp(mu), rel=1e-4)
+    students = LoraStudents(there.load_model(guided=True), lora=LoraSettings(rank=2))
+    students.export("forward", tmp_path, {})
+    students.load("forward", StudentFile.read(tmp_path / "forward"))
+    other = LoraStudents(Family(str(folder), backbone=BACKBONE).load_model(guided=True), lora=LoraSettings(rank=2))
+    with pytest.raises(ValueError, match=r"trained for the process \{'shift': 1.87.*name it by --trained_at"):
+        other.load("forward", StudentFile.read(tmp_path / "forward"))
+    with pytest.raises(ValueError, match="trained_at -1 is no side of pictures, in pixels"):
+        Family(str(folder), trained_at=-1)
