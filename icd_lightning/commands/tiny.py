@@ -34,11 +34,13 @@ def demo(
     from icd_lightning.commands import fit
     from icd_lightning.commands.data import shapes
     from icd_lightning.models.family import Family
+    from icd_lightning.models.released import SHIPPED
     from icd_lightning.tiny.demo import DemoStudy
 
     start, root = time.monotonic(), Path(out)
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
-    files = fit.conf_files(conf, ("base", "model/tiny", "experiment/demo"))
+    of_model = [f"model/{model}"] if model in SHIPPED[1:] else []
+    files = fit.conf_files(conf, ("base", "model/tiny", *of_model, "experiment/demo"))
     log.info("1/4 shards")
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
     shapes(str(root / "shards" / "val"), count=128, seed=1)
