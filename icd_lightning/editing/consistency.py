@@ -26,6 +26,7 @@ from icd_lightning.editing.limits import for_each
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, StudentPaths, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance, PromptToPrompt, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt.layers import check_lends_attention
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
 from icd_lightning.models.family import Family
@@ -152,6 +153,12 @@ class AttentionControlled(InvertibleConsistency):
     """iCD whose edits borrow attention from the picture that they edit."""
 
     control = PromptToPrompt()
+
+    @classmethod
+    def from_pretrained(cls, family: Family, **options: Any) -> InvertibleConsistency:
+        """As of its base class; ValueError, before anything is loaded, for a network that has no attention to lend."""
+        check_lends_attention(family.architecture.lends_attention, type(family.architecture).__name__)
+        return super().from_pretrained(family, **options)
 
     def edit(
         self,

@@ -28,8 +28,18 @@ class Layers:
     blend: dict[str, Grid]
 
 
+def check_lends_attention(lends: bool, name: str) -> None:
+    """ValueError, with what to do, for a network without layers of cross-attention."""
+    if not lends:
+        raise ValueError(
+            f"Prompt-to-Prompt borrows the cross-attention of a UNet, which {name} has not: edit by swapping the "
+            "prompt, method icd_swap"
+        )
+
+
 def choose_layers(network: nn.Module, size: Grid) -> Layers:
-    """The layers of a UNet at latents of size (h, w)."""
+    """The layers of a UNet at latents of size (h, w); ValueError for another network."""
+    check_lends_attention("block_out_channels" in network.config, type(network).__name__)
     last = len(network.config.block_out_channels) - 1
 
     def grid(name: str) -> Grid:

@@ -8,9 +8,9 @@ import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvisio
 # isort: split
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from icd_lightning.models.text import build_tokenizer
+from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 from icd_lightning.tiny.scenes import vocabulary
 
 WIDTH = 16
@@ -29,16 +29,10 @@ CLIP = {
 }
 
 
-def t5_tokenizer() -> T5TokenizerFast:
-    """Of whole words and letters."""
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in sorted(vocabulary())), *map(chr, range(97, 123))]
-    return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
-
-
 def flux_pipeline(**transformer: object) -> FluxPipeline:
     """Of random weights, the transformer's config changed."""
     torch.manual_seed(0)
-    words, pieces = build_tokenizer(vocabulary(), CLIP["max_position_embeddings"]), t5_tokenizer()
+    words, pieces = build_tokenizer(vocabulary(), CLIP["max_position_embeddings"]), build_t5_tokenizer()
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     t5 = T5Config(vocab_size=len(pieces), d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2)
     return FluxPipeline(
