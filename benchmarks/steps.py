@@ -77,6 +77,7 @@ class Ours:
         ).to(setting.device)
         autoencoder, conditioner = self.task.autoencoder, self.task.conditioner
         made_by = {"autoencoder": autoencoder.fingerprint, "text_encoder": conditioner.fingerprint}
+        made_by["resolution"] = setting.latent * autoencoder.downsampling
         channels = autoencoder.latent_channels
         moments = torch.zeros(setting.batch, channels * _moments(autoencoder), setting.latent, setting.latent)
         self.batch = Batch(
