@@ -125,6 +125,7 @@ def gpu_figures(out: Path, monkeypatch, *options: str) -> dict[str, dict]:
     return json.loads((out / "figures.json").read_text())["figures"]
 
 
+@pytest.mark.slow
 def test_figures_of_a_card_are_written_one_by_one_and_what_does_not_fit_is_said(tmp_path, monkeypatch):
     every = gpu.parts
     monkeypatch.setattr(gpu, "parts", lambda card: list(every(card))[:4])
@@ -135,11 +136,16 @@ def test_figures_of_a_card_are_written_one_by_one_and_what_does_not_fit_is_said(
     assert ours["share"] == ours["tflop_s"] / found["bf16 matrix product"]["tflop_s"]
     assert len((tmp_path / "table.md").read_text().strip().splitlines()) == 2 + 4
 
-    late = gpu.Card(gpu.parse())
-    late.started -= 3600
-    late.add("late", 1, lambda: pytest.fail("there was no time left"))
-    late.add("broken", -1e9, lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
-    assert "0 s of --minutes 8 were left" in late.figures["late"]["left out"]
+
+def test_what_no_longer_fits_or_fails_is_a_line_and_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path)])
+    card = gpu.Card(gpu.parse())
+    card.add("full", 0, lambda: torch.empty(1 << 60))
+    card.started -= 480
+    card.add("late", 1, lambda: pytest.fail("there was no time left"))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[-1] == "left out: late: 0 s of --minutes 8 were left"
+    assert lines[-2].startswith("left out: full: ")
 
 
 @pytest.mark.slow
