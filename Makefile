@@ -14,7 +14,7 @@ RESULTS ?=
 .DEFAULT_GOAL := help
 .PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl train-flux train-tiny-flow eval-inversion eval-generation eval-guidance eval-editing ablations \
-  notebooks notebook-results tensorboard tiny-weights tiny-flow-weights tiny-report docs clean
+  notebooks notebook-results tensorboard tiny-weights tiny-flow-weights tiny-report gpu-figures docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -176,6 +176,9 @@ tiny-flow-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)
+
+gpu-figures: $(STAMP) ## every figure that takes a GPU, in 8 minutes, to outputs/gpu; ARGS='--peer ../invertible-cd'
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 docs: $(STAMP) ## build the documentation as a site, build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)

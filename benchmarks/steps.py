@@ -23,6 +23,7 @@ from icd_lightning.data.batch import Batch
 from icd_lightning.diffusion import Boundaries, DDIMJump, Draws, NoisedData
 from icd_lightning.diffusion.calls import alone
 from icd_lightning.diffusion.losses import consistency_plan, preservation_plan
+from icd_lightning.models.diffusion_model import compile_networks
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
@@ -43,6 +44,8 @@ class Setting:
     rank: int = 16
     device: str = "cpu"
     precision: str = "float32"
+    checkpointing: bool = False
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,12 +67,17 @@ class Ours:
         self.setting = setting
         self.task = InvertibleConsistencyDistillation(
             setting.load_family(),
-            partial(LoraStudents, lora=LoraSettings(setting.rank, setting.rank)),
+            partial(
+                LoraStudents,
+                lora=LoraSettings(setting.rank, setting.rank),
+                gradient_checkpointing=setting.checkpointing,
+            ),
             boundaries=Boundaries(BOUNDARIES),
             guidance_scales=GUIDANCE_SCALES,
         ).to(setting.device)
         autoencoder, conditioner = self.task.autoencoder, self.task.conditioner
         made_by = {"autoencoder": autoencoder.fingerprint, "text_encoder": conditioner.fingerprint}
+        made_by["resolution"] = setting.latent * autoencoder.downsampling
         channels = autoencoder.latent_channels
         moments = torch.zeros(setting.batch, channels * _moments(autoencoder), setting.latent, setting.latent)
         self.batch = Batch(
@@ -82,6 +90,8 @@ class Ours:
         )
         for part in (autoencoder, conditioner):  # what they make comes from disk: they wait for validation
             part.to("cpu")
+        if setting.compiled:
+            compile_networks(self.task.diffusion_models(), "inductor")
         self.loss, self.share = self._loss, {}
         groups = self.task.parameter_groups()
         self.optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=LR, fused=True)

@@ -125,6 +125,18 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not uses
 
 
+def test_an_edit_does_not_wait_for_what_only_evaluations_and_trainings_import():
+    reached, new = set(), {"commands/session.py"}
+    while new:
+        reached |= new
+        new = set().union(*(modules_at_the_top(MODULES[name]) for name in new)) - reached
+    tops = [node for name in reached for node in ast.parse(MODULES[name].read_text()).body]
+    names = {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tops if isinstance(node, ast.ImportFrom)}
+    slow = {"gradio", "lightning", "matplotlib", "pandas", "scipy", "torchmetrics", "torchvision"}
+    assert not slow & {name.split(".")[0] for name in names}
+
+
 def test_every_package_that_is_imported_is_declared_with_both_bounds():
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     declared = dict(re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?([><=][^"]*)"', text))

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu  # noqa: E402
 from edits import (  # noqa: E402
     BASE,
     NUM_EDITS,
@@ -114,6 +116,36 @@ def test_caching_is_timed_one_after_another_and_in_threads():
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows[2:] == ["| one after another", "| threads, 1 to decode", "| threads, 2 to decode"]
+
+
+def gpu_figures(out: Path, monkeypatch, *options: str) -> dict[str, dict]:
+    command = ["gpu.py", "--narrow", "--device", "cpu", "--repeats", "1", "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu.main()
+    return json.loads((out / "figures.json").read_text())["figures"]
+
+
+@pytest.mark.slow
+def test_figures_of_a_card_are_written_one_by_one_and_what_does_not_fit_is_said(tmp_path, monkeypatch):
+    every = gpu.parts
+    monkeypatch.setattr(gpu, "parts", lambda card: list(every(card))[:4])
+    found = gpu_figures(tmp_path, monkeypatch)
+    assert len(found) == 4
+    ours, style = found["SD1.5 step, batch 8"], found["SD1.5 step, batch 8, reference-style"]
+    assert style["ratio"] == style["seconds"] / ours["seconds"]
+    assert ours["share"] == ours["tflop_s"] / found["bf16 matrix product"]["tflop_s"]
+    assert len((tmp_path / "table.md").read_text().strip().splitlines()) == 2 + 4
+
+
+def test_what_no_longer_fits_or_fails_is_a_line_and_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path)])
+    card = gpu.Card(gpu.parse())
+    card.add("full", 0, lambda: torch.empty(1 << 60))
+    card.started -= 480
+    card.add("late", 1, lambda: pytest.fail("there was no time left"))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[-1] == "left out: late: 0 s of --minutes 8 were left"
+    assert lines[-2].startswith("left out: full: ")
 
 
 @pytest.mark.slow

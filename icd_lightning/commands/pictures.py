@@ -7,6 +7,7 @@ after all that can be refused without it, and not for type checkers either, beca
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 from icd_lightning.commands.edits import Edit, EditSettings, Size, check_size, parse_grid, several_edits, variants
 from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.limits import check_seed
+from icd_lightning.editing.methods import METHODS
 
 log = logging.getLogger(__name__)
 
 MOST_PICTURES = 1_000_000
 """Of one call."""
+OPTIONAL = ("bitsandbytes", "scipy", "sklearn", "torchao", "torchvision")
 BATCH_SIZE = 8
 """Pictures that `icd generate` decodes at once; each depends on its own prompt and seed alone."""
 
@@ -76,15 +79,18 @@ def edit(
     (path,) = free(output, beside(image, "grid.png" if grid else "edited.png"), overwrite=overwrite)
     one = Edit(place, source or "", target or "", path)
     one.check(cells[0])
-    from icd_lightning.commands.session import open_editor, save_result
-    from icd_lightning.evaluation.report.sheet import contact_sheet
+    with light(settings.method):
+        from icd_lightning.commands.session import open_editor, save_result
 
-    results, abouts, costs = zip(*open_editor(cells[0]).edit(one, cells, size), strict=True)
+        editor = open_editor(cells[0])
+    results, abouts, costs = zip(*editor.edit(one, cells, size), strict=True)
     about = {**one.about, **abouts[0]}
     if not grid:
         save_result(path, results[0], "edit", settings, about)
         log.info("%s: %s", path, costs[0])
         return
+    from icd_lightning.evaluation.report.sheet import contact_sheet
+
     sheet = contact_sheet(original, (one.source, one.target), values, results, name=place.name)
     save_result(path, sheet, "edit", settings, {**about, "grid": " ".join(grid)})
     for cell, cost in zip(cells, costs, strict=True):
@@ -104,9 +110,10 @@ def edit_many(edits: list[Edit], settings: EditSettings, size: Size, *, overwrit
             edit.check(settings)
             fitting.append((f"{number}/{len(todo)}", edit))
     if fitting:
-        from icd_lightning.commands.session import open_editor, save_result
+        with light(settings.method):
+            from icd_lightning.commands.session import open_editor, save_result
 
-        editor = open_editor(settings)
+            editor = open_editor(settings)
         for number, edit in fitting:
             with reported(f"{number} {edit.image}", failures):
                 result, about, cost = next(editor.edit(edit, [settings], size))
@@ -158,10 +165,11 @@ def invert(
     read_picture(image)
     (path,) = free(output, beside(image, "inverted.safetensors"), overwrite=overwrite)
     (shown,) = free(None, beside(output or image, "reconstructed.png"), overwrite=overwrite)
-    from icd_lightning.commands.session import Session, save_result
-    from icd_lightning.editing.method import UNGUIDED
+    with light():
+        from icd_lightning.commands.session import Session, save_result
+        from icd_lightning.editing.method import UNGUIDED
 
-    session = Session(weights)
+        session = Session(weights)
     about = {"image": Path(image).name, "prompt": prompt, "seed": seed, **session.about(UNGUIDED)}
     noise, cost = session.invert(image, prompt, seed, size)
     save_result(path, noise, "invert", weights, about)
@@ -215,8 +223,8 @@ def generate(
         raise ValueError("latents are noise of one size: leave out height, width and seed")
     inverted, default = None, Path("generated.png")
     if latents is not None:
-        from icd_lightning.commands.session import read_latents
-
+        with light():
+            from icd_lightning.commands.session import read_latents
         inverted, written = read_latents(latents)
         prompts = prompts or tuple(filter(None, [written.get("prompt")]))
         if not prompts:
@@ -226,9 +234,10 @@ def generate(
         raise ValueError(f"count {count} makes more than {MOST_PICTURES:,} pictures: give a smaller one")
     wanted = [prompt for prompt in prompts for _ in range(count)]
     paths = free(output, default, len(wanted), overwrite=overwrite)
-    from icd_lightning.commands.session import Session, save_result
+    with light():
+        from icd_lightning.commands.session import Session, save_result
 
-    session = Session(weights)
+        session = Session(weights)
     session.warn_of_unknown_words(*prompts)
     for start in range(0, len(wanted), BATCH_SIZE):
         numbers = range(start, min(start + BATCH_SIZE, len(wanted)))
@@ -239,6 +248,21 @@ def generate(
             drawn = {"seed": settings.seed + i} if latents is None else {"latents": Path(latents).name}
             save_result(paths[i], picture, "generate", weights, {"prompt": wanted[i], **drawn, **about})
             log.info("%s: %s", paths[i], cost)
+
+
+@contextmanager
+def light(method: str = "icd") -> Iterator[None]:
+    """Import, and load a method of ours, as if what our libraries use only where it is installed were not.
+
+    They load all of it with themselves, for seconds, and no method of ours needs it.
+    """
+    hidden = [name for name in OPTIONAL if name not in sys.modules and method in METHODS.own]
+    sys.modules.update(dict.fromkeys(hidden))  # None: not to be found
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def beside(file: str, ending: str) -> Path:

@@ -19,6 +19,7 @@ from icd_lightning.commands.weights import Weights
 from icd_lightning.data.images import read_picture, save_png
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
+from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.limits import check_text
@@ -26,11 +27,9 @@ from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.examples import read_blended
 from icd_lightning.evaluation.methods import guided_as_told
 from icd_lightning.files import write_whole
-from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.text import unknown_words
 
 log = logging.getLogger(__name__)
@@ -120,6 +119,8 @@ class Session:
 
     def reconstruct(self, image: str, prompt: str, noise: Tensor) -> tuple[Image.Image, str, float]:
         """Noise (1, C, h, w) to a picture, unguided; what that cost, and its PSNR to the one that it was."""
+        from icd_lightning.metrics.reconstruction import psnr  # with torchmetrics, which takes a second
+
         clock = Clock(self.models.device)
         back = self.method.generate([prompt], noise, on_step=clock.count)
         cost, picture = spent(clock), as_output(back, "pil")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import Step, StepGuidance
+from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.limits import check_guidance_scale
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.evaluation.decodings import Decoding, Options, check_grid, guided
@@ -83,24 +82,6 @@ class Outcome:
     nfe: int
     seconds: float
     values: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Clock:
-    """Counts evaluations and seconds since it was made; `count` is what methods take as `on_step`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.nfe, self.start = device, 0, 0.0
-        self.start = self.seconds()
-
-    def count(self, step: Step) -> None:
-        """Add the evaluations of one step."""
-        self.nfe += step.nfe
-
-    def seconds(self) -> float:
-        """Passed so far, with all work of a GPU done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,22 @@ def test_edit_writes_what_the_pipeline_makes_beside_the_picture(icd, pipeline, f
     assert "photo-edited.png: 8 evaluations, " in caplog.text
 
 
+@pytest.mark.slow
+def test_an_edit_imports_no_more_than_it_needs(random_family, folder):
+    """In a process of its own; afterwards what was left out can be imported."""
+    program = f"""
+import sys
+from icd_lightning.commands.main import main
+main(["edit", "photo.png", "--source", {SOURCE!r}, "--target", {TARGET!r}, "--model", {str(random_family)!r}])
+slow = "bitsandbytes gradio lightning matplotlib pandas scipy sklearn torchao torchmetrics torchvision".split()
+print(*(name for name in slow if name in sys.modules))
+import scipy, torchvision
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert Path("photo-edited.png").is_file()
+
+
 def test_edit_by_attention_control(icd, pipeline, folder, caplog):
     icd(*edit("--cross", "0.5", "--self", "0.25", "--amplify", "2", "--blend", "red blue"))
     control = PromptToPrompt(cross_replace=0.5, self_replace=0.25, amplify=2.0, blend=("red", "blue"))

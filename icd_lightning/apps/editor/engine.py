@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from icd_lightning.data.images import resize_and_crop
+from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.limits import PromptToPrompt, check_text
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
-from icd_lightning.evaluation.benchmark import Clock
 from icd_lightning.evaluation.report.sheet import contact_sheet
 from icd_lightning.models.text import END_OF_WORD
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from icd_lightning.editing.baselines.base import Baseline
-from icd_lightning.evaluation.benchmark import Bench, Benchmark, Clock, Measured, Outcome, Task, published
+from icd_lightning.editing.clock import Clock
+from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Task, published
 from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Section
