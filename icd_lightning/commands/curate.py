@@ -19,8 +19,8 @@ def curate(
     what was kept and dropped by `icd data report`.
 
     Args:
-        inputs: Shards of img2dataset or others, .parquet, .csv or COCO's .json beside its pictures; folders of these and
-            patterns; also hf://datasets/... and other urls.
+        inputs: Shards of img2dataset or others, .parquet, .csv or COCO's .json beside its pictures; folders and
+            patterns of these; also hf://datasets/... and other urls.
         out: Folder for the new shards; all workers must see it.
         config: The recipe: a file such as conf/data/curate/laion_sd15.yaml.
         shard_size: Most pairs in a shard; all shards get as many, but for one.

@@ -8,6 +8,7 @@ and beside the shards, depends on the pairs and the recipe alone: not on who did
 from __future__ import annotations
 
 import logging
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -57,6 +58,9 @@ class Plan:
         return np.load(self.choice, allow_pickle=False)
 
 
+Reasons = tuple[Unit, Record, NDArray[np.str_]]
+
+
 @dataclass(frozen=True)
 class Curation:
     """A set that is being made, or was."""
@@ -86,7 +90,7 @@ class Curation:
     def record(self, unit: Unit) -> Record:
         return Record.load(self.looking.path(unit))
 
-    def reasons(self, plan: Plan) -> Iterator[tuple[Unit, Record, NDArray[np.str_]]]:
+    def reasons(self, plan: Plan) -> Iterator[Reasons]:
         """Each unit, its record, and why each of its pairs was dropped in the end; "" of what was kept."""
         verdicts, start = np.array(REASONS)[plan.chosen()], 0
         for unit in plan.units:
@@ -113,6 +117,7 @@ def curate(
     units = find_units(inputs)
     if any(Path(unit.url).parent == curation.folder.resolve() for unit in units if is_local(unit.url)):
         raise ValueError(f"{out} holds the pairs themselves: choose another folder for what is kept of them")
+    benchmark = _batches(recipe.duplicates.benchmarks if recipe.duplicates else ())
     if overwrite:
         remove_shards(curation.folder)
         remove_tree(curation.folder / FOLDER)
@@ -124,7 +129,7 @@ def curate(
         for plan in plans[manifest.parameters["plans"] :]:
             _look(curation, plan, each)
             if not plan.choice.exists():
-                _choose(curation, plans[: plan.number], plan, each)
+                _choose(curation, plans[: plan.number + 1], Prints.join(each(_benchmark_prints, benchmark)))
             manifest = _write(curation, plan, each)
     return manifest, True
 
@@ -160,18 +165,18 @@ def _look(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) ->
             logger.warning("%s", damage)
 
 
-def _choose(curation: Curation, earlier: Sequence[Plan], plan: Plan, each: Callable[..., Iterator[Any]]) -> None:
-    """Decide which of the plan's fit pairs are kept: none that a benchmark, an earlier plan or the plan itself has."""
-    duplicates, records = curation.recipe.duplicates, [curation.record(unit) for unit in plan.units]
-    fit = np.concatenate([record.reason == "" for record in records])
-    chosen = np.full(len(fit), KEPT, np.int8)
-    if duplicates:
-        benchmark = Prints.join(each(_benchmark_prints, _batches(duplicates.benchmarks)))
-        before = Prints.join(r.prints.take(why == "") for old in earlier for _, r, why in curation.reasons(old))
-        pixels = np.concatenate([record.pixels for record in records])[fit]
-        order = np.flatnonzero(fit)[np.argsort(-pixels, kind="stable")]
+def _choose(curation: Curation, plans: Sequence[Plan], benchmark: Prints) -> None:
+    """Decide which of the last plan's fit pairs are kept: none that a benchmark, an earlier plan or itself has."""
+    *earlier, plan = plans
+    records = [curation.record(unit) for unit in plan.units]
+    fit = np.flatnonzero(np.concatenate([record.reason == "" for record in records]))
+    chosen = np.full(sum(len(record.key) for record in records), KEPT, np.int8)
+    if duplicates := curation.recipe.duplicates:
+        before = [r.prints.take(why == "") for old in earlier for _, r, why in curation.reasons(old)]
+        pixels = np.concatenate([record.pixels for record in records])
+        order = fit[np.argsort(-pixels[fit], kind="stable")]
         new = Prints.join(record.prints for record in records).take(order)
-        verdicts = duplicates.verdicts(Prints.join((benchmark, before, new)), len(benchmark.hash))
+        verdicts = duplicates.verdicts(Prints.join((benchmark, *before, new)), len(benchmark.hash))
         chosen[order] = verdicts[len(verdicts) - len(order) :]
     write_whole(plan.choice, partial(_save_array, chosen))
 
@@ -200,51 +205,44 @@ def _benchmark_prints(files: Sequence[str]) -> Prints:
 
 def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -> Manifest:
     """Write the shards of a plan that are missing, and the manifest of all."""
-    manifest = Manifest.load(curation.folder)
-    pieces = _pieces(curation, plan, len(manifest.shards))
-    done = finished_shards(curation.folder)
-    missing = [piece for piece in pieces if piece.name not in done]
-    if missing:
-        replace(manifest, complete=False).save(curation.folder)
-        writing = Writing(curation.looking, curation.recipe.resolution, curation.folder)
-        for _ in progress(each(writing, missing), f"writing {curation.folder}", len(missing)):
-            pass
-    parameters = {**curation.settings, "plans": plan.number + 1, **_summary(curation, plan.number + 1)}
+    folder, manifest = curation.folder, Manifest.load(curation.folder)
+    pieces = _pieces(plan, list(curation.reasons(plan)), curation.shard_size, len(manifest.shards))
+    done = finished_shards(folder)
+    if missing := [piece for piece in pieces if piece.name not in done]:
+        replace(manifest, complete=False).save(folder)
+        writing = each(Writing(curation.looking, curation.recipe.resolution, folder), missing)
+        deque(progress(writing, f"writing {folder}", len(missing)), maxlen=0)
+    parameters = {**curation.settings, "plans": plan.number + 1, **summary(curation, plan.number + 1)}
     if not parameters["kept"]:
         dropped = ", ".join(f"{reason} {count}" for reason, count in parameters["dropped"].items()) or "there were none"
-        raise ValueError(f"{curation.folder}: no pair was kept ({dropped}): change the recipe, and pass --overwrite")
-    return complete_set(curation.folder, parameters, [*manifest.shards, *(piece.name for piece in pieces)])
+        raise ValueError(f"{folder}: no pair was kept ({dropped}): change the recipe, and pass --overwrite")
+    return complete_set(folder, parameters, [*manifest.shards, *(piece.name for piece in pieces)])
 
 
-def _pieces(curation: Curation, plan: Plan, first: int) -> list[Piece]:
+def _pieces(plan: Plan, reasons: Sequence[Reasons], shard_size: int, first: int) -> list[Piece]:
     """The shards of a plan, numbered from `first` on: as few as hold its pairs, as equal as they can be."""
-    rows_of = [np.flatnonzero(why == "") for _, _, why in curation.reasons(plan)]
+    rows_of = [np.flatnonzero(why == "") for _, _, why in reasons]
     unit_of = np.repeat(np.arange(len(rows_of)), list(map(len, rows_of)))
-    number = -(-len(unit_of) // curation.shard_size)
-    shards = zip(
-        np.array_split(unit_of, number or 1), np.array_split(np.concatenate(rows_of), number or 1), strict=True
-    )
-    return [
-        Piece(
-            f"{index:05d}.tar",
-            tuple((plan.units[unit], tuple(rows[units == unit].tolist())) for unit in np.unique(units).tolist()),
-        )
-        for index, (units, rows) in enumerate(shards, first)
-        if len(rows)
-    ]
+    number = -(-len(unit_of) // shard_size) or 1
+    pieces = []
+    for units, rows in zip(
+        np.array_split(unit_of, number), np.array_split(np.concatenate(rows_of), number), strict=True
+    ):
+        parts = tuple((plan.units[unit], tuple(rows[units == unit].tolist())) for unit in np.unique(units).tolist())
+        pieces += [Piece(f"{first + len(pieces):05d}.tar", parts)] if parts else []
+    return pieces
 
 
-def _summary(curation: Curation, plans: int) -> dict[str, Any]:
+def summary(curation: Curation, plans: int) -> dict[str, Any]:
     """Counts of all pairs by reason, what was damaged, and a histogram of each stage's values."""
-    counts: dict[str, int] = {}
-    damaged: list[str] = []
-    for _, record, why in (entry for plan in curation.plans()[:plans] for entry in curation.reasons(plan)):
-        for reason, count in zip(*np.unique(why, return_counts=True), strict=True):
-            counts[str(reason)] = counts.get(str(reason), 0) + int(count)
-        damaged += [record.damage] if record.damage else []
-    kept, read = counts.pop("", 0), sum(counts.values())
+    counts, damaged = Counter[str](), list[str]()
+    for plan in curation.plans()[:plans]:
+        for _, record, why in curation.reasons(plan):
+            counts.update(why.tolist())
+            damaged += [record.damage] if record.damage else []
+    read, kept = counts.total(), counts.pop("", 0)
     histograms = {stage.name: _histogram(curation, stage.name, plans) for stage in curation.recipe.stages}
-    about = {"read": kept + read, "kept": kept, "dropped": dict(sorted(counts.items())), "damaged": damaged}
+    about = {"read": read, "kept": kept, "dropped": dict(sorted(counts.items())), "damaged": damaged}
     return about | {"histograms": histograms}
 
 

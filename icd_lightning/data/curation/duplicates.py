@@ -128,7 +128,7 @@ def near_pairs(hashes: NDArray[np.uint64], radius: int) -> NDArray[np.int64]:
 
 
 def _cost(number: int, radius: int, chosen: int) -> float:
-    """Comparisons in all tables: a sort costs as many as some 30 for each hash, then come those that agree by chance."""
+    """Comparisons in all tables: sorting costs as much as some 30 a hash, then come those that agree by chance."""
     agreeing = number**2 / 2 ** (1 + BITS * chosen / (radius + chosen))
     return math.comb(radius + chosen, chosen) * (30 * number + agreeing)
 
@@ -149,7 +149,7 @@ def _in_table(hashes: NDArray[np.uint64], mask: np.uint64, radius: int) -> Itera
 
 
 def differences(look: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Largest difference of a picture (D,) and each of others (N, D) anywhere, (N,), one made as bright as the other."""
+    """Largest difference of a picture (D,) and each of others (N, D), (N,), one made as bright as the other."""
     a, b = look + 1e-9, others + 1e-9
     product = b @ a
     to_others = np.abs(np.minimum(np.outer(product / (a @ a), a), 255) - b).max(1)

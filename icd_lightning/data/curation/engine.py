@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 INSTALL = "pip install 'icd-lightning[curate]'"
@@ -45,7 +45,6 @@ class Engine:
             return
         try:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing phones home
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             import ray.data
         except ImportError as error:
             raise ValueError(f"Ray is not installed: {INSTALL}; or pass --num_workers 0 to do without") from error
@@ -71,38 +70,38 @@ class Engine:
             raise ValueError(f"no Ray cluster answers at {self.address} ({error}): start one by `ray start`") from error
 
     def _each(self, ray: Any, work: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Any]:
+        if not pieces:
+            return
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         most = min(len(pieces), self.num_workers or int(ray.cluster_resources()["CPU"]))
-        rows = ray.data.from_items(
-            [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
-        )
-        strategy = ray.data.ActorPoolStrategy(size=most)
-        done = rows.map(_Worker, fn_constructor_args=(work,), compute=strategy, num_cpus=1, num_gpus=self.num_gpus)
-        for row in done.iter_rows():
+        pickled = pickle.dumps(work)
+        rows = [{"work": pickled, "piece": pickle.dumps(piece)} for piece in pieces]
+        options = {"compute": ray.data.TaskPoolStrategy(size=most), "num_cpus": 1, "num_gpus": self.num_gpus}
+        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_worked, **options).iter_rows():
             outcome, error = pickle.loads(row["done"])
             if error:
                 raise error
             yield outcome
 
 
-class _Worker:
-    """In a process of Ray's: keeps the work, and with it whatever networks it has loaded."""
+@lru_cache(1)
+def _loaded(work: bytes) -> Callable[[Any], Any]:
+    """The work, once in each process of Ray's: it keeps whatever networks it has loaded."""
+    import torch
 
-    def __init__(self, work: Callable[[Any], Any]) -> None:
-        import torch
+    import icd_lightning  # noqa: F401  first, for torchvision
 
-        import icd_lightning  # noqa: F401  first, for torchvision
+    torch.set_num_threads(1)
+    return pickle.loads(work)
 
-        torch.set_num_threads(1)
-        self.work = work
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            done: tuple[Any, Exception | None] = self.work(pickle.loads(row["piece"])), None
-        except ValueError as error:  # Ray would raise it with its traceback as its text
-            done = None, ValueError(str(error))
-        except OSError as error:
-            done = None, OSError(str(error))
-        return {"done": pickle.dumps(done)}
+def _worked(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        done: tuple[Any, Exception | None] = _loaded(row["work"])(pickle.loads(row["piece"])), None
+    except ValueError as error:  # Ray would raise it with its traceback as its text
+        done = None, ValueError(str(error))
+    except OSError as error:
+        done = None, OSError(str(error))
+    return {"done": pickle.dumps(done)}

@@ -58,7 +58,7 @@ class Unit:
 
 
 def find_units(inputs: Sequence[str]) -> list[Unit]:
-    """All units of shards, folders, patterns, .parquet, .csv and COCO's .json, in order; an error where there are none."""
+    """All units of shards, folders, patterns, .parquet, .csv and COCO's .json, in order; an error if there are none."""
     return list(chain.from_iterable(map(_units_of, inputs)))
 
 
