@@ -44,12 +44,17 @@ class Recipe:
 
 def read_recipe(file: str | Path) -> Recipe:
     """The recipe in a YAML file; OSError or ValueError, which name it, for anything else."""
-    content = read_yaml(Path(file))
+    return build_recipe(read_yaml(Path(file)), file)
+
+
+def build_recipe(content: Any, file: str | Path) -> Recipe:
+    """The recipe of settings that `file` holds; ValueError, which names it, for anything else."""
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold stages, as conf/data/curate/laion_sd15.yaml does")
+    others = {name: value for name, value in content.items() if name != "stages"}
     try:
-        stages = tuple(_stage(entry, file) for entry in content.pop("stages", ()))
-        return Recipe(stages, **typed(Recipe, content, skip={"stages"}))
+        stages = tuple(_stage(entry, file) for entry in content.get("stages") or ())
+        return Recipe(stages, **typed(Recipe, others, skip={"stages"}))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
