@@ -43,7 +43,7 @@ def curation_report(folder: str | Path, examples: int) -> Report:
     numbers = {"pairs read": about["read"], "kept": about["kept"], "shards": len(manifest.shards)}
     summary = tuple((f"{number:,}", name) for name, number in numbers.items())
     facts = {"damaged": "; ".join(map(printable, about["damaged"]))} if about["damaged"] else {}
-    return Report("What was kept", "Look at what was dropped, and why.", summary, tuple(sections), facts)
+    return Report("Curated pairs", "What was kept, what was dropped, and why.", summary, tuple(sections), facts)
 
 
 def _histogram(recipe: Recipe, name: str, histogram: dict[str, list[float]]) -> Curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -69,6 +70,8 @@ class Record:
         import pyarrow
         from pyarrow import parquet
 
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, a record of this curation, is gone: curate again, with --overwrite")
         try:
             table = parquet.read_table(path)
             arrays = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
@@ -78,7 +81,9 @@ class Record:
             key, reason, damage = arrays["key"].tolist(), arrays["reason"].astype(str), table.schema.metadata[b"damage"]
             return cls(key, reason, arrays["pixels"], prints, values, damage.decode())
         except (pyarrow.ArrowException, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no record of a curation ({error!r}): remove it, and call again") from error
+            raise ValueError(
+                f"{path} is no record of a curation ({error!r}): curate again, with --overwrite"
+            ) from error
 
 
 @dataclass
@@ -102,7 +107,8 @@ class Looking:
     def path(self, unit: Unit) -> Path:
         """Where the record of a unit is kept: its name says all that it depends on."""
         settings = [VERSION, self.hashed, self.caption_field, *(stage.settings() for stage in self.stages)]
-        return self.folder / f"{unit.digest(settings)}.parquet"
+        same = json.loads(json.dumps(settings), parse_int=float)  # as a file has them, and as Python may
+        return self.folder / f"{unit.digest(same)}.parquet"
 
     def __call__(self, unit: Unit) -> str:
         """Write the record of a unit; returns what is damaged in it."""
