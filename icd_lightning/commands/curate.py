@@ -31,6 +31,7 @@ def curate(
     """
     from rich.console import Console
 
+    from icd_lightning.commands.data import counted
     from icd_lightning.data.curation.curate import curate as write
     from icd_lightning.data.curation.engine import Engine
     from icd_lightning.data.curation.recipe import read_recipe
@@ -41,7 +42,9 @@ def curate(
     manifest, new = write(list(inputs), out, recipe, shard_size=shard_size, engine=engine, overwrite=overwrite)
     about = manifest.parameters
     dropped = ", ".join(f"{reason} {count}" for reason, count in about["dropped"].items())
-    text = f"{out} holds {about['kept']} of {about['read']} pairs in {len(manifest.shards)} shards"
+    text = (
+        f"{out} holds {about['kept']} of {counted(about['read'], 'pair')} in {counted(len(manifest.shards), 'shard')}"
+    )
     text += f"; dropped: {dropped}" if dropped else ""
     Console().print(text if new else f"{text}; nothing new to do", soft_wrap=True, markup=False, highlight=False)
 

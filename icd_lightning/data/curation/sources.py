@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from icd_lightning.data.manifest import Manifest
+from icd_lightning.data.manifest import Manifest, check_shard
 from icd_lightning.data.shards import find_shards
 from icd_lightning.data.tally import Tally
 from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOST_BYTES, Raw, expand, is_local, open_url
@@ -106,6 +106,8 @@ def _stamp(url: str, manifests: dict[Path, Manifest]) -> str:
         return ""
     manifest = manifests.get(Path(url).parent)
     if manifest and (record := manifest.shards.get(Path(url).name)):
+        if problem := check_shard(Path(url), record, level="bytes"):
+            raise ValueError(f"{problem}; write or copy the shards again")
         return record.sha256
     about = os.stat(url)
     return f"{about.st_size} {about.st_mtime_ns}"
