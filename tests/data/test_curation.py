@@ -16,7 +16,7 @@ from icd_lightning.data.curation.curate import Curation
 from icd_lightning.data.curation.duplicates import Duplicates
 from icd_lightning.data.curation.engine import Engine
 from icd_lightning.data.curation.recipe import Recipe
-from icd_lightning.data.curation.sources import read_unit as READ
+from icd_lightning.data.curation.sources import read_unit
 from icd_lightning.data.curation.stages import ShortSide
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.manifest import Manifest
@@ -53,9 +53,8 @@ def test_what_is_dropped_is_counted_by_its_reason(raw, tmp_path):
     assert new
     about = manifest.parameters
     assert (about["read"], about["kept"]) == (30, 12)
-    assert about["dropped"] == dict.fromkeys(
-        ("corrupt_image", "corrupt_json", "duplicate", "near_duplicate", "short_side", "similarity"), 3
-    )
+    expected = ("corrupt_image", "corrupt_json", "duplicate", "near_duplicate", "short_side", "similarity")
+    assert about["dropped"] == dict.fromkeys(expected, 3)
     assert [record.samples for record in manifest.shards.values()] == [4, 4, 4]
     assert sum(about["histograms"]["similarity"]["counts"]) == 21
     captions = [sample["txt"].decode() for sample in samples_of(tmp_path / "out")]
@@ -114,10 +113,12 @@ def test_further_inputs_do_only_the_new_part(raw, tmp_path, monkeypatch):
     write_raw(raw, first=3, shards=1)
     write_files(raw / "0000.tar", files_of([pair(1), pair(500)]))  # sorted before all; the first is there already
     opened = []
-    monkeypatch.setattr(
-        "icd_lightning.data.curation.looking.read_unit",
-        lambda unit, damage: opened.append(unit.name) or READ(unit, damage),
-    )
+
+    def noticed(unit, damage):
+        opened.append(unit.name)
+        return read_unit(unit, damage)
+
+    monkeypatch.setattr("icd_lightning.data.curation.looking.read_unit", noticed)
     manifest, _ = curated([raw], tmp_path / "out", shard_size=5)
     assert opened == ["0000.tar", "00003.tar"]
     assert manifest.complete
@@ -126,23 +127,24 @@ def test_further_inputs_do_only_the_new_part(raw, tmp_path, monkeypatch):
     assert manifest.parameters["dropped"]["duplicate"] == 5
 
 
-def test_stopped_anywhere_it_comes_to_the_same(raw, tmp_path, monkeypatch):
+def test_stopped_anywhere_it_comes_to_the_same(tmp_path, monkeypatch):
     """Whatever file is the last to be written, the next call goes on to the same set, byte for byte."""
-    curated([raw], tmp_path / "whole", shard_size=5)
+    raw = write_raw(tmp_path / "raw", shards=1)
+    curated([raw], tmp_path / "whole", shard_size=2)
     whole = files_in(tmp_path / "whole")
     for stop in range(1, 40):
         monkeypatch.setattr(os, "replace", Stopping(stop))
         try:
-            curated([raw], tmp_path / "out", shard_size=5)
+            curated([raw], tmp_path / "out", shard_size=2)
         except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", REPLACE)
-            curated([raw], tmp_path / "out", shard_size=5)
+            curated([raw], tmp_path / "out", shard_size=2)
         else:
             break
         assert files_in(tmp_path / "out") == whole
         for path in sorted((tmp_path / "out").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    assert 12 < stop < 39
+    assert 8 < stop < 39
 
 
 class Stopping:

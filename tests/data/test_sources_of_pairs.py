@@ -53,11 +53,7 @@ def test_a_table_beside_pictures(tmp_path):
 def test_annotations_of_coco(tmp_path):
     names = write_pictures(tmp_path / "train2017", 3)
     images = [{"id": 10 + number, "file_name": name} for number, name in enumerate(names)]
-    notes = [
-        {"image_id": 10, "caption": "first"},
-        {"image_id": 12, "caption": "third"},
-        {"image_id": 10, "caption": "x"},
-    ]
+    notes = [{"image_id": id_, "caption": text} for id_, text in ((10, "first"), (12, "third"), (10, "second"))]
     (tmp_path / "annotations").mkdir()
     file = tmp_path / "annotations" / "captions_train2017.json"
     file.write_text(json.dumps({"images": images, "annotations": notes}))
@@ -93,7 +89,7 @@ def test_a_hub_set_is_parquet_that_fsspec_reads(tmp_path):
     [
         (
             {"url": ["http://x"], "text": ["x"]},
-            r"no column of a picture \(it has url, text\): it holds addresses alone",
+            r"no column of a picture \(it has url, text\): it holds addresses",
         ),
         ({"image": ["x.jpg"], "words": ["x"]}, r"no column of a caption .*name its column caption"),
     ],
