@@ -2,9 +2,9 @@ import re
 
 import pytest
 from curation_case import RECIPE, curated, pair
-from shards_case import files_of, numbered_samples, write_files, write_shards
 
 from icd_lightning.commands.main import main
+from icd_lightning.data.shards import write_shards
 from icd_lightning.evaluation.curation import curation_report
 from icd_lightning.evaluation.report import Curve, Panel, Table
 
@@ -13,7 +13,7 @@ from icd_lightning.evaluation.report import Curve, Panel, Table
 def out(tmp_path):
     pairs = [pair(number, similarity=0.4 if number else 0.1) for number in range(6)] + [pair(6, data=b"<b>no</b>")]
     pairs[3]["txt"] = b"<script>x</script>"
-    write_files(tmp_path / "raw" / "0.tar", files_of(pairs))
+    write_shards(pairs, tmp_path / "raw", shard_size=7, parameters={})
     curated([tmp_path / "raw"], tmp_path / "out")
     return tmp_path / "out"
 
@@ -48,7 +48,7 @@ def test_the_command_writes_a_page_that_runs_nothing_of_the_captions(out, tmp_pa
 
 
 def test_what_is_no_curation_is_refused(tmp_path, out):
-    write_shards(numbered_samples(4), tmp_path / "plain", shard_size=4, parameters={})
+    write_shards([pair(1)], tmp_path / "plain", shard_size=4, parameters={})
     for folder in (tmp_path / "plain", tmp_path / "nothing"):
         with pytest.raises(ValueError, match=r"has no complete manifest\.json of a curation: run `icd data curate`"):
             curation_report(folder, 4)

@@ -58,7 +58,7 @@ class Duplicates:
     """
 
     radius: int = 8
-    difference: float = 25.0
+    difference: float = 16.0
     among: bool = True
     benchmarks: list[str] = field(default_factory=list)
 
