@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from icd_lightning.data.curation.stages import (
 from icd_lightning.data.decoding import Sample
 from icd_lightning.metrics.stage import Metric
 
+CONF = Path(__file__).parents[2] / "conf" / "data" / "curate"
 SAFE = Field(fields=("NSFW",), words={"UNLIKELY": 0, "NSFW": 1}, most=0.5)
 
 
@@ -97,3 +99,15 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"(?s)recipe\.yaml.*{message}"):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", ["laion_sd15", "sdxl", "flow"])
+def test_every_recipe_is_read_and_keeps_a_good_pair(name):
+    recipe = read_recipe(CONF / f"{name}.yaml")
+    about = {"similarity": 0.35, "aesthetic": 6, "pwatermark": 0.1, "NSFW": "UNLIKELY"}
+    good = sample("a red star on the wall of a small house", (1024, 1536), **about)
+    bad = sample("a red star on the wall of a small house", (1024, 1536), similarity=0.2, aesthetic=4)
+    own = [stage for stage in recipe.stages if not isinstance(stage, Metric)]
+    kept = [all(stage.keeps(stage.values([one])[0]) for stage in own) for one in (good, bad)]
+    assert kept == [True, False]
+    assert recipe.duplicates.among
