@@ -213,6 +213,8 @@ def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -
         writing = each(Writing(curation.looking, curation.recipe.resolution, folder), missing)
         deque(progress(writing, f"writing {folder}", len(missing)), maxlen=0)
     parameters = {**curation.settings, "plans": plan.number + 1, **summary(curation, plan.number + 1)}
+    for stale in (folder / FOLDER).glob(".*.tmp"):  # of calls that were killed
+        stale.unlink(missing_ok=True)
     if not parameters["kept"]:
         dropped = ", ".join(f"{reason} {count}" for reason, count in parameters["dropped"].items()) or "there were none"
         raise ValueError(f"{folder}: no pair was kept ({dropped}): change the recipe, and pass --overwrite")
