@@ -23,7 +23,7 @@ def curate(
             patterns of these; also hf://datasets/... and other urls.
         out: Folder for the new shards; all workers must see it.
         config: The recipe: a file such as conf/data/curate/laion_sd15.yaml.
-        shard_size: Most pairs in a shard; all shards get as many, but for one.
+        shard_size: Most pairs in a shard; those of one call get equally many, or one less.
         num_workers: Processes of Ray; one for each processor if not given; 0: this process alone, without Ray.
         num_gpus: GPUs of each process, or the share of one, for metrics such as clip-t.
         ray_address: A Ray cluster to work on, such as auto or ray://host:10001; this machine if not given.

@@ -230,7 +230,6 @@ def test_an_engine_refuses_wrong_values(options, message):
 
 def test_without_ray_one_line_says_what_to_install(raw, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setitem(sys.modules, "ray.data", None)
     (tmp_path / "recipe.yaml").write_text(CONFIG)
     command = ["data", "curate", str(raw), "--out", str(tmp_path / "out"), "--config", str(tmp_path / "recipe.yaml")]
     with pytest.raises(SystemExit):
@@ -240,6 +239,8 @@ def test_without_ray_one_line_says_what_to_install(raw, tmp_path, monkeypatch, c
     ]
     main([*command, "--num_workers", "0"])
     assert "holds 12 of 30 pairs in 1 shard; dropped: corrupt_image 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--overwrite"])
     main([*command, "--num_workers", "0"])
     assert "nothing new to do" in capsys.readouterr().out
 

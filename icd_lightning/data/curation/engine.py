@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 INSTALL = "pip install 'icd-lightning[curate]'"
@@ -34,6 +35,9 @@ class Engine:
         if self.num_workers == 0 and self.address:
             raise ValueError(f"num_workers 0 works in this process, not at {self.address}: leave out one of the two")
 
+        if self.num_workers != 0 and find_spec("ray") is None:  # to be told before anything is overwritten
+            raise ValueError(f"Ray is not installed: {INSTALL}; or pass --num_workers 0 to do without")
+
     @contextmanager
     def started(self) -> Iterator[Callable[..., Iterator[Any]]]:
         """Gives `each(work, pieces)`, which yields what work(piece) returns, in any order; both must pickle.
@@ -43,11 +47,9 @@ class Engine:
         if self.num_workers == 0:
             yield map
             return
-        try:
-            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing phones home
-            import ray.data
-        except ImportError as error:
-            raise ValueError(f"Ray is not installed: {INSTALL}; or pass --num_workers 0 to do without") from error
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing phones home
+        import ray.data
+
         ours = not ray.is_initialized()
         try:
             if ours:

@@ -21,7 +21,7 @@ from icd_lightning.data.tars import IMAGE_EXTENSIONS, Raw
 from icd_lightning.files import write_whole
 
 VERSION = 1  # of what records say; raised when pictures are opened or hashed otherwise
-BATCH = 64  # pairs that a stage is given at once
+BATCH = 16  # pairs that a stage is given at once, whose pictures are in memory at full size
 
 
 @dataclass(frozen=True)
