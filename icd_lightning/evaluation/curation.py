@@ -30,10 +30,10 @@ def curation_report(folder: str | Path, examples: int) -> Report:
     """Of what `icd data curate` wrote to `folder`; ValueError if that is no finished set of it."""
     folder = Path(folder)
     manifest = Manifest.load(folder)
-    if manifest is None or "curation" not in manifest.parameters or not manifest.complete:
+    if manifest is None or "plans" not in manifest.parameters or not manifest.complete:
         raise ValueError(f"{folder} has no complete {MANIFEST} of a curation: run `icd data curate` to its end first")
     about = manifest.parameters
-    recipe, shard_size = _recipe(about["curation"], folder / MANIFEST)
+    recipe, shard_size = _recipe(about, folder / MANIFEST)
     counts = {KEPT: about["kept"]} | about["dropped"]
     rows = tuple((reason, count, 100 * count / about["read"]) for reason, count in counts.items())
     found = _examples(Curation(folder, recipe, shard_size), set(counts), examples)

@@ -166,7 +166,7 @@ REPLACE = os.replace
 def test_another_recipe_is_refused_and_nothing_touched(raw, tmp_path):
     curated([raw], tmp_path / "out")
     before = files_in(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds another set \(curation .*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds another set \(duplicates .*--overwrite"):
         curated([raw], tmp_path / "out", Recipe((ShortSide(least=32),)))
     assert files_in(tmp_path / "out") == before
     curated([raw], tmp_path / "out", Recipe((ShortSide(least=32),)), overwrite=True)

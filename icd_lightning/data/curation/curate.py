@@ -76,7 +76,7 @@ class Curation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"curation": self.recipe.settings() | {"shard_size": self.shard_size}}
+        return self.recipe.settings() | {"shard_size": self.shard_size}
 
     def plans(self) -> list[Plan]:
         folder = self.folder / FOLDER
