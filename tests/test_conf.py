@@ -134,6 +134,7 @@ def build(cli, names, *options: str):
 def test_no_configuration_is_forgotten():
     known = {name for names, _ in WHOLES.values() for name in names} | {f"ablation/{letter}" for letter in ABLATIONS}
     known |= {f"method/{name}" for name in OTHERS}  # tests/editing/test_baselines.py looks into them
+    known |= {f"data/curate/{name}" for name in ("laion_sd15", "sdxl", "flow")}  # tests/data/test_stages.py does
     assert {str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml")} == known
 
 

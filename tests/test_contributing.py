@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from curation_case import curated, jpeg, pair
 from documents_case import DOCUMENTS, fences
+from PIL import Image
 from training_case import distillation, scenes_data, trainer_for
 
 from icd_lightning.commands.main import main
+from icd_lightning.data.curation.recipe import read_recipe
+from icd_lightning.data.shards import write_shards
 from icd_lightning.diffusion import Step
 from icd_lightning.editing.methods import build
 from icd_lightning.metrics.registry import build_metrics
@@ -34,7 +38,7 @@ def parts(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_kind_of_part_is_shown():
-    assert FILES.keys() == {"my_losses", "my_metrics", "my_baselines", "my_benchmarks"}
+    assert FILES.keys() == {"my_losses", "my_metrics", "my_baselines", "my_benchmarks", "my_stages"}
 
 
 def test_the_loss_trains_its_student(parts, random_family, scenes):
@@ -71,3 +75,11 @@ def test_the_benchmark_runs_from_the_command_line(parts, random_family, capsys):
     words = "eval --benchmark my_benchmarks.CAPTIONS --method icd --metrics psnr,my_metrics.Brightness --count 2"
     main([*words.split(), "--model", str(random_family), "--out", str(parts / "out")])
     assert "To noise and back, once more" in capsys.readouterr().out
+
+
+def test_the_curation_stage_drops_what_is_flat(parts, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("stages: [{class_path: my_stages.Contrast, init_args: {least: 50}}]")
+    flat = pair(0, data=jpeg(Image.new("RGB", (96, 96), "red")))
+    write_shards([flat, pair(1)], tmp_path / "raw", shard_size=2, parameters={})
+    manifest, _ = curated([tmp_path / "raw"], tmp_path / "out", read_recipe(tmp_path / "recipe.yaml"))
+    assert (manifest.parameters["kept"], manifest.parameters["dropped"]) == (1, {"contrast": 1})

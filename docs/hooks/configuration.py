@@ -14,6 +14,7 @@ import lightning
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 
+from icd_lightning.data.curation.stages import Stage
 from icd_lightning.diffusion import Loss
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.methods import LOADED, METHODS
@@ -30,6 +31,7 @@ KINDS = {  # a heading, what its classes derive from, and where a configuration 
     "Losses": (Loss, "`model.init_args.losses.<name>`, further ones `model.init_args.losses.others.<name>`"),
     "Backbones": (Backbone, "`model.init_args.family.backbone`"),
     "Data": (lightning.LightningDataModule, "`data.class_path`; the arguments are `data.init_args`"),
+    "Stages of curation": (Stage, "`stages` of a recipe, as the files in conf/data/curate"),
     "Callbacks": (lightning.Callback, "`trainer.callbacks`"),
     "Strategies": (Strategy, "`trainer.strategy`"),
     "Methods": (PictureMethod, "`--method FILE.yaml` of `icd edit` and `icd eval`, as the files in conf/method"),

@@ -34,7 +34,7 @@ def shapes(
 
     settings = {"count": count, "shard_size": shard_size, "format": format, "seed": seed, "size": size}
     manifest, new = write_scenes(out, settings, overwrite=overwrite, num_workers=num_workers)
-    text = f"{out} holds {_counted(manifest.samples, 'picture')} in {_counted(len(manifest.shards), 'shard')}"
+    text = f"{out} holds {counted(manifest.samples, 'picture')} in {counted(len(manifest.shards), 'shard')}"
     Console().print(text if new else f"{text} already; nothing to do", soft_wrap=True)
 
 
@@ -105,14 +105,14 @@ def cache_latents(
         num_workers=num_workers,
         allow_broken=allow_broken,
     )
-    shards = _counted(len(manifest.shards), "shard")
+    shards = counted(len(manifest.shards), "shard")
     if manifest.complete and not manifest.samples:
         raise ValueError(
             f"{out} holds the latents of no picture, for all were left out: look at them with `icd data describe`, or "
             "change resolution, min_size or caption_field, and pass --overwrite"
         )
     if manifest.complete:
-        outcome = f"{out} holds the latents of {_counted(manifest.samples, 'picture')} in {shards}"
+        outcome = f"{out} holds the latents of {counted(manifest.samples, 'picture')} in {shards}"
     else:
         outcome = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
     Console().print(outcome, soft_wrap=True)
@@ -142,7 +142,7 @@ def describe(*urls: str, examples: int = 4) -> None:
     if problems:
         first = printable("; ".join(problems[:5]))
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{_counted(len(problems), 'problem')}: {first}{more}; write or copy the shards again")
+        raise ValueError(f"{counted(len(problems), 'problem')}: {first}{more}; write or copy the shards again")
 
 
 def index(*urls: str, caption_field: str | None = None) -> None:
@@ -171,17 +171,18 @@ def index(*urls: str, caption_field: str | None = None) -> None:
     samples = sum(len(index.reason) for index in indexes)
     if samples and counts.total() == samples:
         raise ValueError(
-            f"none of {_counted(samples, 'sample')} can be used ({left_out(counts)}): see `icd data describe`"
+            f"none of {counted(samples, 'sample')} can be used ({left_out(counts)}): see `icd data describe`"
         )
-    text = f"{_counted(samples, 'sample')} in {_counted(len(shards), 'shard')} are indexed"
+    text = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')} are indexed"
     if counts:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"
     if damaged := [f"{url}: {index.damage}" for url, index in zip(shards, indexes, strict=True) if index.damage]:
-        raise ValueError(f"{_counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
+        raise ValueError(f"{counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
     Console().print(text, soft_wrap=True)
 
 
-def _counted(count: int, name: str) -> str:
+def counted(count: int, name: str) -> str:
+    """A count and what is counted, in the plural unless it is one."""
     return f"{count} {name}{'s' * (count != 1)}"
 
 

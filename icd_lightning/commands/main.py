@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "push": ("hub:push", "upload a run's students to the Hugging Face hub"),
     "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),
     "data cache-latents": ("data:cache_latents", "encode shards of pictures once, to train without an encoder"),
+    "data curate": ("curate:curate", "choose pairs by a recipe, and write them as shards"),
+    "data report": ("curate:report", "show what was kept and dropped"),
     "data index": ("data:index", "index shards, once, for training on them"),
     "data describe": ("data:describe", "count and check shards"),
     "eval": ("evaluate:evaluate", "measure methods: to noise and back, generation, edits"),

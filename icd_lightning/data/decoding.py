@@ -173,7 +173,7 @@ class SampleDecoder:
         if sample.picture is None:
             return sample
         try:
-            original_size = upright_size(sample.picture)
+            original_size = _stated_size(sample.metadata) or upright_size(sample.picture)
             # a JPEG is decoded no larger than twice the size that it is brought to, which takes half the time or less
             sample.picture.draft(sample.picture.mode, (2 * max(sample.size),) * 2)
             cut, crop_top_left = resize_and_crop(to_rgb(sample.picture), *sample.size)
@@ -258,6 +258,15 @@ def _pixels(pair: Any) -> tuple[int, int]:
     if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 31 for n in pair)):
         raise ValueError(f"{pair!r:.80} are no two numbers of pixels")
     return pair[0], pair[1]
+
+
+def _stated_size(metadata: dict) -> tuple[int, int] | None:
+    """The (height, width) that a picture had before whoever wrote the shard resized it, if the json file says so."""
+    try:
+        height, width = _pixels(metadata.get(PLACES[0]))
+    except ValueError:
+        return None
+    return (height, width) if min(height, width) else None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

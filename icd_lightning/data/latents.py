@@ -27,14 +27,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from icd_lightning.data.decoding import Sample, SampleDecoder, collate
-from icd_lightning.data.manifest import PROGRESS, Manifest, ShardRecord, remove_shards, write_shard
+from icd_lightning.data.manifest import PROGRESS, Manifest, complete_set, finished_shards, remove_shards, write_shard
 from icd_lightning.data.remote import AnyPath, folder_at
 from icd_lightning.data.shards import Shard, open_shards
 from icd_lightning.data.tally import Tally, left_out
 from icd_lightning.data.tars import MOMENTS, TEXT, Raw, is_local
 from icd_lightning.data.threads import side_by_side, submitted
 from icd_lightning.data.uncounted import read_shard
-from icd_lightning.files import read_object, remove_tree, write_json
+from icd_lightning.files import write_json
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def cache_latents(
     encoder = _Encoder(encode, text and text[1])
     caching = _Caching(encoder, decoder, settings, batch_size, folder, num_workers, allow_broken)
     caching.run({name: shards[name] for name in missing})
-    manifest = _completed(folder, parameters, list(shards))
+    manifest = complete_set(folder, parameters, list(shards))
     caching.report()
     return manifest
 
@@ -258,35 +258,8 @@ def _missing(folder: AnyPath, parameters: dict[str, Any], names: list[str]) -> l
     """Which of these shards are still to be written; begins the set where there is none."""
     existing = Manifest.of_set(folder, parameters)
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
-    done = {name for name, record in _records(folder).items() if sizes.get(name) == record.bytes}
+    done = {name for name, record in finished_shards(folder).items() if sizes.get(name) == record.bytes}
     missing = [name for name in names if name not in done]
     if missing and existing is None:
         Manifest(parameters, complete=False).save(folder)
     return missing
-
-
-def _records(folder: AnyPath) -> dict[str, ShardRecord]:
-    """All shards that are finished, by name."""
-    records = {}
-    for file in (folder / PROGRESS).glob("*.json"):
-        with suppress(FileNotFoundError):  # another process has just completed the set
-            try:
-                records[file.name.removesuffix(".json")] = ShardRecord(**read_object(file))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} is no record of a shard ({error}): remove it, and call again") from error
-    manifest = Manifest.load(folder)  # after those, which are removed once it has them all
-    return (manifest.shards if manifest else {}) | records
-
-
-def _completed(folder: AnyPath, parameters: dict[str, Any], names: list[str]) -> Manifest:
-    """The manifest as it is now; complete, on disk too, if every shard is done."""
-    records = _records(folder)
-    own = {name: records.pop(name) for name in names if name in records}
-    manifest = Manifest(parameters, own | records, complete=len(own) == len(names))
-    if manifest.complete:
-        if manifest != Manifest.load(folder):
-            manifest.save(folder)
-        remove_tree(folder / PROGRESS)
-        for stale in folder.glob(".*.tar-*.tmp"):  # another process may be writing the manifest
-            stale.unlink(missing_ok=True)
-    return manifest

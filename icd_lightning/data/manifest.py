@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +110,33 @@ def write_shard(samples: Iterable[dict[str, Any]], path: AnyPath) -> ShardRecord
         return ShardRecord(count, temporary.stat().st_size, sha256(temporary))
 
     return write_whole(path, write)
+
+
+def finished_shards(folder: AnyPath) -> dict[str, ShardRecord]:
+    """All shards that are finished, by name."""
+    records = {}
+    for file in (folder / PROGRESS).glob("*.json"):
+        with suppress(FileNotFoundError):  # another process has just completed the set
+            try:
+                records[file.name.removesuffix(".json")] = ShardRecord(**read_object(file))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} is no record of a shard ({error}): remove it, and call again") from error
+    manifest = Manifest.load(folder)  # after those, which are removed once it has them all
+    return (manifest.shards if manifest else {}) | records
+
+
+def complete_set(folder: AnyPath, parameters: dict[str, Any], names: list[str]) -> Manifest:
+    """The manifest as it is now; complete, on disk too, if every shard is done."""
+    records = finished_shards(folder)
+    own = {name: records.pop(name) for name in names if name in records}
+    manifest = Manifest(parameters, own | records, complete=len(own) == len(names))
+    if manifest.complete:
+        if manifest != Manifest.load(folder):
+            manifest.save(folder)
+        remove_tree(folder / PROGRESS)
+        for stale in folder.glob(".*.tar-*.tmp"):  # another process may be writing the manifest
+            stale.unlink(missing_ok=True)
+    return manifest
 
 
 def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None:

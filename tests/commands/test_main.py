@@ -79,6 +79,8 @@ def test_a_group_lists_its_commands(capsys):
     assert [line.split(":")[0] for line in out.splitlines()] == [
         "icd data shapes",
         "icd data cache-latents",
+        "icd data curate",
+        "icd data report",
         "icd data index",
         "icd data describe",
     ]
@@ -91,7 +93,7 @@ def test_a_group_lists_its_commands(capsys):
     ("args", "message"),
     [
         ("edti photo.png", "no command 'edti'; there is: fit, validate, test, edit"),
-        ("data shape", "no command 'icd data shape'; there is: shapes, cache-latents, index, describe"),
+        ("data shape", "no command 'icd data shape'; there is: shapes, cache-latents, curate, report, index, describe"),
         ("--config conf/base.yaml fit", "--config comes before the command; write `icd COMMAND --config ...`"),
         ("eval --cuont 3", "unrecognized arguments: --cuont 3"),
         ("eval --cou 3", "unrecognized arguments: --cou 3"),
