@@ -220,7 +220,7 @@ def test_branches_joined_are_branches_apart(parts):
             apart = [
                 predict_branches(part, half, 500, [branch]) for half, branch in zip(x.chunk(2), branches, strict=True)
             ]
-        torch.testing.assert_close(joined, torch.cat([eps for eps, _ in apart]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(joined.eps, torch.cat([split.eps for split, _ in apart]), rtol=1e-4, atol=1e-4)
         assert nfe == sum(cost for _, cost in apart) == costs
 
 

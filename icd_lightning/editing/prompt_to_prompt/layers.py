@@ -29,7 +29,12 @@ class Layers:
 
 
 def choose_layers(network: nn.Module, size: Grid) -> Layers:
-    """The layers of a UNet at latents of size (h, w)."""
+    """The layers of a UNet at latents of size (h, w); ValueError for a network of another kind."""
+    if "block_out_channels" not in network.config:
+        raise ValueError(
+            f"Prompt-to-Prompt changes the cross-attention of a UNet, which {type(network).__name__} does not have: "
+            "borrow by an Injection, or nothing"
+        )
     last = len(network.config.block_out_channels) - 1
 
     def grid(name: str) -> Grid:
