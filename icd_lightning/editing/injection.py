@@ -1,6 +1,6 @@
 """What edits by a transformer borrow: keys and values of the source, in joint attention of prompt and picture.
 
-The protocol is Prompt-to-Prompt's (see there): source and target are decoded side by side, the last 2 P rows of a batch.
+The protocol is Prompt-to-Prompt's (see there): source and target are decoded side by side, as last rows of a batch.
 In chosen blocks and steps the target's tokens have the keys and values of the source's, at the same places, and so
 attend to the source's picture (as MasaCtrl does in a UNet, arXiv:2304.08465) or take over its content (values alone, as
 RF-Solver-Edit does, arXiv:2411.04746). A local blend looks at the attention of the picture's tokens to those of the
@@ -40,7 +40,7 @@ Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def joint_layers(network: nn.Module) -> list[str]:
-    """The names of a network's attention layers, from first to last; none, if text and picture do not attend jointly."""
+    """The names of a network's attention layers, from first to last; none if text and picture attend apart."""
     found = {
         name: layer for name, layer in network.named_modules() if isinstance(layer, (Attention, AttentionModuleMixin))
     }
@@ -62,7 +62,7 @@ def attention_control(settings: Control | Sequence[Control], *edits: Any, **opti
 class JointAttention(StandIn):
     """Of a transformer: `original` runs as it is, but for the keys and values that it attends to.
 
-    change(text) returns a `Change` or None; text is the number of the prompt's tokens, None where a layer is given none.
+    change(text) returns a `Change` or None; text counts the prompt's tokens, None where a layer is given none.
     """
 
     def __call__(

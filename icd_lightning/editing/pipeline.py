@@ -146,8 +146,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
 
         Args:
             image: see `invert`; None where `latents` are given.
-            control: a `PromptToPrompt`, on a transformer an `Injection`, or one for each edit; None swaps the prompt; "auto" does as the family is best
-                edited, by its default settings.
+            control: a `PromptToPrompt`, on a transformer an `Injection`, or one for each edit; None swaps the prompt;
+                "auto" does as the family is best edited, by its default settings.
             swap_tau: without control, follow the source prompt while t > swap_tau T; by default the guidance's tau, and
                 never where it has none. Given, it asks for this way to edit.
             latents: noise (B, C, h, w) that `invert` returned for the source prompts.

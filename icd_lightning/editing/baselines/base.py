@@ -6,7 +6,6 @@ Of n branches, in `x` (n B, C, h, w), the source's is the first and the target's
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -136,12 +135,12 @@ class Baseline(PictureMethod):
 
     # What makes a method, beside `invert_latents`, which returns an `Inversion`
 
-    @abstractmethod
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """The branches' x (n B, C, h, w) after step `index`, given what the guided network sees in them."""
+        raise NotImplementedError(f"{type(self).__name__} has neither move nor mover")
 
     def mover(self, inversion: Inversion) -> Move:
-        """`move` for one way down: a step may need what an earlier one found."""
+        """`move` for one way down; to be overridden where a step needs what an earlier one found."""
         return lambda x, split, index: self.move(x, split, index, inversion)
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:

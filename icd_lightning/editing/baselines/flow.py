@@ -1,7 +1,7 @@
 """What the baselines on flow models share: the samplers' grid, and solvers that look ahead of a step.
 
-The grid is diffusers' for flow matching, from pure noise down to the data: num_inference_steps values of sigma. Networks
-know no time below the table's first, 1 / T without shift; of the data itself they are told that one.
+The grid is diffusers' for flow matching, from pure noise down to the data: num_inference_steps values of sigma. A
+network knows no time below the table's first, 1 / T without shift; of the data itself it is told that one.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from icd_lightning.editing.method import Seed
 
 
 class UniEditFlow(FlowBaseline):
-    """One evaluation more than steps on the way up, two for each step back; steps are `strength` of num_inference_steps.
+    """One evaluation more than steps on the way up, two for each step back; they are `strength` of num_inference_steps.
 
     `omega` is how far the edit goes beyond the target's velocity; guidance, of both prompts alike, is off in the
     authors' runs. Their mask is of 2 x 2 latents, a token of FLUX.1's, and of one picture; here of single latents.
