@@ -103,7 +103,8 @@ def test_architectures_are_known_in_one_place():
     """Who trains, samples or edits does not ask what kind of network it is."""
     users = {name for name, path in MODULES.items() if any(ARCHITECTURE.search(found) for found in imports(path))}
     signature = "editing/loading.py"  # of diffusers' `from_pipe`, which hands over parts of the types it names
-    assert {name for name in users if not name.startswith("tiny/")} == {"models/backbones/unet.py", signature}
+    backbones = {f"models/backbones/{name}.py" for name in ("flux", "sd3", "unet")}
+    assert {name for name in users if not name.startswith("tiny/")} == {*backbones, signature}
 
 
 def modules_at_the_top(path: Path) -> set[str]:

@@ -44,6 +44,7 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),
     "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
     "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
+    "tiny_flow weights, teacher": (("tiny/base", "tiny_flow/teacher"), TeacherTraining),
     "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
@@ -133,10 +134,8 @@ def test_no_configuration_is_forgotten():
 def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_path, whole):
     names, task_class = WHOLES[whole]
     options = [f"--trainer.default_root_dir={tmp_path}"]
-    if task_class in (GuidanceAwareTraining, GuidanceDistillation, InvertibleConsistencyDistillation):
+    if task_class not in (AutoencoderTraining, SceneNetworkTraining):
         options.append(f"--model.init_args.family.model={random_family}")
-    if task_class is TeacherTraining:
-        options.append(f"--model.init_args.vae={random_family / 'vae'}")
     if whole in GLOBAL_BATCHES:
         composed = compose(cli, names, *options)
         assert composed["global_batch_size"] == GLOBAL_BATCHES[whole]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from icd_lightning.models.released import located
+from icd_lightning.models.released import SHIPPED, located
 
 DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
@@ -22,8 +22,8 @@ class Weights:
     """Which model and students to load, and where; ValueError for what cannot exist.
 
     Args:
-        model: "tiny" (shipped), a released one such as icd-sd15 (`icd models`), a folder in diffusers' layout, a single
-            .safetensors or .ckpt file, or a hub id.
+        model: "tiny" or "tiny_flow" (shipped), a released one such as icd-sd15 (`icd models`), a folder in diffusers'
+            layout, a single .safetensors or .ckpt file, or a hub id.
         guided_unet: The guidance-distilled UNet, a folder, a file, or a released one such as sd15-cfg-distill; by
             default the model's own.
         vae: Another autoencoder, a folder or hub id; by default the model's own.
@@ -37,6 +37,7 @@ class Weights:
         prediction_type: What the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
         style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
+        trained_at: Pixels of a side of the pictures that students were trained on, if other than the model's own.
     """
 
     model: str = "tiny"
@@ -52,13 +53,14 @@ class Weights:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
     style: str | None = None
+    trained_at: int | None = None
 
     def __post_init__(self) -> None:
-        named = self.model == "tiny" or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
+        named = self.model in SHIPPED or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
         if not named and not Path(located(self.model)).exists():
             raise ValueError(
-                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, tiny, or one of "
-                "`icd models`"
+                f"no model at {self.model!r}: name a folder in diffusers' layout, a file, a hub id, "
+                f"{', '.join(SHIPPED)}, or one of `icd models`"
             )
         located(self.guided_unet or "")
         for path in (self.forward, self.reverse):
@@ -77,7 +79,7 @@ class Weights:
         """The model, a `Family`; this loads torch."""
         from icd_lightning.models.family import Family
 
-        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style")
+        names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style", "trained_at")
         return Family(self.model, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     def models(self) -> Any:

@@ -15,6 +15,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import exp
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -61,12 +62,15 @@ class Process(nn.Module, ABC):
         self.register_buffer("sigmas", sigmas, persistent=False)
 
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> "Process":
+    def from_config(config: Mapping[str, Any], tokens: int | None = None) -> "Process":
         """The process of a diffusers `scheduler_config.json`, whichever sampler wrote it.
+
+        `tokens` of a picture, patches of 2 x 2 latents, fix the shift of a flow that has one by resolution.
 
         Raises ValueError for a scheduler of an unknown kind, and for options that change the levels in a way not known.
         """
         name = config.get("_class_name")
+        config = _at_fixed_shift(config, tokens)
         if name is None:  # a scheduler's config in memory; only betas make it plain which process it is of
             foreign = [key for key in ("shift", "base_shift", "sigma_data") if key in config]
             name = f"with {foreign[0]}" if foreign else "DDIMScheduler"
@@ -277,6 +281,25 @@ class Flow(Process):
     def network_time(self, t: Tensor) -> Tensor:
         """T sigma(t) (B,) float32, as diffusers' scheduler counts."""
         return self.num_train_timesteps * self.sigmas[t]
+
+
+def _at_fixed_shift(config: Mapping[str, Any], tokens: int | None) -> Mapping[str, Any]:
+    """The config with a number in the place of a shift that changes with a picture's tokens, as FLUX.1-dev's does.
+
+    mu is linear in the tokens and the shift exp(mu), or mu itself where `time_shift_type` is linear: `calculate_shift`
+    of diffusers' FluxPipeline, and the defaults are those of its scheduler.
+    """
+    if tokens is None or not config.get("use_dynamic_shifting"):
+        return config
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    few, many, low, high = (config.get(name, number) for name, number in usual.items())
+    numbers = all(type(number) in (int, float) for number in (few, many, low, high))
+    kind = config.get("time_shift_type", "exponential")
+    if not numbers or not few < many or kind not in ("exponential", "linear"):
+        said = {name: config[name] for name in (*usual, "time_shift_type") if name in config}
+        raise ValueError(f"a shift by resolution of {said} cannot be computed: unset use_dynamic_shifting, set shift")
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return {**config, "use_dynamic_shifting": False, "shift": float(mu if kind == "linear" else exp(min(mu, 99.0)))}
 
 
 def _check_timesteps(num_train_timesteps: int) -> None:

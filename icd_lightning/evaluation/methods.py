@@ -132,9 +132,11 @@ def teacher_hash(family: Family) -> str:
     outside = []  # parts that are kept outside of the model, files or folders; a name of something else has none
     own = family.source.folder if base is not family.source else None
     style = parse_style(family.style)[0] if family.style else None
-    for part in filter(None, (family.named_guided, own, family.vae, style)):
+    for part in filter(None, (family.named_guided, family.vae, style)):
         folders = [folder for folder in (Path(part), Path(part, "unet_guided")) if (folder / "config.json").is_file()]
         outside += [Path(part)] if Path(part).is_file() else _weights_in(folders)
+    if own is not None:
+        outside += _weights_in(own.glob("*"))
     if files:
         return sha256(*files, *outside)
     return hashlib.sha256(family.model.encode()).hexdigest() + (sha256(*outside) if outside else "")

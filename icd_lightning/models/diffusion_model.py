@@ -77,7 +77,7 @@ class DiffusionModel:
     def with_guidance_embedding(self, width: int = 512) -> DiffusionModel:
         """The model of a copy of the network with a guidance embedding that starts at zero."""
         if self.takes_guidance:
-            raise ValueError("this network already has a guidance embedding")
+            raise ValueError("this network already has a guidance embedding, and needs no stage 1")
         return replace(self, network=self.backbone.add_guidance_embedding(self.network, width))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from icd_lightning.diffusion import Direction, Process
 from icd_lightning.files import read_object
 from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
-from icd_lightning.models.backbones import Backbone, UNet
+from icd_lightning.models.backbones import TRANSFORMERS, Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.overlay import open_model
 from icd_lightning.models.released import RELEASED, located
@@ -28,6 +28,7 @@ from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MOST_PIXELS = 1 << 15
 GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,9 @@ class Family:
     """A model family, and how to load each part; nothing is loaded before it is asked for.
 
     Args:
-        model: "tiny" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers' layout, a
-            single .safetensors or .ckpt file, a hub id, or "random:sd15", "random:sdxl": random weights of that
-            architecture, for trials.
+        model: "tiny" or "tiny_flow" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers'
+            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", "random:sdxl": random weights of
+            that architecture, for trials.
         guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
             released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
@@ -68,7 +69,9 @@ class Family:
         variant: of the model's files, e.g. fp16 for `diffusion_pytorch_model.fp16.safetensors`.
         prediction_type: what the UNet predicts, where the model's scheduler config is wrong or a single file has none.
         config: a folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
-        backbone: the architecture of its network.
+        backbone: the architecture of its network; by default the one that its files name.
+        trained_at: pixels of a side of the pictures that students are trained on, if other than the model's own. It
+            fixes the shift of a flow that has one by resolution, such as FLUX.1-dev's.
     """
 
     model: str = "tiny"
@@ -79,7 +82,12 @@ class Family:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     config: str | None = None
     style: str | None = None
-    backbone: Backbone = UNet()  # noqa: RUF009  (frozen)
+    backbone: Backbone | None = None
+    trained_at: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained_at is not None and not 0 < self.trained_at <= MOST_PIXELS:
+            raise ValueError(f"trained_at {self.trained_at} is no side of pictures, in pixels: name one such as 512")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +96,22 @@ class Family:
     @cached_property
     def source(self) -> Source:
         """Where the parts come from; FileNotFoundError, with what to do, if there is no such model."""
-        return open_model(self.model, self.backbone.part, variant=self.variant, config=self.config)
+        return open_model(self.model, variant=self.variant, config=self.config)
+
+    @cached_property
+    def architecture(self) -> Backbone:
+        """The backbone, as told or as the model's files name its class; ValueError for a class that has none here."""
+        if self.backbone is not None:
+            return self.backbone
+        if not self.source.has("transformer"):
+            return UNet()
+        name = self.source.config("transformer").get("_class_name")
+        if name not in TRANSFORMERS:
+            raise ValueError(
+                f"the transformer of {self.model} is of class {name!r}, for which there is no backbone here; known: "
+                f"{', '.join(TRANSFORMERS)}. Name one of yours by family.backbone"
+            )
+        return TRANSFORMERS[name]()
 
     @property
     def root(self) -> Path:
@@ -118,12 +141,15 @@ class Family:
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side of the pictures that the network was trained on."""
-        size = self.source.config(self.backbone.part).get("sample_size")
+        """Pixels of a side of the pictures that the network was trained on, or its students."""
+        if self.trained_at is not None:
+            return self.trained_at
+        part, usual = self.architecture.part, self.architecture.sample_size
+        size = {"sample_size": usual, **self.source.index, **self.source.config(part)}["sample_size"]
         if type(size) is not int or not 0 < size <= 1 << 12:
             raise ValueError(
-                f"{self.model}/{self.backbone.part}/config.json: sample_size {size!r} is no side of latents: it is a "
-                "whole number, such as 64"
+                f"{self.model}/{part}/config.json: sample_size {size!r} is no side of latents: it is a whole number, "
+                "such as 64"
             )
         return size * downsampling_of(self._autoencoder_config())
 
@@ -144,9 +170,14 @@ class Family:
     def load_process(self) -> Process:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
         try:
-            return Process.from_config({**self.source.config("scheduler"), **changes})
+            config = {**self.source.config("scheduler"), **changes}
+            return Process.from_config(config, self._tokens() if config.get("use_dynamic_shifting") else None)
         except ValueError as error:
             raise ValueError(f"{self.model}/scheduler: {error}") from error
+
+    def _tokens(self) -> int:
+        """Patches of 2 x 2 latents in a picture."""
+        return (self.resolution // downsampling_of(self._autoencoder_config()) // 2) ** 2
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
@@ -158,34 +189,41 @@ class Family:
 
     def load_conditioner(self) -> Conditioner:
         """The frozen text side; where it tells sizes of pictures, by default the model's own."""
-        conditioner = self.backbone.conditioner(self.source, self.dtype)
+        conditioner = self.architecture.conditioner(self.source, self.dtype)
         if isinstance(conditioner, DualCLIPConditioner):
             return conditioner.for_size(self.resolution, self.resolution)
         return conditioner
 
     def load_model(self, *, guided: bool) -> DiffusionModel:
-        """The plain teacher, or the guidance-distilled one of stage 1; frozen."""
-        part, cls = self.backbone.part, self.backbone.network_class
-        load = self._guided_network() if guided else partial(self.source.network, part, cls, self.dtype)
+        """The plain teacher, or the guidance-distilled one of stage 1, which may be the same; frozen."""
+        load = self._guided_network() if guided else self._plain_network()
         network = load().requires_grad_(False).eval()
         self._check_channels(network)
         if self.style is not None:
-            self.backbone.merge_lora(network, *parse_style(self.style))
-        return DiffusionModel(network, self.load_process(), self.backbone)
+            self.architecture.merge_lora(network, *parse_style(self.style))
+        return DiffusionModel(network, self.load_process(), self.architecture)
+
+    def _plain_network(self) -> Callable[[], nn.Module]:
+        part, cls = self.architecture.part, self.architecture.network_class
+        self.architecture.check_teacher(self.source.config(part))
+        return partial(self.source.network, part, cls, self.dtype)
 
     def _check_channels(self, network: nn.Module) -> None:
         """Refuse networks that are fed more than latents, such as those for inpainting."""
-        taken, latent = self.backbone.latent_channels(network), self._autoencoder_config().get("latent_channels")
+        taken, latent = self.architecture.latent_channels(network), self._autoencoder_config().get("latent_channels")
         if latent is not None and taken != latent:
             raise ValueError(
-                f"the {self.backbone.part} of {self.model} takes {taken} channels, and its latents have {latent}: it "
-                "is made for more than pictures from prompts (inpainting, depth, ...); take the plain model instead"
+                f"the {self.architecture.part} of {self.model} takes {taken} channels, and its latents have {latent}: "
+                "it is made for more than pictures from prompts (inpainting, depth, ...); take the plain model instead"
             )
 
     def _guided_network(self) -> Callable[[], nn.Module]:
         """How to load the guidance-distilled network; FileNotFoundError, with what to do, if there is none."""
-        backbone, source, usual = self.backbone, self.source, f"{self.backbone.part}_guided"
-        named = self.named_guided
+        backbone, source, named = self.architecture, self.source, self.named_guided
+        usual = f"{backbone.part}_guided"
+        plain = self._plain_network()
+        if named is None and backbone.is_guided(source.config(backbone.part)):
+            return plain
         path = Path(named or usual)
         if named and path.is_file():
             return partial(backbone.guided_from_file, path, source.config(backbone.part), self.dtype)

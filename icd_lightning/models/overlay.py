@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from icd_lightning.models.released import find, located
-from icd_lightning.models.sources import HUB_ID, Layout, Source, open_source
+from icd_lightning.models.sources import HUB_ID, Layout, Source, Tokenizer, open_source
 from icd_lightning.models.weights import first_line
 
 
@@ -57,21 +57,21 @@ class Overlay(Source):
     def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
         return self._of(part).network(part, cls, dtype)
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
-        return self._of(part).tokenizer(part)
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
+        return self._of(part).tokenizer(part, cls)
 
     def _of(self, part: str) -> Source:
         return self.own if self.own.has(part) else self.base
 
 
-def open_model(model: str, part: str, *, variant: str | None = None, config: str | None = None) -> Source:
+def open_model(model: str, *, variant: str | None = None, config: str | None = None) -> Source:
     """What a model's name stands for: a released model, an overlay, or whatever `open_source` knows.
 
     Raises FileNotFoundError, with what to do, if that is nothing or not here, and ValueError for an overlay whose
     `model_index.json` says what it must not.
     """
-    place, opened = located(model), partial(open_source, part=part, variant=variant, config=config)
-    own = Layout(place) if Path(place, "model_index.json").is_file() else opened(place)
+    place, opened = located(model), partial(open_source, variant=variant, config=config)
+    own: Any = Layout(place) if Path(place, "model_index.json").is_file() else opened(place)
     if "base_model" not in own.index:
         return opened(place)
     base, guided = own.index["base_model"], own.index.get("guided_unet")
@@ -80,7 +80,7 @@ def open_model(model: str, part: str, *, variant: str | None = None, config: str
     if guided is not None and find(str(guided)).boundaries:
         raise ValueError(f"{place}/model_index.json says guided_unet {guided!r}, which are students: name a UNet")
     try:
-        return Overlay(Layout(place), opened(base))
+        return Overlay(Layout(own.location), opened(base))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the base model of {model}: {first_line(error.__cause__ or error)}. If it is in a folder, name that by "

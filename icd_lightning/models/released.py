@@ -111,6 +111,10 @@ RELEASED = {
 """icd-sd15 and icd-sdxl are those that the authors edit with most."""
 
 
+SHIPPED = ("tiny", "tiny_flow")
+"""Families whose weights come with the package."""
+
+
 def host() -> str:
     """Where the archives are: at the authors', or where ICD_RELEASED_URL says that there are copies."""
     return os.environ.get("ICD_RELEASED_URL", URL)

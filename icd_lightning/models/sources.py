@@ -22,14 +22,17 @@ import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
-from icd_lightning.models.text import build_tokenizer
+from icd_lightning.models.released import SHIPPED
+from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
 
 RANDOM = "random:"
+NETWORKS = ("transformer", "unet")
+"""The part that is the network: a model has one of these."""
 MOST_LAYERS = 1000
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of SD1.5 and SDXL; a single file does not hold it
@@ -40,6 +43,7 @@ SINGLE_FILES = {  # a key by which a single file is known to be of one of our ar
 }
 
 Result = TypeVar("Result")
+Tokenizer = CLIPTokenizer | T5Tokenizer
 
 
 def shipped(name: str = "tiny") -> Path:
@@ -52,13 +56,13 @@ def architecture(name: str) -> Path:
     return Path(str(files("icd_lightning") / "models" / "architectures" / name))
 
 
-def open_source(model: str, part: str, *, variant: str | None = None, config: str | None = None) -> Source:
-    """What a model's name stands for; `part` is its network.
+def open_source(model: str, *, variant: str | None = None, config: str | None = None) -> Source:
+    """What a model's name stands for.
 
     Raises FileNotFoundError, with what was tried and what to do, if that is nothing.
     """
-    path = shipped() if model == "tiny" else Path(model)
-    if any((path / name).is_dir() for name in (part, "vae")):
+    path = shipped(model) if model in SHIPPED else Path(model)
+    if any((path / name).is_dir() for name in (*NETWORKS, "vae")):
         return Layout(str(path), variant)
     if path.is_file():
         return SingleFile(path, None if config is None else Layout(config))
@@ -66,11 +70,13 @@ def open_source(model: str, part: str, *, variant: str | None = None, config: st
         if model.startswith(RANDOM):
             name = model.removeprefix(RANDOM)
             folder = architecture(name) if architecture(name).is_dir() else Path(name)
-            if not (folder / part).is_dir():
+            if not any((folder / part).is_dir() for part in NETWORKS):
                 raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
             return Random(Layout(str(folder)))
         if not on_hub(model):
-            raise FileNotFoundError(f"{path} has neither {part}/ nor vae/" if path.exists() else f"there is no {path}")
+            raise FileNotFoundError(
+                f"{path} has none of {', '.join(NETWORKS)}, vae" if path.exists() else f"there is no {path}"
+            )
         hub = Layout(model, variant)
         hub.file("model_index.json")
         return hub
@@ -110,7 +116,7 @@ class Source(ABC):
         """A part with its weights; ValueError or FileNotFoundError if any of them is missing."""
 
     @abstractmethod
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         """A tokenizer."""
 
 
@@ -177,16 +183,17 @@ class Layout(Source):
         refuse_not_finite(network, str(place))
         return network
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         place = Path(self.location) / part
         for name in ("tokenizer_config.json", "tokenizer.json"):
             if (place / name).is_file():
                 read_object(place / name)
 
-        def load(**local: bool) -> CLIPTokenizer:
+        def load(**local: bool) -> Tokenizer:
             with told_of(str(place)):
-                tokenizer = CLIPTokenizer.from_pretrained(self.location, subfolder=part, **local)
-            if len(tokenizer) <= 2:  # where there are no files, transformers makes one that knows nothing
+                tokenizer = cls.from_pretrained(self.location, subfolder=part, **local)
+            # where there are no files, transformers makes one that knows nothing, or T5's space alone
+            if len(tokenizer.get_vocab().keys() - tokenizer.all_special_tokens) <= 1:
                 raise FileNotFoundError(f"{place} has no tokenizer: there is neither tokenizer.json nor vocab.json")
             length, pad = tokenizer.model_max_length, tokenizer.pad_token
             if type(length) not in (int, float) or not length > 0 or pad is None:
@@ -254,9 +261,9 @@ class SingleFile(Source):
         refuse_not_finite(network, f"{self.file}, {part}")
         return nn.Module.to(network, dtype)  # diffusers' own `to` warns of what is not so
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         if self.configs is not None:
-            return self.configs.tokenizer(part)
+            return self.configs.tokenizer(part, cls)
         try:
             return _padded(Layout(CLIP_TOKENIZER).tokenizer(""), part)
         except OSError as error:
@@ -291,12 +298,16 @@ class Random(Source):
             torch.manual_seed(zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
                 return cls.from_config(config)
+            if issubclass(cls, T5EncoderModel):
+                return cls(cls.config_class(**config))
             tokenizer = self.tokenizer(part.replace("text_encoder", "tokenizer"))
             special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             return cls(cls.config_class(**{**config, **special}))
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         """One that knows bytes alone, which any text encoder's vocabulary has room for."""
+        if cls is T5Tokenizer:
+            return build_t5_tokenizer()
         length = self.config(part.replace("tokenizer", "text_encoder"))["max_position_embeddings"]
         return _padded(build_tokenizer((), length), part)
 

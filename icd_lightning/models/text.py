@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.weights import fingerprint
@@ -54,20 +54,31 @@ def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
     return pieces
 
 
+def build_t5_tokenizer() -> T5Tokenizer:
+    """One that knows the printable characters of ASCII alone, for random T5 encoders."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
+    vocab = [(piece, -2.0) for piece in pieces]  # the third is what all others become
+    return T5Tokenizer(vocab=vocab, extra_ids=0)
+
+
 def unknown_words(tokenizer: Any, *prompts: str) -> list[str]:
     """The words that a tokenizer of whole words does not keep whole."""
     words = dict.fromkeys(word for prompt in prompts for word in prompt.lower().split())
     return [word for word in words if len(tokenizer(word).input_ids) > 3]
 
 
-class CLIPConditioner(nn.Module):
-    """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
+class TextSide(nn.Module):
+    """One text encoder beside its tokenizer.
 
-    def __init__(self, tokenizer: Any, text_encoder: nn.Module) -> None:
+    Args:
+        max_length: tokens that a prompt is cut to; None: as many as the encoder has positions, which T5 does not have.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: nn.Module, max_length: int | None = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self.max_length = int(text_encoder.config.max_position_embeddings)
+        self.max_length = max_length or int(text_encoder.config.max_position_embeddings)
         # what the tokenizer's file says of this may be another number, or none; P2P asks the tokenizer
         tokenizer.model_max_length = self.max_length
         last, known = max(tokenizer.get_vocab().values()), text_encoder.config.vocab_size
@@ -77,17 +88,13 @@ class CLIPConditioner(nn.Module):
                 f"{type(text_encoder).__name__} beside it knows those up to {known - 1}: they are of two models; take "
                 "the tokenizer's folder of the one that the text encoder is of"
             )
+        self.reports_cuts = True
         self._reported: set[str] = set()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells text encoders apart; the same in any precision."""
-        return fingerprint(self.text_encoder)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged, once."""
         for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-            if len(ids) > self.max_length:
+            if self.reports_cuts and len(ids) > self.max_length:
                 self._report(prompt, self.tokenizer.decode(ids[self.max_length - 1 : -1]))
         padded = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
@@ -99,6 +106,23 @@ class CLIPConditioner(nn.Module):
         device = next(self.text_encoder.parameters()).device
         return self.text_encoder(self.tokenize(prompts).to(device), **options)
 
+    def _report(self, prompt: str, lost: str) -> None:
+        if prompt in self._reported or len(self._reported) >= MAX_REPORTS:
+            return
+        self._reported.add(prompt)
+        log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
+        if len(self._reported) == MAX_REPORTS:
+            log.warning("prompts cut from now on are not reported")
+
+
+class CLIPConditioner(TextSide):
+    """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells text encoders apart; the same in any precision."""
+        return fingerprint(self.text_encoder)
+
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D); the framing is not for such a network."""
         return Conditioning(prompt_embeds=self.encode(prompts)[0])
@@ -108,13 +132,14 @@ class CLIPConditioner(nn.Module):
         """The embeddings that stand for no prompt, (B, L, D)."""
         return self([""]).repeat(batch_size)
 
-    def _report(self, prompt: str, lost: str) -> None:
-        if prompt in self._reported or len(self._reported) >= MAX_REPORTS:
-            return
-        self._reported.add(prompt)
-        log.warning("prompt %r is longer than %d tokens; cut: %r", prompt, self.max_length, lost)
-        if len(self._reported) == MAX_REPORTS:
-            log.warning("prompts cut from now on are not reported")
+
+class PooledConditioner(CLIPConditioner):
+    """The same, and the network is told the pooled embedding too, as tiny_flow."""
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D) and pooled ones (B, D); the framing is not for such a network."""
+        encoded = self.encode(prompts)
+        return Conditioning(prompt_embeds=encoded.last_hidden_state, pooled_prompt_embeds=encoded.pooler_output)
 
 
 class DualCLIPConditioner(nn.Module):
@@ -125,11 +150,11 @@ class DualCLIPConditioner(nn.Module):
         resolution: pixels of a side of a picture of unknown framing, where it is not yet told by `for_size`.
     """
 
-    def __init__(self, first: CLIPConditioner, second: CLIPConditioner, resolution: int = 1024) -> None:
+    def __init__(self, first: TextSide, second: TextSide, resolution: int = 1024) -> None:
         super().__init__()
         self.first, self.second, self.size = first, second, (resolution, resolution)
         self.tokenizer = first.tokenizer  # the second differs in its padding alone
-        second._reported = first._reported  # both cut a prompt alike: say it once
+        second.reports_cuts = False  # both cut a prompt alike
 
     def for_size(self, height: int, width: int) -> DualCLIPConditioner:
         """The same encoders for pictures of another size, where no framing is given."""
@@ -171,5 +196,43 @@ class DualCLIPConditioner(nn.Module):
         return framing.time_ids().to(next(self.second.parameters()).device)
 
 
-Conditioner = CLIPConditioner | DualCLIPConditioner
+class T5Conditioner(nn.Module):
+    """T5 for the sequence and CLIP for the pooled embedding, as in FLUX; no prompt is the empty one, encoded.
+
+    With more than one CLIP, as in SD3, their sequences come first, side by side and padded to T5's width, and the
+    pooled embeddings are side by side. Then the encoders are `CLIPTextModelWithProjection`, else `CLIPTextModel`.
+    """
+
+    def __init__(self, clips: Sequence[TextSide], t5: TextSide) -> None:
+        super().__init__()
+        self.clips, self.t5 = nn.ModuleList(clips), t5
+        # of the sequence's first tokens: words are looked up there
+        self.tokenizer = clips[0].tokenizer if len(clips) > 1 else t5.tokenizer
+        for side in clips:
+            side.reports_cuts = False  # T5 reads on
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells sets of text encoders apart; the same in any precision."""
+        return fingerprint(*(side.text_encoder for side in (*self.clips, self.t5)))
+
+    def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
+        """Encode B prompts to prompt_embeds (B, L, D) and pooled ones (B, P); the framing is not for such a network."""
+        sequence = self.t5.encode(prompts)[0]
+        if len(self.clips) == 1:
+            return Conditioning(
+                prompt_embeds=sequence, pooled_prompt_embeds=self.clips[0].encode(prompts).pooler_output
+            )
+        encoded = [side.encode(prompts, output_hidden_states=True) for side in self.clips]
+        joined = torch.cat([one.hidden_states[-2] for one in encoded], dim=-1)
+        padded = nn.functional.pad(joined, (0, sequence.shape[-1] - joined.shape[-1]))
+        return Conditioning(
+            prompt_embeds=torch.cat([padded, sequence], dim=1),
+            pooled_prompt_embeds=torch.cat([one.text_embeds for one in encoded], dim=-1),
+        )
+
+    unconditional = CLIPConditioner.unconditional
+
+
+Conditioner = CLIPConditioner | DualCLIPConditioner | T5Conditioner
 """Prompts to `Conditioning`; the text side of a family."""

@@ -1,8 +1,12 @@
 import json
+from itertools import pairwise
+from math import exp
 
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 from icd_lightning.diffusion import VP, DDIMJump, Flow, NoisedData, Process
@@ -237,8 +241,6 @@ def test_levels_that_a_config_does_not_say_are_not_guessed(lost):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_has_diffusers_levels_and_times(shift: float, x0, noise):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     flow = Process.from_config(json.loads(theirs.to_json_string()))
     assert isinstance(flow, Flow)
@@ -246,6 +248,57 @@ def test_a_flow_has_diffusers_levels_and_times(shift: float, x0, noise):
     torch.testing.assert_close(flow.network_time(TIMESTEPS), theirs.timesteps.flip(0)[TIMESTEPS])
     expected = theirs.scale_noise(x0, theirs.timesteps.flip(0)[TIMESTEPS], noise)
     torch.testing.assert_close(flow.add_noise(x0, noise, TIMESTEPS), expected)
+
+
+def euler_by_diffusers(scheduler, velocity, noise, count: int, **options) -> torch.Tensor:
+    """As the pipelines of FLUX and SD3 sample, from the sigmas of FLUX's."""
+    scheduler.set_timesteps(sigmas=[(count - i) / count for i in range(count)], **options)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(velocity(x, t.expand(len(x))), t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "shift"),
+    [
+        ({"shift": 3.0}, None, 3.0),
+        ({"shift": 3.0, "use_dynamic_shifting": True}, 4096, exp(1.15)),
+        ({"shift": 3.0, "use_dynamic_shifting": True}, 1024, exp(0.63)),
+        ({"shift": 3.0, "use_dynamic_shifting": True, "time_shift_type": "linear"}, 256, 0.5),
+    ],
+    ids=["sd3", "flux at 1024 pixels", "flux at 512 pixels", "linear"],
+)
+def test_the_solver_steps_through_a_flow_as_diffusers_sampler_does(config, tokens, shift, noise):
+    """SD3's fixed shift, and FLUX's by resolution: the same grid, the same times for the network, the same picture."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    flow = Process.from_config(json.loads(scheduler.to_json_string()), tokens)
+    assert flow.settings["shift"] == pytest.approx(shift)
+    torch.manual_seed(0)
+    network, told = torch.nn.Conv2d(noise.shape[1], noise.shape[1], 3, padding=1), []
+
+    def velocity(x, time):
+        told.append(time)
+        return network(x) * (1 + time.view(-1, 1, 1, 1) / 1000)
+
+    count, options = 20, {} if tokens is None else {"mu": calculate_shift(tokens)}
+    with torch.no_grad():
+        theirs = euler_by_diffusers(scheduler, velocity, noise, count, **options)
+        x, times = noise, told[:]
+        for t, s in pairwise([*(1000 * (count - i) // count - 1 for i in range(count)), 0]):
+            t = torch.full((len(x),), t)
+            x = flow.mix(*flow.split(velocity(x, flow.network_time(t)), x, t), s)
+    torch.testing.assert_close(torch.stack(told[count:]), torch.stack(times))
+    torch.testing.assert_close(x, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_shift_by_resolution_cannot_be_computed_of_is_refused():
+    config = {"_class_name": FLOW, "use_dynamic_shifting": True}
+    for wrong in ({"base_shift": None}, {"max_image_seq_len": 256}, {"time_shift_type": "cubic"}):
+        with pytest.raises(ValueError, match=r"a shift by resolution of .* cannot be computed: unset use_dynamic"):
+            Process.from_config({**config, **wrong}, 4096)
+    with pytest.raises(ValueError, match=r"shift .* is out of range"):
+        Process.from_config({**config, "max_shift": 100.0}, 4096)
 
 
 def test_a_flow_jumps_along_its_velocity(x0, noise):

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from icd_lightning.models.text import MAX_REPORTS, CLIPConditioner, build_tokenizer
+from icd_lightning.models.text import (
+    MAX_REPORTS,
+    CLIPConditioner,
+    T5Conditioner,
+    TextSide,
+    build_t5_tokenizer,
+    build_tokenizer,
+)
 from icd_lightning.tiny.scenes import vocabulary
 
 LENGTH, WIDTH = 24, 16
@@ -12,19 +20,24 @@ PROMPTS = ["a small red ring on a blue background", "a large greenish star", ""]
 
 
 def build_conditioner(words: set[str], length: int = LENGTH) -> CLIPConditioner:
+    return CLIPConditioner(*build_clip(CLIPTextModel, words, length))
+
+
+def build_clip(cls: type, words: set[str], length: int = LENGTH) -> tuple:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(words, 10 * length)  # the encoder's positions decide where a prompt is cut
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
+        projection_dim=WIDTH,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=length,
         **special,
     )
-    return CLIPConditioner(tokenizer, CLIPTextModel(config).eval())
+    return tokenizer, cls(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +110,57 @@ def test_gradients_reach_an_encoder_that_is_trained():
     assert all(parameter.grad is not None for parameter in conditioner.text_encoder.parameters())
     conditioner.text_encoder.requires_grad_(False)
     assert not conditioner(PROMPTS).tensors["prompt_embeds"].requires_grad
+
+
+# --- CLIP and T5 ------------------------------------------------------------------------------------------------------
+
+
+def build_t5(max_length: int) -> TextSide:
+    torch.manual_seed(1)
+    tokenizer = build_t5_tokenizer()
+    sizes = {"d_model": 3 * WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
+    return TextSide(tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval(), max_length)
+
+
+def encoders(number_of_clips: int, max_length: int = 40) -> T5Conditioner:
+    cls = CLIPTextModel if number_of_clips == 1 else CLIPTextModelWithProjection
+    clips = [TextSide(*build_clip(cls, {"red", "ring"}, LENGTH)) for _ in range(number_of_clips)]
+    return T5Conditioner(clips, build_t5(max_length))
+
+
+def encoded_by_diffusers(conditioner: T5Conditioner, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What FLUX's pipeline makes of prompts, or with two CLIPs SD3's."""
+    sides = (*conditioner.clips, conditioner.t5)
+    suffixes = ("", "_2", "_3")[: len(sides)]
+    parts = {f"tokenizer{suffix}": side.tokenizer for suffix, side in zip(suffixes, sides, strict=True)}
+    parts |= {f"text_encoder{suffix}": side.text_encoder for suffix, side in zip(suffixes, sides, strict=True)}
+    options = {"max_sequence_length": conditioner.t5.max_length, "device": "cpu"}
+    if len(sides) == 2:
+        return FluxPipeline(None, None, transformer=None, **parts).encode_prompt(prompts, None, **options)[:2]
+    pipeline = StableDiffusion3Pipeline(None, None, None, **parts)
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
+    return embeds, pooled
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number_of_clips", [1, 2], ids=["flux", "sd3"])
+def test_clip_and_t5_are_joined_as_diffusers_pipelines_do(number_of_clips):
+    conditioner = encoders(number_of_clips)
+    prompts = ["a red ring", "ring " * 30, ""]
+    embeds, pooled = encoded_by_diffusers(conditioner, prompts)
+    tensors = conditioner(prompts).tensors
+    assert torch.equal(tensors["prompt_embeds"], embeds)
+    assert torch.equal(tensors["pooled_prompt_embeds"], pooled)
+    assert tensors["prompt_embeds"].shape[1] == 40 + (LENGTH if number_of_clips == 2 else 0)
+    empty = conditioner.unconditional(2).tensors
+    torch.testing.assert_close(empty["prompt_embeds"], embeds[2:].repeat(2, 1, 1))
+    torch.testing.assert_close(empty["pooled_prompt_embeds"], pooled[2:].repeat(2, 1))
+
+
+def test_of_clip_and_t5_only_what_t5_loses_is_reported(caplog):
+    conditioner = encoders(1)
+    conditioner(["ring " * 7])
+    assert reports(caplog) == []
+    conditioner(["ring " * 10])
+    assert len(reports(caplog)) == 1
+    assert "is longer than 40 tokens" in reports(caplog)[0]

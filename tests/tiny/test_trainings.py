@@ -75,9 +75,8 @@ def test_the_scene_network_learns_what_scenes_say_and_nothing_of_what_they_lack(
 
 @pytest.fixture
 def teacher(random_family):
-    return TeacherTraining(
-        str(random_family / "vae"), UNET, TEXT_ENCODER, SCHEDULER, caption_dropout=0.5, optimizer=FAST, seed=1
-    )
+    settings = {"text_encoder": TEXT_ENCODER, "caption_dropout": 0.5, "optimizer": FAST, "seed": 1}
+    return TeacherTraining(Family(str(random_family)), UNET, SCHEDULER, **settings)
 
 
 def test_the_teacher_learns_v_of_noised_latents_with_half_of_the_captions(teacher, tmp_path):
@@ -86,7 +85,7 @@ def test_the_teacher_learns_v_of_noised_latents_with_half_of_the_captions(teache
     prompts: list[str] = []
     encode = teacher.conditioner.forward
     teacher.conditioner.forward = lambda texts, framing=None: prompts.extend(texts) or encode(texts, framing)
-    teacher.unet.register_forward_hook(lambda network, args, output: calls.append((*args[:2], output[0].detach())))
+    teacher.network.register_forward_hook(lambda network, args, output: calls.append((*args[:2], output[0].detach())))
     frozen = frozen_weights(teacher)
     trainer = fit(teacher, tmp_path, max_steps=1)
     (x, t, output), process = calls[0], VP(prediction_type="v_prediction")
@@ -113,7 +112,7 @@ def test_what_the_teacher_exports_is_a_family(teacher, random_family, tmp_path):
     family = Family(str(tmp_path))
     model, conditioner = family.load_model(guided=False), family.load_conditioner()
     assert model.process.prediction_type == "v_prediction"
-    assert same(model.network.state_dict(), teacher.unet.state_dict())
+    assert same(model.network.state_dict(), teacher.network.state_dict())
     caption = ["a small red circle on a blue background"]
     expected = teacher.conditioner(caption).tensors["prompt_embeds"]
     assert torch.equal(conditioner(caption).tensors["prompt_embeds"], expected)

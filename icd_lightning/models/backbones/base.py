@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
-from icd_lightning.models.text import Conditioner
+from icd_lightning.models.text import Conditioner, TextSide
 from icd_lightning.models.weights import check_fit, read_weights
 
 
@@ -23,7 +25,8 @@ class Backbone(ABC):
         part: the folder that holds the network in diffusers' layout, which is also the prefix of LoRA files.
         blocks: the classes of layers that are gathered one at a time where weights are spread over devices.
         lora_targets: endings of the names of the layers that students adapt, as peft takes them.
-        guidance_weight: the name of a weight that networks with a guidance embedding have, and no others.
+        guidance_weight: the name of the weight that takes the guidance embedding.
+        sample_size: side of the latents that networks were trained on whose config does not say it.
     """
 
     network_class: ClassVar[type[nn.Module]]
@@ -31,6 +34,7 @@ class Backbone(ABC):
     blocks: ClassVar[tuple[type[nn.Module], ...]]
     lora_targets: ClassVar[tuple[str, ...]]
     guidance_weight: ClassVar[str]
+    sample_size: ClassVar[int | None] = None
 
     @abstractmethod
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
@@ -59,6 +63,13 @@ class Backbone(ABC):
     def weight(self, network: nn.Module) -> Tensor:
         """A weight of the network's own, never an adapter's: its type and device are the network's."""
 
+    def is_guided(self, config: dict[str, Any]) -> bool:
+        """Whether a model's own network, of this config, obeys w as it comes, and so needs no stage 1."""
+        return False
+
+    def check_teacher(self, config: dict[str, Any]) -> None:  # noqa: B027  (most configs say nothing of it)
+        """ValueError for the config of a network that follows no probability flow, and so is no teacher."""
+
     def require_guidance(self, network: nn.Module) -> None:  # noqa: B027  (most libraries complain themselves)
         """Make it an error that the network is called without its guidance embedding, where a library runs on."""
 
@@ -69,6 +80,10 @@ class Backbone(ABC):
     def latent_channels(self, network: nn.Module) -> int:
         """C of the latents that the network takes; another number than its input's where it packs them."""
         return int(network.config["in_channels"])
+
+    def width_in(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
+        """Width of the guidance embedding of the network that these weights are of, 0 without one; see `config`."""
+        return weights[self.guidance_weight].shape[1] if self.guidance_weight in weights else 0
 
     def bare(self, network: nn.Module) -> nn.Module:
         """The network without adapters; it shares the weights."""
@@ -96,10 +111,19 @@ class Backbone(ABC):
         Raises ValueError, with the file's name, for another network's weights, or those of one without embedding.
         """
         weights = read_weights(file, dtype)
-        if self.guidance_weight not in weights:
+        width = self.width_in(weights, config)
+        if width <= 0:
             raise ValueError(
-                f"{file} holds {len(weights)} weights and no {self.guidance_weight}, so it is not the state dict of a "
-                f"guidance-distilled {self.part}"
+                f"{file} holds {len(weights)} weights and no guidance embedding in {self.guidance_weight}, so it is "
+                f"not the state dict of a guidance-distilled {self.part}"
             )
-        width = weights[self.guidance_weight].shape[1]
         return self.from_weights(self.config_with_guidance(config, width), weights, file)
+
+
+def text_side(
+    source: Source, number: str, cls: type[nn.Module], dtype: torch.dtype, max_length: int | None = None
+) -> TextSide:
+    """The frozen text encoder of this class in `text_encoder{number}`; with a max_length it is T5, see `TextSide`."""
+    encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
+    tokenizer = source.tokenizer(f"tokenizer{number}", T5Tokenizer if max_length else CLIPTokenizer)
+    return TextSide(tokenizer, encoder, max_length)

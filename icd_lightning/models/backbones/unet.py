@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from icd_lightning.diffusion import guidance_embedding
-from icd_lightning.models.backbones.base import Backbone
+from icd_lightning.models.backbones.base import Backbone, text_side
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import CLIPConditioner, Conditioner, DualCLIPConditioner
@@ -83,15 +83,10 @@ class UNet(Backbone):
 
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
         """CLIP, once or twice, as the model has it."""
-
-        def side(number: str, cls: type[nn.Module]) -> CLIPConditioner:
-            encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
-            return CLIPConditioner(source.tokenizer(f"tokenizer{number}"), encoder)
-
-        first = side("", CLIPTextModel)
+        first = text_side(source, "", CLIPTextModel, dtype)
         if not source.has("text_encoder_2"):
-            return first
-        return DualCLIPConditioner(first, side("_2", CLIPTextModelWithProjection))
+            return CLIPConditioner(first.tokenizer, first.text_encoder)
+        return DualCLIPConditioner(first, text_side(source, "_2", CLIPTextModelWithProjection, dtype))
 
     def merge_lora(self, network: UNet2DConditionModel, file: Path, scale: float) -> None:
         """By diffusers, whose own or kohya's scripts wrote it; what it holds for text encoders is left out."""

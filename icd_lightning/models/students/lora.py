@@ -131,7 +131,11 @@ class LoraStudents(Students):
         """Take a student from its file. Every key and shape must fit, and so must alpha, rank and direction."""
         ours = self.process.settings
         if (theirs := file.about.get("process", ours)) != ours:
-            raise ValueError(f"{file.path} was trained for the process {theirs}, and this network's is {ours}")
+            told = "; of a flow the resolution fixes the shift: name it by --trained_at, of icd fit family.trained_at"
+            raise ValueError(
+                f"{file.path} was trained for the process {theirs}, and this network's is {ours}"
+                f"{told if 'shift' in ours else ''}"
+            )
         if file.direction not in (None, direction):
             raise ValueError(f"{file.path} holds the {file.direction} model, and is given as the {direction} model")
         if (file.rank, file.alpha) != (self.lora.rank, self.lora.alpha):
