@@ -13,8 +13,8 @@ RESULTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
-  train-sd15 train-sdxl eval-inversion eval-generation eval-guidance eval-editing ablations \
-  notebooks notebook-results tensorboard tiny-weights tiny-report docs clean
+  train-sd15 train-sdxl train-flux train-tiny-flow eval-inversion eval-generation eval-guidance eval-editing ablations \
+  notebooks notebook-results tensorboard tiny-weights tiny-flow-weights tiny-report docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -78,6 +78,10 @@ data/shapes/val/manifest.json: | $(STAMP)
 train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train both tiny students longer; results in outputs/train-tiny
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)
 
+train-tiny-flow: data/shapes/train/manifest.json data/shapes/val/manifest.json ## the same for tiny_flow, a flow-matching transformer; results in outputs/train-tiny-flow
+	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/model/tiny_flow.yaml \
+	  --config conf/experiment/tiny_flow.yaml $(ARGS)
+
 NEEDS_DATA = @test -n "$(DATA)" || { printf '%s\n' \
   'make $@ needs weights and data that do not come with this repository:' \
   '  MODEL=$(or $(MODEL),?)    the model: a folder in diffusers layout, one file, or a hub id (default: that of conf/model)' \
@@ -101,6 +105,10 @@ train-sd15 train-sdxl: train-%: $(if $(DATA),$(STAMP))
 	$(NEEDS_DATA)
 	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/experiment/$*_paper.yaml \
 	  --model.init_args.family.guided_unet='$(or $(GUIDED),outputs/guidance-$*)' $(FAMILY)
+
+train-flux: $(if $(DATA),$(STAMP)) ## the same for FLUX.1-dev, which needs no stage 1: DATA=... [MODEL=folder or hub id]
+	$(NEEDS_DATA)
+	$(ICD) fit --config conf/base.yaml --config conf/model/flux_dev.yaml --config conf/experiment/flux_dev.yaml $(FAMILY)
 
 eval-inversion: $(STAMP) ## to noise and back on held-out scenes: the tiny students and DDIM-50
 	$(ICD) eval $(ARGS)
@@ -141,14 +149,15 @@ tensorboard: $(STAMP) ## look at all runs
 TINY := $(ICD) fit --config conf/tiny/base.yaml
 PICTURES ?= 65536
 SCENES   ?= 512
-TINY_SHARDS := outputs/tiny-weights/shards
+WEIGHTS = outputs/$@
+CACHE_LATENTS = $(ICD) data shapes --out $(WEIGHTS)/shards/pictures --count $(PICTURES) --shard_size 4096 --seed 3 && \
+	$(ICD) data shapes --out $(WEIGHTS)/shards/pictures-val --count $(SCENES) --seed 5 && \
+	for set in pictures pictures-val; do $(ICD) data cache-latents $(WEIGHTS)/shards/$$set \
+	  --out $(WEIGHTS)/shards/latents$${set#pictures} --batch_size 64 --vae
 tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train the shipped tiny family from nothing (hours; goes on where it stopped)
 	$(TINY) --config conf/tiny/autoencoder.yaml $(ARGS)
 	$(TINY) --config conf/tiny/scene_network.yaml $(ARGS)
-	$(ICD) data shapes --out $(TINY_SHARDS)/pictures --count $(PICTURES) --shard_size 4096 --seed 3
-	$(ICD) data shapes --out $(TINY_SHARDS)/pictures-val --count $(SCENES) --seed 5
-	for set in pictures pictures-val; do $(ICD) data cache-latents $(TINY_SHARDS)/$$set \
-	  --out $(TINY_SHARDS)/latents$${set#pictures} --vae outputs/tiny-weights/model/vae --batch_size 64 || exit; done
+	$(CACHE_LATENTS) $(WEIGHTS)/model/vae || exit; done
 	$(TINY) --config conf/tiny/teacher.yaml $(ARGS)
 	$(TINY) --config conf/tiny/guidance_aware.yaml $(ARGS)
 	$(TINY) --config conf/tiny/guidance.yaml $(ARGS)
@@ -156,6 +165,14 @@ tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## t
 	  --config conf/tiny/students.yaml $(ARGS)
 	$(ICD) tiny package
 	$(ICD) tiny report --card --count $(SCENES)
+
+tiny-flow-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train tiny_flow, on tiny's autoencoder and text encoder (hours; goes on where it stopped)
+	$(CACHE_LATENTS) icd_lightning/weights/tiny/vae || exit; done
+	$(TINY) --config conf/tiny_flow/teacher.yaml $(ARGS)
+	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/model/tiny_flow.yaml \
+	  --config conf/experiment/tiny_flow.yaml --config conf/tiny_flow/students.yaml $(ARGS)
+	$(ICD) tiny package --family tiny_flow
+	$(ICD) tiny report --model tiny_flow --card --count $(SCENES)
 
 tiny-report: $(STAMP) ## measure the shipped family against its bars, on other held-out scenes with ARGS='--seed 7'
 	$(ICD) tiny report $(ARGS)

@@ -45,12 +45,19 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
     "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
     "tiny_flow weights, teacher": (("tiny/base", "tiny_flow/teacher"), TeacherTraining),
+    "tiny_flow": ((*TINY, "model/tiny_flow", "experiment/tiny_flow"), InvertibleConsistencyDistillation),
+    "tiny_flow weights, students": (
+        (*TINY, "model/tiny_flow", "experiment/tiny_flow", "tiny_flow/students"),
+        InvertibleConsistencyDistillation,
+    ),
+    "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
+    "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
     "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }
 
-GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128}
+GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128, "flux": 128}
 
 TWO, THREE, FOUR = (
     {"boundaries.boundary_timesteps": ends} for ends in ((499, 999), (339, 679, 999), (259, 519, 699, 999))

@@ -6,13 +6,14 @@ usage: icd fit --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 Train. Configurations are laid one over the other, each holding only what it changes; keys come last.
 
   conf/base.yaml            both students at once, by the paper's recipe: what comes first in every training of stage 2
-  conf/model/               the networks, and what suits them: tiny (shipped), sd15, sdxl
-  conf/experiment/          length, batch and folder: demo, tiny, sd15_paper, sdxl_paper, sd15_guidance, sdxl_guidance
+  conf/model/               the networks, and what suits them: tiny (shipped), tiny_flow, sd15, sdxl, flux_dev
+  conf/experiment/          length, batch and folder: demo, tiny, tiny_flow, sd15_paper, sdxl_paper, flux_dev; and
+                            sd15_guidance, sdxl_guidance of stage 1
   conf/trainer/             how devices share the work: single, ddp, fsdp; and compile. docs/gpus.md tells more
   conf/logger/              wandb: Weights & Biases beside TensorBoard. docs/loggers.md tells more
   conf/ablation/            rows of the paper's Table 2: A ... K
   conf/task/                guidance_distillation: stage 1 in the place of stage 2
-  conf/tiny/                the stages of `make tiny-weights`, each after conf/tiny/base.yaml
+  conf/tiny/, tiny_flow/    the stages of `make tiny-weights` and `make tiny-flow-weights`, after conf/tiny/base.yaml
 
 Train
   icd data shapes --out data/shapes/train --count 20000; icd data shapes --out data/shapes/val --count 512 --seed 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Literal
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def demo(
     Args:
         out: folder of all results.
         conf: folder of the configuration files.
-        model: the shipped family, or the folder of another one of the picture world.
+        model: tiny or tiny_flow, the shipped families, or the folder of another one of the picture world.
         train_count: pictures to train on.
         eval_count: held-out pictures to measure on.
         steps: training steps; by default what conf/experiment/demo.yaml says.
@@ -33,11 +34,13 @@ def demo(
     from icd_lightning.commands import fit
     from icd_lightning.commands.data import shapes
     from icd_lightning.models.family import Family
+    from icd_lightning.models.released import SHIPPED
     from icd_lightning.tiny.demo import DemoStudy
 
     start, root = time.monotonic(), Path(out)
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
-    files = fit.conf_files(conf, ("base", "model/tiny", "experiment/demo"))
+    of_model = [f"model/{model}"] if model in SHIPPED[1:] else []
+    files = fit.conf_files(conf, ("base", "model/tiny", *of_model, "experiment/demo"))
     log.info("1/4 shards")
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
     shapes(str(root / "shards" / "val"), count=128, seed=1)
@@ -68,7 +71,7 @@ def report(
     """Measure a tiny family against its bars on held-out scenes; writes bars.json.
 
     Args:
-        model: "tiny" (shipped) or a folder, e.g. outputs/tiny-weights/model.
+        model: "tiny" or "tiny_flow" (shipped), or a folder, e.g. outputs/tiny-weights/model.
         count: scenes to measure on.
         seed: which world they come from; trainings used the seeds 0 to 6.
         out: folder for bars.json.
@@ -100,16 +103,23 @@ def report(
 
 
 def package(
-    *, source: str = "outputs/tiny-weights", out: str = "icd_lightning/weights/tiny", max_megabytes: float = 30.0
+    *,
+    family: Literal["tiny", "tiny_flow"] = "tiny",
+    source: str | None = None,
+    out: str | None = None,
+    max_megabytes: float = 30.0,
 ) -> None:
     """Turn the parts that `make tiny-weights` trained into the family that ships: half precision, with their records.
 
     Args:
-        source: folder of the trainings.
-        out: folder of the family.
+        family: which one; tiny_flow is of `make tiny-flow-weights`.
+        source: folder of the trainings; by default where make leaves them.
+        out: folder of the family; by default inside the package.
         max_megabytes: refuse to write more than this.
     """
+    from icd_lightning.models.sources import shipped
     from icd_lightning.tiny.packaging import package_family
 
-    size = package_family(Path(source), Path(out), max_megabytes)
-    log.info("%s: %.1f MB", out, size)
+    trainings = Path(source or f"outputs/{family.replace('_', '-')}-weights")
+    folder = shipped(family) if out is None else Path(out)
+    log.info("%s: %.1f MB", folder, package_family(trainings, folder, max_megabytes, family))

@@ -38,7 +38,7 @@ The {direction} model of {paper}: it takes {journey} in {count} evaluations, by 
 |---|---|
 | boundaries | {ends} |
 | jumps | {jumps} |
-{lora}| base | the guidance-distilled UNet (stage 1) of `{family}`; {guidance} |
+{lora}| base | the guidance-distilled {network} of `{family}`; {guidance} |
 
 {use}"""
 
@@ -49,12 +49,15 @@ USE_LORA = """\
 ignores. The training wrote the same weights for other programs, and for those, as `kohya/{direction}.safetensors`.
 
 ```python
-pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UNet with time_cond_proj_dim
-pipe.load_lora_weights("/path/to/{direction}")
+{base}pipe.load_lora_weights("/path/to/{direction}")
 ```
 
 The jumps are no stock scheduler's: `icd generate` and `icd edit` of icd_lightning make them, given both students
 by `--forward` and `--reverse`.
+"""
+
+BASE_UNET = """\
+pipe.unet = UNet2DConditionModel.from_pretrained("/path/to/unet_guided")  # a UNet with time_cond_proj_dim
 """
 
 USE_OTHER = """\
@@ -100,7 +103,7 @@ GUIDANCES = {"forward": "unguided, w = 1", "reverse": "any guidance scale w, als
 
 def write_student_card(folder: Path, direction: Direction, boundaries: Boundaries, settings: Mapping[str, Any]) -> None:
     """Write a student's README.md; `settings` is what its training was told, `family` and `students` among it."""
-    adapted = settings.get("students") == "lora"
+    adapted, unet = settings.get("students") == "lora", "prediction_type" in settings["process"]
     text = STUDENT.format(
         direction=direction,
         paper=PAPER,
@@ -109,7 +112,8 @@ def write_student_card(folder: Path, direction: Direction, boundaries: Boundarie
         ends=", ".join(map(str, boundaries.boundary_timesteps)),
         jumps=", ".join(f"{t} to {s}" for t, s in boundaries.jumps[direction]),
         lora=LORA.format(**settings, scale=settings["alpha"] / settings["rank"]) if adapted else "",
-        use=USE_LORA.format(direction=direction) if adapted else USE_OTHER,
+        network="UNet (stage 1)" if unet else "transformer",
+        use=USE_LORA.format(direction=direction, base=BASE_UNET if unet else "") if adapted else USE_OTHER,
         family=settings["family"],
         guidance=GUIDANCES[direction],
     )

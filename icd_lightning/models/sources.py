@@ -64,6 +64,8 @@ def open_source(model: str, *, variant: str | None = None, config: str | None = 
     path = shipped(model) if model in SHIPPED else Path(model)
     if any((path / name).is_dir() for name in (*NETWORKS, "vae")):
         return Layout(str(path), variant)
+    if model in SHIPPED:
+        raise FileNotFoundError(f"{model} is not in this package: train it by `make {model.replace('_', '-')}-weights`")
     if path.is_file():
         return SingleFile(path, None if config is None else Layout(config))
     try:

@@ -15,6 +15,7 @@ from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.runs import batches
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
+from icd_lightning.models.sources import shipped
 from icd_lightning.progress import progress
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.benchmarks import scene_examples
@@ -49,15 +50,13 @@ class Bar:
 
 @torch.no_grad()
 def measure_family(family: Family, *, count: int, seed: int) -> list[Bar]:
-    """All bars of a tiny family on the first `count` scenes of the world `seed`."""
+    """All bars of a tiny family on the first `count` scenes of the world `seed`; no stage 1, none of its bars."""
     scenes = scene_examples(count, seed)
-    network = SceneNetwork.from_pretrained(family.root / "scene_network")
+    own = family.root / "scene_network"
+    network = SceneNetwork.from_pretrained(own if own.is_dir() else shipped() / "scene_network")
     teacher = DDIMInversion(family)
-    return [
-        *autoencoder_bars(teacher, scenes),
-        *_teacher_bars(teacher, network, scenes),
-        *stage_one_bars(family, teacher, scenes),
-    ]
+    bars = [*autoencoder_bars(teacher, scenes), *_teacher_bars(teacher, network, scenes)]
+    return bars if teacher.model.takes_guidance else [*bars, *stage_one_bars(family, teacher, scenes)]
 
 
 def _each(scenes: Sequence[Example], label: str) -> Iterator[tuple[int, Tensor, list[str]]]:

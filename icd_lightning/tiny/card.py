@@ -9,9 +9,9 @@ import yaml
 
 from icd_lightning.files import write_text
 from icd_lightning.tiny.bars import Bar
-from icd_lightning.tiny.packaging import STAGES
+from icd_lightning.tiny.packaging import RECIPES, Recipe
 
-HEAD = """# The tiny family
+TINY = """# The tiny family
 
 A text-to-image latent diffusion model of the procedural picture world in `icd_lightning/tiny/scenes.py`: 64 x 64
 pixels, one or two objects on a background, captions such as "a small red striped circle left of a large blue ring on a
@@ -31,6 +31,22 @@ Everything is float16 on disk. `make tiny-weights` trains it from nothing, by th
 `training/`. The pictures are drawn by this repository's code and the weights are under its licence.
 """
 
+TINY_FLOW = """# tiny_flow
+
+A flow-matching transformer of the tiny family's picture world (`icd_lightning/weights/tiny`), whose autoencoder,
+tokenizer, text encoder and scene network it shares. It is to FLUX.1-dev what tiny is to SD1.5: the same class at a
+small width, with w as an input, so that no stage 1 stands before the students.
+
+| part | class | what it is |
+|---|---|---|
+| `transformer` | `FluxTransformer2DModel` | the teacher, which takes w; a token for each place of the latents |
+| `students/forward`, `students/reverse` | LoRA | the two students of iCD |
+
+Everything is float16 on disk. `make tiny-flow-weights` trains it, by the configurations kept with the curves in
+`training/`. The weights are under this repository's licence.
+"""
+HEADS = {"tiny": TINY, "tiny_flow": TINY_FLOW}
+
 
 def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> Path:
     """Write `README.md` beside the weights, ending with their `notes.md` if there is one; return its path."""
@@ -42,7 +58,8 @@ def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> P
     file = folder / "README.md"
     notes = folder / "notes.md"
     by_hand = [notes.read_text()] if notes.is_file() else []
-    write_text(file, "\n".join([HEAD, _trainings(folder / "training"), measured, *by_hand]))
+    name = "tiny" if folder.name not in RECIPES else folder.name
+    write_text(file, "\n".join([HEADS[name], _trainings(folder / "training", RECIPES[name]), measured, *by_hand]))
     return file
 
 
@@ -52,10 +69,10 @@ def _limit(bar: Bar) -> str:
     return f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}{'' if bar.passed else ', MISSED'}"
 
 
-def _trainings(folder: Path) -> str:
+def _trainings(folder: Path, recipe: Recipe) -> str:
     """One line a stage, out of the configuration that it ran with."""
     rows = []
-    for stage in STAGES:
+    for stage in recipe.stages:
         config = yaml.safe_load((folder / stage / "config.yaml").read_text())
         model, data = config["model"]["init_args"], config["data"]["init_args"]
         values = (config["trainer"]["max_steps"], data["batch_size"], model["optimizer"]["lr"], model["seed"])

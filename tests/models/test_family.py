@@ -184,6 +184,13 @@ def test_an_autoencoder_given_apart_is_looked_at(layouts, random_family, tmp_pat
     assert family.load_conditioner().size == (32, 32)
 
 
+def test_a_shipped_family_that_is_not_there_says_how_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("icd_lightning.models.sources.shipped", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"tiny_flow is not in this package: .*`make tiny-flow-weights`"):
+        Family("tiny_flow").check()
+    assert "\ntiny-flow-weights:" in (Path(__file__).parents[2] / "Makefile").read_text()
+
+
 def test_the_network_goes_by_its_backbones_name(sd15, tmp_path):
     """A model of another architecture has no unet/, and here no autoencoder of its own either."""
     (tmp_path / "model" / "transformer").mkdir(parents=True)

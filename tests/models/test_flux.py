@@ -1,13 +1,16 @@
 """FLUX beside diffusers' own pipeline: the same velocity, also by a student's file; which networks are teachers."""
 
 import json
+from math import exp
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from family_case import write_students
 from flux_case import TRANSFORMER, flux_pipeline, write_flux
 from training_case import distillation, same, scenes_data, trainer_for, write_scenes
+from transformers import T5Config, T5EncoderModel
 
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.diffusion import DDIMJump
@@ -15,12 +18,13 @@ from icd_lightning.models.backbones import Flux
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
-from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
+from icd_lightning.models.students import DIRECTIONS
 from icd_lightning.models.text import PooledConditioner
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
 PROMPTS = ["a red star", "a large green ring left of a small blue circle"]
+DIFFUSERS = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 START, END = (torch.full((2,), t) for t in (999, 0))
 
 
@@ -64,13 +68,7 @@ def test_the_network_is_told_the_noise_level_as_diffusers_counts_it(flux):
 
 
 def test_it_trains_resumes_and_exports_for_diffusers_without_stage_one(flux, scenes, tmp_path):
-    """Students far from the teacher, so that what is loaded shows."""
-    write = LoraStudents(flux.load_model(guided=True), lora=LoraSettings(rank=4))
-    for direction in DIRECTIONS:
-        torch.manual_seed(len(direction))
-        for weight in write.parameters_of(direction):
-            torch.nn.init.normal_(weight, std=0.3)
-        write.export(direction, Path(flux.model, "students"), {"boundaries": [0, 259, 519, 779, 999]})
+    write_students(Path(flux.model, "students"), flux)  # far from the teacher, so that what is loaded shows
     for steps, last in ((1, None), (2, tmp_path / "last.ckpt")):
         trainer = trainer_for(tmp_path, max_steps=steps, callbacks=[ExportWeights()])
         task = distillation(Path(flux.model))
@@ -150,3 +148,17 @@ def test_without_t5_the_sequence_is_clips_own(flux):
     assert (clip["prompt_embeds"].shape, t5["prompt_embeds"].shape) == ((2, 24, 16), (2, 512, 24))
     assert both.fingerprint != alone.fingerprint
     assert same(alone.unconditional(2).tensors, alone(["", ""]).tensors)
+
+
+def test_flux_devs_true_shapes_are_those_of_its_release():
+    """Counted on the hub's files: the transformer, the autoencoder, T5's encoder."""
+    family = Family("random:flux_dev")
+    with torch.device("meta"):
+        parts = {part: cls.from_config(family.source.config(part)) for part, cls in DIFFUSERS.items()}
+        t5 = T5EncoderModel(T5Config(**family.source.config("text_encoder_2")))
+    counts = [sum(weight.numel() for weight in part.parameters()) for part in (*parts.values(), t5)]
+    assert counts == [11_901_408_320, 83_819_683, 4_762_310_656]
+    assert family.resolution == 1024
+    assert family.load_process().settings["shift"] == pytest.approx(exp(1.15))
+    assert Family("random:flux_dev", trained_at=512).load_process().settings["shift"] == pytest.approx(exp(0.63))
+    family.check()

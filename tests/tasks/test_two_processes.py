@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from ddp_case import train, worker
+from family_case import write_students
+from flux_case import write_flux
 from ranks_case import run_ranks
 from training_case import distillation, same
 
+from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import ADAPTERS, DIRECTIONS
 
@@ -127,3 +130,15 @@ def test_what_one_process_saved_goes_on_in_two(random_family, alone, pair, longe
     )
     for direction, weights in exported.items():
         assert all((w - expected[direction][name]).abs().max() < 2e-3 for name, w in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_what_one_process_saved_of_flux_goes_on_in_two(strategy, tmp_path):
+    family = write_flux(tmp_path / "family")
+    write_students(family / "students", Family(str(family)))
+    start = {n: p.detach().clone() for n, p in distillation(family).named_parameters() if p.requires_grad}
+    train(family, tmp_path / "two", max_steps=2)
+    assert run_ranks(worker, family, tmp_path / "two", strategy, 3) == [0, 0]
+    train(family, tmp_path / "longer", max_steps=3)
+    assert_same_step(tmp_path / "two", tmp_path / "longer", start)

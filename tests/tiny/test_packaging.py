@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 
 from icd_lightning.models.students import DIRECTIONS
-from icd_lightning.tiny.packaging import PARTS, STAGES, package_family
+from icd_lightning.tiny.packaging import RECIPES, package_family
 
 
-def write_trainings(folder: Path, content: str) -> Path:
+def write_trainings(folder: Path, content: str, family: str = "tiny") -> Path:
     """What `make tiny-weights` leaves, every part one file with this content."""
-    for part in (*(f"model/{part}" for part in PARTS), *(f"students/{direction}" for direction in DIRECTIONS)):
+    recipe = RECIPES[family]
+    for part in (*(f"model/{part}" for part in recipe.parts), *(f"students/{direction}" for direction in DIRECTIONS)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "weights.txt").write_text(content)
         (folder / part / "icd.json").write_text(json.dumps({"family": "outputs/model"}))
-    for stage in STAGES:
+    for stage in recipe.stages:
         (folder / stage).mkdir(exist_ok=True)
         (folder / stage / "config.yaml").write_text(content)
+    (folder / "model" / "model_index.json").write_text(content)
     return folder
 
 
@@ -36,6 +38,17 @@ def test_a_new_family_takes_the_place_of_the_old_but_for_what_people_wrote(tmp_p
     assert files(tmp_path / "family") == {**files(tmp_path / "alone"), "notes.md": "by hand"}
     assert not (tmp_path / "family" / "gone").exists()
     assert json.loads((tmp_path / "family/students/forward/icd.json").read_text()) == {"family": "tiny"}
+
+
+def test_a_family_that_lacks_parts_keeps_what_says_whose_they_are(tmp_path):
+    trained = write_trainings(tmp_path / "tiny-flow-weights", "{}", "tiny_flow")
+    package_family(trained, tmp_path / "family", 1.0, "tiny_flow")
+    assert (tmp_path / "family" / "model_index.json").read_text() == "{}"
+    assert json.loads((tmp_path / "family/students/forward/icd.json").read_text()) == {"family": "tiny_flow"}
+    assert not (tmp_path / "family" / "vae").exists()
+    (trained / "model" / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model/model_index.json: let `make tiny-flow-weights` run"):
+        package_family(trained, tmp_path / "family", 1.0, "tiny_flow")
 
 
 @pytest.mark.parametrize("renames", [0, 1, 7])

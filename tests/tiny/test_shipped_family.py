@@ -15,7 +15,7 @@ from icd_lightning.models.family import Family
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.bars import autoencoder_bars, stage_one_bars
 from icd_lightning.tiny.benchmarks import scene_examples
-from icd_lightning.tiny.packaging import STAGES
+from icd_lightning.tiny.packaging import RECIPES
 from icd_lightning.tiny.scene_network import SceneNetwork
 from icd_lightning.tiny.scenes import HELD_OUT_SEED, LABELS
 
@@ -37,7 +37,7 @@ def test_the_whole_family_is_small_and_in_half_precision(family):
     files = [file for file in family.root.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 30e6
     assert {"README.md", "icd.json"} <= {file.name for file in files}
-    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in STAGES)
+    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in RECIPES["tiny"].stages)
 
 
 def test_its_students_and_cards_name_the_family_as_users_do(family):

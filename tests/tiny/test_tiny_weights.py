@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save
 
-from icd_lightning.tiny.packaging import PARTS, STAGES
+from icd_lightning.tiny.packaging import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("icd_lightning/weights/tiny")
@@ -70,8 +70,8 @@ def test_the_family_is_made_from_nothing_and_once(checkout):
     made = written(checkout / PACKAGE)
     assert made.keys() == shipped.keys()
     assert all(made[name] != shipped[name] for name in made), "a part that shipped is not from this training"
-    assert {file.name for file in (checkout / PACKAGE).iterdir()} >= {*PARTS, "students", "notes.md"}
-    for stage in STAGES:
+    assert {file.name for file in (checkout / PACKAGE).iterdir()} >= {*RECIPES["tiny"].parts, "students", "notes.md"}
+    for stage in RECIPES["tiny"].stages:
         curves = json.loads((checkout / PACKAGE / "training" / stage / "curves.json").read_text())
         assert curves, stage
 
@@ -86,7 +86,7 @@ def test_the_family_is_made_from_nothing_and_once(checkout):
     assert "8 held-out scenes" in card
 
     trained = checkpoints(checkout)
-    assert trained.keys() == set(STAGES)
+    assert trained.keys() == set(RECIPES["tiny"].stages)
     make(checkout)
     assert written(checkout / PACKAGE) == made
     assert checkpoints(checkout) == trained, "a finished stage was trained again"

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from training_case import frozen_weights, same, trainer_for
 
 from icd_lightning.diffusion import VP, Draws, squared_error
+from icd_lightning.models.backbones import Flux
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tiny.attributes import label_tensor
@@ -116,3 +117,53 @@ def test_what_the_teacher_exports_is_a_family(teacher, random_family, tmp_path):
     caption = ["a small red circle on a blue background"]
     expected = teacher.conditioner(caption).tensors["prompt_embeds"]
     assert torch.equal(conditioner(caption).tensors["prompt_embeds"], expected)
+
+
+FLUX = {
+    **{"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2},
+    **{"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True},
+}
+
+
+@pytest.fixture
+def flow_teacher(random_family):
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    family = Family(str(random_family), backbone=Flux())
+    return TeacherTraining(family, FLUX, scheduler, guidance_scales=(1.0, 3.0), balance=0.5, optimizer=FAST)
+
+
+def test_a_teacher_that_takes_w_learns_the_velocity_and_what_guidance_adds_to_it(flow_teacher, tmp_path):
+    """The loss of the first step by hand, from what the network was told in its two calls: w 1 held, then all w."""
+    calls: list[tuple] = []
+    flow_teacher.network.register_forward_hook(
+        lambda network, args, kwargs, output: calls.append((args[0], args[3], kwargs["guidance"], output[0].detach())),
+        with_kwargs=True,
+    )
+    frozen = frozen_weights(flow_teacher)
+    trainer = fit(flow_teacher, tmp_path, max_steps=1)
+    (_, _, held, output), (x, t, w, predicted) = calls[:2]
+    assert set(held.tolist()) == {1.0}
+    assert set(w.tolist()) == {1.0, 3.0}
+    x, predicted, output = (tokens.mT.unflatten(2, (8, 8)) for tokens in (x, predicted, output))
+    latents, sigma = flow_teacher.autoencoder.encode(batch().images), t.view(-1, 1, 1, 1)
+    target = (x - latents) / sigma  # noise - data
+    conditional, unconditional = output.chunk(2)
+    target[w == 3] += 2 * (conditional - unconditional)
+    loss = (squared_error(predicted, target) / (1 + 0.5 * (w - 1) ** 2)).mean()
+    torch.testing.assert_close(trainer.callback_metrics["train/loss"], loss, rtol=1e-3, atol=1e-3)
+    assert same(frozen_weights(flow_teacher), frozen), "autoencoder and text side stay as they are"
+
+
+def test_what_such_a_teacher_exports_is_a_family_of_the_others_parts_and_needs_no_stage_one(
+    flow_teacher, random_family, tmp_path
+):
+    fit(flow_teacher, tmp_path, max_steps=1)
+    family, base = Family(str(tmp_path)), Family(str(random_family))
+    assert not (tmp_path / "vae").exists()
+    model = family.load_model(guided=True)
+    assert model.takes_guidance
+    assert same(model.network.state_dict(), flow_teacher.network.state_dict())
+    assert family.resolution == base.resolution == 64
+    assert family.load_autoencoder().fingerprint == base.load_autoencoder().fingerprint
+    prompts = ["a small red circle on a blue background"]
+    assert same(family.load_conditioner()(prompts).tensors, flow_teacher.conditioner(prompts).tensors)
