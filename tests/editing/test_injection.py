@@ -212,7 +212,7 @@ def test_students_of_a_transformer_borrow_by_injection(flow_layouts, merge):
 
 
 def test_baselines_share_values_by_default(flow_layouts):
-    method, images = edit_by(flow_layouts, lambda family: RFSolverEdit(Parts.load(family), num_inference_steps=8))
+    method, images = edit_by(flow_layouts, lambda family: RFSolverEdit(Parts.load(family), num_inference_steps=4))
     shared = method.edit(images, SOURCES, TARGETS)
     assert not torch.allclose(shared, method.edit(images, SOURCES, TARGETS, control=None), atol=1e-4)
     assert torch.equal(shared, method.edit(images, SOURCES, TARGETS, control=method.control))

@@ -16,7 +16,7 @@ CONTROL = replace(VALUES, inject=0.23, blocks_from=0.334)
 
 
 class FireFlow(RFSolverEdit):
-    """num_inference_steps + 1 evaluations to noise, as many back, two each where values are shared.
+    """num_inference_steps + 1 evaluations to noise, twice as many back: the source's, from which values are shared.
 
     Set as in the authors' scripts.
     """

@@ -24,7 +24,7 @@ VALUES = Injection(inject=0.14, blocks_from=0.685, keys=False, text=True, blend=
 
 
 class RFSolverEdit(FlowBaseline):
-    """Two evaluations for each step up, and two back, four where values are shared (w by a second evaluation: six).
+    """Two evaluations for each step up, and four back: two for the source, from which values are shared.
 
     Set as in the authors' scripts.
     """
