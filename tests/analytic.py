@@ -28,8 +28,8 @@ class Gaussian:
 
     def __call__(self, x: Tensor, t: Tensor) -> Split:
         alpha, sigma = (part(t, set_alpha_to_one=False) for part in (self.process.alpha, self.process.sigma))
-        eps = sigma * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
-        return self.process.split_by_eps(x, eps, t)
+        away = (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+        return Split(self.mean + alpha * self.std**2 * away, sigma * away)
 
     def transport(self, x: Tensor, t: int, s: int) -> Tensor:
         """Where the probability flow ODE takes x (B, C, H, W) from t to s, both read from the table."""

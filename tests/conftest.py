@@ -18,6 +18,8 @@ from jsonargparse._common import parsing_settings as jsonargparse_settings
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor
 
+from flux_case import write_flux
+from sd3_case import write_sd3
 from families_case import NAMES, write_layout
 from family_case import write_family
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
@@ -103,6 +105,13 @@ def scenes(tmp_path_factory) -> Path:
 def layouts(tmp_path_factory) -> dict[str, Path]:
     """SD1.5 and SDXL at minimal widths, random, in diffusers' layout and with stage 1's UNet, to read from."""
     return {name: write_layout(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def flow_layouts(tmp_path_factory) -> dict[str, Path]:
+    """FLUX.1 and SD3 at minimal widths, random, in diffusers' layout, to read from."""
+    flux = write_flux(tmp_path_factory.mktemp("flux"), num_layers=2, num_single_layers=2)
+    return {"flux": flux, "sd3": write_sd3(tmp_path_factory.mktemp("sd3"))}
 
 
 @pytest.fixture(scope="module")  # of a module alone: while it lives, no other test may run an event loop

@@ -12,6 +12,7 @@ from typing import Any
 from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.limits import (
     SHORT_NAMES,
+    Injection,
     PromptToPrompt,
     check_fraction,
     check_guidance_scale,
@@ -32,8 +33,9 @@ class EditSettings(Weights):
     Args:
         method: How: icd; icd_p2p or icd_swap, by Prompt-to-Prompt or by swapping the prompt, whatever the model's
             default is; one of the baselines ddim, ddim_dynamic, ddim_p2p, nti, nti_pie, npi, npi_pie, pnp_inversion,
-            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm and sdedit; one of them otherwise set, by a
-            YAML file as in conf/method; or the path of a class, my_package.MyBaseline.
+            edit_friendly, infedit, renoise_turbo, renoise_sdxl, renoise_lcm, sdedit; of flow models flowedit,
+            rf_solver_edit, fireflow, rf_inversion, uniedit_flow; one of them otherwise set, by a YAML file as in
+            conf/method; or the path of a class, my_package.MyBaseline.
         guidance_scale: How strongly to follow the target prompt, 1 or more; by default the model's own.
         tau: Guide at times t <= tau T only: less keeps more of the picture, 1 guides throughout; by default the
             model's own.
@@ -50,6 +52,10 @@ class EditSettings(Weights):
             both have as many words.
         blend_threshold: Attended to is what has more than this share of the strongest attention.
         blend_from: Share of the steps after which blending begins.
+        inject: Share of the steps with the source's keys and values, where the network is a transformer (FLUX.1, SD3):
+            more keeps more of the picture. This and the next two ask for attention control.
+        blocks_from: These are shared in blocks from this part of the transformer's depth, 0 to 1, on.
+        blocks_to: And up to this one.
         seed: Of the slight noise with which the way to noise begins.
     """
 
@@ -64,6 +70,9 @@ class EditSettings(Weights):
     alignment: str | None = None
     blend_threshold: float | None = None
     blend_from: float | None = None
+    inject: float | None = None
+    blocks_from: float | None = None
+    blocks_to: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +84,7 @@ class EditSettings(Weights):
                 check_fraction(value, name)
         check_seed(self.seed)
         given = self.control
-        PromptToPrompt(**given)
+        check_control(given)
         if given and self.swap_tau is not None:
             raise ValueError(f"swap_tau is of edits without {', '.join(given)}: leave out one or the other")
         named = self.method.lower().replace("-", "_")
@@ -87,11 +96,21 @@ class EditSettings(Weights):
 
     @property
     def control(self) -> dict[str, Any]:
-        """The settings given of a `PromptToPrompt`."""
-        names = ("cross_replace", "self_replace", "amplify", "blend", "alignment", "blend_threshold", "blend_from")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """The settings given of a `PromptToPrompt` or an `Injection`."""
+        names = {field.name: None for kind in (PromptToPrompt, Injection) for field in fields(kind)}
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         readers = {"amplify": read_factors, "blend": read_blend}
         return {name: readers[name](value) if name in readers else value for name, value in given.items()}
+
+
+def check_control(given: dict[str, Any]) -> None:
+    """ValueError for settings that no attention control has together, or for values that it cannot have."""
+    kinds = [kind for kind in (PromptToPrompt, Injection) if given.keys() <= {field.name for field in fields(kind)}]
+    if not kinds:
+        raise ValueError(
+            f"{', '.join(given)}: some are for a UNet's attention, some for a transformer's; give one kind"
+        )
+    kinds[0](**given)
 
 
 MOST_PIXELS = 1 << 16

@@ -22,11 +22,11 @@ from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
+from icd_lightning.editing.injection import usual_control
 from icd_lightning.editing.limits import check_text
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.evaluation.examples import read_blended
 from icd_lightning.evaluation.methods import guided_as_told
 from icd_lightning.files import write_whole
@@ -94,7 +94,7 @@ class Session:
         """Arguments of the method's `edit` beside its guidance."""
         if not isinstance(self.method, BORROWING):
             return {"swap_tau": guidance.tau if settings.swap_tau is None else settings.swap_tau}
-        usual = self.method.control or (PromptToPrompt() if settings.control else None)
+        usual = self.method.control or (usual_control(self.method.network) if settings.control else None)
         if usual is None:
             return {}
         if edit.blended_words is not None:

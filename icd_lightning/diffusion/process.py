@@ -270,6 +270,14 @@ class Flow(Process):
         alpha, sigma = self._level(t)
         return Split(x - sigma * output, x + alpha * output)
 
+    def velocity(self, split: Split) -> Tensor:
+        """The velocity (B, C, H, W) that made a split."""
+        return split.eps - split.x0
+
+    def euler_step(self, x: Tensor, velocity: Tensor, t: Time, s: Time) -> Tensor:
+        """Move x (B, C, H, W) from t to s, up or down, along a given velocity (B, C, H, W); 0 is the data."""
+        return x + (self.sigma(s) - self.sigma(t)) * velocity
+
     def network_time(self, t: Tensor) -> Tensor:
         """T sigma(t) (B,) float32, as diffusers' scheduler counts."""
         return self.num_train_timesteps * self.sigmas[t]

@@ -22,11 +22,11 @@ from icd_lightning.diffusion import (
     generate,
     invert,
 )
-from icd_lightning.editing.limits import for_each
+from icd_lightning.editing.injection import attention_control, usual_control
+from icd_lightning.editing.limits import Control, for_each
 from icd_lightning.editing.merging import MergedStudent
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, StudentPaths, seeded_noise
-from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance, PromptToPrompt, PromptToPromptControl
-from icd_lightning.editing.prompt_to_prompt.layers import check_lends_attention
+from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.diffusion_model import GuidedDenoiser
 from icd_lightning.models.family import Family
@@ -123,13 +123,13 @@ class InvertibleConsistency(EditingMethod):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        control: PromptToPrompt | Sequence[PromptToPrompt],
+        control: Control | Sequence[Control],
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Noise (B, C, h, w) to latents (2 B, C, h, w): the sources, unguided, and the targets that borrow of them."""
         edits = (control, source_prompts, target_prompts, noise)
         tokenizer, num_steps = self.conditioner.tokenizer, self.boundaries.num_segments
-        state = PromptToPromptControl(*edits, tokenizer=tokenizer, num_steps=num_steps)
+        state = attention_control(*edits, tokenizer=tokenizer, num_steps=num_steps)
 
         def end(step: Step) -> None:
             state.on_step(step)
@@ -152,13 +152,10 @@ class InvertibleConsistency(EditingMethod):
 class AttentionControlled(InvertibleConsistency):
     """iCD whose edits borrow attention from the picture that they edit."""
 
-    control = PromptToPrompt()
-
-    @classmethod
-    def from_pretrained(cls, family: Family, **options: Any) -> InvertibleConsistency:
-        """As of its base class; ValueError, before anything is loaded, for a network that has no attention to lend."""
-        check_lends_attention(family.architecture.lends_attention, type(family.architecture).__name__)
-        return super().from_pretrained(family, **options)
+    @property
+    def control(self) -> Control:
+        """What they borrow by default, as suits the network."""
+        return usual_control(self.network)
 
     def edit(
         self,
@@ -167,7 +164,7 @@ class AttentionControlled(InvertibleConsistency):
         target_prompts: Sequence[str],
         *,
         guidance: GuidanceSchedule,
-        control: PromptToPrompt | None = None,
+        control: Control | None = None,
         blended_words: Sequence[BlendedWords] | None = None,
         noise: Tensor | None = None,
         seed: Seed = 0,
@@ -176,7 +173,7 @@ class AttentionControlled(InvertibleConsistency):
     ) -> Tensor:
         """As `InvertibleConsistency.edit`, with `control` or its own, and the words that each edit blends by.
 
-        options: fields of `PromptToPrompt`, in the place of the control's.
+        options: fields of the control, in the place of its own.
         """
         each = for_each(control or self.control, len(source_prompts), options, blended_words)
         if noise is None:

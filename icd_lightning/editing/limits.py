@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+Settings = TypeVar("Settings", bound="Control")
 SHORT_NAMES = {"cross": "cross_replace", "self": "self_replace"}
 """What commands also call these settings of `PromptToPrompt`."""
 
@@ -48,8 +49,31 @@ Amplified = Literal["absent", "blended"]
 """Which of the target's words one factor is for: those that the source lacks, or those that the blend looks at."""
 
 
+class Control:
+    """What an edit borrows of its source's attention: the settings of a frozen dataclass, with a local blend."""
+
+    blend: bool | tuple[str, str]
+
+    def changed(self: Settings, options: Mapping[str, Any]) -> Settings:
+        """The same with other settings; ValueError for one that does not exist."""
+        known = [field.name for field in fields(self)]
+        if unknown := options.keys() - set(known):
+            raise ValueError(f"edits have no {', '.join(sorted(unknown))}; what they borrow: {', '.join(known)}")
+        return replace(self, **options)
+
+    def blending(self: Settings, words: BlendedWords) -> Settings:
+        """With a local blend by these words, unless it has none: they say where to blend, not whether."""
+        return self if words is None or self.blend is False else replace(self, blend=words)
+
+    def _check(self, *fractions: str) -> None:
+        for name in fractions:
+            check_fraction(getattr(self, name), name)
+        if not isinstance(self.blend, bool) and (isinstance(self.blend, str) or len(self.blend) != 2):
+            raise ValueError(f"blend {self.blend!r} is neither True, False nor the words of source and target")
+
+
 @dataclass(frozen=True)
-class PromptToPrompt:
+class PromptToPrompt(Control):
     """How much an edit borrows. The defaults are the paper's for four steps (arXiv:2406.14539).
 
     Args:
@@ -78,38 +102,51 @@ class PromptToPrompt:
     blend_from: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("cross_replace", "self_replace", "blend_threshold", "blend_from"):
-            check_fraction(getattr(self, name), name)
+        self._check("cross_replace", "self_replace", "blend_threshold", "blend_from")
         for name, kinds in (("alignment", AlignmentKind), ("amplified", Amplified)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of: {', '.join(get_args(kinds))}")
-        if not isinstance(self.blend, bool) and (isinstance(self.blend, str) or len(self.blend) != 2):
-            raise ValueError(f"blend {self.blend!r} is neither True, False nor the words of source and target")
         factors = self.amplify.values() if isinstance(self.amplify, Mapping) else [self.amplify]
         for factor in factors:
             if not 0 <= factor < math.inf:
                 raise ValueError(f"amplify {factor} must be 0 or more: 1 leaves attention alone, 0 takes it away")
 
-    def changed(self, options: Mapping[str, Any]) -> PromptToPrompt:
-        """The same with other settings; ValueError for one that does not exist."""
-        known = [field.name for field in fields(self)]
-        if unknown := options.keys() - set(known):
-            raise ValueError(f"edits have no {', '.join(sorted(unknown))}; what they borrow: {', '.join(known)}")
-        return replace(self, **options)
 
-    def blending(self, words: BlendedWords) -> PromptToPrompt:
-        """With a local blend by these words, unless it has none: they say where to blend, not whether."""
-        return self if words is None or self.blend is False else replace(self, blend=words)
+@dataclass(frozen=True)
+class Injection(Control):
+    """How much an edit by a transformer borrows, whose attention is joint, of text and picture at once.
+
+    Args:
+        inject: Fraction of the steps in which values are the source's: more keeps more of the picture.
+        blocks_from, blocks_to: Between which fractions of the network's depth, from its first block to its last.
+        keys: With the values their keys, so that the target attends to the source's picture; else values alone.
+        text: The prompt's tokens too; else the picture's alone.
+        blend, blend_threshold, blend_from: As of `PromptToPrompt`, by the picture's attention to the words' tokens.
+    """
+
+    inject: float = 0.5
+    blocks_from: float = 0.0
+    blocks_to: float = 1.0
+    keys: bool = True
+    text: bool = False
+    blend: bool | tuple[str, str] = True
+    blend_threshold: float = 0.3
+    blend_from: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check("inject", "blocks_from", "blocks_to", "blend_threshold", "blend_from")
+        if not self.blocks_from < self.blocks_to:
+            raise ValueError(f"blocks_from {self.blocks_from} must be less than blocks_to {self.blocks_to}")
 
 
 def for_each(
-    settings: PromptToPrompt | Sequence[PromptToPrompt],
+    settings: Settings | Sequence[Settings],
     count: int,
     options: Mapping[str, Any],
     blended_words: Sequence[BlendedWords] | None,
-) -> list[PromptToPrompt]:
+) -> list[Settings]:
     """Settings of each of `count` edits: for all or for each, with options in their place, blended by these words."""
-    each = [settings] * count if isinstance(settings, PromptToPrompt) else settings
+    each = [settings] * count if isinstance(settings, Control) else settings
     return [
         one.changed(options).blending(words) for one, words in zip(each, blended_words or [None] * count, strict=True)
     ]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from icd_lightning.diffusion import Denoiser, GuidanceSchedule, OnStep, Process, Split, StepGuidance
+from icd_lightning.diffusion import VP, Denoiser, Flow, GuidanceSchedule, OnStep, Process, Split, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.family import Family
@@ -85,6 +85,8 @@ class PictureMethod(ABC):
     """What an edit becomes depends on the source prompt."""
     uses_students: bool = False
     """Runs on iCD's students, so that its results depend on them."""
+    needs: ClassVar[type[Process]] = Process
+    """The kind of process that its networks are trained on."""
 
     network: nn.Module
     """What noises and decodes."""
@@ -96,6 +98,16 @@ class PictureMethod(ABC):
     def from_family(cls: type[Method], family: Family, *, students: StudentPaths = None, **settings: Any) -> Method:
         """Load what the method needs of a family, the students where it uses them; settings are the constructor's."""
         return cls(family, **settings)
+
+    @classmethod
+    def check_process(cls, process: Process) -> None:
+        """ValueError for a process of another kind than the method needs."""
+        if not isinstance(process, cls.needs):
+            named = {VP: "VP, as SD1.5, SDXL and tiny are", Flow: "a flow, as FLUX.1 and SD3 are"}
+            raise ValueError(
+                f"{cls.__name__} needs a model whose process is {named.get(cls.needs, cls.needs.__name__)}, and this "
+                f"one's is {type(process).__name__}: take another model, or another method"
+            )
 
     def to(self: Method, device: torch.device | str) -> Method:
         """Move all networks; returns itself."""

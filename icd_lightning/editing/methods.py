@@ -58,6 +58,17 @@ OTHERS = {
         {"sampler": {"kind": "lcm", "num_inference_steps": 5}, "renoising": {"count": 5}, **UNCORRECTED},
     ),
     "sdedit": Entry(f"{BASELINES}.sdedit.SDEdit", "noise half-way, decode with the target prompt"),
+    "flowedit": Entry(f"{BASELINES}.flowedit.FlowEdit", "of flow models: differences of velocities, no inversion"),
+    "rf_solver_edit": Entry(
+        f"{BASELINES}.rf_solver_edit.RFSolverEdit", "of flow models: a second-order solver, values shared"
+    ),
+    "fireflow": Entry(f"{BASELINES}.fireflow.FireFlow", "of flow models: the same with velocities used twice, 8 steps"),
+    "rf_inversion": Entry(
+        f"{BASELINES}.rf_inversion.RFInversion", "of flow models: steered to noise and to the picture"
+    ),
+    "uniedit_flow": Entry(
+        f"{BASELINES}.uniedit_flow.UniEditFlow", "of flow models: guided by where source and target differ"
+    ),
 }
 METHODS = Registry("method", "icd_lightning.methods", OURS | OTHERS)
 LOADED = {"parts", "family", "students", "autoencoder", "conditioner", "boundaries", "merge"}
@@ -83,7 +94,7 @@ def build(name: str, family: Family, *, students: StudentPaths = None, **setting
 def class_of(name: str, family: Family | None = None) -> type[PictureMethod]:
     """The class of a method; ValueError, with the method's name, if there is none. No weights are loaded.
 
-    `icd` is one of two classes, as suits the family.
+    `icd` is one of two classes, as suits the family; ValueError, too, for one that its process does not suit.
     """
     from icd_lightning.editing.defaults import edits_by_attention
     from icd_lightning.editing.method import PictureMethod
@@ -97,6 +108,8 @@ def class_of(name: str, family: Family | None = None) -> type[PictureMethod]:
         raise ValueError(f"method {name}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, PictureMethod)):
         raise ValueError(f"method {name}: {entry.class_path} is no PictureMethod: derive it from Baseline")
+    if family is not None:
+        cls.check_process(family.load_process())
     return cls
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency
-from icd_lightning.editing.limits import check_fraction, check_guidance_scale
+from icd_lightning.editing.injection import usual_control
+from icd_lightning.editing.limits import Control, check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
 from icd_lightning.editing.pictures import (
@@ -33,11 +34,10 @@ from icd_lightning.editing.pictures import (
     batch_size,
     one_for_each,
 )
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
-Control = PromptToPrompt | Sequence[PromptToPrompt] | str | None
+Borrowed = Control | Sequence[Control] | str | None
 OnStepEnd = Callable[..., dict[str, Any] | None]
 """callback(pipe, index, t, {"latents": ...}); latents that it returns replace those of the step."""
 
@@ -127,7 +127,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         source_prompt: Prompts,
         target_prompt: Prompts,
         *,
-        control: Control = "auto",
+        control: Borrowed = "auto",
         swap_tau: float | None = None,
         guidance_scale: float | None = None,
         tau: float | None = None,
@@ -146,8 +146,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
 
         Args:
             image: see `invert`; None where `latents` are given.
-            control: a `PromptToPrompt`, or one for each edit; None swaps the prompt; "auto" does as the family is best
-                edited, by its default settings.
+            control: a `PromptToPrompt`, on a transformer an `Injection`, or one for each edit; None swaps the prompt;
+                "auto" does as the family is best edited, by its default settings.
             swap_tau: without control, follow the source prompt while t > swap_tau T; by default the guidance's tau, and
                 never where it has none. Given, it asks for this way to edit.
             latents: noise (B, C, h, w) that `invert` returned for the source prompts.
@@ -249,14 +249,15 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             num_train_timesteps=self.students.process.num_train_timesteps,
         )
 
-    def _control(self, control: Control, swap_tau: float | None) -> PromptToPrompt | Sequence[PromptToPrompt] | None:
+    def _control(self, control: Borrowed, swap_tau: float | None) -> Control | Sequence[Control] | None:
         if control is None:
             return None
         if control == "auto":
-            return PromptToPrompt() if self.config.attention_control and swap_tau is None else None
+            return usual_control(self.students) if self.config.attention_control and swap_tau is None else None
         each = control if isinstance(control, (list, tuple)) else [control]
-        if not all(isinstance(one, PromptToPrompt) for one in each):
-            raise ValueError(f"control {control!r} is none of: auto, None, a PromptToPrompt, a list of these")
+        if not all(isinstance(one, Control) for one in each):
+            kinds = "a PromptToPrompt, an Injection, a list of these"
+            raise ValueError(f"control {control!r} is none of: auto, None, {kinds}")
         if swap_tau is not None:
             raise ValueError("swap_tau is of edits without control: leave out one of them")
         return control

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,28 +18,33 @@ from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
+from icd_lightning.editing.limits import Injection, PromptToPrompt
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.methods import LOADED, METHODS, build, class_of, says_guidance
-from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family, parse_style
 from icd_lightning.models.student_file import weights_file
 from icd_lightning.registry import typed
 
+log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 EVERY_EDIT = ("guidance", "noise", "seed", "on_step")
 """Keywords of `edit` that are no options of a method."""
 
 
 def all_methods(family: Family) -> list[str]:
-    """The names of every method, once: icd is one of icd_p2p and icd_swap, as suits the family."""
-    same = "icd_p2p" if edits_by_attention(family) else "icd_swap"
-    return [name for name in METHODS.entries if name != same]
+    """The names of every method that suits the family, once; the log says the rest. icd is icd_p2p or icd_swap."""
+    same, process = "icd_p2p" if edits_by_attention(family) else "icd_swap", family.load_process()
+    fits = {name: isinstance(process, class_of(name).needs) for name in METHODS.entries if name != same}
+    if left_out := ", ".join(name for name, fit in fits.items() if not fit):
+        log.warning("left out, since the process of %s is %s: %s", family.model, type(process).__name__, left_out)
+    return [name for name, fit in fits.items() if fit]
 
 
 def edit_options(method: type[PictureMethod]) -> list[str]:
     """The numbers that a method's `edit` takes beside what every edit does: of attention control, or its own."""
     if issubclass(method, (AttentionControlled, Baseline)):
-        return [one.name for one in fields(PromptToPrompt) if one.name not in ("alignment", "blend", "amplified")]
+        names = [one.name for kind in (PromptToPrompt, Injection) for one in fields(kind)]
+        return [name for name in dict.fromkeys(names) if name not in ("alignment", "blend", "amplified")]
     options: list[str] = []
     for edit in [vars(cls)["edit"] for cls in method.__mro__ if "edit" in vars(cls)]:
         parameters = inspect.signature(edit).parameters.values()

@@ -12,13 +12,19 @@ from safetensors.torch import load_file, save_file
 from icd_lightning.diffusion import Step, StepGuidance
 from icd_lightning.editing.baselines.ddim import DDIMInversion, DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
+from icd_lightning.editing.baselines.fireflow import FireFlow
+from icd_lightning.editing.baselines.flowedit import FlowEdit
 from icd_lightning.editing.baselines.infedit import InfEdit
 from icd_lightning.editing.baselines.negative_prompt import NegativePromptInversion
 from icd_lightning.editing.baselines.null_text import NullTextInversion, NullTextOptimization
 from icd_lightning.editing.baselines.parts import Branch, Parts, predict_branches
 from icd_lightning.editing.baselines.pnp_inversion import PnPInversion
 from icd_lightning.editing.baselines.renoise import ReNoise, Renoising, Sampler
+from icd_lightning.editing.baselines.rf_inversion import RFInversion
+from icd_lightning.editing.baselines.rf_solver_edit import RFSolverEdit
 from icd_lightning.editing.baselines.sdedit import SDEdit
+from icd_lightning.editing.baselines.uniedit_flow import UniEditFlow
+from icd_lightning.editing.limits import Injection
 from icd_lightning.editing.methods import LOADED, METHODS, OTHERS, build, class_of
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.family import Family
@@ -40,7 +46,13 @@ SMALL = {
     "infedit by two evaluations": (InfEdit, FEW),
     "renoise": (ReNoise, DDIM_RENOISE),
     "sdedit": (SDEdit, FEW),
+    "flowedit": (FlowEdit, FEW | {"skip": 1}),
+    "rf_solver_edit": (RFSolverEdit, FEW | {"num_inference_steps": 2, "control": Injection(inject=0.5, blend=False)}),
+    "fireflow": (FireFlow, FEW | {"control": Injection(inject=0.5, text=True)}),
+    "rf_inversion": (RFInversion, FEW),
+    "uniedit_flow": (UniEditFlow, FEW),
 }
+FLOWS = list(SMALL)[-5:]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +66,19 @@ def parts(family) -> dict[bool, Parts]:
 
 
 @pytest.fixture(scope="module")
+def flow_parts(flow_layouts) -> Parts:
+    return Parts.load(Family(str(flow_layouts["flux"])))
+
+
+@pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @pytest.fixture(params=SMALL)
-def method(request, parts):
+def method(request, parts, flow_parts):
     cls, settings = SMALL[request.param]
-    return cls(parts[request.param == "infedit"], **settings)
+    return cls(flow_parts if request.param in FLOWS else parts[request.param == "infedit"], **settings)
 
 
 def test_evaluations_are_counted(method, images):
@@ -220,7 +237,7 @@ def test_branches_joined_are_branches_apart(parts):
             apart = [
                 predict_branches(part, half, 500, [branch]) for half, branch in zip(x.chunk(2), branches, strict=True)
             ]
-        torch.testing.assert_close(joined, torch.cat([eps for eps, _ in apart]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(joined.eps, torch.cat([split.eps for split, _ in apart]), rtol=1e-4, atol=1e-4)
         assert nfe == sum(cost for _, cost in apart) == costs
 
 
@@ -286,7 +303,7 @@ def test_methods_are_built_by_name_or_file(family, tmp_path):
     )
     assert len(build(str(file), family).steps) == 1
     with pytest.raises(
-        ValueError, match=r"no method 'magic'; there is: icd, .*sdedit; or a class's path, or a YAML file"
+        ValueError, match=r"no method 'magic'; there is: icd, .*uniedit_flow; or a class's path, or a YAML file"
     ):
         build("magic", family)
     with pytest.raises(ValueError, match="strenght"):

@@ -6,7 +6,6 @@ Of n branches, in `x` (n B, C, h, w), the source's is the first and the target's
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -16,16 +15,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, StepGuidance, ddim_timesteps, falling
-from icd_lightning.editing.baselines.parts import Branch, Parts, descend
-from icd_lightning.editing.limits import for_each
+from icd_lightning.diffusion import (
+    VP,
+    GuidanceSchedule,
+    OnStep,
+    Split,
+    Step,
+    StepGuidance,
+    ddim_timesteps,
+    falling,
+)
+from icd_lightning.editing.baselines.parts import Branch, Move, Parts, descend
+from icd_lightning.editing.injection import attention_control, usual_control
+from icd_lightning.editing.limits import Control, for_each
 from icd_lightning.editing.method import UNGUIDED, Method, PictureMethod, Seed, StudentPaths
 from icd_lightning.editing.methods import PIE
-from icd_lightning.editing.prompt_to_prompt import BlendedWords, PromptToPrompt, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt import AttentionControl, BlendedWords, PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
 
-Borrowed = PromptToPrompt | Sequence[PromptToPrompt] | None
+Borrowed = Control | Sequence[Control] | None
 """What an edit borrows of attention: for all pictures, for each, or nothing."""
 
 Followed = list[tuple[Literal["source", "target"], GuidanceSchedule]]
@@ -70,7 +79,8 @@ class Baseline(PictureMethod):
     skipped: int = 0
     """Steps before these, which the fractions of `control` are of, too."""
 
-    def __init__(self, parts: Parts, guidance_scale: float, control: PromptToPrompt | None = None) -> None:
+    def __init__(self, parts: Parts, guidance_scale: float, control: Control | None = None) -> None:
+        self.check_process(parts.model.process)
         self.parts, self.control = parts, control
         self.guidance: GuidanceSchedule = StepGuidance(guidance_scale)
         self.network, self.process = parts.model.network, parts.model.process
@@ -113,11 +123,11 @@ class Baseline(PictureMethod):
         control: "auto" is the method's own.
         blended_words: for each edit the words of source and target by which its local blend looks, where it blends at
             all; None: as `control` says.
-        options: fields of `PromptToPrompt`, in the place of `control`'s; ValueError for any other.
+        options: fields of the control, in the place of its own; ValueError for any other.
         """
         method, borrowed = self.guided_by(guidance), self.control if control == "auto" else control
         if options and borrowed is None:
-            borrowed = PromptToPrompt()
+            borrowed = usual_control(self.network)
         if borrowed is not None:
             borrowed = for_each(borrowed, len(images), options, blended_words)
         inversion = method.invert(images, source_prompts, seed=seed, on_step=on_step)
@@ -125,9 +135,13 @@ class Baseline(PictureMethod):
 
     # What makes a method, beside `invert_latents`, which returns an `Inversion`
 
-    @abstractmethod
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
-        """The branches' x (n B, C, h, w) after step `index`, given their guided eps (n B, C, h, w)."""
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
+        """The branches' x (n B, C, h, w) after step `index`, given what the guided network sees in them."""
+        raise NotImplementedError(f"{type(self).__name__} has neither move nor mover")
+
+    def mover(self, inversion: Inversion) -> Move:
+        """`move` for one way down; to be overridden where a step needs what an earlier one found."""
+        return lambda x, split, index: self.move(x, split, index, inversion)
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
         """The branches of step `index`, where the target's guidance is `guidance`.
@@ -138,11 +152,11 @@ class Baseline(PictureMethod):
         return [("target", guidance)] if control is None else [source, ("target", guidance)]
 
     def attention_control(
-        self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
-    ) -> PromptToPromptControl:
+        self, control: Control | Sequence[Control], inversion: Inversion, prompts: Sequence[str]
+    ) -> AttentionControl:
         """What lends the targets attention on their way down."""
         edits, count = (inversion.prompts, prompts, inversion.noise), self.skipped + len(self.steps)
-        return PromptToPromptControl(control, *edits, tokenizer=self.conditioner.tokenizer, num_steps=count)
+        return attention_control(control, *edits, tokenizer=self.conditioner.tokenizer, num_steps=count)
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
         """What guidance leads away from at step `index`, given the source's prompts and the empty one."""
@@ -168,8 +182,10 @@ class Baseline(PictureMethod):
             negative = self.negative(index, inversion, conditioning["source"], empty)
             return [Branch(conditioning[whose], negative, w) for whose, w in followed[index]]
 
-        def move(x: Tensor, eps: Tensor, index: int) -> Tensor:
-            x = self.move(x, eps, index, inversion)
+        step = self.mover(inversion)
+
+        def move(x: Tensor, split: Split, index: int) -> Tensor:
+            x = step(x, split, index)
             begun = counts[min(index + 1, len(counts) - 1)] - counts[index]
             return torch.cat([*[x[: len(prompts)]] * begun, x]) if begun else x
 
@@ -186,6 +202,7 @@ class Baseline(PictureMethod):
 class DDIMBaseline(Baseline):
     """A baseline that goes up and down DDIM's grid: num_inference_steps evaluations to noise."""
 
+    needs = VP
     leads_from_prompts: ClassVar[bool] = False
     """Changes the prompt that guidance leads away from, which a network that takes w as an input does not have."""
 
@@ -222,9 +239,9 @@ class DDIMBaseline(Baseline):
                 on_step(Step(s, t, path[-1], 1))
         return path
 
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step."""
-        return self.ddim_step(x, eps, index)
+        return self.ddim_step(x, split.eps, index)
 
     def ddim_step(self, x: Tensor, eps: Tensor, index: int) -> Tensor:
         """x (n B, C, h, w) down step `index` along eps (n B, C, h, w)."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from icd_lightning.diffusion import OnStep, ddim_timesteps, falling
+from icd_lightning.diffusion import VP, OnStep, Split, ddim_timesteps, falling
 from icd_lightning.editing.baselines.base import Baseline, Inversion
 from icd_lightning.editing.baselines.parts import Branch, Parts, descend
 from icd_lightning.editing.method import Seed, seeded_noise
@@ -24,6 +24,8 @@ class EditFriendlyInversion(Baseline):
 
     Raises ValueError for a skip that leaves no steps.
     """
+
+    needs = VP
 
     def __init__(
         self,
@@ -56,18 +58,18 @@ class EditFriendlyInversion(Baseline):
         branches = [Branch(source, source)]
         stored: list[Tensor] = []
 
-        def solve(x: Tensor, eps: Tensor, index: int) -> Tensor:
+        def solve(x: Tensor, split: Split, index: int) -> Tensor:
             following = points[index + 1] if index + 1 < len(points) else x0
-            mean, std = self._mean(x, eps, index)
+            mean, std = self._mean(x, split.eps, index)
             stored.append((following - mean) / std)
             return mean + std * stored[-1]  # equal to `following` but for rounding, which so cannot add up
 
         descend(self.parts, points[0], self.steps, lambda index: branches, solve, on_step=on_step)
         return Inversion(prompts, x0, points[0], stored)
 
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """One DDPM step with the stored noise, the same for all branches."""
-        mean, std = self._mean(x, eps, index)
+        mean, std = self._mean(x, split.eps, index)
         z = inversion.per_step[index]
         return mean + std * z.repeat(len(x) // len(z), 1, 1, 1)
 

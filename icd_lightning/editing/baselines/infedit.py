@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, falling, lcm_timesteps
+from icd_lightning.diffusion import VP, GuidanceSchedule, OnStep, Split, falling, lcm_timesteps
 from icd_lightning.editing.baselines.base import Baseline, Borrowed, Followed, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
@@ -41,7 +41,7 @@ class InfEdit(Baseline):
     An edit to the same prompt under w = 1 returns the source; guided it does not, since the source's branch is not.
     """
 
-    few_step, paired = True, True
+    needs, few_step, paired = VP, True, True
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class InfEdit(Baseline):
         first, *rest = seeded_noise((batch, len(self.steps), *size), seed, x0.device).unbind(1)
         return Inversion(prompts, x0, first, rest)
 
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """Correct all but the source by the source's known error, and noise all alike for the next step."""
-        (t, s), x0 = self.steps[index], inversion.x0
+        (t, s), x0, eps = self.steps[index], inversion.x0, split.eps
         count = len(x0)
         std = self.process.sigma(s)
         noise = std * inversion.per_step[index] if s else torch.zeros_like(x0)

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep, Step, classifier_free_guidance
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, Split, Step, classifier_free_guidance
 from icd_lightning.editing.method import UNGUIDED
-from icd_lightning.editing.prompt_to_prompt import PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt import AttentionControl
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel, Network
@@ -20,6 +20,9 @@ from icd_lightning.models.family import Family
 from icd_lightning.models.text import Conditioner
 
 log = logging.getLogger(__name__)
+
+Move = Callable[[Tensor, Split, int], Tensor]
+"""The branches' x (n B, C, h, w) after step `index` = move(x, what the network sees in x, index)."""
 
 LCM_SOLVER_TIMESTEPS = range(19, 1000, 20)
 """The 50 steps that latent consistency models were distilled on."""
@@ -67,12 +70,16 @@ class Parts:
         """From loaded parts."""
         return cls(model, autoencoder, conditioner, model.predict, model.takes_guidance)
 
-    def eps(self, x: Tensor, t: Tensor | int, conditioning: Conditioning, w: Tensor | None = None) -> Tensor:
-        """The noise (N, C, h, w) in x (N, C, h, w) at t under N prompts; without w (N,) it is unguided."""
+    def eps(self, x: Tensor, t: Tensor | int, conditioning: Conditioning) -> Tensor:
+        """The noise (N, C, h, w) in x (N, C, h, w) at t under N prompts, unguided."""
+        return self.split(x, t, conditioning).eps
+
+    def split(self, x: Tensor, t: Tensor | int, conditioning: Conditioning, w: Tensor | None = None) -> Split:
+        """What the network sees in x (N, C, h, w) at t under N prompts; without w (N,) it is unguided."""
         times = torch.as_tensor(t, device=x.device).expand(len(x))
         if self.takes_guidance and w is None:
             w = torch.ones_like(times, dtype=torch.float32)
-        return self.model.process.split(self.predict(x, times, conditioning, w), x, times).eps
+        return self.model.process.split(self.predict(x, times, conditioning, w), x, times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +93,8 @@ class Branch:
 
 def predict_branches(
     parts: Parts, x: Tensor, t: int, branches: Sequence[Branch], *, paired: bool = False
-) -> tuple[Tensor, int]:
-    """Guided eps (n B, C, h, w) for the n branches joined in x (n B, C, h, w), and its evaluations of one picture.
+) -> tuple[Split, int]:
+    """The guided split of the n branches joined in x (n B, C, h, w), and its evaluations of one picture.
 
     All goes through the network at once: first the unconditional halves of the branches that are guided at t (if
     `paired`, of all branches or none), and then, as the last n B samples, all branches under their prompts.
@@ -96,18 +103,22 @@ def predict_branches(
     positive = [branch.positive for branch in branches]
     if parts.takes_guidance:
         w = torch.tensor(scales, device=x.device).repeat_interleave(len(x) // len(branches))
-        return parts.eps(x, t, Conditioning.cat(positive), w), len(branches)
+        return parts.split(x, t, Conditioning.cat(positive), w), len(branches)
     guided = [i for i, scale in enumerate(scales) if scale != 1]
     if paired and guided:
         guided = list(range(len(branches)))
     each = x.chunk(len(branches))
     conditioning = Conditioning.cat([*(branches[i].negative for i in guided), *positive])
-    eps = parts.eps(torch.cat([*(each[i] for i in guided), x]), t, conditioning)
-    *eps_uncond, eps_cond = eps.split([*(len(each[0]) for _ in guided), len(x)])
-    found = list(eps_cond.chunk(len(branches)))
-    for i, uncond in zip(guided, eps_uncond, strict=True):
-        found[i] = classifier_free_guidance(uncond, found[i], scales[i])
-    return torch.cat(found), len(branches) + len(guided)
+    both = parts.split(torch.cat([*(each[i] for i in guided), x]), t, conditioning)
+
+    def combine(values: Tensor) -> Tensor:
+        *unconditional, conditional = values.split([*(len(each[0]) for _ in guided), len(x)])
+        found = list(conditional.chunk(len(branches)))
+        for i, uncond in zip(guided, unconditional, strict=True):
+            found[i] = classifier_free_guidance(uncond, found[i], scales[i])
+        return torch.cat(found)
+
+    return Split(combine(both.x0), combine(both.eps)), len(branches) + len(guided)
 
 
 @torch.no_grad()
@@ -116,20 +127,20 @@ def descend(
     x: Tensor,
     steps: Iterable[tuple[int, int]],
     branches: Callable[[int], Sequence[Branch]],
-    move: Callable[[Tensor, Tensor, int], Tensor],
+    move: Move,
     *,
     paired: bool = False,
-    control: PromptToPromptControl | None = None,
+    control: AttentionControl | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Take the joined branches x (n B, C, h, w) down steps (t, s): x = move(x, eps, index), under branches(index).
+    """Take the joined branches x (n B, C, h, w) along steps (t, s): x = move(x, split, index), under branches(index).
 
     `move` may return more branches than it gets, for the next step. A control, attached to the network, ends each step:
     it knows which one it is by counting.
     """
     for index, (t, s) in enumerate(steps):
-        eps, nfe = predict_branches(parts, x, t, branches(index), paired=paired)
-        x = move(x, eps, index)
+        split, nfe = predict_branches(parts, x, t, branches(index), paired=paired)
+        x = move(x, split, index)
         if control is not None:
             x = control.step(x)
         if on_step is not None:

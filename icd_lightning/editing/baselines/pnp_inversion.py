@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import GuidanceSchedule, OnStep
+from icd_lightning.diffusion import GuidanceSchedule, OnStep, Split
 from icd_lightning.editing.baselines.base import Borrowed, DDIMBaseline, Followed, Inversion
 from icd_lightning.editing.baselines.parts import Branch, descend
 from icd_lightning.editing.method import Seed
@@ -32,8 +32,8 @@ class PnPInversion(DDIMBaseline):
         branches = [Branch(source, self.conditioner.unconditional(len(prompts)), self.guidance)]
         missed: list[Tensor] = []
 
-        def compare(x: Tensor, eps: Tensor, index: int) -> Tensor:
-            missed.append(path[-2 - index] - self.ddim_step(x, eps, index))
+        def compare(x: Tensor, split: Split, index: int) -> Tensor:
+            missed.append(path[-2 - index] - self.ddim_step(x, split.eps, index))
             return path[-2 - index]
 
         descend(self.parts, path[-1], self.steps, lambda index: branches, compare, on_step=on_step)
@@ -43,7 +43,7 @@ class PnPInversion(DDIMBaseline):
         """The source under the guidance by which the differences were found, whatever the target's."""
         return [("source", self.guidance), ("target", guidance)]
 
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """One DDIM step, and the source's branch back on its path."""
-        source, target = self.ddim_step(x, eps, index).chunk(2)
+        source, target = self.ddim_step(x, split.eps, index).chunk(2)
         return torch.cat([source + inversion.per_step[index], target])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from icd_lightning.diffusion import OnStep, Step, ddim_timesteps, falling, lcm_timesteps, trailing_timesteps
+from icd_lightning.diffusion import VP, OnStep, Split, Step, ddim_timesteps, falling, lcm_timesteps, trailing_timesteps
 from icd_lightning.editing.baselines.base import Baseline, Inversion
 from icd_lightning.editing.baselines.parts import LCM_SOLVER_TIMESTEPS, Parts, has_guided_network
 from icd_lightning.editing.consistency import InvertibleConsistency
@@ -118,6 +118,8 @@ class ReNoise(Baseline):
     `regularization` is of the averaged prediction. `correction` is how far (L2) the noise of a step may move to bring
     the step back, from 0 to infinity, which is exact; the authors take ten gradient steps of 1.8.
     """
+
+    needs = VP
 
     def __init__(
         self,
@@ -222,12 +224,12 @@ class ReNoise(Baseline):
         """The source prompt, which matters where the edit is guided by a network that does not take w as an input."""
         return source
 
-    def move(self, x: Tensor, eps: Tensor, index: int, inversion: Inversion) -> Tensor:
+    def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """One step of the sampler with the noise of the inversion."""
         t, s = self.steps[index]
         how = self._how(t, s)
         noise = how["noise_std"] * inversion.per_step[index]
-        return self.process.ddim_step(x, eps, t, s, **how) + noise.repeat(len(x) // len(noise), 1, 1, 1)
+        return self.process.ddim_step(x, split.eps, t, s, **how) + noise.repeat(len(x) // len(noise), 1, 1, 1)
 
 
 def patch_divergence(x: Tensor, reference: Tensor, size: int = 4) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from icd_lightning.diffusion import OnStep
+from icd_lightning.diffusion import OnStep, Process
 from icd_lightning.editing.baselines.base import DDIMBaseline, Inversion
 from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.method import Seed, seeded_noise
@@ -18,7 +18,7 @@ class SDEdit(DDIMBaseline):
     Raises ValueError for a strength outside [0, 1].
     """
 
-    reads_source = False
+    needs, reads_source = Process, False
 
     def __init__(
         self, parts: Parts, *, num_inference_steps: int = 50, strength: float = 0.5, guidance_scale: float = 7.5

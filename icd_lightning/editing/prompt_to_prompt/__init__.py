@@ -16,6 +16,6 @@ guidance 4 P, or 3 P where the sources are unguided, and the control need not be
 """
 
 from icd_lightning.editing.limits import BlendedWords, PromptToPrompt
-from icd_lightning.editing.prompt_to_prompt.control import PairedGuidance, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PairedGuidance, PromptToPromptControl
 
-__all__ = ["BlendedWords", "PairedGuidance", "PromptToPrompt", "PromptToPromptControl"]
+__all__ = ["AttentionControl", "BlendedWords", "PairedGuidance", "PromptToPrompt", "PromptToPromptControl"]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icd_lightning.editing.limits import AlignmentKind, PromptToPrompt
+from icd_lightning.editing.limits import AlignmentKind
 
 ARTICLES = {"a", "an", "the"}
 
@@ -170,7 +170,7 @@ class Pair:
 
     source: PromptTokens
     target: PromptTokens
-    settings: PromptToPrompt
+    settings: Any
 
     def lent(self, length: int) -> tuple[Tensor, Tensor]:
         """What replaced attention takes of the source's (L, L) and of the target's own (L,)."""

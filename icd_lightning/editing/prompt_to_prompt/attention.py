@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(B, heads, N, d) of queries (B, heads, N, d), keys and values (B, heads, M, d), and the scale of their products."""
 
 
+Changes = Mapping[str, Callable[..., Any]]
+"""How layers attend in a step, by the names of processors: what a stand-in calls; it returns None for as ever."""
+
+
 class Rows(NamedTuple):
     """The rows (R,) among those touched whose queries, keys and values each row attends with; values None: its own."""
 
@@ -29,11 +34,16 @@ class Rows(NamedTuple):
     value: Tensor | None = None
 
 
-class ControlledAttention:
-    """Stands for the processor `original`, and attends otherwise where `change()` says how; None: not now."""
+@dataclass(frozen=True, eq=False)
+class StandIn:
+    """Stands for the processor `original`, and attends otherwise where `change` says how; None: not now."""
 
-    def __init__(self, original: Any, change: Callable[[], Attend | None]) -> None:
-        self.original, self.change = original, change
+    original: Any
+    change: Callable[..., Any]
+
+
+class ControlledAttention(StandIn):
+    """Of a UNet, by `Attend | None` = change()."""
 
     def __call__(
         self,
@@ -60,7 +70,7 @@ def attend_rewritten(
 
     These rows leave the fused kernel, which never shows its probabilities.
     """
-    free = _free_rows(query, num_rows)
+    free = free_rows(query, num_rows)
     scores = (query[free:] * scale) @ key[free:].transpose(-1, -2)
     attended = rewrite(scores.softmax(dim=-1, dtype=torch.float32)).to(value.dtype) @ value[free:]
     if not free:
@@ -77,7 +87,7 @@ def attend_borrowed(
     Equal queries and keys make equal probabilities, so that this needs no look at them and stays in the fused kernel.
     """
     count = len(rows.query)
-    free = _free_rows(query, count)
+    free = free_rows(query, count)
     lent = []
     for x, whose in zip((query, key, value), rows, strict=True):
         halves = [x[:free], x[free:]]
@@ -90,26 +100,26 @@ def attend_borrowed(
 
 
 @contextmanager
-def attention_changed(network: nn.Module, changes: Mapping[str, Callable[[], Attend | None]]) -> Iterator[None]:
+def attention_changed(network: nn.Module, changes: Changes, stand_in: type[StandIn]) -> Iterator[None]:
     """Attend as `changes` say, by the names of processors; afterwards, also after an error, as before."""
     layers = {name: network.get_submodule(name.removesuffix(".processor")) for name in changes}
     before = {name: layer.processor for name, layer in layers.items()}
     for name, processor in before.items():
-        if isinstance(processor, (nn.Module, ControlledAttention)):
+        if isinstance(processor, (nn.Module, StandIn)):
             raise ValueError(
-                f"attention of this UNet is already changed by {type(processor).__name__}, at {name}: unload "
+                f"attention of this network is already changed by {type(processor).__name__}, at {name}: unload "
                 "IP-Adapters, and control one edit at a time"
             )
     try:
         for name, layer in layers.items():
-            layer.set_processor(ControlledAttention(before[name], changes[name]))
+            layer.set_processor(stand_in(before[name], changes[name]))
         yield
     finally:
         for name, layer in layers.items():
             layer.set_processor(before[name])
 
 
-def _free_rows(query: Tensor, num_rows: int) -> int:
+def free_rows(query: Tensor, num_rows: int) -> int:
     """How many rows come before the last `num_rows`, which are touched."""
     if len(query) < num_rows:
         raise ValueError(

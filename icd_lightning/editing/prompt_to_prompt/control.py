@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
 from icd_lightning.diffusion import GuidanceSchedule, Step
-from icd_lightning.editing.limits import PromptToPrompt
+from icd_lightning.editing.limits import Control, PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.alignment import Pair, PromptTokens
 from icd_lightning.editing.prompt_to_prompt.attention import (
     Attend,
+    Changes,
+    ControlledAttention,
     Rows,
+    StandIn,
     attend_borrowed,
     attend_rewritten,
     attention_changed,
@@ -71,11 +75,11 @@ class LocalBlend:
         return torch.cat([source, torch.where(edited | free.view(-1, 1, 1, 1), target, source)])
 
 
-class PromptToPromptControl:
-    """P edits while they are decoded: the targets look where their sources do in the first steps.
+class AttentionControl(ABC):
+    """P edits while they are decoded: the targets borrow of their sources' attention.
 
     After each step what lies outside of the changed words is the source. The last 2 P rows of the network's batch are
-    those that lend their cross-attention, and the targets.
+    those that lend their attention, and the targets.
 
     Args:
         settings: for all pairs, or one for each.
@@ -85,14 +89,12 @@ class PromptToPromptControl:
         num_steps: how many steps decoding takes; the settings' fractions are of these.
     """
 
-    steps_beyond = 1
-    """As published, one step is counted beyond the last for cross-attention."""
-    both_halves = False
-    """Self-attention of unconditional rows goes as that of conditional ones."""
+    stand_in: ClassVar[type[StandIn]]
+    """What stands for the processors of the layers that change."""
 
     def __init__(
         self,
-        settings: PromptToPrompt | Sequence[PromptToPrompt],
+        settings: Control | Sequence[Control],
         sources: Sequence[str],
         targets: Sequence[str],
         noise: Tensor,
@@ -100,7 +102,7 @@ class PromptToPromptControl:
         tokenizer: Any,
         num_steps: int,
     ) -> None:
-        each = [settings] * len(noise) if isinstance(settings, PromptToPrompt) else settings
+        each = [settings] * len(noise) if isinstance(settings, Control) else settings
         if not len(noise) == len(sources) == len(targets) == len(each):
             raise ValueError(
                 f"{len(noise)} latents, {len(sources)} source prompts, {len(targets)} target prompts and {len(each)} "
@@ -112,6 +114,56 @@ class PromptToPromptControl:
         ]
         self.num_steps, self.length, self.device = num_steps, tokenizer.model_max_length, noise.device
         self.size = (noise.shape[-2], noise.shape[-1])
+        self.blend = LocalBlend(self.pairs, self.length, num_steps, self.device)
+        self._step = 0
+        self._evaluated: set[str] = set()
+
+    @abstractmethod
+    def changes(self, network: nn.Module) -> Changes:
+        """How attention differs, by the names of processors."""
+
+    def step(self, x: Tensor) -> Tensor:
+        """End a step: x (n P, C, h, w), sources first and targets last, to x with the targets blended."""
+        self._step += 1
+        self._evaluated.clear()
+        return self.blend(x, self._step)
+
+    def on_step(self, step: Step) -> None:
+        """End a step of a loop of `diffusion.jumps`, which goes on from what is written into the step's x."""
+        step.x.copy_(self.step(step.x))
+
+    @contextmanager
+    def attached(self, network: nn.Module) -> Iterator[None]:
+        """Control the network's attention, from the first step on; afterwards every layer is as it was."""
+        self._step, self.blend.maps = 0, None
+        self._evaluated.clear()
+        with attention_changed(network, self.changes(network), self.stand_in):
+            yield
+
+    def _note(self, name: str) -> None:
+        """Maps would count twice, and the unconditional be taken for the conditional, without a word."""
+        if name in self._evaluated:
+            raise ValueError(
+                "the network was evaluated twice in one step of an edit that borrows attention: evaluate all branches "
+                "in one batch, the conditional ones last, and end each step by control.step or control.on_step"
+            )
+        if self._step >= self.num_steps:
+            raise ValueError(f"this control was made for {self.num_steps} steps: give it the num_steps of the loop")
+        self._evaluated.add(name)
+
+
+class PromptToPromptControl(AttentionControl):
+    """The targets look where their sources do in the first steps."""
+
+    stand_in = ControlledAttention
+    steps_beyond = 1
+    """As published, one step is counted beyond the last for cross-attention."""
+    both_halves = False
+    """Self-attention of unconditional rows goes as that of conditional ones."""
+
+    def __init__(self, *edits: Any, tokenizer: Any, num_steps: int) -> None:
+        super().__init__(*edits, tokenizer=tokenizer, num_steps=num_steps)
+        each = [pair.settings for pair in self.pairs]
         counted = num_steps + self.steps_beyond
         cross_counts = [min(int(one.cross_replace * counted), num_steps) for one in each]
         self._cross_steps, self._cross_counts = max(cross_counts), torch.tensor(cross_counts, device=self.device)
@@ -121,9 +173,6 @@ class PromptToPromptControl:
         from_source, from_target = zip(*(pair.lent(self.length) for pair in self.pairs), strict=True)
         self._from_source = torch.stack(from_source).to(self.device)  # (P, L, L)
         self._from_target = torch.stack(from_target).to(self.device)  # (P, L)
-        self.blend = LocalBlend(self.pairs, self.length, num_steps, self.device)
-        self._step = 0
-        self._evaluated: set[str] = set()
 
     def replaced(self, source: Tensor, target: Tensor) -> Tensor:
         """The targets' cross-attention (P, heads, N, L) as it would come from the sources'."""
@@ -145,21 +194,8 @@ class PromptToPromptControl:
         """What the blend observes of cross-attention (2 P, heads, N, L): as published, what has been replaced."""
         return attended
 
-    def step(self, x: Tensor) -> Tensor:
-        """End a step: x (n P, C, h, w), sources first and targets last, to x with the targets blended."""
-        self._step += 1
-        self._evaluated.clear()
-        return self.blend(x, self._step)
-
-    def on_step(self, step: Step) -> None:
-        """End a step of a loop of `diffusion.jumps`, which goes on from what is written into the step's x."""
-        step.x.copy_(self.step(step.x))
-
-    @contextmanager
-    def attached(self, network: nn.Module) -> Iterator[None]:
-        """Control the UNet's attention, from the first step on; afterwards every layer is as it was."""
-        self._step, self.blend.maps = 0, None
-        self._evaluated.clear()
+    def changes(self, network: nn.Module) -> Changes:
+        """Of cross-attention where it is the sources' or looked at, and of self-attention where it is the sources'."""
         layers = choose_layers(network, self.size)
         if self.blend.any and not layers.blend:
             raise ValueError(
@@ -171,9 +207,7 @@ class PromptToPromptControl:
             name: partial(self._rewrite, name, looked_at.get(name))
             for name in (layers.cross if self._cross_steps else looked_at)
         }
-        changes |= {name: partial(self._borrow, name) for name in self.own_layers(layers)}
-        with attention_changed(network, changes):
-            yield
+        return changes | {name: partial(self._borrow, name) for name in self.own_layers(layers)}
 
     def _rewrite(self, name: str, looked_at: Grid | None) -> Attend | None:
         """How a layer's cross-attention is in this step."""
@@ -199,17 +233,6 @@ class PromptToPromptControl:
         self._note(name)
         rows = self.rows(self._step)
         return None if rows is None else partial(attend_borrowed, rows=rows, both_halves=self.both_halves)
-
-    def _note(self, name: str) -> None:
-        """Maps would count twice, and the unconditional be taken for the conditional, without a word."""
-        if name in self._evaluated:
-            raise ValueError(
-                "the network was evaluated twice in one step of an edit that borrows attention: evaluate all branches "
-                "in one batch, the conditional ones last, and end each step by control.step or control.on_step"
-            )
-        if self._step >= self.num_steps:
-            raise ValueError(f"this control was made for {self.num_steps} steps: give it the num_steps of the loop")
-        self._evaluated.add(name)
 
 
 def self_counts(settings: Sequence[PromptToPrompt], num_steps: int) -> list[int]:

@@ -28,18 +28,13 @@ class Layers:
     blend: dict[str, Grid]
 
 
-def check_lends_attention(lends: bool, name: str) -> None:
-    """ValueError, with what to do, for a network without layers of cross-attention."""
-    if not lends:
-        raise ValueError(
-            f"Prompt-to-Prompt borrows the cross-attention of a UNet, which {name} has not: edit by swapping the "
-            "prompt, method icd_swap"
-        )
-
-
 def choose_layers(network: nn.Module, size: Grid) -> Layers:
-    """The layers of a UNet at latents of size (h, w); ValueError for another network."""
-    check_lends_attention("block_out_channels" in network.config, type(network).__name__)
+    """The layers of a UNet at latents of size (h, w); ValueError for a network of another kind."""
+    if "block_out_channels" not in network.config:
+        raise ValueError(
+            f"Prompt-to-Prompt changes the cross-attention of a UNet, which {type(network).__name__} does not have: "
+            "borrow by an Injection, or nothing"
+        )
     last = len(network.config.block_out_channels) - 1
 
     def grid(name: str) -> Grid:

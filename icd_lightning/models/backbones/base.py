@@ -26,7 +26,6 @@ class Backbone(ABC):
         blocks: the classes of layers that are gathered one at a time where weights are spread over devices.
         lora_targets: endings of the names of the layers that students adapt, as peft takes them.
         guidance_weight: the name of the weight that takes the guidance embedding.
-        lends_attention: whether Prompt-to-Prompt knows its layers.
         sample_size: side of the latents that networks were trained on whose config does not say it.
     """
 
@@ -35,7 +34,6 @@ class Backbone(ABC):
     blocks: ClassVar[tuple[type[nn.Module], ...]]
     lora_targets: ClassVar[tuple[str, ...]]
     guidance_weight: ClassVar[str]
-    lends_attention: ClassVar[bool] = False
     sample_size: ClassVar[int | None] = None
 
     @abstractmethod

@@ -39,7 +39,6 @@ class UNet(Backbone):
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
     guidance_weight: ClassVar = "time_embedding.cond_proj.weight"
-    lends_attention: ClassVar = True
 
     def predict(
         self, network: UNet2DConditionModel, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None
