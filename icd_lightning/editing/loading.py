@@ -8,37 +8,50 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from icd_lightning.diffusion import VP, Boundaries, Process
+from icd_lightning.diffusion import VP, Boundaries, Flow, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, suitable_tau
 from icd_lightning.editing.limits import check_fraction, check_guidance_scale
 from icd_lightning.files import replaced_folder, write_json
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.backbones import UNet
+from icd_lightning.models.backbones import backbone_of
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import PRECISIONS, EditingDefaults, Family
+from icd_lightning.models.sources import Loaded
 from icd_lightning.models.student_file import write_diffusers
 from icd_lightning.models.students import DIRECTIONS, LoraStudents
-from icd_lightning.models.text import CLIPConditioner, DualCLIPConditioner, unknown_words
+from icd_lightning.models.text import DualCLIPConditioner, unknown_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
-"""The students in a UNet, by its id: pipelines that share components share them too."""
+"""The students in a network, by its id: pipelines that share components share them too."""
+SUFFIXES = ("", "_2", "_3")
+"""Of the names of text encoders and tokenizers."""
 
 
 class StudentPipeline(DiffusionPipeline):
-    """A frozen guided UNet, the two students in it, and what stands between them and pictures and prompts.
+    """A frozen guided network, the two students in it, and what stands between them and pictures and prompts.
 
-    `from_pretrained` loads students. A pipeline made of parts has those that its UNet carries, or else new ones, which
-    begin as the UNet itself.
+    `from_pretrained` loads students. A pipeline made of parts has those that its network carries, or else new ones,
+    which begin as the network itself.
 
     Args:
-        unet: the guidance-distilled UNet of stage 1.
+        unet, transformer: the one that takes w, such as the guidance-distilled network of stage 1; the other is None.
         boundaries: the ends of the students' segments; None: the paper's four.
         guidance_scale: w, where a call does not say.
         tau: of dynamic guidance, where a call does not say; None: what suits the boundaries.
@@ -46,20 +59,24 @@ class StudentPipeline(DiffusionPipeline):
         attention_control: edit by Prompt-to-Prompt where a call does not say; otherwise by swapping the prompt.
         start_timestep: where the forward model begins, slightly noised.
         closed_vocabulary: the family knows those words only that its tokenizer keeps whole.
+        resolution: pixels of a side of the pictures that the network was trained on; None: as its config says.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = ("text_encoder_2", "tokenizer_2")
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = ("unet", "transformer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderDC,
-        text_encoder: CLIPTextModel,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
         tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,  # `from_pipe` of diffusers hands over parts of exactly these types
-        scheduler: DDIMScheduler,
-        text_encoder_2: CLIPTextModelWithProjection | None = None,
-        tokenizer_2: CLIPTokenizer | None = None,
+        unet: UNet2DConditionModel | None,  # `from_pipe` of diffusers hands over parts of exactly these types
+        scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+        text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel | None = None,
+        tokenizer_2: CLIPTokenizer | T5Tokenizer | None = None,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer_3: T5Tokenizer | None = None,
+        transformer: FluxTransformer2DModel | SD3Transformer2DModel | None = None,
         boundaries: list[int] | None = None,
         guidance_scale: float = EditingDefaults.guidance_scale,
         tau: float | None = None,
@@ -67,13 +84,15 @@ class StudentPipeline(DiffusionPipeline):
         attention_control: bool = False,
         closed_vocabulary: bool = False,
         start_timestep: int = Boundaries.start_timestep,
+        resolution: int | None = None,
     ) -> None:
         super().__init__()
         ends = Boundaries.uniform(4).boundary_timesteps if boundaries is None else boundaries
         ends = Boundaries(tuple(ends), start_timestep, allow_off_grid=True)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae, unet=unet, transformer=transformer, scheduler=scheduler)
         self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_modules(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
+        self.register_modules(text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3)
         edit_scale = guidance_scale if edit_guidance_scale is None else edit_guidance_scale
         self.register_to_config(
             boundaries=list(ends.boundary_timesteps),
@@ -83,19 +102,20 @@ class StudentPipeline(DiffusionPipeline):
             attention_control=attention_control,
             closed_vocabulary=closed_vocabulary,
             start_timestep=start_timestep,
+            resolution=resolution,
         )
-        model = DiffusionModel(
-            unet, Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config}), UNet()
-        )
-        self.students = _PLANTED.get(id(unet)) or LoraStudents(model)
-        _PLANTED[id(unet)] = self.students
-        autoencoder, conditioner = LatentAutoencoder(vae), CLIPConditioner(tokenizer, text_encoder)
+        network = self.network
+        process = Process.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+        students = _PLANTED.get(id(network)) or LoraStudents(DiffusionModel(network, process, backbone_of(network)))
+        self.students = _PLANTED[id(network)] = students
+        autoencoder, backbone = LatentAutoencoder(vae), students.backbone
         self.boundaries = ends  # of the students' segments
-        # pixels of a side of the pictures that the UNet was trained on
-        self.resolution = int(unet.config.sample_size) * autoencoder.downsampling
-        if text_encoder_2 is not None:
-            second = CLIPConditioner(tokenizer_2, text_encoder_2)
-            conditioner = DualCLIPConditioner(conditioner, second, self.resolution)
+        # pixels of a side of the pictures that the network was trained on
+        side = network.config.get("sample_size") or backbone.sample_size
+        self.resolution = resolution or int(side) * autoencoder.downsampling
+        conditioner = backbone.conditioner(Loaded(self.components), backbone.weight(network).dtype)
+        if isinstance(conditioner, DualCLIPConditioner):
+            conditioner = conditioner.for_size(self.resolution, self.resolution)
         self.method = InvertibleConsistency(self.students, autoencoder, conditioner, ends, merge=True)
         self.nfe = 0  # network evaluations of one picture in the latest call; its source beside it counts, too
 
@@ -126,25 +146,20 @@ class StudentPipeline(DiffusionPipeline):
             if precision is None:
                 raise ValueError(f"torch_dtype {torch_dtype} is none of {', '.join(PRECISIONS)}")
             model = Family(str(model), precision=precision, **family)
-        if not isinstance(process := model.load_process(), VP):
-            raise ValueError(
-                f"the pipeline is for networks of a VP process, and {model.model} has {type(process).__name__}: "
-                "take InvertibleConsistency.from_pretrained of icd_lightning.editing.consistency"
-            )
+        scheduler = scheduler_of(model)
         method = InvertibleConsistency.from_pretrained(
             model, forward=forward, reverse=reverse, boundaries=boundaries, lora_alpha=lora_alpha
         )
-        conditioner, unet = method.conditioner, method.students.network
-        sides = [conditioner] if isinstance(conditioner, CLIPConditioner) else [conditioner.first, conditioner.second]
-        second = {"text_encoder_2": sides[1].text_encoder, "tokenizer_2": sides[1].tokenizer} if sides[1:] else {}
-        _PLANTED[id(unet)] = method.students
+        students, parts = method.students, {"unet": None}
+        for suffix, side in zip(SUFFIXES, method.conditioner.sides, strict=False):
+            parts |= {f"text_encoder{suffix}": side.text_encoder, f"tokenizer{suffix}": side.tokenizer}
+        parts[students.backbone.part] = students.network
+        _PLANTED[id(students.network)] = students
         pipe = cls(
             method.autoencoder.vae,
-            sides[0].text_encoder,
-            sides[0].tokenizer,
-            unet,
-            DDIMScheduler.from_config(model.source.config("scheduler"), prediction_type=method.process.prediction_type),
-            **second,
+            scheduler=scheduler,
+            **parts,
+            resolution=model.resolution,
             boundaries=list(method.boundaries.boundary_timesteps),
             start_timestep=method.boundaries.start_timestep,
             **defaults_of(model, method.boundaries),
@@ -155,12 +170,13 @@ class StudentPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a folder for `from_pretrained`, and for `--model` of the commands: every part, and both students."""
         with replaced_folder(save_directory) as folder:
-            for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"):
-                if getattr(self, name) is not None:
-                    getattr(self, name).save_pretrained(folder / name)
-            bare = self.students.backbone.bare(self.unet)
-            bare.save_pretrained(folder / "unet_guided")
-            bare.save_config(folder / "unet")  # sizes of the family; the plain teacher is not known here
+            backbone = self.students.backbone
+            for name, part in self.components.items():
+                if name != backbone.part and part is not None:
+                    part.save_pretrained(folder / name)
+            bare = backbone.bare(self.network)
+            bare.save_config(folder / backbone.part)  # sizes of the family; the plain teacher is not known here
+            bare.save_pretrained(folder / f"{backbone.part}{'' if backbone.is_guided(bare.config) else '_guided'}")
             for direction in DIRECTIONS:
                 file = self.students.file(
                     direction, {name: self.config[name] for name in ("boundaries", "start_timestep")}
@@ -171,11 +187,33 @@ class StudentPipeline(DiffusionPipeline):
             self.save_config(folder)
 
     @property
+    def network(self) -> nn.Module:
+        """The UNet or the transformer."""
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
     def _execution_device(self) -> torch.device:
         """As diffusers has it, which asks every module there is; where nothing is offloaded one weight knows."""
-        offloaded = hasattr(self.unet, "_hf_hook") or hasattr(self.unet, "_diffusers_hook")
-        return super()._execution_device if offloaded else self.students.backbone.weight(self.unet).device
+        network = self.network
+        offloaded = hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+        return super()._execution_device if offloaded else self.students.backbone.weight(network).device
 
     def unknown_words(self, *prompts: str) -> list[str]:
         """Words that a family with a closed vocabulary has never seen: what they do to a picture is arbitrary."""
         return unknown_words(self.tokenizer, *prompts) if self.config.closed_vocabulary else []
+
+
+def scheduler_of(family: Family) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """A scheduler of diffusers from whose config the pipeline reads the family's process.
+
+    Raises ValueError for a process that diffusers has no scheduler of.
+    """
+    process = family.load_process()
+    if isinstance(process, VP):
+        return DDIMScheduler.from_config(family.source.config("scheduler"), prediction_type=process.prediction_type)
+    if isinstance(process, Flow):
+        return FlowMatchEulerDiscreteScheduler(process.num_train_timesteps, **process.settings)
+    raise ValueError(
+        f"the pipeline is for networks of a VP process or a flow, and {family.model} has {type(process).__name__}: "
+        "take InvertibleConsistency.from_pretrained of icd_lightning.editing.consistency"
+    )

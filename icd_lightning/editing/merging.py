@@ -24,6 +24,7 @@ class MergedStudent:
     def __init__(self, students: LoraStudents, direction: Direction) -> None:
         self.students, self.direction = students, direction
         self._merged: list[tuple[nn.Module, str, nn.Module, nn.Module]] | None = None
+        self._quantized = any(type(weight.data) is not Tensor for weight in students.network.parameters())
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self._mergeable:
@@ -44,7 +45,8 @@ class MergedStudent:
         weight = self.students.backbone.weight(network)
         scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
         # torch has no public way to ask whether a module was compiled in place
-        return not scattered and network._compiled_call_impl is None and weight.dtype == torch.float32
+        plain = network._compiled_call_impl is None and not self._quantized
+        return not scattered and plain and weight.dtype == torch.float32
 
     def _merge(self) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
         """For each layer with LoRA: whose child it is, under which name, the merged layer, and itself."""

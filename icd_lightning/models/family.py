@@ -20,6 +20,7 @@ from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
 from icd_lightning.models.backbones import TRANSFORMERS, Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.overlay import open_model
+from icd_lightning.models.quantization import Quantization, quantize
 from icd_lightning.models.released import RELEASED, located
 from icd_lightning.models.sources import Layout, Random, Source
 from icd_lightning.models.student_file import WEIGHTS_NAME
@@ -72,6 +73,7 @@ class Family:
         backbone: the architecture of its network; by default the one that its files name.
         trained_at: pixels of a side of the pictures that students are trained on, if other than the model's own. It
             fixes the shift of a flow that has one by resolution, such as FLUX.1-dev's.
+        quantization: of the linear layers of the frozen network's blocks, to train and sample in less memory.
     """
 
     model: str = "tiny"
@@ -84,6 +86,7 @@ class Family:
     style: str | None = None
     backbone: Backbone | None = None
     trained_at: int | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.trained_at is not None and not 0 < self.trained_at <= MOST_PIXELS:
@@ -201,6 +204,8 @@ class Family:
         self._check_channels(network)
         if self.style is not None:
             self.architecture.merge_lora(network, *parse_style(self.style))
+        if self.quantization is not None:
+            quantize(network, self.architecture.blocks, self.quantization)
         return DiffusionModel(network, self.load_process(), self.architecture)
 
     def _plain_network(self) -> Callable[[], nn.Module]:

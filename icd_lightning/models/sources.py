@@ -285,6 +285,22 @@ class SingleFile(Source):
 
 
 @dataclass(frozen=True)
+class Loaded(Source):
+    """Parts in memory, by name; one that the model does not have may be None."""
+
+    parts: Mapping[str, Any]
+
+    def has(self, part: str) -> bool:
+        return self.parts.get(part) is not None
+
+    def network(self, part: str, cls: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+        return self.parts[part]
+
+    def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
+        return self.parts[part]
+
+
+@dataclass(frozen=True)
 class Random(Source):
     """Networks of a true architecture with random weights, the same ones every time, for trials of everything else."""
 

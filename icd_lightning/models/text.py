@@ -118,10 +118,15 @@ class TextSide(nn.Module):
 class CLIPConditioner(TextSide):
     """One CLIP text encoder, as in SD1.5 and tiny; the unconditional prompt is the empty one, encoded."""
 
+    @property
+    def sides(self) -> list[TextSide]:
+        """Its encoders, as diffusers numbers them."""
+        return [self]
+
     @cached_property
     def fingerprint(self) -> str:
-        """Tells text encoders apart; the same in any precision."""
-        return fingerprint(self.text_encoder)
+        """Tells sets of text encoders apart; the same in any precision."""
+        return fingerprint(*(side.text_encoder for side in self.sides))
 
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D); the framing is not for such a network."""
@@ -162,10 +167,12 @@ class DualCLIPConditioner(nn.Module):
         other.size = (height, width)
         return other
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells pairs of text encoders apart; the same in any precision."""
-        return fingerprint(self.first.text_encoder, self.second.text_encoder)
+    fingerprint = CLIPConditioner.fingerprint
+
+    @property
+    def sides(self) -> list[TextSide]:
+        """Its encoders, as diffusers numbers them."""
+        return [self.first, self.second]
 
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D1 + D2) and pooled ones (B, P); an empty prompt is all zeros.
@@ -211,10 +218,12 @@ class T5Conditioner(nn.Module):
         for side in clips:
             side.reports_cuts = False  # T5 reads on
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells sets of text encoders apart; the same in any precision."""
-        return fingerprint(*(side.text_encoder for side in (*self.clips, self.t5)))
+    fingerprint = CLIPConditioner.fingerprint
+
+    @property
+    def sides(self) -> list[TextSide]:
+        """Its encoders, as diffusers numbers them."""
+        return [*self.clips, self.t5]
 
     def forward(self, prompts: Sequence[str], framing: Framing | None = None) -> Conditioning:
         """Encode B prompts to prompt_embeds (B, L, D) and pooled ones (B, P); the framing is not for such a network."""

@@ -14,6 +14,7 @@ from sd3_case import write_sd3
 from training_case import Losses, scenes_data, trainer_for, write_scenes
 
 from icd_lightning.callbacks.export import ExportWeights
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.backbones import SD3
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
@@ -25,7 +26,7 @@ from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDist
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
-BACKBONE = SD3(max_sequence_length=32)
+BACKBONE = SD3()
 W = 3.0
 
 
@@ -108,6 +109,17 @@ def test_students_are_trained_resumed_exported_and_run_in_plain_diffusers(family
     again = trainer_for(tmp_path, max_steps=3, callbacks=[second])
     again.fit(stage_two(family), data(), ckpt_path=tmp_path / "two.ckpt")
     assert first.values + second.values == pytest.approx(whole.values, rel=1e-4)
+
+    pipe = InvertibleConsistencyPipeline.from_pretrained(
+        family, **{direction: str(tmp_path / "whole" / direction) for direction in DIRECTIONS}
+    )
+    noise = pipe.invert(torch.rand(1, 3, 64, 64), "a star", seed=0)
+    edited = pipe.edit(torch.rand(1, 3, 64, 64), "a star", "a red star", seed=0, output_type="pt").images
+    picture = pipe("a red star", latents=noise, output_type="pt").images
+    pipe.save_pretrained(tmp_path / "saved")
+    again = InvertibleConsistencyPipeline.from_pretrained(str(tmp_path / "saved"))
+    assert torch.equal(again("a red star", latents=noise, output_type="pt").images, picture)
+    assert (edited.shape, pipe.nfe) == ((1, 3, 64, 64), 4)
 
     guided = family.load_model(guided=True)
     folded = BACKBONE.fold_guidance_embedding(guided.network, W)

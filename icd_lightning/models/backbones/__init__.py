@@ -1,5 +1,7 @@
 """Architectures, a file each."""
 
+from torch import nn
+
 from icd_lightning.models.backbones.base import Backbone
 from icd_lightning.models.backbones.flux import Flux
 from icd_lightning.models.backbones.sd3 import SD3
@@ -8,4 +10,10 @@ from icd_lightning.models.backbones.unet import UNet
 TRANSFORMERS: dict[str, type[Backbone]] = {one.network_class.__name__: one for one in (Flux, SD3)}
 """Those of a model's `transformer`, by its class in diffusers."""
 
-__all__ = ["SD3", "TRANSFORMERS", "Backbone", "Flux", "UNet"]
+
+def backbone_of(network: nn.Module) -> Backbone:
+    """The backbone of a network of one of these classes."""
+    return TRANSFORMERS.get(type(network).__name__, UNet)()
+
+
+__all__ = ["SD3", "TRANSFORMERS", "Backbone", "Flux", "UNet", "backbone_of"]

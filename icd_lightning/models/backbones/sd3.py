@@ -20,6 +20,8 @@ from icd_lightning.models.text import Conditioner, T5Conditioner
 
 WIDTH = "_guidance_dim"
 """Of the guidance embedding, in the config; diffusers keeps what begins with _ and asks nothing of it."""
+T5_LENGTH = 256
+"""Tokens of a prompt that T5 reads, as in diffusers' pipeline."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,7 @@ class SD3(Backbone):
 
     So a guided network is one of diffusers' own class with a larger `pooled_projection_dim`. The LoRA targets are all
     layers of the blocks, those by which time and the pooled embedding enter among them.
-
-    Args:
-        max_sequence_length: tokens of a prompt that T5 reads.
     """
-
-    max_sequence_length: int = 256
 
     network_class: ClassVar = SD3Transformer2DModel
     part: ClassVar = "transformer"
@@ -61,6 +58,10 @@ class SD3(Backbone):
     def guidance_width(self, network: SD3Transformer2DModel) -> int | None:
         """As its config says."""
         return network.config.get(WIDTH)
+
+    def is_guided(self, config: Mapping[str, Any]) -> bool:
+        """Whether the embedding is there, as in what stage 1 left."""
+        return bool(config.get(WIDTH))
 
     def width_in(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
         """By how much the pooled embedding's layer is wider than in the plain network."""
@@ -91,7 +92,7 @@ class SD3(Backbone):
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
         """Both CLIPs, and T5."""
         clips = [text_side(source, number, CLIPTextModelWithProjection, dtype) for number in ("", "_2")]
-        return T5Conditioner(clips, text_side(source, "_3", T5EncoderModel, dtype, self.max_sequence_length))
+        return T5Conditioner(clips, text_side(source, "_3", T5EncoderModel, dtype, T5_LENGTH))
 
     def weight(self, network: SD3Transformer2DModel) -> Tensor:
         """The patches' layer's, which no student adapts."""

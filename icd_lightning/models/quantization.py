@@ -1,0 +1,33 @@
+"""The frozen base in fewer bits, by torchao: adapters stay float32, and gradients reach them as before."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+Quantization = Literal["int8", "nf4"]
+"""int8: a scale for each output; nf4: 4 bits with a scale for 64 weights (arXiv:2305.14314)."""
+NF4_BLOCK = 64 * 256
+"""Weights of a layer come in multiples of it: blocks of 64, whose scales are kept in blocks of 256."""
+
+
+def quantize(network: nn.Module, blocks: tuple[type[nn.Module], ...], kind: Quantization) -> None:
+    """Keep the weights of linear layers in a network's blocks in this kind, in place; for good.
+
+    What lies outside of the blocks, convolutions, and layers that are too small for a kind's scales, stay as they are.
+    Raises ValueError where torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+    except ImportError as error:
+        raise ValueError(f"quantization {kind} needs torchao: pip install 'icd_lightning[quantization]'") from error
+    inside = {part for block in network.modules() if isinstance(block, blocks) for part in block.modules()}
+    layers = [part for part in inside if isinstance(part, nn.Linear) and part.weight.numel() % NF4_BLOCK == 0]
+    if kind == "int8":
+        quantize_(network, Int8WeightOnlyConfig(), filter_fn=lambda part, _: part in layers)
+        return
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight = nn.Parameter(to_nf4(layer.weight), requires_grad=False)

@@ -1,0 +1,58 @@
+"""A frozen base in fewer bits: students are nearly those of the whole one, and get their gradients."""
+
+import pytest
+import torch
+
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
+from icd_lightning.models.family import Family
+from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::DeprecationWarning")
+pytest.importorskip("torchao")
+
+
+def students_on(quantization: str | None) -> LoraStudents:
+    torch.manual_seed(0)
+    family = Family(quantization=quantization)
+    students = [str(family.root / "students" / direction) for direction in DIRECTIONS]
+    paths = dict(zip(DIRECTIONS, students, strict=True))
+    return LoraStudents(family.load_model(guided=True), lora=LoraSettings(rank=16, alpha=16), **paths)
+
+
+def outputs_and_gradients(students: LoraStudents) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    told = torch.randn(4, 16, 8, 8), torch.tensor([259, 519, 779, 999]), Family().load_conditioner()(["a star"] * 4)
+    found = {}
+    for direction in DIRECTIONS:
+        output = students.predict(direction, *told, torch.full((4,), 3.0))
+        output.square().mean().backward()
+        gradients = [parameter.grad.flatten() for parameter in students.parameters_of(direction)]
+        found[direction] = output.detach(), torch.cat(gradients)
+    return found
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("nf4", 0.25)])
+def test_tiny_students_on_a_quantized_base_are_near_those_on_the_whole_one(kind, most):
+    whole, students = students_on(None), students_on(kind)
+    expected, found = outputs_and_gradients(whole), outputs_and_gradients(students)
+    for direction in DIRECTIONS:
+        assert all(parameter.dtype == torch.float32 for parameter in students.parameters_of(direction))
+        for ours, theirs in zip(found[direction], expected[direction], strict=True):
+            assert 0 < distance(ours, theirs) < most
+
+
+def test_pictures_of_a_quantized_family_are_near_those_of_the_whole_one():
+    """Also where a loop would merge students into weights, which these are not."""
+    pictures = [
+        InvertibleConsistencyPipeline.from_pretrained(Family(quantization=kind))(
+            "a large red star on a blue background", seed=0, output_type="pt"
+        ).images
+        for kind in (None, "int8", "nf4")
+    ]
+    psnr = [float(-10 * (one - pictures[0]).square().mean().log10()) for one in pictures[1:]]
+    assert psnr[0] > 50
+    assert psnr[1] > 35
