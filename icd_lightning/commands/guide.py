@@ -6,7 +6,8 @@ usage: icd fit --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 Train. Configurations are laid one over the other, each holding only what it changes; keys come last.
 
   conf/base.yaml            both students at once, by the paper's recipe: what comes first in every training of stage 2
-  conf/model/               the networks, and what suits them: tiny (shipped), tiny_flow, sd15, sdxl, flux_dev
+  conf/model/               the networks, and what suits them: tiny (shipped), tiny_flow, sd15, sdxl, sd3, sd35_medium,
+                            flux_dev
   conf/experiment/          length, batch and folder: demo, tiny, tiny_flow, sd15_paper, sdxl_paper, flux_dev; and
                             sd15_guidance, sdxl_guidance of stage 1
   conf/trainer/             how devices share the work: single, ddp, fsdp; and compile. docs/gpus.md tells more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
 MOST_PIXELS = 1 << 15
 GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
@@ -210,6 +212,11 @@ class Family:
 
     def _plain_network(self) -> Callable[[], nn.Module]:
         part, cls = self.architecture.part, self.architecture.network_class
+        if name := re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE):
+            raise ValueError(
+                f"{self.model} is {name[0]}, whose few steps match a distribution and follow no probability flow: "
+                "students cannot be distilled from it; take the model that it was made of"
+            )
         self.architecture.check_teacher(self.source.config(part))
         return partial(self.source.network, part, cls, self.dtype)
 

@@ -161,3 +161,12 @@ def test_a_shift_by_resolution_is_fixed_for_a_training_and_students_tell_it(fami
         other.load("forward", StudentFile.read(tmp_path / "forward"))
     with pytest.raises(ValueError, match="trained_at -1 is no side of pictures, in pixels"):
         Family(str(folder), trained_at=-1)
+
+
+def test_a_distribution_matched_model_is_refused_by_its_name(family, tmp_path):
+    turbo = tmp_path / "stable-diffusion-3.5-large-turbo"
+    turbo.symlink_to(family.model)
+    with pytest.raises(
+        ValueError, match=r"large-turbo, whose few steps match a distribution and follow no probability"
+    ):
+        Family(str(turbo)).load_model(guided=False)
