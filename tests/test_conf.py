@@ -50,6 +50,7 @@ WHOLES = {  # what is composed of which files, and the task that comes out
         (*TINY, "model/tiny_flow", "experiment/tiny_flow", "tiny_flow/students"),
         InvertibleConsistencyDistillation,
     ),
+    **{name: (("base", f"model/{name}"), InvertibleConsistencyDistillation) for name in ("sd3", "sd35_medium")},
     "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
     "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
     "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
