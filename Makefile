@@ -150,7 +150,6 @@ tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## t
 	for set in pictures pictures-val; do $(ICD) data cache-latents $(TINY_SHARDS)/$$set \
 	  --out $(TINY_SHARDS)/latents$${set#pictures} --vae outputs/tiny-weights/model/vae --batch_size 64 || exit; done
 	$(TINY) --config conf/tiny/teacher.yaml $(ARGS)
-	$(TINY) --config conf/tiny/guidance_aware.yaml $(ARGS)
 	$(TINY) --config conf/tiny/guidance.yaml $(ARGS)
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \
 	  --config conf/tiny/students.yaml $(ARGS)

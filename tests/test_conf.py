@@ -12,7 +12,6 @@ from icd_lightning.editing.methods import OTHERS
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
-from icd_lightning.tiny.train_guidance_aware import GuidanceAwareTraining
 from icd_lightning.tiny.train_scene_network import SceneNetworkTraining
 from icd_lightning.tiny.train_teacher import TeacherTraining
 
@@ -44,7 +43,6 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny weights, autoencoder": (("tiny/base", "tiny/autoencoder"), AutoencoderTraining),
     "tiny weights, scene network": (("tiny/base", "tiny/scene_network"), SceneNetworkTraining),
     "tiny weights, teacher": (("tiny/base", "tiny/teacher"), TeacherTraining),
-    "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }
@@ -133,7 +131,7 @@ def test_no_configuration_is_forgotten():
 def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_path, whole):
     names, task_class = WHOLES[whole]
     options = [f"--trainer.default_root_dir={tmp_path}"]
-    if task_class in (GuidanceAwareTraining, GuidanceDistillation, InvertibleConsistencyDistillation):
+    if task_class in (GuidanceDistillation, InvertibleConsistencyDistillation):
         options.append(f"--model.init_args.family.model={random_family}")
     if task_class is TeacherTraining:
         options.append(f"--model.init_args.vae={random_family / 'vae'}")

@@ -88,8 +88,8 @@ def report(
     check_held_out(seed)
     family = Family(model)
     bars = measure_family(family, count=count, seed=seed)
-    verdicts = ["" if bar.limit is None else "ok" if bar.passed else "MISSED" for bar in bars]
-    rows = tuple((bar.name, bar.value, bar.rule, verdict) for bar, verdict in zip(bars, verdicts, strict=True))
+    rules = [("", "") if bar.limit is None else (f">= {bar.limit:g}", "ok" if bar.passed else "MISSED") for bar in bars]
+    rows = tuple((bar.name, bar.value, *rule) for bar, rule in zip(bars, rules, strict=True))
     title, header = f"{model} on {count} held-out scenes (seed {seed})", ("what", "measured", "bar", "")
     print_tables([Table(title, "", header, rows, styles={"measured": Style(4)})])
     file = Path(out) / "bars.json"

@@ -18,7 +18,7 @@ PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided",
 SHIPPED = "tiny"  # what `Family` knows it by
 EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 1.0, "closed_vocabulary": True}
 WRITTEN = ("README.md", "notes.md")  # the card and what people wrote by hand for its end
-STAGES = ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance", "students")
+STAGES = ("autoencoder", "scene_network", "teacher", "guidance", "students")
 
 
 def package_family(source: Path, out: Path, max_megabytes: float) -> float:
