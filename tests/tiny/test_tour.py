@@ -1,4 +1,4 @@
-"""The tour and the study of jumps: perfect and lazy methods score as they must, and commands write what was measured."""
+"""The tour and the study of jumps: perfect and lazy methods score as they must; commands write what was measured."""
 
 import json
 import math
