@@ -108,7 +108,7 @@ def test_the_commands_of_make_figures_exist(fit_parser):
     calls = [
         words for line in lines.replace("\\\n", " ").splitlines() if "/icd " in line and (words := shlex.split(line))
     ]
-    assert len(calls) >= 9
+    assert len(calls) >= 8
     for words in calls:
         check_command(words, fit_parser)
 
