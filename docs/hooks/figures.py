@@ -43,7 +43,8 @@ def main(root: Path = ROOT) -> None:
     pictures = {}
     for name, (file, width) in PICTURES.items():
         with Image.open(root / file) as picture:
-            pictures[root / name] = picture.resize((width, round(picture.height * width / picture.width)))
+            smaller = picture.convert("RGB").resize((width, round(picture.height * width / picture.width)))
+            pictures[root / name] = smaller.quantize(256)  # colours: a third of the bytes
     for path, text in texts.items():
         path.write_text(text)
     for path, picture in pictures.items():

@@ -110,8 +110,8 @@ def test_icd_tiny_jumps_trains_and_measures_each_number(random_family, scenes, t
         json.loads(file.read_text())["boundaries"] for file in sorted(tmp_path.glob("trainings/*/forward/icd.json"))
     ]
     assert ends == [list(Boundaries.uniform(number).boundary_timesteps) for number in NUMBERS]
-    assert [line.split()[:4] for line in first.splitlines() if line[1:2].isdigit()] == [
-        [str(number), "+", str(number), name] for number in NUMBERS for name in ("untrained", "iCD")
-    ]
+    rows = [line.split() for line in first.splitlines() if line[1:2].isdigit()]
+    assert [row[:4] for row in rows] == [[f"{n}", "+", f"{n}", who] for n in NUMBERS for who in ("untrained", "iCD")]
+    assert len({row[4] for row in rows[::2]}) == len(NUMBERS), "each number jumps otherwise"
     main(args)
     assert capsys.readouterr().out == first
