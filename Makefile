@@ -14,7 +14,7 @@ RESULTS ?=
 .DEFAULT_GOAL := help
 .PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
   train-sd15 train-sdxl train-flux train-tiny-flow eval-inversion eval-generation eval-guidance eval-editing ablations \
-  notebooks notebook-results tensorboard tiny-weights tiny-flow-weights tiny-report gpu-figures docs clean
+  notebooks notebook-results figures tensorboard tiny-weights tiny-flow-weights tiny-report gpu-figures docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -69,16 +69,17 @@ audit: ## look up known vulnerabilities of the exact versions in constraints.txt
 lint: $(STAMP) ## ruff, and mypy on the mathematics
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+SHAPES := data/shapes/train/manifest.json data/shapes/val/manifest.json
 data/shapes/train/manifest.json: | $(STAMP)
 	$(ICD) data shapes --out data/shapes/train --count 20000 --seed 0
 
 data/shapes/val/manifest.json: | $(STAMP)
 	$(ICD) data shapes --out data/shapes/val --count 512 --seed 6
 
-train-tiny: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train both tiny students longer; results in outputs/train-tiny
+train-tiny: $(SHAPES) ## train both tiny students longer; results in outputs/train-tiny
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml $(ARGS)
 
-train-tiny-flow: data/shapes/train/manifest.json data/shapes/val/manifest.json ## the same for tiny_flow, a flow-matching transformer; results in outputs/train-tiny-flow
+train-tiny-flow: $(SHAPES) ## the same for tiny_flow, a flow-matching transformer; results in outputs/train-tiny-flow
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/model/tiny_flow.yaml \
 	  --config conf/experiment/tiny_flow.yaml $(ARGS)
 
@@ -122,7 +123,7 @@ eval-guidance: $(STAMP) ## guidance while encoding and while decoding: Table 1, 
 eval-editing: $(STAMP) ## edits with known true results, by every method
 	$(ICD) eval --benchmark tiny_edit --method all $(ARGS)
 
-ablations: data/shapes/train/manifest.json data/shapes/val/manifest.json ## Table 2, A to K, on the tiny family (about 20 minutes a seed)
+ablations: $(SHAPES) ## Table 2, A to K, on the tiny family (about 20 minutes a seed)
 	$(ICD) ablations $(ARGS)
 
 notebooks: $(STAMP) ## execute notebooks/ on the shipped results, or on RESULTS=outputs; copies in outputs/notebooks
@@ -131,17 +132,25 @@ notebooks: $(STAMP) ## execute notebooks/ on the shipped results, or on RESULTS=
 	for name in ablations guidance; do ICD_RESULTS=$(if $(RESULTS),$(abspath $(RESULTS))) $(BIN)/jupyter-execute \
 	  notebooks/$$name.ipynb --output ../outputs/notebooks/$$name $(ARGS) || exit; done
 
-NOTEBOOKS_READ := outputs/ablations/table2.json outputs/eval-guidance/guidance.json outputs/eval-generation/generation.json
-outputs/ablations/table2.json: | data/shapes/train/manifest.json data/shapes/val/manifest.json
-	$(ICD) ablations
-outputs/eval-guidance/guidance.json: | $(STAMP)
+notebook-results: $(SHAPES) ## measure what the notebooks read, goes on where it stopped; to notebooks/results
+	$(ICD) ablations --seeds 0,1,2
 	$(ICD) eval --benchmark guidance --method icd,ddim
-outputs/eval-generation/generation.json: | $(STAMP)
 	$(ICD) eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'
-
-notebook-results: $(NOTEBOOKS_READ) ## what the notebooks read of outputs/, made there if missing, to notebooks/results
 	rm -rf notebooks/results
 	$(ICD) condense
+
+outputs/demo/metrics.json: icd_lightning/weights/tiny/unet_guided/diffusion_pytorch_model.safetensors | $(STAMP)
+	rm -rf outputs/demo # its training goes on with no other weights
+	$(ICD) demo
+
+figures: outputs/demo/metrics.json notebook-results ## measure again what README, docs, card and notebooks show, and put it there (hours; goes on where it stopped)
+	$(ICD) tiny jumps
+	$(ICD) eval --benchmark tiny_edit --method all --count 64
+	$(ICD) eval --benchmark tiny_edit --method icd,icd_p2p,untrained,ddim_dynamic,npi,pnp_inversion,edit_friendly,infedit,sdedit \
+	  --count 64 --grid "w=1.5,2,3,5" --out outputs/eval-trade-off
+	$(ICD) eval --benchmark tiny_edit --method icd --count 64 --grid "w=3 tau=0.5,0.6,0.7,0.8,0.9,1" --out outputs/eval-tau
+	$(ICD) tiny report --card --count $(SCENES)
+	$(BIN)/python docs/hooks/figures.py
 
 tensorboard: $(STAMP) ## look at all runs
 	$(BIN)/tensorboard --logdir outputs $(ARGS)
@@ -154,19 +163,18 @@ CACHE_LATENTS = $(ICD) data shapes --out $(WEIGHTS)/shards/pictures --count $(PI
 	$(ICD) data shapes --out $(WEIGHTS)/shards/pictures-val --count $(SCENES) --seed 5 && \
 	for set in pictures pictures-val; do $(ICD) data cache-latents $(WEIGHTS)/shards/$$set \
 	  --out $(WEIGHTS)/shards/latents$${set#pictures} --batch_size 64 --vae
-tiny-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train the shipped tiny family from nothing (hours; goes on where it stopped)
+tiny-weights: $(SHAPES) ## train the shipped tiny family from nothing (hours; goes on where it stopped)
 	$(TINY) --config conf/tiny/autoencoder.yaml $(ARGS)
 	$(TINY) --config conf/tiny/scene_network.yaml $(ARGS)
 	$(CACHE_LATENTS) $(WEIGHTS)/model/vae || exit; done
 	$(TINY) --config conf/tiny/teacher.yaml $(ARGS)
-	$(TINY) --config conf/tiny/guidance_aware.yaml $(ARGS)
 	$(TINY) --config conf/tiny/guidance.yaml $(ARGS)
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/experiment/tiny.yaml \
 	  --config conf/tiny/students.yaml $(ARGS)
 	$(ICD) tiny package
 	$(ICD) tiny report --card --count $(SCENES)
 
-tiny-flow-weights: data/shapes/train/manifest.json data/shapes/val/manifest.json ## train tiny_flow, on tiny's autoencoder and text encoder (hours; goes on where it stopped)
+tiny-flow-weights: $(SHAPES) ## train tiny_flow, on tiny's autoencoder and text encoder (hours; goes on where it stopped)
 	$(CACHE_LATENTS) icd_lightning/weights/tiny/vae || exit; done
 	$(TINY) --config conf/tiny_flow/teacher.yaml $(ARGS)
 	$(ICD) fit --config conf/base.yaml --config conf/model/tiny.yaml --config conf/model/tiny_flow.yaml \

@@ -12,7 +12,6 @@ from icd_lightning.editing.methods import OTHERS
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
-from icd_lightning.tiny.train_guidance_aware import GuidanceAwareTraining
 from icd_lightning.tiny.train_scene_network import SceneNetworkTraining
 from icd_lightning.tiny.train_teacher import TeacherTraining
 
@@ -53,7 +52,6 @@ WHOLES = {  # what is composed of which files, and the task that comes out
     **{name: (("base", f"model/{name}"), InvertibleConsistencyDistillation) for name in ("sd3", "sd35_medium")},
     "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
     "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
-    "tiny weights, guidance aware": (("tiny/base", "tiny/guidance_aware"), GuidanceAwareTraining),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,17 @@ def check_command(words: list[str], fit_parser) -> None:
         assert (ROOT / rest[0]).is_file()
     else:
         assert program in OTHERS, f"{program} is no program known here"
+
+
+def test_the_commands_of_make_figures_exist(fit_parser):
+    making = ["make", "--dry-run", "--assume-old=installed", "STAMP=installed", "figures"]
+    lines = subprocess.run(making, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    calls = [
+        words for line in lines.replace("\\\n", " ").splitlines() if "/icd " in line and (words := shlex.split(line))
+    ]
+    assert len(calls) >= 8
+    for words in calls:
+        check_command(words, fit_parser)
 
 
 @pytest.mark.parametrize("document", sorted(FENCES))

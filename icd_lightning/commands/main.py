@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "condense": ("evaluate:condense", "of results, keep what the notebooks read"),
     "demo": ("tiny:demo", "the whole method on this machine, in minutes, with a report"),
     "tiny report": ("tiny:report", "measure the shipped tiny family against its bars"),
+    "tiny jumps": ("tiny:jumps", "what distillation is for: 1 to 4 jumps, trained beside untrained"),
     "tiny package": ("tiny:package", "turn the trained parts into the family that ships"),
 }
 TRUSTING = ("--trust-config", "--trust_config")

@@ -64,9 +64,7 @@ def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> P
 
 
 def _limit(bar: Bar) -> str:
-    if bar.limit is None:
-        return ""
-    return f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}{'' if bar.passed else ', MISSED'}"
+    return "" if bar.limit is None else f"at least {bar.limit:g}{'' if bar.passed else ', MISSED'}"
 
 
 def _trainings(folder: Path, recipe: Recipe) -> str:

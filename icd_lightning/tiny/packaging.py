@@ -34,7 +34,7 @@ class Recipe:
 RECIPES = {  # by the names that `Family` knows
     "tiny": Recipe(
         ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "unet_guided", "scene_network"),
-        ("autoencoder", "scene_network", "teacher", "guidance_aware", "guidance", "students"),
+        ("autoencoder", "scene_network", "teacher", "guidance", "students"),
     ),
     "tiny_flow": Recipe(("transformer", "scheduler"), ("teacher", "students"), overlay=True),
 }

@@ -13,6 +13,7 @@ from icd_lightning.evaluation.ablations.study import AblationStudy, Comparison, 
 from icd_lightning.evaluation.ablations.tables import place_of_e, table_2, verdict_table, write_study
 from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
 from icd_lightning.evaluation.results import Results
+from icd_lightning.evaluation.statistics import bootstrap
 
 CONF = Path(__file__).parents[2] / "conf"
 PICTURES = 12
@@ -127,7 +128,15 @@ def test_a_verdict_table_says_what_the_paper_has():
 
 def test_a_verdict_says_whether_it_is_of_these_trainings_alone():
     assert "Verdicts are of these 2 trainings: others may differ." in verdict_table(study(ASCENDING)).note
-    assert "other pictures and other trainings" in verdict_table(study(ASCENDING, seeds=(0, 1, 2))).note
+    three = study(ASCENDING, seeds=(0, 1, 2))
+    assert all("other pictures and other trainings" in table.note for table in (*table_2(three), verdict_table(three)))
+
+
+def test_a_rows_interval_counts_the_scatter_of_three_trainings():
+    pictures = np.random.default_rng(0).normal(20.0, 0.1, 50)
+    frames = [pd.DataFrame({"decoding": "w 1", "kind": "", "psnr": pictures + shift}) for shift in (-1, 0, 1)]
+    row = Row("A", "", "w 1", [Results("icd", frame) for frame in frames])
+    assert row.mean().high - row.mean().low > 2 > 20 * (bootstrap(row.pictures()).high - bootstrap(row.pictures()).low)
 
 
 def compared(worse: list, better: list) -> Comparison:

@@ -1,4 +1,4 @@
-"""The tour: perfect and lazy methods score as they must, its tables are of all attributes, and `icd eval` writes it."""
+"""The tour and the study of jumps: perfect and lazy methods score as they must; commands write what was measured."""
 
 import json
 import math
@@ -7,12 +7,14 @@ import pytest
 
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import to_images
+from icd_lightning.diffusion import Boundaries
 from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import ATTRIBUTE_EDITS, TOUR, figures, tour_examples, tour_tables
+from icd_lightning.tiny.jumps import NUMBERS, jumps_panel, write_jumps
 from icd_lightning.tiny.scenes import LABELS
 
 SETTINGS = Settings("scenes", count=12)
@@ -75,3 +77,41 @@ def test_icd_eval_is_a_tour_that_goes_on_where_it_was(random_family, tmp_path, c
     assert results["settings"] == {"count": 2, "guidance_scale": 3.0, "tau": 0.8, "edit_tau": 0.8, "seed": 1_000_003}
     main(args)
     assert capsys.readouterr().out == first  # seconds too: nothing was measured again
+
+
+def test_each_number_of_jumps_has_its_own_rows_and_pictures(tmp_path):
+    perfect = measured(tmp_path / "1", lambda batch: to_images([example.truth.draw(64) for example in batch]))
+    lazy = measured(tmp_path / "2", lambda batch: stack(batch, 64))
+    table, paths = write_jumps({1: perfect, 2: lazy}, tmp_path)
+    assert [(row[0], row[1], row[3], row[6]) for row in table.rows] == [("1 + 1", "iCD", 1, 1), ("2 + 2", "iCD", 0, 1)]
+    assert all(path.is_file() for path in paths)
+    panel = jumps_panel({1: perfect, 2: lazy}, "edits", "Edits")
+    assert panel.columns == ("original", "1 + 1\niCD", "2 + 2\niCD")
+    label, (original, edited, untouched) = panel.rows[0]
+    assert label == DATA.examples[0].caption
+    assert (original == untouched).all()
+    assert (edited == DATA.examples[0].truth.draw(64)).all()
+
+
+@pytest.mark.slow
+def test_icd_tiny_jumps_trains_and_measures_each_number(random_family, scenes, tmp_path, capsys):
+    options = {
+        "model": random_family,
+        "train_data": scenes,
+        "val_data": scenes,
+        "out": tmp_path,
+        "steps": 1,
+        "count": 2,
+    }
+    args = ["tiny", "jumps", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    main(args)
+    first = capsys.readouterr().out
+    ends = [
+        json.loads(file.read_text())["boundaries"] for file in sorted(tmp_path.glob("trainings/*/forward/icd.json"))
+    ]
+    assert ends == [list(Boundaries.uniform(number).boundary_timesteps) for number in NUMBERS]
+    rows = [line.split() for line in first.splitlines() if line[1:2].isdigit()]
+    assert [row[:4] for row in rows] == [[f"{n}", "+", f"{n}", who] for n in NUMBERS for who in ("untrained", "iCD")]
+    assert len({row[4] for row in rows[::2]}) == len(NUMBERS), "each number jumps otherwise"
+    main(args)
+    assert capsys.readouterr().out == first

@@ -56,7 +56,7 @@ def _draw_rows(
     """Each row's mean at its place, its trainings below, the untrained students and the teacher's own DDIM-50."""
     guided = study.ablations[letters[0]].guided
     rows = [study.row(letter, w) for letter in letters]
-    points(axes, [bootstrap(row.pictures()) for row in rows], places, look, label=f"w {w:g}")
+    points(axes, [row.mean() for row in rows], places, look, label=f"w {w:g}")
     for place, row in zip(places, rows, strict=True):
         axes.plot(row.values().mean(1), [place + 0.16] * len(row.runs), ".", color=look.color, markersize=2.5)
     untrained = [study.untrained(len(study.ablations[row.name].boundaries), row.decoding) for row in rows]

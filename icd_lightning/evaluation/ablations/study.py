@@ -97,6 +97,10 @@ class Row:
         """A column's means over trainings, (pictures,)."""
         return self.values(column).mean(0)
 
+    def mean(self, column: str = "psnr") -> Estimate:
+        """A column's mean over all, its interval as that of a `Comparison`."""
+        return bootstrap_trainings(self.values(column))
+
 
 class Comparison:
     """Whether `better` really is above `worse` in PSNR, over the same pictures; `where` says how both are decoded.

@@ -23,7 +23,7 @@ from icd_lightning.evaluation.decodings import UNGUIDED
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Curve, Panel, Report, Style, Table, markdown_table, write_report
 from icd_lightning.evaluation.results import places
-from icd_lightning.evaluation.statistics import MIN_SEEDS, bootstrap
+from icd_lightning.evaluation.statistics import MIN_SEEDS
 from icd_lightning.files import write_json, write_text
 
 
@@ -36,7 +36,7 @@ def _table(study: AblationStudy, w: float | None) -> Table:
     columns, rows = study.columns, []
     for row in study.rows(w):
         lpips, dino, psnr = TABLE_2.get(row.name, (None,) * 3)
-        ours = [bootstrap(row.pictures(column)) for column in columns]
+        ours = [row.mean(column) for column in columns]
         rows.append((row.name, row.description, *ours, psnr, lpips, dino))
     known = study.runs["ddim"].styles
     styles = {n: Style(2 if n == "psnr" else 3, known[n].best if n in known else None) for n in columns}
@@ -46,12 +46,17 @@ def _table(study: AblationStudy, w: float | None) -> Table:
     return Table(
         title="Table 2, unguided" if w is None else f"Table 2, guided at w {w:g}",
         note=f"To noise and back, {how}. {pictures} held-out pictures, {seeds}; ± is half of a 95 % interval over "
-        "resampled pictures. Untrained: the weights of stage 1, from which the students start, through the same jumps.",
+        f"{_scope(study)}. Untrained: the weights of stage 1, from which the students start, through the same jumps.",
         header=("row", "students", *columns, "paper: PSNR", "LPIPS", "DinoV2"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),
         styles=styles | {"paper: PSNR": Style(2), "LPIPS": Style(3), "DinoV2": Style(3)},
     )
+
+
+def _scope(study: AblationStudy) -> str:
+    """What intervals are over."""
+    return "resampled pictures" if len(study.seeds) < MIN_SEEDS else "other pictures and other trainings"
 
 
 def verdict_table(study: AblationStudy) -> Table:
@@ -62,10 +67,10 @@ def verdict_table(study: AblationStudy) -> Table:
         ordering = f"{one.worse.name} < {one.better.name}"
         rows.append((ordering, one.where, one.difference, one.papers, agreeing, one.verdict))
     count = len(study.seeds)
-    scope = "other pictures and other trainings; undecided if that holds 0."
+    of = "this training" if count == 1 else f"these {count} trainings"
+    scope = f"{_scope(study)}; undecided if that holds 0."
     if count < MIN_SEEDS:
-        of = "this training" if count == 1 else f"these {count} trainings"
-        scope = f"resampled pictures; undecided if that holds 0. Verdicts are of {of}: others may differ."
+        scope += f" Verdicts are of {of}: others may differ."
     return Table(
         title="The paper's orderings",
         note=f"Differences in PSNR (dB) over the same pictures, ± half of a 95 % interval over {scope}",
@@ -183,7 +188,7 @@ def _rows(study: AblationStudy) -> list[dict[str, Any]]:
     rows = []
     for w in (None, *study.guidance_scales):
         for row in study.rows(w):
-            means = {column: bootstrap(row.pictures(column)).as_dict() for column in study.columns}
+            means = {column: row.mean(column).as_dict() for column in study.columns}
             paper = dict(zip(("lpips", "dinov2", "psnr"), TABLE_2.get(row.name, ()), strict=False))
             numbers = {"row": row.name, "students": row.description, "guidance_scale": w or 1.0}
             rows.append({**numbers, "ours": means, "paper": paper})
