@@ -163,8 +163,8 @@ class Middle(Baseline):
     def invert_latents(self, x0, prompts, *, seed=0, on_step=None):
         return Inversion(prompts, x0, self.process.add_noise(x0, 0 * x0, self.steps[0][0]))
 
-    def move(self, x, eps, index, inversion):
-        return self.process.ddim_step(x, eps, *self.steps[index])
+    def move(self, x, split, index, inversion):
+        return self.process.mix(*split, self.steps[index][1])
 """
 
 
