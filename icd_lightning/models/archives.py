@@ -180,7 +180,7 @@ def _unpack(archive: Path, released: Released) -> None:
                         _write(tar, member, folder / place)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
-                f"is no archive, or a damaged one ({first_line(error)}): open the address in a browser, as a proxy or a "
+                f"is no archive, or a damaged one ({first_line(error)}): open the address in a browser, a proxy or a "
                 "login page may have answered in its place"
             ) from error
         if places:
