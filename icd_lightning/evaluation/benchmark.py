@@ -33,8 +33,6 @@ BENCHMARKS = Registry(
     },
 )
 """Each a `Benchmark`."""
-
-
 MOST_EXAMPLES = 1_000_000
 """More are never measured, and a summary that says so would be read for ever."""
 
