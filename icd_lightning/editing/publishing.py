@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.editing.consistency import common_boundaries
@@ -39,11 +40,11 @@ class Publication:
         students = {direction: _student(place / direction, direction) for direction in DIRECTIONS}
         common_boundaries(students)
         family, index = _family(folder), folder / "model_index.json"
-        model = base_model or family.get("model") or students["reverse"].about.get("family")
+        model = base_model or family.get("model") or str(students["reverse"].about.get("family"))
         guided = guided_unet or family.get("guided_unet")
         if model in RELEASED:
             guided, model = guided or RELEASED[model].index.get("guided_unet"), RELEASED[model].base.model
-        if not isinstance(model, str) or not HUB_ID.fullmatch(model) or Path(model).exists():
+        if not HUB_ID.fullmatch(model) or Path(model).exists():
             raise ValueError(f"{folder} was trained on {model!r}, which is not on the hub: name its id by --base_model")
         said = read_object(index) if index.is_file() else {}
         return cls(students, model, _guided(guided or folder), {name: said[name] for name in DEFAULTS if name in said})
@@ -79,6 +80,7 @@ def publish(publication: Publication, repo: str, *, private: bool = False, endpo
     """
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"repo {repo!r} must be OWNER/NAME, as in someone/icd-sd15-mine")
+    validate_repo_id(repo)
     files, api = publication.files(repo), HfApi(endpoint=endpoint, library_name="icd_lightning")
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
@@ -99,13 +101,14 @@ def _student(place: Path, direction: Direction) -> StudentFile:
     return student
 
 
-def _family(folder: Path) -> dict[str, Any]:
-    """What the run's configuration says of its family, as far as it does."""
+def _family(folder: Path) -> dict[str, str]:
+    """What the run's configuration names of its family, as far as it does."""
     try:
         family = read_yaml(folder / "config.yaml")["model"]["init_args"]["family"]
     except (FileNotFoundError, KeyError, TypeError):
         return {}
-    return family if isinstance(family, dict) else {}
+    named = family if isinstance(family, dict) else {}
+    return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
 def _guided(name: str | Path) -> str | Path:

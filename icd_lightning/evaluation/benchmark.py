@@ -32,6 +32,8 @@ BENCHMARKS = Registry(
     },
 )
 """Each a `Benchmark`."""
+MOST_EXAMPLES = 1_000_000
+"""More are never measured, and a summary that says so would be read for ever."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be 1 or more")
+            if value is not None and not 1 <= value <= MOST_EXAMPLES:
+                raise ValueError(f"{name} {value} must be from 1 to {MOST_EXAMPLES:,}")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         check_grid(self.grid)

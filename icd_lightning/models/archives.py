@@ -56,10 +56,17 @@ def install(released: Released, host: str, *, known: str | None = None, wait: bo
     ValueError for other content than was promised; then the folder is as it was.
     """
     folder = released.folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / f".{released.name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot keep weights ({error.strerror}): name a folder that can be written to by XDG_CACHE_HOME"
+        ) from error
     url = f"{host.rstrip('/')}/{released.archive}"
     try:
-        with WeakFileLock(folder / f".{released.name}.lock", timeout=None if wait else 0.1):
+        with WeakFileLock(lock, timeout=None if wait else 0.1):
             if wait and released.here:
                 return released.known
             archive, told = _downloaded(url, released, folder)
@@ -172,7 +179,10 @@ def _unpack(archive: Path, released: Released) -> None:
                     if place := places.pop(Path(member.name).name, None):
                         _write(tar, member, folder / place)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"is no archive, or a damaged one ({first_line(error)})") from error
+            raise ValueError(
+                f"is no archive, or a damaged one ({first_line(error)}): open the address in a browser, a proxy or a "
+                "login page may have answered in its place"
+            ) from error
         if places:
             raise ValueError(f"does not hold {', '.join(places)}")
         for name, place in released.files.items():

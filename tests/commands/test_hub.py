@@ -104,6 +104,14 @@ def test_what_is_not_here_is_told_of_in_one_line_before_anything_else(capsys, co
     assert "`icd download sd15-cfg-distill` fetches 3 GB" in line
 
 
+def test_without_a_folder_to_keep_weights_in_another_is_asked_for(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    line = refused(capsys, "download", "icd-sd15", "--host", "http://127.0.0.1:9")
+    assert f"{tmp_path}/file/icd_lightning/released cannot keep weights (Not a directory): name a folder" in line
+    assert "XDG_CACHE_HOME" in line
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -212,12 +220,18 @@ def without_config(folder: Path) -> None:
     (folder / "config.yaml").unlink()
 
 
+def with_odd_config(folder: Path) -> None:
+    (folder / "config.yaml").write_text("model: {init_args: {family: {model: [1], guided_unet: {a: 1}}}}")
+
+
 @pytest.mark.parametrize(
     ("change", "args", "message"),
     [
         (without_reverse, (), "no student at .*reverse"),
         (twice_forward, (), "is no reverse model"),
         (without_config, (), "'random', which is not on the hub: name its id by --base_model"),
+        (with_odd_config, (), "'random', which is not on the hub: name its id by --base_model"),
+        (with_odd_config, ("--base_model", BASE), "no guidance-distilled UNet at .*run, .* by --guided_unet"),
         (None, ("--base_model", "/models/sd15"), "'/models/sd15', which is not on the hub"),
         (None, ("--guided_unet", "nowhere"), "no guidance-distilled UNet at nowhere.* by --guided_unet"),
         (
@@ -226,7 +240,7 @@ def without_config(folder: Path) -> None:
             r"cannot be written on http://127\.0\.0\.1:9 .*--endpoint or HF_ENDPOINT",
         ),
     ],
-    ids=["a student lacks", "twice the same", "no configuration", "base", "guided", "endpoint"],
+    ids=["a student lacks", "twice the same", "no configuration", "names", "no UNet", "base", "guided", "endpoint"],
 )
 def test_a_push_that_cannot_be_is_one_line_and_uploads_nothing(hub, run, tmp_path, capsys, change, args, message):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
@@ -244,8 +258,11 @@ def test_a_stranger_is_told_to_log_in(hub, run, capsys, monkeypatch):
     assert "log in as someone who may, by `hf auth login` or HF_TOKEN" in line
 
 
-def test_a_name_that_is_none_is_refused(run, capsys):
-    assert "repo 'mine' must be OWNER/NAME" in refused(capsys, "push", str(run), "mine")
+@pytest.mark.parametrize("repo", ["mine", "me/a b", "me/a--b", "me/mine.git", "mé/mine"])
+def test_a_name_that_is_none_is_refused(run, capsys, repo):
+    line = refused(capsys, "push", str(run), repo, "--endpoint", "http://127.0.0.1:9")
+    assert repr(repo) in line
+    assert "log in" not in line
 
 
 @pytest.mark.slow

@@ -420,8 +420,8 @@ def test_mistakes_are_named(build, message):
 
 
 def test_a_table_in_markdown_has_a_line_for_each_row_and_its_note():
-    table = Table("Title", "What it means.", ("method", "dB"), (("a", 1.25), ("b", None)), styles={"dB": Style(1)})
+    table = Table("Title", "What it means.", ("method", "dB"), (("a", 1.25), ("b|\nc", None)), styles={"dB": Style(1)})
     lines = markdown_table(table).splitlines()
     assert lines[0] == "**Title**"
-    assert lines[2:6] == ["| method | dB |", "| --- | --: |", "| a | 1.2 |", f"| b | {MISSING} |"]
+    assert lines[2:6] == ["| method | dB |", "| --- | --: |", "| a | 1.2 |", f"| b\\| c | {MISSING} |"]
     assert lines[-1] == "What it means."

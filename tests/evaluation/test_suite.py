@@ -46,8 +46,9 @@ def methods_in(file):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"count": 0}, "count 0 must be 1 or more"),
-        ({"batch_size": 0}, "batch_size 0 must be 1 or more"),
+        ({"count": 0}, "count 0 must be from 1 to 1,000,000"),
+        ({"count": 10**30}, "count 1000000000000000000000000000000 must be from 1"),
+        ({"batch_size": 0}, "batch_size 0 must be from 1 to 1,000,000"),
         ({"guidance_scale": 0.5}, "guidance_scale 0.5 must be 1"),
         ({"methods": ("icd", "magic")}, "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
         ({"benchmark": "magic"}, "no benchmark 'magic'; there is: inversion, generation"),

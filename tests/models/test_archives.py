@@ -182,7 +182,7 @@ HOSTILE = {
     "a header of megabytes": (packed({"x": pax(), **BOTH}), "is no archive, or a damaged one"),
     "without one of them": (packed({FIRST: weights()}), f"does not hold {SECOND}"),
     "something else": (packed({FIRST: weights(), SECOND: b"x" * 9000}), f"holds {SECOND}, which are no weights"),
-    "no archive": (b"<html>not found</html>" * 9, "is no archive, or a damaged one"),
+    "no archive": (b"<html>not found</html>" * 9, "is no archive, or a damaged one.* a proxy or a login page may"),
     "cut": (usual()[:-20_000], "is no archive, or a damaged one"),
 }
 

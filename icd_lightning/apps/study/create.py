@@ -22,6 +22,8 @@ from icd_lightning.progress import progress
 
 Save = Callable[[NDArray[np.uint8]], str]
 """Writes a picture; returns the file's name, which says nothing of it."""
+MOST_VOTES = 1_000_000
+"""Of as many people; SQLite counts no further than 2^63."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Plan:
     title: str = "Which edit is better?"
 
     def __post_init__(self) -> None:
-        if self.votes < 1:
-            raise ValueError(f"votes {self.votes} must be 1 or more")
+        if not 1 <= self.votes <= MOST_VOTES:
+            raise ValueError(f"votes {self.votes} must be from 1 to {MOST_VOTES:,}")
         if not 0 <= self.check_share <= 0.5:
             raise ValueError(f"check_share {self.check_share} must be from 0 to 0.5")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} must be 0 or more")
+        if not self.title.isprintable():
+            raise ValueError(f"title {self.title!r} must be a line of text")
 
 
 @dataclass(frozen=True)

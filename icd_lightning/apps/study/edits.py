@@ -137,8 +137,10 @@ def _pictures(run: Results, examples: Sequence[Example]) -> list[Path]:
 def _of_folders(table: Path, folders: Sequence[str], methods: Sequence[str] | None) -> Edits:
     """Rows of image and target; source, reference, kind and output, the name of the edit, where they are given."""
     named = dict(folder.partition("=")[::2] for folder in folders)
-    if len(named) < len(folders) or not all(named) or not all(named.values()):
-        raise ValueError(f"folders {' '.join(folders)} must be a NAME=FOLDER for each method")
+    if len(set(named.values())) < len(folders) or not all(named) or not all(named.values()):
+        raise ValueError(f"folders {' '.join(folders)} must be a NAME=FOLDER for each method, no folder twice")
+    if odd := next((name for name in named if not name.isprintable()), None):
+        raise ValueError(f"method {odd!r} must have a name that can be printed in a line: give another NAME=FOLDER")
     rows = csv_rows(table, ("image", "target"))
     examples = [_example(table.parent, row) for row in rows]
     key, times = Counter(example.key for example in examples).most_common(1)[0]
