@@ -113,8 +113,8 @@ class TeacherTraining(Task):
     def _timesteps(self, count: int, draws: Draws) -> Tensor:
         """A third each: uniform; where the caption's words show, a logit-normal (arXiv:2403.03206, 3.1); near the data.
 
-        Where latents vary little, noise must be found while it is small, or what DDIM encodes to is less than noise: each
-        step multiplies what the one before left behind.
+        Where latents vary little, noise must be found while it is small, or what DDIM encodes to is less than noise:
+        each step multiplies what the one before left behind.
         """
         uniform, middle = draws.uniform(count), torch.sigmoid(0.6 + 1.1 * draws.normal(count))
         kinds = torch.stack([uniform, middle, 0.4 * uniform**2])
