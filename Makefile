@@ -12,8 +12,8 @@ ARGS   ?=
 RESULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl \
-  train-sd15 train-sdxl train-flux train-tiny-flow eval-inversion eval-generation eval-guidance eval-editing ablations \
+.PHONY: help browser install lock install-locked demo app test test-all test-faults mutants audit lint train-tiny distill-guidance-sd15 distill-guidance-sdxl distill-guidance-sd3 \
+  train-sd15 train-sdxl train-sd3 train-flux train-tiny-flow eval-inversion eval-generation eval-guidance eval-editing ablations \
   notebooks notebook-results figures tensorboard tiny-weights tiny-flow-weights tiny-report gpu-figures docs clean
 
 help: ## show this list
@@ -95,7 +95,8 @@ FAMILY = $(if $(MODEL),--model.init_args.family.model='$(MODEL)') --data.init_ar
 
 distill-guidance-sd15: ## stage 1 of SD1.5: DATA='/data/laion/{00000..01999}.tar' [MODEL=folder, file or hub id]
 distill-guidance-sdxl: ## the same for SDXL
-distill-guidance-sd15 distill-guidance-sdxl: distill-guidance-%: $(if $(DATA),$(STAMP))
+distill-guidance-sd3: ## the same for SD3, and by MODEL=stabilityai/stable-diffusion-3.5-medium for 3.5
+distill-guidance-sd15 distill-guidance-sdxl distill-guidance-sd3: distill-guidance-%: $(if $(DATA),$(STAMP))
 	$(NEEDS_DATA)
 	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/task/guidance_distillation.yaml \
 	  --config conf/experiment/$*_guidance.yaml $(FAMILY)
@@ -106,6 +107,11 @@ train-sd15 train-sdxl: train-%: $(if $(DATA),$(STAMP))
 	$(NEEDS_DATA)
 	$(ICD) fit --config conf/base.yaml --config conf/model/$*.yaml --config conf/experiment/$*_paper.yaml \
 	  --model.init_args.family.guided_unet='$(or $(GUIDED),outputs/guidance-$*)' $(FAMILY)
+
+train-sd3: $(if $(DATA),$(STAMP)) ## the same for SD3
+	$(NEEDS_DATA)
+	$(ICD) fit --config conf/base.yaml --config conf/model/sd3.yaml --config conf/experiment/sd3.yaml \
+	  --model.init_args.family.guided_unet='$(or $(GUIDED),outputs/guidance-sd3)' $(FAMILY)
 
 train-flux: $(if $(DATA),$(STAMP)) ## the same for FLUX.1-dev, which needs no stage 1: DATA=... [MODEL=folder or hub id]
 	$(NEEDS_DATA)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 CONF = Path(__file__).parents[1] / "conf"
 TINY, SD15, SDXL = (("base", f"model/{family}") for family in ("tiny", "sd15", "sdxl"))
 ONE_DEVICE = ("--trainer.devices=1", "--trainer.strategy=auto")
+SD3 = ("sd3", "sd35_medium")
 WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny": ((*TINY, "experiment/tiny"), InvertibleConsistencyDistillation),
     "demo": ((*TINY, "experiment/demo"), InvertibleConsistencyDistillation),
@@ -49,14 +50,18 @@ WHOLES = {  # what is composed of which files, and the task that comes out
         (*TINY, "model/tiny_flow", "experiment/tiny_flow", "tiny_flow/students"),
         InvertibleConsistencyDistillation,
     ),
-    **{name: (("base", f"model/{name}"), InvertibleConsistencyDistillation) for name in ("sd3", "sd35_medium")},
+    **{name: (("base", f"model/{name}", "experiment/sd3"), InvertibleConsistencyDistillation) for name in SD3},
+    "sd3, stage 1": (
+        ("base", "model/sd3", "task/guidance_distillation", "experiment/sd3_guidance", "trainer/fsdp"),
+        GuidanceDistillation,
+    ),
     "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
     "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
     "tiny weights, students": ((*TINY, "experiment/tiny", "tiny/students"), InvertibleConsistencyDistillation),
 }
 
-GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128, "flux": 128}
+GLOBAL_BATCHES = {"sd15": 512, "sd15, stage 1": 512, "sdxl, paper": 128, "sdxl, stage 1": 128, "flux": 128, "sd3": 128}
 
 TWO, THREE, FOUR = (
     {"boundaries.boundary_timesteps": ends} for ends in ((499, 999), (339, 679, 999), (259, 519, 699, 999))
