@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import sys
@@ -145,8 +144,8 @@ def parts(card: Card) -> Iterator[Part]:
     yield "SD1.5 step, batch 16, checkpointing", 35, partial(step, card, replace(sixteen, checkpointing=True))
     yield "SDXL step at 1024 px, batch 2", 60, partial(step, card, card.setting(2, "random:sdxl", 128))
     yield "SD1.5 step, batch 16, compiled", 100, partial(step, card, replace(sixteen, compiled=True))
-    yield "FLUX step", 60, partial(not_here, "icd_lightning.models.backbones.flux")
     yield "profile of a step, batch 8", 30, partial(profiled, card, eight)
+    yield "FLUX step at 512 px, batch 1", 90, partial(step, card, card.setting(1, "random:flux_dev"))
 
 
 def matrix_rate(card: Card) -> Figure:
@@ -165,7 +164,7 @@ def step(card: Card, setting: Setting, form: Callable[[Setting], Callable] = Our
     plain = card.figures.get(
         f"SD1.5 step, batch {setting.batch}" if not card.args.narrow else "SD1.5 step, batch 8", {}
     )
-    if "seconds" in plain and "sdxl" not in setting.family:
+    if "seconds" in plain and setting.family == card.setting(8).family:
         figure["ratio"] = seconds / plain["seconds"]
     if not setting.compiled:  # compiled code hides its products from the counter
         with FlopCounterMode(display=False) as counter:
@@ -207,12 +206,6 @@ def profiled(card: Card, setting: Setting) -> Figure:
     rows = found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
     (card.args.out / "profile.txt").write_text(rows)
     return {"seconds": seconds}
-
-
-def not_here(module: str) -> Figure:
-    """A line in the place of a figure."""
-    there = importlib.util.find_spec(module) is not None
-    return {"left out": f"{module} is there, but no architecture of its shape" if there else f"there is no {module}"}
 
 
 def median_seconds(form: Callable[[int], object], card: Card) -> float:

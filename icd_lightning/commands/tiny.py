@@ -131,9 +131,9 @@ def jumps(
     from icd_lightning.diffusion import Boundaries
     from icd_lightning.evaluation.methods import teacher_hash
     from icd_lightning.evaluation.report import print_tables
-    from icd_lightning.tiny.jumps import NUMBERS, measure_jumps, write_jumps
+    from icd_lightning.tiny.jumps import NUMBERS, measure_jumps, measured_as, write_jumps
 
-    root, models = Path(out), Weights(model).models()
+    root, models, settings = Path(out), Weights(model).models(), measured_as(count)
     files, frozen = conf_files(conf, ("base", "model/tiny", "experiment/tiny")), teacher_hash(models.family)
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
@@ -142,7 +142,7 @@ def jumps(
         ends = list(Boundaries.uniform(number).boundary_timesteps)
         given = {**options, "model.init_args.boundaries.boundary_timesteps": ends}
         trainings[number] = train(root, str(number), files, given, frozen)
-    table, paths = write_jumps(measure_jumps(trainings, models, count, root), root)
+    table, paths = write_jumps(measure_jumps(trainings, models, settings, root), root)
     print_tables([table])
     for path in paths:
         log.info("%s", path)

@@ -23,9 +23,13 @@ NUMBERS = (1, 2, 3, 4)
 SHOWN = 5  # pictures of a panel
 
 
-def measure_jumps(trainings: Mapping[int, Path], models: Models, count: int, root: Path) -> dict[int, Measured]:
+def measured_as(count: int) -> Settings:
+    """On so many held-out pictures; ValueError for a count that cannot be."""
+    return Settings("scenes", methods=("untrained", "icd"), count=count)
+
+
+def measure_jumps(trainings: Mapping[int, Path], models: Models, settings: Settings, root: Path) -> dict[int, Measured]:
     """The tour of each number's students, in their training's folder, and of its untrained jumps."""
-    settings = Settings("scenes", methods=("untrained", "icd"), count=count)
     measured = {}
     for number, folder in trainings.items():
         students = {direction: str(folder / direction) for direction in DIRECTIONS}

@@ -209,6 +209,13 @@ def test_wrong_values_are_refused_before_anything_is_written(raw, tmp_path, opti
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_folder_for_shards(raw, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="that is a file, give a folder"):
+        curated([raw], out=tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_the_pairs_are_not_written_over(raw):
     with pytest.raises(ValueError, match="holds the pairs themselves"):
         curated([raw], raw, overwrite=True)

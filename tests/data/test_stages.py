@@ -86,7 +86,8 @@ def test_wrong_values_are_refused(make, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "must hold stages"),
+        ("[1]", "must hold a list of stages"),
+        ("stages: 3", "must hold a list of stages"),
         ("stages: [{class_path: pathlib.Path}]", "pathlib.Path is no Stage"),
         ("stages: [{class_path: icd_lightning.data.curation.stages.Short}]", "there is no class"),
         ("stages: [{init_args: {least: 1}}]", "class_path"),

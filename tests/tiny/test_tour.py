@@ -6,6 +6,7 @@ import math
 import pytest
 
 from icd_lightning.commands.main import main
+from icd_lightning.commands.tiny import jumps
 from icd_lightning.data.images import to_images
 from icd_lightning.diffusion import Boundaries
 from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
@@ -91,6 +92,12 @@ def test_each_number_of_jumps_has_its_own_rows_and_pictures(tmp_path):
     assert label == DATA.examples[0].caption
     assert (original == untouched).all()
     assert (edited == DATA.examples[0].truth.draw(64)).all()
+
+
+def test_a_count_that_cannot_be_is_refused_before_any_training(tmp_path):
+    with pytest.raises(ValueError, match="count 0 must be from 1"):
+        jumps(out=str(tmp_path), count=0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

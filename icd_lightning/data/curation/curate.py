@@ -114,6 +114,8 @@ def curate(
             f"{out} is elsewhere: give a folder that all workers see, and copy the shards there afterwards"
         )
     curation = Curation(Path(out), recipe, shard_size)
+    if curation.folder.exists() and not curation.folder.is_dir():
+        raise ValueError(f"cannot write to {out}: that is a file, give a folder")
     units = find_units(inputs)
     if any(Path(unit.url).parent == curation.folder.resolve() for unit in units if is_local(unit.url)):
         raise ValueError(f"{out} holds the pairs themselves: choose another folder for what is kept of them")

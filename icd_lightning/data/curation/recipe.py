@@ -49,20 +49,20 @@ def read_recipe(file: str | Path) -> Recipe:
 
 def build_recipe(content: Any, file: str | Path) -> Recipe:
     """The recipe of settings that `file` holds; ValueError, which names it, for anything else."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold stages, as conf/data/curate/laion_sd15.yaml does")
+    if not isinstance(content, dict) or not isinstance(content.get("stages") or [], list):
+        raise ValueError(f"{file} must hold a list of stages, as conf/data/curate/laion_sd15.yaml does")
     others = {name: value for name, value in content.items() if name != "stages"}
     try:
-        stages = tuple(_stage(entry, file) for entry in content.get("stages") or ())
+        stages = tuple(_stage(entry) for entry in content.get("stages") or ())
         return Recipe(stages, **typed(Recipe, others, skip={"stages"}))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _stage(about: dict[str, Any], file: str | Path) -> Stage:
+def _stage(about: dict[str, Any]) -> Stage:
     """The stage of a class_path and its init_args; ValueError for anything else."""
     entry = Entry(**about)
-    check_class(entry.class_path, file)
+    check_class(entry.class_path, "a stage")
     if not (isinstance(cls := entry.load(), type) and issubclass(cls, Stage)):  # before it is built
         raise ValueError(f"{entry.class_path} is no Stage: derive it from icd_lightning.data.curation.stages.Stage")
     return entry.build()
