@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from editor_case import TASKS, Visitor, evaluations, same
+from often_case import often
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -158,18 +159,10 @@ def test_an_example_is_edited_by_a_click(visit, pipeline):
 def test_mistakes_are_told_in_plain_words_and_the_next_edit_goes_well(visit):
     tab = visit()
     alert = tab.get_by_role("alert")
-    ask_for(tab, SOURCE, "a cat")
-    expect(alert).to_contain_text("this model does not know cat: write with a, above")
     ask_for(tab, SOURCE, MARKUP)
     expect(alert).to_contain_text("this model does not know <img, onerror=1, src=x>, ${1+1}, {{value}}: write with")
-    ask_for(tab, SOURCE, "")
-    expect(alert).to_contain_text("the target prompt is empty")
-    ask_for(tab, SOURCE, "a red star " * 9)
-    expect(alert).to_contain_text("the target prompt has 27 tokens, and the model reads 22: shorten it")
     upload(tab, b"no picture", "holiday.png")
     expect(alert).to_contain_text("holiday.png cannot be read as a picture")
-    upload(tab, Image.new("1", (8000, 5001)), "poster.png")
-    expect(alert).to_contain_text("poster.png has more than 40 million pixels: make it smaller first")
     upload(tab, PICTURE)
     expect(alert).to_be_hidden()
     ask_for(tab, SOURCE, TARGET)
@@ -196,7 +189,7 @@ def test_borrowed_attention_has_controls_of_its_own_and_a_sheet_is_drawn(visit):
     expect(tab.get_by_text("8 evaluations each")).to_be_visible()
 
 
-@pytest.mark.parametrize("width", [390, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 1440))])
+@pytest.mark.parametrize("width", often([390, 768, 1440], 390))
 def test_nothing_is_wider_than_the_window_and_a_notice_is_in_sight(visit, width):
     tab = visit(width)
     tab.get_by_label("Borrow attention").click()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_case import write_family
+from often_case import often
 from running_case import running
 from training_case import write_scenes
 
@@ -55,11 +56,15 @@ def command(random_family, scenes):
     return words
 
 
+ACCUMULATED = "--global_batch_size=4"
+UNSEEN = "--trainer.limit_val_batches=0"
+
+
 @pytest.fixture(scope="module")
 def run(command, tmp_path_factory) -> Path:
-    """The folder of a run of two steps."""
+    """The folder of a run of two steps, each of two micro-batches."""
     folder = tmp_path_factory.mktemp("run")
-    main(command(folder))
+    main(command(folder, ACCUMULATED))
     return folder
 
 
@@ -83,14 +88,15 @@ def students(folder: Path) -> list[bytes]:
 def test_the_same_command_again_has_nothing_left_to_do(run, command, caplog):
     before = students(run)
     with caplog.at_level(logging.INFO):
-        main(command(run))
+        main(command(run, ACCUMULATED))
+    assert "global batch 4 = 2 samples x 1 devices x 2 accumulated micro-batches" in caplog.messages
     assert "already at step 2 of 2; raise trainer.max_steps to go on" in caplog.messages
     assert steps(run) == 2
     assert students(run) == before  # to the byte, so that what was measured of these files stays known
 
 
 def test_a_runs_own_config_makes_it_again(run, tmp_path):
-    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)])
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path), UNSEEN])
     assert students(tmp_path) == students(run)
 
 
@@ -148,21 +154,17 @@ def test_the_next_call_goes_on(interrupted, command, caplog):
     folder, *_ = interrupted
     done = steps(folder)
     with caplog.at_level(logging.INFO):
-        main(command(folder, f"--trainer.max_steps={done + 1}", "--trainer.limit_val_batches=0"))
+        main(command(folder, f"--trainer.max_steps={done + 1}", UNSEEN))
     assert "Restored all states from the checkpoint" in caplog.text
     assert steps(folder) == done + 1
     logged, _ = read_scalars(folder)["train/loss"]
     assert len(logged) == done + 1
 
 
-def test_gradients_are_accumulated_up_to_the_global_batch(command, tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        main(command(tmp_path, "--global_batch_size=4", "--trainer.max_steps=2", "--trainer.val_check_interval=1"))
-    assert "global batch 4 = 2 samples x 1 devices x 2 accumulated micro-batches" in caplog.messages
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 2
+def test_gradients_are_accumulated_up_to_the_global_batch(run):
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"] == 4
-    assert read_scalars(tmp_path)["reconstruction/psnr"][0] == [0, 1]  # validated after each step, not each micro-batch
+    assert read_scalars(run)["reconstruction/psnr"][0] == [1]  # validated after two steps, not two micro-batches
 
 
 @pytest.mark.parametrize(
@@ -198,17 +200,19 @@ WRONG = {
     "a class": ("--model=Missing", "Missing"),
     "a config": ("--config=nowhere.yaml", "nowhere.yaml"),
     "a model": ("--model.init_args.family.model=nowhere", "no model 'nowhere'"),
-    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled unet (stage 1)"),
-    "shards": ("--data.init_args.urls=nowhere", "nowhere"),
-    "a student": ("--model.init_args.students.init_args.forward=nowhere", "no student at nowhere"),
     "boundaries": (
         "--model.init_args.boundaries.boundary_timesteps=[249,499,699,999]",
         "boundary 249 is not on the 50-step solver grid",
     ),
+    "an optimizer": ("--model.init_args.optimizer.kind=adamw8bit", "adamw8bit needs a CUDA GPU: take adamw"),
+}
+WRONG_PARTS = {  # refused by parts that have fast tests of their own
+    "a guided unet": ("--model.init_args.family.guided_unet=nowhere", "no guidance-distilled unet (stage 1)"),
+    "shards": ("--data.init_args.urls=nowhere", "nowhere"),
+    "a student": ("--model.init_args.students.init_args.forward=nowhere", "no student at nowhere"),
     "a size": ("--data.init_args.resolution=60", "both sides must be multiples of 8"),
     "a batch": ("--data.init_args.batch_size=0", "batch_size 0 must be at least 1"),
     "a global batch": ("--global_batch_size=7", "global_batch_size 7 is not a multiple of 2"),
-    "an optimizer": ("--model.init_args.optimizer.kind=adamw8bit", "adamw8bit needs a CUDA GPU: take adamw"),
     "a device": ("--trainer.accelerator=gpu", "gpu"),
 }
 
@@ -224,9 +228,9 @@ def error_of(capsys, words: list[str]) -> str:
     return error
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", often(WRONG | WRONG_PARTS, *WRONG))
 def test_a_mistake_is_one_line(command, tmp_path, capsys, what):
-    option, said = WRONG[what]
+    option, said = (WRONG | WRONG_PARTS)[what]
     if what == "a device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert said in error_of(capsys, command(tmp_path, option))
@@ -269,7 +273,7 @@ def test_an_old_key_of_the_command_line_is_refused_too(command, tmp_path, capsys
 
 def test_a_loss_is_left_out_on_the_command_line(command, tmp_path):
     losses = "--model.init_args.losses"
-    main(command(tmp_path, f"{losses}.forward_cd=null", f"{losses}.forward_preservation", "null"))
+    main(command(tmp_path, UNSEEN, f"{losses}.forward_cd=null", f"{losses}.forward_preservation", "null"))
     assert {name for name in read_scalars(tmp_path) if name.startswith("train/")} == {
         *("train/loss", "train/reverse_cd", "train/reverse_preservation")
     }
@@ -287,7 +291,7 @@ OTHER_RUNS = {
 }
 
 
-@pytest.mark.parametrize("told", OTHER_RUNS)
+@pytest.mark.parametrize("told", often(OTHER_RUNS, "alpha 16.0 (here 64.0)"))
 def test_a_run_does_not_go_on_as_another(command, run, tmp_path, capsys, told):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -312,8 +316,7 @@ def test_a_changed_optimizer_goes_on_and_is_told_of(command, run, tmp_path, capl
     assert (group["lr"], group["weight_decay"]) == (5e-4, 0.1)
 
 
-@pytest.mark.parametrize("action", ["fit", "validate"])
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("action", "named"), [("fit", False), ("validate", True)])
 def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, named):
     file = tmp_path / "checkpoints/last.ckpt"
     file.parent.mkdir()
@@ -343,7 +346,7 @@ def test_nothing_is_validated_for_want_of_a_checkpoint(command, tmp_path, capsys
 
 def test_boundaries_off_the_grid_are_trained_if_asked_for(command, tmp_path):
     ends = "--model.init_args.boundaries"
-    main(command(tmp_path, f"{ends}.boundary_timesteps=[250,999]", f"{ends}.allow_off_grid=true"))
+    main(command(tmp_path, UNSEEN, f"{ends}.boundary_timesteps=[250,999]", f"{ends}.allow_off_grid=true"))
     assert steps(tmp_path) == 2
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families_case import write_configs
 from family_case import write_family
+from often_case import often
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -113,9 +114,12 @@ def test_edit_by_attention_control(icd, pipeline, folder, caplog):
     ("method", "options", "said"),
     [
         ("ddim", ("--swap-tau", "0.5"), {"swap_tau": "0.5"}),
-        ("infedit", ("--cross", "0.25"), {"cross_replace": "0.25"}),
+        (
+            "infedit",
+            ("--cross", "0.25", "--alignment", "refine", "--blend_threshold", "0.5"),
+            {"cross_replace": "0.25", "alignment": "refine"},
+        ),
         ("sdedit", (), {}),
-        ("npi", ("--alignment", "refine", "--blend_threshold", "0.5"), {"alignment": "refine"}),
     ],
 )
 def test_edit_by_a_baseline(icd, folder, caplog, method, options, said):
@@ -193,9 +197,7 @@ def without_header(file: Path, place: Path, prefix: str) -> None:
     save_file(weights, place, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "kind", ["nothing beside", pytest.param("icd.json beside", marks=pytest.mark.slow), "a folder of peft"]
-)
+@pytest.mark.parametrize("kind", often(["nothing beside", "icd.json beside", "a folder of peft"], "nothing beside"))
 def test_students_whose_files_lost_their_alpha(icd, random_family, folder, capsys, kind):
     """Of alpha 16, which nobody would guess."""
     written = LoraStudents(Family(str(random_family)).load_model(guided=True), lora=LoraSettings(rank=4, alpha=16))
@@ -312,7 +314,10 @@ def test_photographs_of_every_kind(icd, folder):
         assert read(f"new/{Path(name).stem}-edited.png").shape == (72, 64, 3)
 
 
-@pytest.mark.parametrize(("name", "method", "nfe"), [("sd15", "icd_p2p", 12), ("sdxl", "icd_swap", 8)])
+@pytest.mark.parametrize(
+    ("name", "method", "nfe"),
+    often([("sd15", "icd_p2p", 12), ("sdxl", "icd_swap", 8)], ("sd15", "icd_p2p", 12)),
+)
 def test_a_photograph_by_networks_of_the_true_families(folder, caplog, name, method, nfe):
     """With all their blocks, narrow and random, and new students in files: the whole path, by each family's own way."""
     model = f"random:{write_configs(name, folder / name)}"
@@ -419,7 +424,7 @@ def test_a_table_of_edits_goes_on_where_it_stopped_and_a_bad_row_stops_nobody(ic
     assert Path("edits-edited/photo-edited.png").stat().st_mtime_ns > before
 
 
-@pytest.mark.parametrize("method", ["icd_p2p", "npi"])
+@pytest.mark.parametrize("method", often(["icd_p2p", "npi"], "icd_p2p"))
 def test_the_table_of_the_paper_s_code(icd, folder, method):
     """Its columns and an index before them; its words say where to blend, none: nowhere, unless the command does."""
     heading = ",Unnamed: 0,file_name,old_caption,edited_caption,blended_words"

@@ -1,9 +1,10 @@
 import shutil
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from often_case import often
 from recorder_case import Recorder, data_for, trainer_for
 from shards_case import corrupt, cut_after, numbered_samples, numbers
 
@@ -89,7 +90,10 @@ def unbroken(shards, tmp_path, run: str, data: dict) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("run", "stop_at", "num_workers"),
-    [*((run, 12, 0) for run in RUNS), ("epochs", 3, 0), ("validation inside", 3, 0), ("epochs", 17, 2)],
+    often(
+        [*((run, 12, 0) for run in RUNS), ("epochs", 3, 0), ("validation inside", 3, 0), ("epochs", 17, 2)],
+        *(("accumulation", 12, 0), ("validation inside", 12, 0), ("validation by steps", 12, 0), ("epochs", 17, 2)),
+    ),
 )
 def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tmp_path, run, num_workers, stop_at):
     data = {"num_workers": num_workers, "val_urls": str(shards)}
@@ -109,7 +113,13 @@ def test_a_killed_and_resumed_run_sees_the_batches_of_an_unbroken_one(shards, tm
     assert stop_at - 4 < len(whole) - len(resumed.trained) <= stop_at
 
 
-@pytest.mark.parametrize(("run", "stop_at"), [*((run, 7) for run in RUNS), ("epochs", 1), ("steps", 13)])
+@pytest.mark.parametrize(
+    ("run", "stop_at"),
+    often(
+        [*((run, 7) for run in RUNS), ("epochs", 1), ("steps", 13)],
+        *(("steps", 13), ("short epochs", 7), ("accumulation", 7)),
+    ),
+)
 def test_a_run_saved_by_the_exception_itself_goes_on_with_the_batch_it_died_in(shards, tmp_path, run, stop_at):
     whole = unbroken(shards, tmp_path, run, {})
     killed, resumed = Recorder(stop_at), Recorder()
@@ -120,8 +130,13 @@ def test_a_run_saved_by_the_exception_itself_goes_on_with_the_batch_it_died_in(s
     assert killed.trained + resumed.trained == whole
 
 
-@pytest.mark.parametrize("run", ["epochs", "steps"])
-@pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end", "on_train_end"])
+@pytest.mark.parametrize(
+    ("run", "when"),
+    often(
+        product(("epochs", "steps"), ("on_train_epoch_end", "on_validation_end", "on_train_end")),
+        *(("epochs", "on_train_epoch_end"), ("steps", "on_validation_end")),
+    ),
+)
 def test_a_run_saved_between_epochs_goes_on_with_the_next(shards, tmp_path, run, when):
     class Save(Callback):
         def state_dict(self):

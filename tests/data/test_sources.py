@@ -1,14 +1,14 @@
 """Shards that are not files here: commands, http, stores. Each is really read, from this machine."""
 
-import threading
 import time
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from io import FileIO
 from itertools import chain, islice
 
 import fsspec
 import pytest
+from serving_case import serving
 from shards_case import corrupt, numbered_samples, numbers
 
 from icd_lightning.data import datamodule, tally, tars, uncounted
@@ -33,7 +33,7 @@ def epoch(data: ShardDataModule) -> list[int]:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """A server of files; with `ranges`, of parts of them too, as stores and most servers do. `stuck` never answers."""
+    """A server of files; with `ranges`, of parts of them too, as stores and most servers do. `stuck` has no answer."""
 
     def __init__(self, *args, ranges: bool, **options) -> None:
         self.ranges = ranges
@@ -41,8 +41,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if "stuck" in self.path:
-            self.server.stop.wait()
-        if outages := self.server.outages.get(self.path):
+            return time.sleep(10)
+        if outages := OUTAGES.get(self.path):
             return getattr(self, outages.pop(0))()
         wanted = self.headers.get("Range")
         if not (wanted and self.ranges):
@@ -93,15 +93,9 @@ OUTAGES: dict[str, list[str]] = {}
 @pytest.fixture(params=[False, True], ids=["whole files", "ranges"])
 def http(request, shards):
     """Address of a server of the shards."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards), ranges=request.param))
-    server.stop = threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     OUTAGES.clear()
-    server.outages = OUTAGES
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.stop.set()
-    server.shutdown()
-    server.server_close()
+    with serving(partial(Handler, directory=str(shards), ranges=request.param)) as address:
+        yield address
 
 
 @pytest.fixture
@@ -265,17 +259,17 @@ def test_a_source_that_falls_silent_is_given_up(http, shards, url):
 
 
 def test_closing_a_pipe_ends_what_its_command_has_started(tmp_path):
-    pipe = open_url(f"pipe:(sleep 1; touch {tmp_path}/late) | cat; echo")
+    pipe = open_url(f"pipe:(sleep 0.4; touch {tmp_path}/late) | cat; echo")
     pipe.close()
-    time.sleep(1.2)
+    time.sleep(0.6)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_ends_when_nothing_comes_any_more(shards, num_workers):
     """The first shards are good, each later one is silent."""
     urls = [f"pipe:cat {shards}/0000{n}.tar" for n in range(2)] + [f"pipe:sleep {60 + n}" for n in range(2)]
-    data = data_for(urls, num_workers=num_workers, stall_timeout=1.0, shuffle_buffer=0)
+    data = data_for(urls, num_workers=num_workers, stall_timeout=0.5, shuffle_buffer=0)
     data.setup("fit")
     start = time.monotonic()
     with pytest.raises(NothingToReadError, match=r"no (worker found a )?sample that can be used"):

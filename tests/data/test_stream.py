@@ -99,10 +99,10 @@ def test_samples_are_shuffled_among_as_many_as_the_buffer_holds(shards):
 
 @pytest.mark.parametrize("make", [stream_over, uncounted_over])
 @pytest.mark.parametrize("slots", [1, 2, 5])
-@pytest.mark.parametrize("position", [0, 1, 7, 12, 17, 31])
-def test_a_stream_entered_anywhere_goes_on_as_if_read_from_the_start(shards, make, slots, position):
+def test_a_stream_entered_anywhere_goes_on_as_if_read_from_the_start(shards, make, slots):
     whole = first(make(shards), 40, slots=slots)
-    assert first(make(shards), 40 - position, start=position, slots=slots) == whole[position:]
+    for position in (0, 1, 7, 12, 17, 31):
+        assert first(make(shards), 9, start=position, slots=slots) == whole[position : position + 9]
 
 
 def test_entering_a_stream_reads_no_more_than_its_batch(shards):
@@ -135,9 +135,9 @@ def test_a_batch_of_nothing_but_corrupt_pictures_repeats_the_next_of_its_rank(tm
 def test_the_time_before_a_stream_is_entered_is_no_silence(tmp_path, make, spoil):
     samples = [spoil(sample) if n % 10 == 0 else sample for n, sample in enumerate(numbered_samples(60))]
     write_shards(samples, tmp_path, shard_size=10, parameters={})
-    tally = Tally(max_skipped=0.5, stall_timeout=1.0)
+    tally = Tally(max_skipped=0.5, stall_timeout=0.5)
     stream = make(tmp_path, shuffle_buffer=0)
-    time.sleep(1.1)  # then the first sample of all is one that cannot be used
+    time.sleep(0.6)  # then the first sample of all is one that cannot be used
     assert len(next(stream.batches_from(1, tally)).keys) == 5
 
 

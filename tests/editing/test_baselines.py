@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from often_case import often
 from safetensors.torch import load_file, save_file
 
 from icd_lightning.diffusion import Step, StepGuidance
@@ -53,6 +54,7 @@ SMALL = {
     "uniedit_flow": (UniEditFlow, FEW),
 }
 FLOWS = list(SMALL)[-5:]
+KINDS = ("npi", "edit_friendly", "infedit", "flowedit")  # of inversion; the others come with the slow tests
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,17 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture
 def method(request, parts, flow_parts):
     cls, settings = SMALL[request.param]
     return cls(flow_parts if request.param in FLOWS else parts[request.param == "infedit"], **settings)
 
 
+every_method = pytest.mark.parametrize("method", SMALL, indirect=True)
+some_methods = pytest.mark.parametrize("method", often(SMALL, *KINDS), indirect=True)
+
+
+@every_method
 def test_evaluations_are_counted(method, images):
     steps, rows = list[Step](), []
     hook = method.parts.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -95,6 +102,7 @@ def test_evaluations_are_counted(method, images):
     assert sum(rows) <= cost
 
 
+@some_methods
 def test_a_picture_alone_is_as_in_its_batch(method, images):
     edited = method.edit(images, SOURCES, TARGETS, seed=5)
     assert edited.shape == images.shape
@@ -104,6 +112,7 @@ def test_a_picture_alone_is_as_in_its_batch(method, images):
     torch.testing.assert_close(method.edit(images, SOURCES, TARGETS, seed=[5, 6]), edited, rtol=0, atol=0)
 
 
+@some_methods
 def test_an_edit_to_the_same_prompts_is_a_reconstruction(method, images):
     inversion = method.invert(images, SOURCES)
     again = method.generate(SOURCES, inversion)
@@ -111,6 +120,7 @@ def test_an_edit_to_the_same_prompts_is_a_reconstruction(method, images):
     assert not torch.allclose(method.edit(images, SOURCES, TARGETS), again, atol=1e-3)
 
 
+@some_methods
 def test_nothing_is_left_behind(method, images):
     processors, state = dict(method.parts.model.network.attn_processors), torch.get_rng_state()
     result = method.edit(images.clone().requires_grad_(), SOURCES, TARGETS)
@@ -120,7 +130,9 @@ def test_nothing_is_left_behind(method, images):
     assert all(parameter.grad is None for parameter in method.parts.model.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["ddim_p2p", "npi", "nti", "pnp_inversion", "edit_friendly", "infedit"])
+@pytest.mark.parametrize(
+    "name", often(["ddim_p2p", "npi", "nti", "pnp_inversion", "edit_friendly", "infedit"], "npi", "infedit")
+)
 def test_attention_is_borrowed_by_default(parts, images, name):
     cls, settings = SMALL[name]
     method = cls(parts[name == "infedit"], **settings)
@@ -182,7 +194,9 @@ def test_options_of_an_edit_are_those_of_its_control(parts, images):
         method.edit(images, SOURCES, TARGETS, swap_tau=0.5)
 
 
-@pytest.mark.parametrize("name", ["npi", "nti", "pnp_inversion", "infedit", "renoise", "sdedit", "ddim"])
+@pytest.mark.parametrize(
+    "name", often(["npi", "nti", "pnp_inversion", "infedit", "renoise", "sdedit", "ddim"], "npi", "sdedit", "ddim")
+)
 def test_sdxl_is_told_the_size_of_the_pictures(layouts, name):
     family = Family(str(layouts["sdxl"]))
     if name == "ddim":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from golden_case import SHIPPED, load_json, load_tensors
+from often_case import often
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizer
@@ -89,7 +90,10 @@ def golden_settings(case) -> PromptToPrompt:
     )
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+BLENDED = [case for case in GOLDEN["cases"] if case["blend"]]
+
+
+@pytest.mark.parametrize("case", often(GOLDEN["cases"], *BLENDED), ids=lambda case: case["name"])
 def test_edits_are_those_of_the_reference(golden_unet, golden_tokenizer, process, case):
     tensors, name = load_tensors("p2p.safetensors"), case["name"]
     noise, boundaries = tensors[f"{name}.x_T"], Boundaries.parse(",".join(map(str, case["steps"])), allow_off_grid=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills_case import ICD, ROOT
+from often_case import often
 from PIL import Image
 from running_case import running, wait_for_file
 from safetensors.torch import save_file
@@ -47,6 +48,8 @@ CONFIGURATIONS = {
     "aliases of aliases": (f"a: &a [x]\n{BOMB}", "aliases"),
     "great depth": ("[" * 5000 + "]" * 5000, "nested too deeply"),
     "a python object": ("x: !!python/object/apply:os.system [touch PWNED]", "python/object"),
+}
+IMPOSSIBLE = {
     "no accumulation": ("trainer: {accumulate_grad_batches: 0}", "accumulate_grad_batches 0"),
     "no number to clip to": ("trainer: {gradient_clip_val: .nan}", "gradient_clip_val nan"),
     "data without batches": (
@@ -74,9 +77,9 @@ def refusal(capsys, *args: str) -> str:
     return complaints[0]
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", often(CONFIGURATIONS | IMPOSSIBLE, *CONFIGURATIONS))
 def test_a_configuration_runs_nothing_and_is_refused_by_name(here, capsys, name):
-    text, named = CONFIGURATIONS[name]
+    text, named = (CONFIGURATIONS | IMPOSSIBLE)[name]
     Path("theirs.yaml").write_text(text)
     Path("theirs.py").write_text("open('PWNED', 'w')")
     Path("metric.yaml").write_text(
@@ -194,10 +197,7 @@ def trained(tmp_path_factory):
     return fit, root / "run" / "checkpoints" / "last.ckpt"
 
 
-OFTEN = ("no weights", "an optimizer of text")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in DAMAGE])
+@pytest.mark.parametrize("name", often(DAMAGE, "no weights", "an optimizer of text"))
 def test_a_checkpoint_whose_content_cannot_be_is_refused_by_name(trained, here, capsys, name):
     fit, place = trained
     checkpoint = torch.load(place, weights_only=True)
@@ -263,7 +263,7 @@ READ = {  # a name, and what reads it
 }
 
 
-@pytest.mark.parametrize("kind", ["a pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in [*NO_FILES][1:])])
+@pytest.mark.parametrize("kind", often(NO_FILES, "a pipe"))
 @pytest.mark.parametrize("name", READ)
 def test_what_is_no_file_is_refused_by_name_and_never_waited_for(here, capsys, impatient, name, kind):
     scenes = write_scenes(here / "scenes", 8)

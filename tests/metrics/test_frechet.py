@@ -154,7 +154,7 @@ def pytorch_fid_network(weights, monkeypatch) -> nn.Module:
     return pytorch_fid.inception.InceptionV3([3]).eval()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (300, 512)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (300, 512)])
 def test_fid_sees_what_pytorch_fid_sees(inception_file, weights, monkeypatch, size):
     images = noisy(2, size=size)[0]
     pixels = torch.stack([v2.functional.pil_to_tensor(picture) for picture in cut_to_256(images)]) / 255

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as torchmetrics_lpips
 from metrics_case import noisy, scenes
+from often_case import often
 from PIL import Image
 from torch import nn
 from torchvision.models import squeezenet1_1, vgg16
@@ -64,7 +65,7 @@ def squeeze() -> nn.Module:
     return random_trunk(squeezenet1_1)
 
 
-@pytest.mark.parametrize("size", [64, 300])
+@pytest.mark.parametrize("size", often([64, 300], 300))
 def test_lpips_is_piq_s_as_icd_calls_it(vgg, monkeypatch, size):
     """Which resizes by Pillow's default, bicubic, to 8 bits and gives [0, 1] to a network that normalises by itself."""
     heads = [value for _, value in sorted(load_weights(HEADS / "vgg.pth").items())]

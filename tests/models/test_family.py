@@ -111,7 +111,10 @@ def test_frozen_parts_have_the_precision_asked_for(sd15):
     ("name", "counts", "modules", "lora"),
     [
         ("sd15", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}, 278, 67_252_224),
-        ("sdxl", {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}, 788, 196_751_360),
+        pytest.param(
+            *("sdxl", {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}, 788, 196_751_360),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_architectures_have_the_sizes_of_the_released_models(name, counts, modules, lora):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_case import NAMES, put_on_hub
+from often_case import often
 from PIL import Image
 from safetensors.torch import save
 from serving_case import Archives, packed, serving
@@ -80,7 +81,7 @@ def edited(pipe: InvertibleConsistencyPipeline) -> torch.Tensor:
     return pipe.edit(image, "a red star", "a blue star", output_type="pt").images
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", often(NAMES, "sd15"))
 def test_a_released_model_by_name_is_that_of_its_files(layouts, caches, kind):
     name = OF[kind]
     pipe = InvertibleConsistencyPipeline.from_pretrained(name)

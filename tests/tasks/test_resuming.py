@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from often_case import often
 from training_case import FEW, Losses, distillation, frozen_weights, same, scenes_data, student_weights, trainer_for
 
 from icd_lightning.callbacks.averaging import ExponentialAverage
@@ -72,7 +73,7 @@ def fit(random_family, scenes, folder: Path, run: str, *callbacks, optimizer=DEC
     return losses.values, task
 
 
-@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run != "averaged")) for run in RUNS])
+@pytest.mark.parametrize("run", often(RUNS, "averaged"))
 def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(random_family, scenes, tmp_path, run):
     whole, unbroken = fit(random_family, scenes, tmp_path / "whole", run)
     before, _ = fit(random_family, scenes, tmp_path / "broken", run, Kill(3))
