@@ -202,9 +202,9 @@ class Count(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     ("settings", "by_step"),
-    [  # of 7 cross-attention layers, the blend looks at the 3 of 8 x 8
-        (PromptToPrompt(cross_replace=0.4, self_replace=0.5, blend=False), [7, 7, 0, 0]),
-        (PromptToPrompt(cross_replace=0.4, self_replace=0.5), [7, 7, 3, 3]),
+    [  # of 4 cross-attention layers, the blend looks at the 3 of 8 x 8
+        (PromptToPrompt(cross_replace=0.4, self_replace=0.5, blend=False), [4, 4, 0, 0]),
+        (PromptToPrompt(cross_replace=0.4, self_replace=0.5), [4, 4, 3, 3]),
         (PromptToPrompt(cross_replace=0, self_replace=1), [3, 3, 3, 3]),
         (PromptToPrompt(cross_replace=0, self_replace=1, blend=False), [0, 0, 0, 0]),
     ],
