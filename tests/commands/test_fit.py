@@ -100,8 +100,9 @@ def test_a_runs_own_config_makes_it_again(run, tmp_path):
     assert students(tmp_path) == students(run)
 
 
-def test_validate_measures_the_last_checkpoint(run, capsys):
-    main(["validate", "--config", str(run / "config.yaml")])
+def test_validate_measures_the_last_checkpoint(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    main(["validate", "--config", str(run / "config.yaml"), f"--trainer.default_root_dir={folder}"])
     assert "reconstruction_guided/psnr" in capsys.readouterr().out
 
 

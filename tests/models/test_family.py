@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import shutil
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from families_case import NAMES, NETWORKS, put_on_hub, single_file, states, write_configs
+from often_case import often
 from outside_case import SmallSD3
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
@@ -48,8 +50,13 @@ def weights(family: Family, part: str = "unet") -> dict:
 # The same model in every form
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["one.safetensors", "one.ckpt", "hub"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    often(
+        product(("one.safetensors", "one.ckpt", "hub"), NAMES),
+        *(("one.safetensors", "sdxl"), ("one.ckpt", "sd15"), ("hub", "sdxl")),
+    ),
+)
 def test_every_form_of_a_model_has_the_same_weights(layouts, cache, tmp_path, name, form):
     folder = layouts[name]
     if form == "hub":

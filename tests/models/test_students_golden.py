@@ -12,7 +12,9 @@ from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 each_case = pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checkpointed"])
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "checkpointed"]
+)
 def networks(request) -> GoldenNetworks:
     meta = load_json("meta.json")
     unet = tiny_unet(**meta["unet_config"])
