@@ -33,8 +33,9 @@ TRUSTING = {name: copy(value) for name, value in jsonargparse_settings.items()}
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported: it would look at all of that again, for a tenth of the time."""
+    """Spare the garbage collector what was imported, and look less often: it took a tenth of the time."""
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True)

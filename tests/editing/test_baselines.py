@@ -77,17 +77,13 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.fixture
+@pytest.fixture(params=often(SMALL, *KINDS))
 def method(request, parts, flow_parts):
     cls, settings = SMALL[request.param]
     return cls(flow_parts if request.param in FLOWS else parts[request.param == "infedit"], **settings)
 
 
-every_method = pytest.mark.parametrize("method", SMALL, indirect=True)
-some_methods = pytest.mark.parametrize("method", often(SMALL, *KINDS), indirect=True)
-
-
-@every_method
+@pytest.mark.parametrize("method", SMALL, indirect=True)
 def test_evaluations_are_counted(method, images):
     steps, rows = list[Step](), []
     hook = method.parts.model.network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -102,7 +98,6 @@ def test_evaluations_are_counted(method, images):
     assert sum(rows) <= cost
 
 
-@some_methods
 def test_a_picture_alone_is_as_in_its_batch(method, images):
     edited = method.edit(images, SOURCES, TARGETS, seed=5)
     assert edited.shape == images.shape
@@ -112,7 +107,6 @@ def test_a_picture_alone_is_as_in_its_batch(method, images):
     torch.testing.assert_close(method.edit(images, SOURCES, TARGETS, seed=[5, 6]), edited, rtol=0, atol=0)
 
 
-@some_methods
 def test_an_edit_to_the_same_prompts_is_a_reconstruction(method, images):
     inversion = method.invert(images, SOURCES)
     again = method.generate(SOURCES, inversion)
@@ -120,7 +114,6 @@ def test_an_edit_to_the_same_prompts_is_a_reconstruction(method, images):
     assert not torch.allclose(method.edit(images, SOURCES, TARGETS), again, atol=1e-3)
 
 
-@some_methods
 def test_nothing_is_left_behind(method, images):
     processors, state = dict(method.parts.model.network.attn_processors), torch.get_rng_state()
     result = method.edit(images.clone().requires_grad_(), SOURCES, TARGETS)

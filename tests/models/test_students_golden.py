@@ -2,6 +2,7 @@
 
 import pytest
 from golden_case import GoldenCase, GoldenNetworks, golden_path, load_cases, load_json, load_tensors
+from often_case import often
 from students_case import tiny_model, tiny_unet
 
 from icd_lightning.diffusion import Process
@@ -12,9 +13,7 @@ from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 each_case = pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)
 
 
-@pytest.fixture(
-    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "checkpointed"]
-)
+@pytest.fixture(scope="module", params=often([False, True], False), ids=["plain", "checkpointed"])
 def networks(request) -> GoldenNetworks:
     meta = load_json("meta.json")
     unet = tiny_unet(**meta["unet_config"])
