@@ -28,6 +28,7 @@ BASE = [
     "--config",
     f"{ROOT}/conf/model/tiny.yaml",
     "--trainer.max_steps=0",
+    "--model.init_args.students.init_args.lora.target_modules=[to_q]",
 ]
 TOUCH = "{class_path: subprocess.Popen, init_args: {args: [touch, PWNED]}}"
 LOOK = "trainer: {callbacks: [{class_path: icd_lightning.callbacks.reconstruction.ReconstructionCallback, init_args: "
@@ -48,8 +49,6 @@ CONFIGURATIONS = {
     "aliases of aliases": (f"a: &a [x]\n{BOMB}", "aliases"),
     "great depth": ("[" * 5000 + "]" * 5000, "nested too deeply"),
     "a python object": ("x: !!python/object/apply:os.system [touch PWNED]", "python/object"),
-}
-IMPOSSIBLE = {
     "no accumulation": ("trainer: {accumulate_grad_batches: 0}", "accumulate_grad_batches 0"),
     "no number to clip to": ("trainer: {gradient_clip_val: .nan}", "gradient_clip_val nan"),
     "data without batches": (
@@ -77,9 +76,9 @@ def refusal(capsys, *args: str) -> str:
     return complaints[0]
 
 
-@pytest.mark.parametrize("name", often(CONFIGURATIONS | IMPOSSIBLE, *CONFIGURATIONS))
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_configuration_runs_nothing_and_is_refused_by_name(here, capsys, name):
-    text, named = (CONFIGURATIONS | IMPOSSIBLE)[name]
+    text, named = CONFIGURATIONS[name]
     Path("theirs.yaml").write_text(text)
     Path("theirs.py").write_text("open('PWNED', 'w')")
     Path("metric.yaml").write_text(
