@@ -432,7 +432,8 @@ def test_two_text_encoders_and_the_size_of_the_pictures(pipe, tmp_path):
     assert told == [[[64, 96, 0, 0, 64, 96]]] * 8
     two.save_pretrained(tmp_path / "two")
     again, picture = loaded(tmp_path / "two"), Image.new("RGB", (64, 64), "red")
-    assert torch.equal(again.invert(picture, SOURCES[0]), two.invert(picture, SOURCES[0]))
+    noises = (pipe.invert(picture, SOURCES[0]) for pipe in (again, two))
+    torch.testing.assert_close(*noises, rtol=0, atol=1e-5)  # weights of a file lie elsewhere, which moves rounding
 
 
 # Mistakes
