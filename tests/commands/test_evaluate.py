@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from often_case import often
 from ranks_case import run_ranks
 
 from icd_lightning.commands.main import main
@@ -46,9 +45,7 @@ def test_a_mistake_is_one_line_and_code_2(random_family, tmp_path, capsys, args,
     assert message in error
 
 
-@pytest.mark.parametrize(
-    "metric", often(["edits", "attributes", "tiny-agreement", "mse-unedited", "tiny-fd"], "mse-unedited", "tiny-fd")
-)
+@pytest.mark.parametrize("metric", ["edits", "mse-unedited", "tiny-fd"])
 def test_each_metric_of_edits_works_alone(random_family, tmp_path, metric):
     args = f"eval --benchmark tiny_edit --model {random_family} --count 2 --out {tmp_path} --metrics {metric}"
     main([*args.split(), "--method", "icd_swap"])
@@ -58,22 +55,8 @@ def test_each_metric_of_edits_works_alone(random_family, tmp_path, metric):
 
 def two_ranks(rank, family, out):
     grid = ["--metrics", "tiny-fd", "--grid", "tau=0.6,1"]
-    main(
-        [
-            "eval",
-            "--benchmark",
-            "generation",
-            "--model",
-            family,
-            "--count",
-            "3",
-            "--batch_size",
-            "1",
-            "--out",
-            out,
-            *grid,
-        ]
-    )
+    few = ["--count", "3", "--batch_size", "1"]
+    main(["eval", "--benchmark", "generation", "--model", family, *few, "--out", out, *grid])
 
 
 def test_two_ranks_share_a_benchmark_and_write_its_tables_once(random_family, tmp_path):

@@ -22,12 +22,7 @@ from icd_lightning.commands.main import main
 from icd_lightning.data.tars import expand
 
 BASE = [
-    "fit",
-    "--config",
-    f"{ROOT}/conf/base.yaml",
-    "--config",
-    f"{ROOT}/conf/model/tiny.yaml",
-    "--trainer.max_steps=0",
+    *("fit", f"--config={ROOT}/conf/base.yaml", f"--config={ROOT}/conf/model/tiny.yaml", "--trainer.max_steps=0"),
     "--model.init_args.students.init_args.lora.target_modules=[to_q]",
 ]
 TOUCH = "{class_path: subprocess.Popen, init_args: {args: [touch, PWNED]}}"
