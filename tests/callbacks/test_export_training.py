@@ -124,6 +124,7 @@ def test_a_card_tells_what_a_student_is_and_how_it_was_made(trained):
         assert settings["losses"]["reverse_preservation"]["weight"] == 1.5
 
 
+@pytest.mark.slow
 def test_stage_one_leaves_the_teacher_of_stage_two(layouts, tmp_path):
     data = ShardDataModule(str(write_scenes(tmp_path / "shards", 8)), batch_size=2, resolution=64, shuffle_buffer=8)
     model = str(layouts["sd15"])

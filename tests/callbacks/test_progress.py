@@ -60,12 +60,12 @@ def test_throughput_counts_from_where_a_run_went_on(monkeypatch):
 def test_a_validation_takes_no_time_from_images_a_second(tmp_path):
     class Slow(lightning.Callback):
         def on_validation_batch_end(self, *_) -> None:
-            time.sleep(1)
+            time.sleep(0.2)
 
     progress = TrainingProgress()
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_progress_bar": True}
     trainer_for(tmp_path, callbacks=[progress, Slow()], **options).fit(Toy(), toy_loader(), toy_loader())
-    assert progress._validating >= 2
+    assert progress._validating >= 0.4
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_branches_joined_are_branches_apart(parts):
         assert nfe == sum(cost for _, cost in apart) == costs
 
 
-@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+@pytest.mark.parametrize("architecture", often(["sd15", "sdxl"], "sdxl"))
 def test_other_families(architecture, layouts):
     """Their networks at minimal widths; SDXL's is told sizes too, and its empty prompt is zeros."""
     family = Family(str(layouts[architecture]))
@@ -317,7 +317,7 @@ def test_methods_are_built_by_name_or_file(family, tmp_path):
         build("sdedit", family, strenght=0.5)
 
 
-@pytest.mark.parametrize("name", ["renoise_turbo", "renoise_lcm"])
+@pytest.mark.parametrize("name", often(["renoise_turbo", "renoise_lcm"], "renoise_lcm"))
 def test_families_of_students_have_those_inverted(family, images, name):
     method, steps, rows = build(name, family), list[Step](), []
     assert method.sampler.kind == "jumps"

@@ -210,6 +210,7 @@ def test_a_grid_varies_a_constructor(random_family, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_generation_over_a_grid_is_set_against_inversion(random_family, tmp_path):
     run(random_family, tmp_path, "generation", count=2, grid=parse_grid("tau=0.6,1"), metrics=("tiny-agreement",))
     results = methods_in(tmp_path / "generation.json")

@@ -15,6 +15,7 @@ WRAPS = {
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
 }
+pytestmark = pytest.mark.slow  # two processes through the Trainer are a fast test of tasks/
 CASES = [("plain", False), ("plain", True), ("find_unused", True), ("static_graph", True)]  # wrap, checkpointing
 
 
