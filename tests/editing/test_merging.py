@@ -76,9 +76,9 @@ def test_denoisers_that_live_at_a_time_share_the_weights_and_later_ones_follow_t
     for weight in method.students.parameters_of("reverse"):
         weight.data = weight.data / 2
     del first, second
-    method.merge = False
+    kept, method.merged = method.merged, None
     expected = method.denoiser(SOURCES, GUIDED)
-    method.merge = True
+    method.merged = kept
     with torch.no_grad():
         found = method.denoiser(SOURCES, GUIDED)(x, t).eps
         torch.testing.assert_close(found, expected(x, t).eps, rtol=1e-4, atol=1e-5)
