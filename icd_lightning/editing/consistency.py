@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
     Boundaries,
@@ -95,6 +95,9 @@ class InvertibleConsistency(EditingMethod):
         for direction in DIRECTIONS:
             students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
+
+    def networks(self) -> list[nn.Module]:
+        return [model.network for model in self.students.diffusion_models()]
 
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
         return self._sampling("reverse", prompts, guidance)

@@ -37,8 +37,8 @@ class MergedStudent:
 
     It does not follow its student's training: ask `MergedStudents` for each loop anew. The network holds merged layers
     during a call, and its own at all other times. The student runs as ever where gradients are wanted, in half
-    precision, where small updates would be rounded away, in a quantized network, and in one that is compiled or
-    offloaded by parts.
+    precision, where small updates would be rounded away, in a quantized network, and in one that is offloaded by parts.
+    A compiled network has one code for both students, since their merged weights are arguments of it.
     """
 
     def __init__(self, students: LoraStudents, direction: Direction) -> None:
@@ -80,9 +80,7 @@ class MergedStudent:
         network = self.students.network
         weight = self.students.backbone.weight(network)
         scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
-        # torch has no public way to ask whether a module was compiled in place
-        plain = network._compiled_call_impl is None and not self._quantized
-        return not scattered and plain and weight.dtype == torch.float32
+        return not scattered and not self._quantized and weight.dtype == torch.float32
 
     def _merge(self) -> Iterator[_Layer]:
         scale = self.students.lora.alpha / self.students.lora.rank
