@@ -142,6 +142,7 @@ class CFGDenoiser:
         return self.process.split(classifier_free_guidance(unconditional, conditional, w), x, t)
 
 
+@torch.enable_grad()
 def why_not_compiled(device: torch.device, backend: str) -> str | None:
     """Try torch.compile on a few numbers, forward and backward; what is in the way, or None."""
     numbers = torch.ones(8, device=device, requires_grad=True)
