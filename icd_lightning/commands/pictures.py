@@ -65,8 +65,8 @@ def edit(
         height: Pixels of the result; by default the model's.
         width: Pixels of the result; by default the model's.
         overwrite: Replace outputs that exist.
-        compile: Compile the networks by torch.compile: the first edit takes minutes more, each further one of as many
-            steps less. For many edits, on a GPU.
+        compile: Run the networks through torch.compile: minutes for the first edit of each kind and size. For many
+            edits on a GPU.
     """
     from icd_lightning.data.images import read_picture
 

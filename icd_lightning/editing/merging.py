@@ -127,9 +127,8 @@ class MergedStudents:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
-    if device.type in ("cpu", "mps"):
-        return psutil.virtual_memory().available
-    return torch.accelerator.get_memory_info(device)[0]
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else psutil.virtual_memory().available
 
 
 def _version(weight: Tensor) -> int:
