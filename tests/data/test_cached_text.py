@@ -17,7 +17,7 @@ from training_case import FEW, Losses, distillation, scenes_data, trainer_for, w
 
 from icd_lightning.commands.data import cache_latents as command
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.latents import cache_latents
+from icd_lightning.data.latents import Caching, Encoders, cache_latents
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
@@ -105,15 +105,8 @@ def test_a_killed_caching_goes_on_shard_by_shard(pictures, random_family, sets, 
             encoded.extend(captions)
             return conditioner(captions).embeds()
 
-        return cache_latents(
-            str(pictures),
-            tmp_path,
-            autoencoder.moments,
-            autoencoder=autoencoder.fingerprint,
-            text=(conditioner.fingerprint, encode),
-            decoder=SampleDecoder(64),
-            batch_size=5,
-        )
+        encoders = Encoders(autoencoder.fingerprint, autoencoder.moments, conditioner.fingerprint, encode)
+        return cache_latents(str(pictures), tmp_path, Caching(encoders, SampleDecoder(64), batch_size=5))
 
     with pytest.raises(KilledError):
         run(14)
@@ -135,15 +128,10 @@ def test_a_set_has_embeddings_of_all_captions_or_of_none(pictures, families, set
 
 
 def test_embeddings_that_float16_cannot_hold_are_refused(pictures, tmp_path):
+    large = lambda captions: {"prompt_embeds": torch.full((len(captions), 2, 2), 1e5)}  # noqa: E731
+    encoders = Encoders("a", lambda images: images[:, :, ::8, ::8], "t", large)
     with pytest.raises(ValueError, match=r"embeddings that are too large for float16.* near 00000"):
-        cache_latents(
-            str(pictures),
-            tmp_path,
-            lambda images: images[:, :, ::8, ::8],
-            autoencoder="a",
-            text=("t", lambda captions: {"prompt_embeds": torch.full((len(captions), 2, 2), 1e5)}),
-            decoder=SampleDecoder(64),
-        )
+        cache_latents(str(pictures), tmp_path, Caching(encoders, SampleDecoder(64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,12 +15,12 @@ from running_case import running, wait_for_file
 from shards_case import corrupt, cut_after, numbered_samples
 
 from icd_lightning.commands.main import main
-from icd_lightning.data import latents, threads
+from icd_lightning.data import latents, manifest
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.latents import PROGRESS, cache_latents
-from icd_lightning.data.manifest import MANIFEST, Manifest
+from icd_lightning.data.latents import Caching, Encoders, cache_latents
+from icd_lightning.data.manifest import MANIFEST, PROGRESS, Manifest
 from icd_lightning.data.shards import write_shards
-from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.tally import NothingToReadError
 
 VAE = Path(latents.__file__).parents[1] / "weights" / "tiny" / "vae"
 
@@ -36,7 +36,9 @@ def moments(images):
 
 def cache(urls, out, encode=moments, **options) -> Manifest:
     urls = [str(url) for url in urls] if isinstance(urls, list) else str(urls)
-    return cache_latents(urls, out, encode, autoencoder="x", **{"decoder": SampleDecoder(8), "batch_size": 4} | options)
+    how = {name: options.pop(name) for name in ("part", "overwrite") if name in options}
+    caching = Caching(Encoders("x", encode), **{"decoder": SampleDecoder(8), "batch_size": 4} | options)
+    return cache_latents(urls, out, caching, **how)
 
 
 def dying(after: int, error: type[BaseException] = KilledError):
@@ -100,7 +102,7 @@ def test_what_is_not_needed_yet_is_not_decoded(tmp_path, monkeypatch):
     decoded, decode, waiting = [], SampleDecoder.decode, []
     monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw) or decode(self, raw))
     write_shards(numbered_samples(60), tmp_path / "one", shard_size=60, parameters={})
-    most = 3 * 2 + 2 * 2  # batches at work, waiting and at hand, and two pictures a thread
+    most = 2 * 2 + 2 * 2  # batches at work and next, and two pictures a thread
 
     def encode(images):
         if not waiting:
@@ -114,19 +116,6 @@ def test_what_is_not_needed_yet_is_not_decoded(tmp_path, monkeypatch):
     cache(tmp_path / "one", tmp_path / "out", encode, batch_size=2, num_workers=2)
     assert waiting == [most]
     assert len(decoded) == 60
-
-
-def test_the_encoder_goes_on_while_a_shard_is_written(bare, tmp_path, monkeypatch):
-    write, encoded, enough = latents.write_shard, [], threading.Event()
-
-    def encode(images):
-        encoded.append(len(images))
-        if len(encoded) == 6:  # of the third shard
-            enough.set()
-        return moments(images)
-
-    monkeypatch.setattr(latents, "write_shard", lambda *args: enough.wait(10) and write(*args))
-    assert cache(bare, tmp_path / "out", encode).complete
 
 
 @pytest.mark.parametrize("error", [KilledError, KeyboardInterrupt, SystemExit])
@@ -152,7 +141,7 @@ def test_an_error_of_any_thread_comes_out_as_it_is(bare, tmp_path, monkeypatch, 
         raise OSError(f"{where} failed")
 
     before = threading.active_count()
-    owner = {"decoder": SampleDecoder, "writer": latents, "record": latents}[where]
+    owner = {"decoder": SampleDecoder, "writer": manifest, "record": manifest}[where]
     name = {"decoder": "decode", "writer": "write_shard", "record": "write_json"}[where]
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match=f"^{where} failed$"):
@@ -162,7 +151,6 @@ def test_an_error_of_any_thread_comes_out_as_it_is(bare, tmp_path, monkeypatch, 
 
 
 def test_an_interruption_does_not_wait_for_a_source_that_hangs(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(threads, "PATIENCE", 0.3)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     start = time.monotonic()
     try:
@@ -193,17 +181,17 @@ def test_a_signal_ends_the_command_with_nothing_half_written(tmp_path, number, c
 
 
 def test_a_silent_source_is_given_up(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.4))
+    monkeypatch.setattr(latents, "PATIENCE", 0.4)
     with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0\.4 s"):
         cache([f"pipe:true; cat {bare}/00000.tar", f"pipe:sleep 9; cat {bare}/00001.tar"], tmp_path / "silent")
 
 
-@pytest.mark.parametrize(("shard_size", "bad"), [(10, 6), (4, 4)])
+@pytest.mark.parametrize(("shard_size", "bad"), [(10, 7), (4, 4)])
 def test_the_time_that_an_encoder_takes_is_no_silence(tmp_path, monkeypatch, shard_size, bad):
-    """With three batches, or two and a shard's end, on their way, the reader waits, and then finds what is no good."""
+    """The next picture after the first batch, of this shard or of the next, is no good."""
     samples = [corrupt(sample) if number == bad else sample for number, sample in enumerate(numbered_samples(10))]
     write_shards(samples, tmp_path / "pictures", shard_size=shard_size, parameters={})
-    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.6))
+    monkeypatch.setattr(latents, "PATIENCE", 0.6)
     sleepy = iter([1.0])
     encode = lambda images: time.sleep(next(sleepy, 0)) or moments(images)  # noqa: E731
     assert cache(tmp_path / "pictures", tmp_path / "out", encode, batch_size=2).samples == 9

@@ -227,7 +227,7 @@ def test_the_pairs_are_not_written_over(raw):
     [
         ({"num_workers": -1}, "num_workers -1"),
         ({"num_gpus": float("nan")}, "num_gpus nan"),
-        ({"num_workers": 0, "address": "auto"}, "num_workers 0 works in this process, not at auto"),
+        ({"num_workers": 0, "address": "auto"}, "num_workers 0 works in this process, not at 'auto': leave out"),
     ],
 )
 def test_an_engine_refuses_wrong_values(options, message):
