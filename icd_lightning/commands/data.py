@@ -62,8 +62,8 @@ def cache_latents(
     Train on the result as on any shards, with the same resolution. Each epoch draws fresh samples of the posterior.
 
     Several processes may share the work: `torchrun --nproc_per_node 8 --no-python icd data cache-latents ...`, or jobs
-    of their own with --part 0/8 to 7/8. Whichever ends last completes the set. Or Ray deals out the shards, here or on a
-    cluster: --ray_workers 8 --num_gpus 1.
+    of their own with --part 0/8 to 7/8. Whichever ends last completes the set. Or Ray deals out the shards, here or on
+    a cluster: --ray_workers 8 --num_gpus 1.
 
     Args:
         urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`; also http, s3, gs and pipe: urls.

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -90,16 +90,14 @@ class Engine:
         context.print_on_execution_start = False
         room = self._room(ray.cluster_resources())
         most = min(len(pieces), room, self.num_workers or room)
-        rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
-        # processes that stay: Ray ends those that had a GPU after each task, and their networks with them
-        pool = ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1)
-        options = {
-            "compute": pool,
-            "num_cpus": 1,
-            "num_gpus": self.num_gpus,
-            "fn_constructor_args": (pickle.dumps(work),),
-        }
-        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Worker, **options).iter_rows():
+        pickled = pickle.dumps(work)
+        rows = [{"work": pickled, "piece": pickle.dumps(piece)} for piece in pieces]
+        compute = ray.data.TaskPoolStrategy(size=most)
+        if self.num_gpus:
+            compute = ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1)
+        options = {"compute": compute, "num_cpus": 1, "num_gpus": self.num_gpus}
+        done = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for row in done.map(_Staying if self.num_gpus else _worked, **options).iter_rows():
             outcome, error = pickle.loads(row["done"])
             if error:
                 raise error
@@ -107,36 +105,43 @@ class Engine:
 
     def _room(self, resources: Mapping[str, float]) -> int:
         """How many workers Ray has room for; ValueError for none, for which it would wait for ever."""
-        room = resources.get("CPU", 0.0)
+        room, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         if self.num_gpus:
-            room = min(room, resources.get("GPU", 0.0) / self.num_gpus)
+            room = min(room, gpus / self.num_gpus)
         if room < 1:
             raise ValueError(
-                f"num_gpus {self.num_gpus} of each worker are more than Ray has here ({resources.get('GPU', 0.0):g} GPUs "
-                f"and {resources.get('CPU', 0.0):g} processors): lower num_gpus, or name a cluster by ray_address"
+                f"num_gpus {self.num_gpus} of each worker cannot be: Ray finds {gpus:g} in all; lower it, or name a "
+                "cluster by ray_address"
             )
         return int(room)
 
 
-class _Worker:
-    """A process of Ray's: its work keeps whatever networks it has loaded."""
+@lru_cache(1)
+def _loaded(work: bytes) -> Callable[[Any], Any]:
+    """The work, once in each process of Ray's: it keeps whatever networks it has loaded."""
+    import torch
 
-    def __init__(self, work: bytes) -> None:
-        import torch
+    import icd_lightning  # noqa: F401  first, for torchvision
 
-        import icd_lightning  # noqa: F401  first, for torchvision
+    torch.set_num_threads(1)
+    return pickle.loads(work)
 
-        torch.set_num_threads(1)
-        self.work = pickle.loads(work)
+
+def _worked(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        done: tuple[Any, Exception | None] = _loaded(row["work"])(pickle.loads(row["piece"])), None
+    except ValueError as error:  # Ray would raise it with its traceback as its text
+        done = None, ValueError(str(error))
+    except OSError as error:
+        done = None, OSError(str(error))
+    return {"done": pickle.dumps(done)}
+
+
+class _Staying:
+    """Works in processes that stay: Ray ends those of plain functions that had a GPU after each piece."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            done: tuple[Any, Exception | None] = self.work(pickle.loads(row["piece"])), None
-        except ValueError as error:  # Ray would raise it with its traceback as its text
-            done = None, ValueError(str(error))
-        except OSError as error:
-            done = None, OSError(str(error))
-        return {"done": pickle.dumps(done)}
+        return _worked(row)
 
 
 def _check_address(address: str) -> None:
