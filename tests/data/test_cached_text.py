@@ -39,9 +39,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def families(random_family, layouts) -> dict[str, Path]:
-    """One with one text encoder, and SDXL's two."""
-    return {"tiny": random_family, "sdxl": layouts["sdxl"]}
+def families(random_family, layouts, flow_layouts) -> dict[str, Path]:
+    """One with one text encoder, SDXL's two, FLUX's CLIP and T5, and SD3's three."""
+    return {"tiny": random_family, "sdxl": layouts["sdxl"], **flow_layouts}
 
 
 def cache(pictures: Path, out: Path, family: Path, **options) -> Path:
@@ -71,7 +71,7 @@ def sets(pictures, families, tmp_path_factory) -> dict[str, dict[str, Path]]:
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+@pytest.mark.parametrize("name", ["tiny", "sdxl", "flux", "sd3"])
 def test_beside_each_samples_latents_lie_its_captions_embeddings(sets, families, name):
     conditioner = Family(str(families[name])).load_conditioner()
     for bare, raw in zip(*(samples_of(sets[name][kind]) for kind in ("latents", "text")), strict=True):
@@ -81,7 +81,7 @@ def test_beside_each_samples_latents_lie_its_captions_embeddings(sets, families,
         }
         found = load(raw[TEXT])
         assert found.keys() == expected.keys()
-        assert len(found) == {"tiny": 1, "sdxl": 2}[name]
+        assert len(found) == (1 if name == "tiny" else 2)
         for part, values in found.items():
             assert values.dtype == np.float16
             np.testing.assert_allclose(values, expected[part], rtol=2e-3, atol=2e-3)
@@ -138,7 +138,7 @@ def test_embeddings_that_float16_cannot_hold_are_refused(pictures, tmp_path):
 def test_a_fingerprint_is_of_the_encoders_whatever_their_precision(families, dtype):
     conditioners = {name: Family(str(family)).load_conditioner() for name, family in families.items()}
     prints = {name: conditioner.fingerprint for name, conditioner in conditioners.items()}
-    assert len({*prints.values(), fingerprint(conditioners["sdxl"].first)}) == 3
+    assert len({*prints.values(), fingerprint(conditioners["sdxl"].first)}) == 5
     for name, family in families.items():
         assert Family(str(family)).load_conditioner().to(dtype).fingerprint == prints[name]
     tiny = torch.nn.Linear(2, 2)

@@ -298,7 +298,7 @@ def test_a_worker_with_a_gpu_stays_and_loads_once():
     try:
         with Engine(num_workers=3, num_gpus=1).started() as each:
             assert len(set(each(methodcaller("__call__"), [os.getpid] * 3))) == 1
-        with Engine(num_gpus=2).started() as each, pytest.raises(ValueError, match="num_gpus 2 of .* finds 1 in all"):
+        with Engine(num_gpus=2).started() as each, pytest.raises(ValueError, match=r"num_gpus 2 of .* finds 1 in all"):
             list(each(abs, [1]))
     finally:
         ray.shutdown()
