@@ -178,13 +178,15 @@ def cache_latents(
     folder, shards = folder_at(out), _by_name(open_shards(urls))
     if any(_lies_in(folder, shard.url) for shard in shards.values()):
         raise ValueError(f"{folder} holds the pictures themselves: choose another folder for their latents")
-    if overwrite:
-        if part[1] > 1:
-            raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
-        remove_shards(folder)
+    if overwrite and part[1] > 1:
+        raise ValueError(f"to overwrite would remove what other parts write: remove {folder} before you start them")
+    missing = list(shards.values()) if overwrite else _missing(folder, caching.parameters, shards, part)
     broken = []
-    if missing := _missing(folder, caching.parameters, shards, part):
+    if missing:
         with engine.started() as each:
+            if overwrite:  # not before it is known that there is an engine
+                remove_shards(folder)
+            _begin(folder, caching.parameters)
             broken = _written(
                 progress(each(partial(caching.write, folder), missing), f"encoding to {folder}", len(missing))
             )
@@ -250,16 +252,20 @@ def _by_name(shards: Sequence[Shard]) -> dict[str, Shard]:
 def _missing(
     folder: AnyPath, parameters: dict[str, Any], shards: Mapping[str, Shard], part: tuple[int, int]
 ) -> list[Shard]:
-    """Which shards of a part are still to be written; begins the set, or opens it again, where there are any."""
-    there = Manifest.of_set(folder, parameters, partly=True)
+    """Which shards of a part are still to be written."""
+    Manifest.of_set(folder, parameters, partly=True)
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.tar")}
     done = {name: record for name, record in finished_shards(folder).items() if sizes.get(name) == record.bytes}
-    for name in done.keys() & shards.keys():
+    for name in filter(done.__contains__, shards):
         if len({done[name].source, shards[name].sha256} - {""}) > 1:
             raise ValueError(
                 f"{shards[name].url} has changed since its latents were made: choose another folder or pass --overwrite"
             )
-    missing = [shards[name] for name in list(shards)[part[0] :: part[1]] if name not in done]
-    if missing and (there is None or there.complete):
+    return [shards[name] for name in list(shards)[part[0] :: part[1]] if name not in done]
+
+
+def _begin(folder: AnyPath, parameters: dict[str, Any]) -> None:
+    """Begin the set, or open it again."""
+    there = Manifest.load(folder)
+    if there is None or there.complete:
         replace(there or Manifest(parameters), complete=False).save(folder)
-    return missing

@@ -284,6 +284,21 @@ def test_wrong_options_of_ray_are_refused_in_one_line(bare, tmp_path, capsys, op
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # a real Ray looks for a cluster
+def test_nothing_is_overwritten_where_no_cluster_is(tmp_path, capsys):
+    write_shards(numbered_samples(4, size=64), tmp_path / "pictures", shard_size=4, parameters={})
+    main(command_for(tmp_path / "pictures", tmp_path / "out"))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        main(
+            command_for(
+                tmp_path / "pictures", tmp_path / "out", "--ray_workers", "1", "--ray_address", "auto", "--overwrite"
+            )
+        )
+    assert "no Ray cluster answers at auto" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+
+
 @pytest.mark.slow  # a real, local Ray
 def test_ray_comes_to_the_same_files_and_counts(tmp_path, caplog):
     samples = [corrupt(one) if number % 7 == 3 else one for number, one in enumerate(numbered_samples(60, size=64))]
