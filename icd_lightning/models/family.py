@@ -216,6 +216,11 @@ class Family:
             quantize(network, self.architecture.blocks, self.quantization)
         return DiffusionModel(network, self.load_process(), self.architecture)
 
+    def hollow_network(self) -> nn.Module:
+        """The plain network on the meta device, without weights, to see what it is made of."""
+        with torch.device("meta"):
+            return self.architecture.network_class.from_config(self.source.config(self.architecture.part))
+
     def _plain_network(self) -> Callable[[], nn.Module]:
         part, cls = self.architecture.part, self.architecture.network_class
         if name := re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE):

@@ -544,6 +544,7 @@ def write_bomb(path: str) -> None:
         (edit("--blend", "red"), "blend 'red' must be a word of the source and one of the target, or none"),
         (edit("--blend", "red violet"), "'violet' is no word of the prompt"),
         (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
+        (edit("--inject", "0.5"), "edits have no inject; what they borrow: cross_replace, self_replace, alignment"),
         (edit("--method", "icd_swap", "--cross", "0.5"), "icd_swap borrows no attention: leave out cross_replace"),
         (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
         (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),
