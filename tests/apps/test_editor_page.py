@@ -66,7 +66,7 @@ def test_a_transformer_has_controls_of_its_own_and_no_others(flow_layouts):
     from icd_lightning.apps.editor.page import EditorPage
 
     pipe = InvertibleConsistencyPipeline.from_pretrained(str(flow_layouts["sd3"]))
-    prompts = "red star", "a" + 30 * " star"  # longer than CLIP reads; T5 reads on
+    prompts = "red star", "star"
     with serving(EditorPage(pipe)) as page:
         visitor = Visitor(page)
         _, _, _, edited, _ = visitor.edit(PICTURE, *prompts, "attention", 3, 1, 1, 0.5, 0.25, 0.75, "none")
@@ -79,6 +79,9 @@ def test_a_transformer_has_controls_of_its_own_and_no_others(flow_layouts):
     assert "blocks_from 0.75 must be less than blocks_to 0.25" in refusal(wrong)
     assert {"Shared steps", "From block", "To block", "Local blend"} <= labels
     assert not {"Cross replacement", "Self replacement", "Word weights"} & labels
+    assert page.editor.invert(PICTURE, "star " * 30).cost.nfe == 8  # more than CLIP reads; T5 reads on
+    with pytest.raises(ValueError, match=r"the source prompt has \d+ tokens, and the model reads 255: shorten it"):
+        page.editor.invert(PICTURE, "star " * 60)
 
 
 @pytest.mark.slow
