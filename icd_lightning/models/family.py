@@ -31,7 +31,7 @@ from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
+DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|FLUX\.2-klein(?!-base)|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
 MOST_PIXELS = 1 << 15
 GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
@@ -106,7 +106,15 @@ class Family:
 
     @cached_property
     def architecture(self) -> Backbone:
-        """The backbone, as told or as the model's files name its class; ValueError for a class that has none here."""
+        """The backbone, as told or as the model's files name its class.
+
+        ValueError for a class that has none here, and for a model that is known to be no teacher.
+        """
+        if re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE) or self.source.index.get("is_distilled"):
+            raise ValueError(
+                f"the few steps of {self.model} match a distribution and follow no probability flow: students cannot "
+                "be distilled from it; take the model that it was made of"
+            )
         if self.backbone is not None:
             return self.backbone
         if not self.source.has("transformer"):
@@ -223,11 +231,6 @@ class Family:
 
     def _plain_network(self) -> Callable[[], nn.Module]:
         part, cls = self.architecture.part, self.architecture.network_class
-        if name := re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE):
-            raise ValueError(
-                f"{self.model} is {name[0]}, whose few steps match a distribution and follow no probability flow: "
-                "students cannot be distilled from it; take the model that it was made of"
-            )
         self.architecture.check_teacher(self.source.config(part))
         return partial(self.source.network, part, cls, self.dtype)
 
