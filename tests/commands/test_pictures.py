@@ -522,6 +522,15 @@ def write_bomb(path: str) -> None:
     Path(path).write_bytes(data)
 
 
+def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read(
+    icd, folder, flow_layouts, capsys, monkeypatch
+):
+    monkeypatch.setattr(Family, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit):
+        icd(*edit("--model", str(flow_layouts["flux"]), "--cross", "0.5"))
+    assert "edits have no cross_replace; what they borrow: inject, blocks_from, blocks_to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -180,5 +180,5 @@ def test_a_model_that_says_that_it_is_distilled_is_refused(family, tmp_path):
     shutil.copytree(family.model, tmp_path / "model", symlinks=True)
     index = tmp_path / "model" / "model_index.json"  # as FLUX.2-klein's
     index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
-    with pytest.raises(ValueError, match="follow no probability flow: .*take the model that it was made of"):
+    with pytest.raises(ValueError, match=r"follow no probability flow: .*take the model that it was made of"):
         Family(str(tmp_path / "model")).load_model(guided=False)
