@@ -27,8 +27,8 @@ BORROWED: dict[type[Control], dict[str, tuple[str, str]]] = {
     },
     Injection: {
         "inject": ("Shared steps", "more keeps more of the picture"),
-        "blocks_from": ("From block", "of the network's depth"),
-        "blocks_to": ("To block", "of the network's depth"),
+        "blocks_from": ("From block", "0 is the first, 1 the last"),
+        "blocks_to": ("To block", "0 is the first, 1 the last"),
         "blend": BLEND,
     },
 }
