@@ -156,12 +156,15 @@ class Session:
 
 def open_editor(settings: EditSettings, *, compiled: bool = False) -> Session:
     """A session of the settings' method, its networks compiled or not; ValueError for settings that it has not."""
-    borrows = issubclass(class_of(settings.method, settings.family()), BORROWING)
+    family = settings.family()
+    borrows = issubclass(class_of(settings.method, family), BORROWING)
     if borrows and settings.swap_tau is not None:
         raise ValueError(f"method {settings.method} swaps no prompt: leave out swap_tau, or take icd_swap")
     if not borrows and settings.control:
         given = ", ".join(settings.control)
         raise ValueError(f"method {settings.method} borrows no attention: leave out {given}, or take icd_p2p")
+    if settings.control:
+        usual_control(family.hollow_network()).changed(settings.control)
     session = Session(settings, settings.method)
     if compiled:
         compile_networks(session.method.networks(), session.models.device)

@@ -552,6 +552,15 @@ def write_bomb(path: str) -> None:
     Path(path).write_bytes(data)
 
 
+def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read(
+    icd, folder, flow_layouts, capsys, monkeypatch
+):
+    monkeypatch.setattr(Family, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit):
+        icd(*edit("--model", str(flow_layouts["flux"]), "--cross", "0.5"))
+    assert "edits have no cross_replace; what they borrow: inject, blocks_from, blocks_to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -574,6 +583,7 @@ def write_bomb(path: str) -> None:
         (edit("--blend", "red"), "blend 'red' must be a word of the source and one of the target, or none"),
         (edit("--blend", "red violet"), "'violet' is no word of the prompt"),
         (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
+        (edit("--inject", "0.5"), "edits have no inject; what they borrow: cross_replace, self_replace, alignment"),
         (edit("--method", "icd_swap", "--cross", "0.5"), "icd_swap borrows no attention: leave out cross_replace"),
         (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
         (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),
