@@ -29,7 +29,7 @@ import numpy as np  # isort: skip
 import torch  # isort: skip
 from measuring import in_turns, run, table  # isort: skip
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.latents import cache_latents
+from icd_lightning.data.latents import Caching, Encoders, cache_latents
 from icd_lightning.data.shards import encode_sample, write_shards
 
 
@@ -89,8 +89,8 @@ def way(folder: Path, num_workers: int, args: argparse.Namespace) -> Callable[[i
 
     def cached(_: int) -> Cost:
         start = time.perf_counter(), time.process_time()
-        options = {"autoencoder": "none", "decoder": SampleDecoder(args.size), "batch_size": args.batch}
-        cache_latents(str(folder / "pictures"), folder / "latents", encode, num_workers=num_workers, **options)
+        caching = Caching(Encoders("none", encode), SampleDecoder(args.size), args.batch, num_workers)
+        cache_latents(str(folder / "pictures"), folder / "latents", caching)
         cost = Cost(time.perf_counter() - start[0], time.process_time() - start[1])
         shutil.rmtree(folder / "latents")
         return cost

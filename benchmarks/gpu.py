@@ -189,7 +189,7 @@ def edit(card: Card, *, compiled: bool) -> Figure:
     setting = card.setting(1)
     form = edits.Edit(edits.BASE, edits.Setting(setting.family, setting.latent, setting.device, setting.precision))
     if compiled:
-        compile_networks([form.method.students.model], "inductor")
+        compile_networks([form.method.students.network], form.device)
     seconds = median_seconds(form, card)
     return {"seconds": seconds, "peak_gib": peak_memory(setting.device) / 2**30}
 

@@ -91,7 +91,7 @@ class Ours:
         for part in (autoencoder, conditioner):  # what they make comes from disk: they wait for validation
             part.to("cpu")
         if setting.compiled:
-            compile_networks(self.task.diffusion_models(), "inductor")
+            compile_networks(self.networks(), torch.device(setting.device))
         self.loss, self.share = self._loss, {}
         groups = self.task.parameter_groups()
         self.optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=LR, fused=True)

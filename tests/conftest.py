@@ -22,11 +22,12 @@ from torch import Tensor
 from flux_case import write_flux
 from sd3_case import write_sd3
 from families_case import NAMES, write_layout
-from family_case import write_family
+from family_case import write_family, write_students
 from golden_case import Guidance, GoldenNetworks, load_json, load_tensors, lora_parameters
 from training_case import write_scenes
 from icd_lightning import trust
 from icd_lightning.diffusion import VP, Denoiser, Process, Split, guidance_embedding
+from icd_lightning.models.family import Family
 
 
 TRUSTING = {name: copy(value) for name, value in jsonargparse_settings.items()}
@@ -116,9 +117,12 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def flow_layouts(tmp_path_factory) -> dict[str, Path]:
-    """FLUX.1 and SD3 at minimal widths, random, in diffusers' layout, to read from."""
+    """FLUX.1 and SD3 at minimal widths, random, in diffusers' layout and with students, to read from."""
     flux = write_flux(tmp_path_factory.mktemp("flux"), num_layers=2, num_single_layers=2)
-    return {"flux": flux, "sd3": write_sd3(tmp_path_factory.mktemp("sd3"))}
+    found = {"flux": flux, "sd3": write_sd3(tmp_path_factory.mktemp("sd3"))}
+    for folder in found.values():
+        write_students(folder / "students", Family(str(folder)))
+    return found
 
 
 @pytest.fixture(scope="module")  # of a module alone: while it lives, no other test may run an event loop

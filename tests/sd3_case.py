@@ -9,18 +9,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from icd_lightning.models.family import Family
 from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 
 WIDTH = 16
 TRANSFORMER = {
     **{"sample_size": 8, "patch_size": 2, "in_channels": 16, "num_layers": 2, "qk_norm": "rms_norm"},
     **{"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 40, "caption_projection_dim": WIDTH},
-    **{
-        "pooled_projection_dim": 2 * WIDTH,
-        "pos_embed_max_size": 8,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
+    **{"pooled_projection_dim": 2 * WIDTH, "pos_embed_max_size": 8, "dual_attention_layers": (0,)},
 }
 VAE = {
     **{"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "latent_channels": 16, "sample_size": 64},
@@ -51,6 +47,9 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
 
 
 def write_sd3(folder: Path) -> Path:
-    """Every part, where `Family` finds it."""
+    """Every part, where `Family` finds it, and a guided transformer that is told w."""
     sd3_pipeline().save_pretrained(folder)
+    guided = Family(str(folder)).load_model(guided=False).with_guidance_embedding().network
+    torch.nn.init.normal_(guided.time_text_embed.text_embedder.linear_1.weight[:, 2 * WIDTH :], std=0.05)
+    guided.save_pretrained(folder / "transformer_guided")
     return folder

@@ -54,6 +54,7 @@ WHOLES = {  # what is composed of which files, and the task that comes out
         ("base", "model/sd3", "task/guidance_distillation", "experiment/sd3_guidance", "trainer/fsdp"),
         GuidanceDistillation,
     ),
+    "sd3, random": (("base", "model/sd3", "model/sd3_random"), InvertibleConsistencyDistillation),
     "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
     "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),

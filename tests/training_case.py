@@ -13,6 +13,7 @@ from torch import Tensor
 from icd_lightning.data.datamodule import ShardDataModule
 from icd_lightning.data.shards import encode_sample, write_shards
 from icd_lightning.models.family import Family
+from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
@@ -75,3 +76,17 @@ def frozen_weights(task: lightning.LightningModule) -> dict[str, Tensor]:
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether the tensors are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@torch.no_grad()
+def assert_the_same_in_diffusers(family: Family, folder: Path, lora: LoraSettings, *told: Tensor) -> None:
+    """Students in a folder, as diffusers loads them onto the guided network, say what ours do, and not the teacher."""
+    students = LoraStudents(family.load_model(guided=True), lora=lora)
+    for direction in DIRECTIONS:
+        file = StudentFile.read(folder / direction)
+        students.load(direction, file)
+        plain = family.load_model(guided=True)
+        plain.network.load_lora_adapter(file.path.parent, weight_name=file.path.name, prefix=file.part)
+        expected = plain.predict(*told)
+        torch.testing.assert_close(students.predict(direction, *told), expected)
+        assert not torch.allclose(students.predict("teacher", *told), expected, atol=1e-5)

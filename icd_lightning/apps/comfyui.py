@@ -11,11 +11,11 @@ ComfyUI imports this at its start, so diffusers and all networks wait until a no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from icd_lightning.editing.limits import AlignmentKind, PromptToPrompt
+from icd_lightning.editing.limits import AlignmentKind, Injection, PromptToPrompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 CATEGORY, INVERSION = "icd_lightning", "ICD_INVERSION"
 OWN = -1.0
 """A number that stands for the model's own, where a widget cannot be left empty."""
-EDIT_BY = ("auto", "prompt_to_prompt", "swap")
+CONTROLS = {"prompt_to_prompt": PromptToPrompt, "injection": Injection}
+EDIT_BY = ("auto", *CONTROLS, "swap")
 
 Inputs = dict[str, dict[str, tuple]]
 
@@ -116,6 +117,9 @@ class Edit:
                 "self_replace": number(PromptToPrompt.self_replace, 0.0, 1.0, "more keeps more of the shapes"),
                 "amplify": number(PromptToPrompt.amplify, 0.0, 50.0, "attention to new words, times this"),
                 "alignment": (list(get_args(AlignmentKind)), {"default": PromptToPrompt.alignment}),
+                "inject": number(Injection.inject, 0.0, 1.0, "injection: share of the steps, more keeps more"),
+                "blocks_from": number(Injection.blocks_from, 0.0, 1.0, "injection: in blocks from this depth on"),
+                "blocks_to": number(Injection.blocks_to, 0.0, 1.0, "injection: and up to this one"),
                 "blend": ("BOOLEAN", {"default": PromptToPrompt.blend, "tooltip": "keep what the words are not about"}),
                 "blend_threshold": number(PromptToPrompt.blend_threshold, 0.0, 1.0, "less changes a larger region"),
                 "blend_from": number(PromptToPrompt.blend_from, 0.0, 1.0, "share of the steps before blending"),
@@ -131,12 +135,20 @@ class Edit:
         swap_tau: float = OWN,
         **settings: Any,
     ) -> tuple[Tensor]:
-        """Pictures (B, H, W, 3) in [0, 1]; settings are guidance_scale, tau, and those of `PromptToPrompt`."""
+        """Pictures (B, H, W, 3) in [0, 1]; settings are guidance_scale, tau, and those of the controls."""
+        from icd_lightning.editing.injection import usual_control
+
         pipe = load(inversion.model)
         guidance = {name: settings.pop(name, OWN) for name in ("guidance_scale", "tau")}
-        control = PromptToPrompt(**settings)
-        if edit_by == "swap" or (edit_by == "auto" and not pipe.config.attention_control):
-            control, guidance["swap_tau"] = None, swap_tau
+        controls = {
+            name: kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+            for name, kind in CONTROLS.items()
+        }
+        if edit_by == "auto" and pipe.config.attention_control:
+            edit_by = next(name for name, kind in CONTROLS.items() if isinstance(usual_control(pipe.students), kind))
+        control = controls.get(edit_by)
+        if control is None:
+            guidance["swap_tau"] = swap_tau
         told = {name: value for name, value in guidance.items() if value != OWN}
         prompts = list(inversion.prompts), lines(target_prompt)
         result = pipe.edit(None, *prompts, control=control, latents=inversion.noise, output_type="pt", **told)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import lightning
 
-from icd_lightning.models.diffusion_model import compile_networks, why_not_compiled
+from icd_lightning.models.diffusion_model import compile_networks
 from icd_lightning.tasks.sharding import ShardedStrategy
-
-log = logging.getLogger(__name__)
 
 
 class CompileNetworks(lightning.Callback):
@@ -28,9 +24,6 @@ class CompileNetworks(lightning.Callback):
         """Compile before DDP wraps the task; refuse networks that are spread over devices."""
         if isinstance(trainer.strategy, ShardedStrategy):
             raise ValueError("CompileNetworks and ShardedStrategy do not go together: leave one out")
-        if stage != "fit":
-            return
-        if reason := why_not_compiled(trainer.strategy.root_device, self.backend):
-            log.warning("torch.compile does not work here, so networks run as they are (%s)", reason)
-        else:
-            compile_networks(pl_module.diffusion_models(), self.backend)
+        if stage == "fit":
+            networks = [model.network for model in pl_module.diffusion_models()]
+            compile_networks(networks, trainer.strategy.root_device, self.backend)

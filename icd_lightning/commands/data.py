@@ -53,13 +53,17 @@ def cache_latents(
     overwrite: bool = False,
     num_workers: int = 4,
     allow_broken: bool = False,
+    ray_workers: int | None = 0,
+    num_gpus: float = 0.0,
+    ray_address: str | None = None,
 ) -> None:
     """Encode the pictures of shards once, so that training needs no encoder; go on where an earlier call stopped.
 
     Train on the result as on any shards, with the same resolution. Each epoch draws fresh samples of the posterior.
 
     Several processes may share the work: `torchrun --nproc_per_node 8 --no-python icd data cache-latents ...`, or jobs
-    of their own with --part 0/8 to 7/8. Whichever ends last completes the set.
+    of their own with --part 0/8 to 7/8. Whichever ends last completes the set. Or Ray deals out the shards, here or on
+    a cluster: --ray_workers 8 --num_gpus 1.
 
     Args:
         urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`; also http, s3, gs and pipe: urls.
@@ -76,35 +80,27 @@ def cache_latents(
         overwrite: Replace other shards in the folder.
         num_workers: Threads that decode pictures while others are encoded and written; 0: one thing after another.
         allow_broken: Keep what could be read of a shard that is cut or damaged, instead of leaving it for later.
+        ray_workers: Processes of Ray, each with encoders and threads of its own; null: one for each processor; 0: this
+            process alone, without Ray.
+        num_gpus: GPUs of each process of Ray, or the share of one.
+        ray_address: A Ray cluster to work on, such as auto or ray://host:10001; this machine if not given.
     """
     import os
 
     from rich.console import Console
 
-    from icd_lightning.commands.weights import find_device
+    from icd_lightning.commands.weights import EncoderWeights
+    from icd_lightning.data.curation.engine import Engine
     from icd_lightning.data.decoding import SampleDecoder
+    from icd_lightning.data.latents import Caching
     from icd_lightning.data.latents import cache_latents as write
-    from icd_lightning.models.family import Family, load_autoencoder
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
     share = _part(part or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
-    own_device = find_device(device)
-    autoencoder = load_autoencoder(vae).to(own_device)
-    conditioner = Family(text).load_conditioner().to(own_device) if text else None
-    manifest = write(
-        urls,
-        out,
-        lambda images: autoencoder.moments(images.to(own_device)),
-        autoencoder=autoencoder.fingerprint,
-        text=conditioner and (conditioner.fingerprint, lambda captions: conditioner(captions).embeds()),
-        decoder=SampleDecoder(resolution, caption_field, min_size, buckets),
-        batch_size=batch_size,
-        part=share,
-        overwrite=overwrite,
-        num_workers=num_workers,
-        allow_broken=allow_broken,
-    )
+    engine = Engine(ray_workers, ray_address, num_gpus, option="ray_workers")
+    decoder = SampleDecoder(resolution, caption_field, min_size, buckets)
+    encoders = EncoderWeights(vae, text, device).encoders()
+    caching = Caching(encoders, decoder, batch_size, num_workers, allow_broken)
+    manifest = write(urls, out, caching, part=share, engine=engine, overwrite=overwrite)
     shards = counted(len(manifest.shards), "shard")
     if manifest.complete and not manifest.samples:
         raise ValueError(

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this o
     "generate": ("pictures:generate", "make a picture from a prompt"),
     "app": ("app:app", "edit pictures in a browser"),
     "models": ("hub:models", "list the released weights: students and UNets for SD1.5 and SDXL"),
+    "memory": ("memory:memory", "count the bytes of a model's weights, whole and in fewer bits, by its configs"),
     "download": ("hub:download", "fetch released weights: icd download icd-sd15"),
     "push": ("hub:push", "upload a run's students to the Hugging Face hub"),
     "data shapes": ("data:shapes", "write shards of procedural captioned pictures"),

@@ -30,6 +30,7 @@ from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.evaluation.examples import read_blended
 from icd_lightning.evaluation.methods import guided_as_told
 from icd_lightning.files import write_whole
+from icd_lightning.models.diffusion_model import compile_networks
 from icd_lightning.models.text import unknown_words
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Session:
         if method == "icd":
             method = "icd_p2p" if edits_by_attention(self.models.family) else "icd_swap"
         self.name, self.method = method, self.models.load(method)
+        self._inverted: tuple[object, dict[int, Tensor]] = (None, {})  # the latest picture's noise, by seeds
 
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
@@ -72,11 +74,16 @@ class Session:
         return guided_as_told(own, settings.guidance_scale, settings.tau)
 
     def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
-        """One picture, with each of the settings in turn; where it becomes noise, those of one seed share the way."""
+        """One picture, with each of the settings in turn; where it becomes noise, edits of one seed share the way.
+
+        So do those of the next call, if it is of the same picture and source prompt.
+        """
         images = self.images(edit.image, size)
         self.warn_of_unknown_words(edit.source, edit.target)
         prompts = [edit.source], [edit.target]
-        inverted: dict[int, Tensor] = {}
+        if self._inverted[0] != (shown := (edit.image, edit.source, size)):
+            self._inverted = (shown, {})
+        inverted = self._inverted[1]
         for one in settings:
             clock, guidance = Clock(self.models.device), self.guidance(one, edit=True)
             options = self._options(one, edit, guidance)
@@ -147,15 +154,21 @@ class Session:
         return told
 
 
-def open_editor(settings: EditSettings) -> Session:
-    """A session of the settings' method; ValueError for settings that it has not."""
-    borrows = issubclass(class_of(settings.method, settings.family()), BORROWING)
+def open_editor(settings: EditSettings, *, compiled: bool = False) -> Session:
+    """A session of the settings' method, its networks compiled or not; ValueError for settings that it has not."""
+    family = settings.family()
+    borrows = issubclass(class_of(settings.method, family), BORROWING)
     if borrows and settings.swap_tau is not None:
         raise ValueError(f"method {settings.method} swaps no prompt: leave out swap_tau, or take icd_swap")
     if not borrows and settings.control:
         given = ", ".join(settings.control)
         raise ValueError(f"method {settings.method} borrows no attention: leave out {given}, or take icd_p2p")
-    return Session(settings, settings.method)
+    if settings.control:
+        usual_control(family.hollow_network()).changed(settings.control)
+    session = Session(settings, settings.method)
+    if compiled:
+        compile_networks(session.method.networks(), session.models.device)
+    return session
 
 
 def spent(clock: Clock) -> str:

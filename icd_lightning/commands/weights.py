@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,46 @@ class Weights:
 
         students = {name: getattr(self, name) for name in ("forward", "reverse", "boundaries", "lora_alpha")}
         return Models(self.family(), **students, device=find_device(self.device))
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An autoencoder, and perhaps the model whose text encoders are to be used; each process loads its own, once."""
+
+    vae: str
+    text: str | None
+    device: str
+
+    @cached_property
+    def autoencoder(self) -> Any:
+        from icd_lightning.models.family import load_autoencoder
+
+        return load_autoencoder(self.vae).to(find_device(self.device))
+
+    @cached_property
+    def conditioner(self) -> Any:
+        from icd_lightning.models.family import Family
+
+        return Family(self.text).load_conditioner().to(find_device(self.device))
+
+    def encoders(self) -> Any:
+        """What caches latents with them, an `Encoders`."""
+        from icd_lightning.data.latents import Encoders
+
+        text = (self.conditioner.fingerprint, self.embeds) if self.text else ()
+        return Encoders(self.autoencoder.fingerprint, self.moments, *text)
+
+    def moments(self, images: Any) -> Any:
+        """Of images (B, 3, H, W) in [-1, 1]."""
+        return self.autoencoder.moments(images.to(find_device(self.device)))
+
+    def embeds(self, captions: list[str]) -> Any:
+        """Embeddings of B captions by name."""
+        return self.conditioner(captions).embeds()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the networks."""
+        return asdict(self)
 
 
 def check_device(name: str) -> str:

@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from icd_lightning.data.remote import AnyPath
 from icd_lightning.data.tars import INDEX, is_local, write_tar
-from icd_lightning.files import read_object, remove_tree, write_text, write_whole
+from icd_lightning.files import read_object, remove_tree, write_json, write_text, write_whole
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress"  # holds a record of each shard that is done, where several processes write a set
@@ -25,11 +25,12 @@ Verify = Literal["off", "bytes", "count", "sha256"]
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What one shard must hold."""
+    """What one shard must hold; `source` is the sha256 of the shard that it was made from, where that is known."""
 
     samples: int
     bytes: int
     sha256: str
+    source: str = ""
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.bytes)
@@ -37,6 +38,10 @@ class ShardRecord:
             raise ValueError(f"{self} is no record of a shard")
         if self.samples * 512 > self.bytes:  # a tar needs as many for the header of one file
             raise ValueError(f"{self.samples} samples do not fit in {self.bytes} bytes")
+
+    def fields(self) -> dict[str, Any]:
+        """As it is written."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,11 @@ class Manifest:
         return {folder: manifest for folder in folders if (manifest := cls.load(folder))}
 
     @classmethod
-    def of_set(cls, folder: AnyPath, parameters: dict[str, Any]) -> Manifest | None:
-        """The manifest of the set made with `parameters`; None where no shards are, ValueError for another set."""
+    def of_set(cls, folder: AnyPath, parameters: dict[str, Any], *, partly: bool = False) -> Manifest | None:
+        """The manifest of the set made with `parameters`; None where no shards are, ValueError for another set.
+
+        `partly` allows for what else it says of its making.
+        """
         holds_shards = any(folder.glob("*.tar"))  # before the manifest, which is written before the first shard
         manifest = cls.load(folder)
         if manifest is None:
@@ -86,13 +94,17 @@ class Manifest:
                 )
             return None
         wanted, there = json.loads(json.dumps(parameters)), manifest.parameters
-        pairs = [(name, there.get(name), wanted.get(name)) for name in sorted(there.keys() | wanted.keys())]
+        pairs = [
+            (name, there.get(name), wanted.get(name))
+            for name in sorted(wanted if partly else there.keys() | wanted.keys())
+        ]
         if changes := ", ".join(f"{name} {old!r}, not {new!r}" for name, old, new in pairs if old != new):
             raise ValueError(f"{folder} holds another set ({changes}); choose another folder or pass --overwrite")
         return manifest
 
     def save(self, folder: AnyPath) -> None:
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        shards = {name: record.fields() for name, record in self.shards.items()}
+        write_text(folder / MANIFEST, json.dumps({**vars(self), "shards": shards}, indent=1) + "\n")
 
 
 def remove_shards(folder: AnyPath) -> None:
@@ -110,6 +122,12 @@ def write_shard(samples: Iterable[dict[str, Any]], path: AnyPath) -> ShardRecord
         return ShardRecord(count, temporary.stat().st_size, sha256(temporary))
 
     return write_whole(path, write)
+
+
+def write_recorded(samples: Iterable[dict[str, Any]], folder: AnyPath, name: str, *, source: str = "") -> None:
+    """Write one shard of a set that several processes write, and then its record."""
+    record = replace(write_shard(samples, folder / name), source=source)
+    write_json(folder / PROGRESS / f"{name}.json", record.fields())
 
 
 def finished_shards(folder: AnyPath) -> dict[str, ShardRecord]:

@@ -109,11 +109,19 @@ def write_shards(
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to read; `samples` is None for one that cannot be counted before it is read, `damage` what is wrong."""
+    """A shard to read; `samples` is None for one that cannot be counted before it is read, `damage` what is wrong.
+
+    `sha256` is that of its manifest, if it has one.
+    """
 
     url: str
     samples: int | None
     damage: str | None = None
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
 
 
 def find_shards(urls: str | Sequence[str]) -> list[str]:
@@ -200,15 +208,16 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
             f"{problems[0]}{more}; write or copy the shards again, or "
             "give verify=off and batches_per_epoch to read them as they are"
         )
-    counts: dict[str, tuple[int, str | None]] = {}
+    found: dict[str, Shard] = {}
     for url, path in ((url, Path(url)) for url in shards if is_local(url)):
         if path.parent in manifests:
-            counts[url] = manifests[path.parent].shards[path.name].samples, None
+            record = manifests[path.parent].shards[path.name]
+            found[url] = Shard(url, record.samples, sha256=record.sha256)
             continue
-        counts[url] = _, damage = count_samples(path)
-        if damage:
+        found[url] = Shard(url, *count_samples(path))
+        if damage := found[url].damage:
             logger.warning("%s: %s", path, damage)
-    return tuple(Shard(url, *counts.get(url, (None,))) for url in shards)
+    return tuple(found.get(url, Shard(url, None)) for url in shards)
 
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:

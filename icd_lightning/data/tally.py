@@ -50,10 +50,18 @@ class Tally:
     """Counts samples that passed and those that were skipped, by reason, over all workers (in shared memory).
 
     Ends a run, by NothingToReadError, that loses more than the share `max_skipped` of all samples read or of the latest
-    (MIN_READ of them at least), or that waits `stall_timeout` seconds for a sample that can be used.
+    (MIN_READ of them at least), or that waits `stall_timeout` seconds for a sample that can be used. `details` has the
+    first sample skipped for each reason; a `quiet` one leaves it to others to tell of it.
     """
 
-    def __init__(self, num_workers: int = 1, *, max_skipped: float = 1.0, stall_timeout: float = math.inf) -> None:
+    def __init__(
+        self,
+        num_workers: int = 1,
+        *,
+        max_skipped: float = 1.0,
+        stall_timeout: float = math.inf,
+        quiet: bool = False,
+    ) -> None:
         if not 0 <= max_skipped <= 1:
             raise ValueError(f"max_skipped {max_skipped} must lie between 0 and 1 (1 allows any loss)")
         if not stall_timeout > 0:
@@ -62,7 +70,8 @@ class Tally:
         # each worker has a row of its own: no two write to one place
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
         self._alive = torch.full((max(1, num_workers),), time.monotonic(), dtype=torch.float64).share_memory_()
-        self._details: dict[str, str] = {}
+        self.details: dict[str, str] = {}
+        self.quiet = quiet
         self._looked_at = (0, 0)  # how many were read and lost at the beginning of the latest
 
     def count_as(self, worker: int) -> None:
@@ -96,9 +105,10 @@ class Tally:
         """Count what was left out, a sample or a shard of so many; NothingToReadError if that is too much."""
         self.add(reason, 1 if reason == "broken_shard" else samples)
         self.add("lost", samples)
-        if reason not in self._details:
-            self._details[reason] = detail
-            logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
+        if reason not in self.details:
+            self.details[reason] = detail
+            if not self.quiet:
+                logger.warning("skipped for %s: %s (from now on only counted)", reason, detail)
         total = self._sum("read"), self._sum("lost")
         recent = total[0] - self._looked_at[0], total[1] - self._looked_at[1]
         for read, lost in (total, recent):
@@ -124,8 +134,8 @@ class Tally:
     def nothing(self, what: str) -> NothingToReadError:
         """An error that says `what` is wrong and why samples were skipped."""
         skipped = left_out(self.counts()) or "none"
-        if self._details:
-            skipped += f"; for one, {next(iter(self._details.values()))}"
+        if self.details:
+            skipped += f"; for one, {next(iter(self.details.values()))}"
         return NothingToReadError(f"{what} (skipped: {skipped}); look at local shards with `icd data describe`")
 
     def _sum(self, name: str) -> int:

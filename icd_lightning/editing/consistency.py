@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icd_lightning.diffusion import (
     Boundaries,
@@ -24,11 +23,11 @@ from icd_lightning.diffusion import (
 )
 from icd_lightning.editing.injection import attention_control, usual_control
 from icd_lightning.editing.limits import Control, for_each
-from icd_lightning.editing.merging import MergedStudent
+from icd_lightning.editing.merging import MergedStudents
 from icd_lightning.editing.method import UNGUIDED, EditingMethod, Seed, StudentPaths, seeded_noise
 from icd_lightning.editing.prompt_to_prompt import BlendedWords, PairedGuidance
 from icd_lightning.models.autoencoder import LatentAutoencoder
-from icd_lightning.models.diffusion_model import GuidedDenoiser
+from icd_lightning.models.diffusion_model import Guidance
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents, Students
@@ -40,8 +39,8 @@ log = logging.getLogger(__name__)
 class InvertibleConsistency(EditingMethod):
     """A family's frozen parts and its two students; num_segments evaluations to noise, as many back.
 
-    With `merge` a loop runs on the weights of its student merged into the network's (see `MergedStudent`), which is
-    faster and takes the memory of a second network.
+    With `merge` a loop runs on the weights of its student merged into the network's, which is faster and takes the
+    memory of another network, or of two (see `MergedStudents`).
     """
 
     uses_students = True
@@ -57,8 +56,8 @@ class InvertibleConsistency(EditingMethod):
     ) -> None:
         self.students = self.network = students
         self.autoencoder, self.conditioner = autoencoder, conditioner
-        self.process, self.boundaries, self.merge = students.process, boundaries, merge
-        self._merged: WeakValueDictionary[Direction, MergedStudent] = WeakValueDictionary()
+        self.process, self.boundaries = students.process, boundaries
+        self.merged = MergedStudents(students) if merge and isinstance(students, LoraStudents) else None
 
     @classmethod
     def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> InvertibleConsistency:
@@ -97,8 +96,11 @@ class InvertibleConsistency(EditingMethod):
             students.load(direction, files[direction])
         return cls(students, family.load_autoencoder(), family.load_conditioner(), ends, merge=True)
 
+    def networks(self) -> list[nn.Module]:
+        return [model.network for model in self.students.diffusion_models()]
+
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        return self._sampling("reverse", self.students.denoiser("reverse", self.conditioner(prompts), guidance))
+        return self._sampling("reverse", prompts, guidance)
 
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
@@ -108,8 +110,7 @@ class InvertibleConsistency(EditingMethod):
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
         """Jump up with the forward model, from latents slightly noised by `noise`, (B, C, h, w) both."""
-        forward_model = self._sampling("forward", self.students.denoiser("forward", self.conditioner(prompts), 1.0))
-        jump = DDIMJump(forward_model, self.process)
+        jump = DDIMJump(self._sampling("forward", prompts, 1.0), self.process)
         return invert(jump, latents, noise, self.boundaries, self.process, on_step=on_step)
 
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
@@ -140,13 +141,10 @@ class InvertibleConsistency(EditingMethod):
         with state.attached(self.students.network):
             return self.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
 
-    def _sampling(self, direction: Direction, denoise: GuidedDenoiser) -> Denoiser:
-        """A student's denoiser as it samples: merged weights are shared by all denoisers that live at a time."""
-        if not self.merge or not isinstance(self.students, LoraStudents):
-            return denoise
-        network = self._merged.get(direction) or MergedStudent(self.students, direction)
-        self._merged[direction] = network
-        return replace(denoise, network=network)
+    def _sampling(self, direction: Direction, prompts: Sequence[str], guidance: Guidance) -> Denoiser:
+        """A student's denoiser as it samples."""
+        denoise = self.students.denoiser(direction, self.conditioner(prompts), guidance)
+        return denoise if self.merged is None else replace(denoise, network=self.merged[direction])
 
 
 class AttentionControlled(InvertibleConsistency):

@@ -17,7 +17,6 @@ from math import ceil, isqrt
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -26,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from icd_lightning.editing.limits import Control, Injection, PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.attention import Changes, StandIn, free_rows
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
+from icd_lightning.editing.prompt_to_prompt.layers import attention_layers
 
 
 class Tokens(NamedTuple):
@@ -41,11 +41,9 @@ Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def joint_layers(network: nn.Module) -> list[str]:
     """The names of a network's attention layers, from first to last; none if text and picture attend apart."""
-    found = {
-        name: layer for name, layer in network.named_modules() if isinstance(layer, (Attention, AttentionModuleMixin))
-    }
-    joint = any(getattr(layer, "add_k_proj", None) is not None for layer in found.values())
-    return list(found) if joint else []
+    names = attention_layers(network)
+    joint = any(getattr(network.get_submodule(name), "add_k_proj", None) is not None for name in names)
+    return names if joint else []
 
 
 def usual_control(network: nn.Module) -> Control:

@@ -115,6 +115,10 @@ class PictureMethod(ABC):
             part.to(device)
         return self
 
+    def networks(self) -> list[nn.Module]:
+        """What can be compiled."""
+        return [self.network]
+
     @torch.no_grad()
     def invert(self, images: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None) -> Any:
         """Encode pictures (B, 3, H, W) with the prompts that describe them to what an edit descends from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,8 @@ from icd_lightning.diffusion import Process, Split, classifier_free_guidance
 from icd_lightning.models.backbones import Backbone
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.weights import first_line
+
+log = logging.getLogger(__name__)
 
 Guidance = float | Tensor | Callable[[Tensor], Tensor]
 """A guidance scale w for all samples, one for each (B,), or a `GuidanceSchedule` w_t (B,) = schedule(t (B,))."""
@@ -139,6 +142,7 @@ class CFGDenoiser:
         return self.process.split(classifier_free_guidance(unconditional, conditional, w), x, t)
 
 
+@torch.enable_grad()
 def why_not_compiled(device: torch.device, backend: str) -> str | None:
     """Try torch.compile on a few numbers, forward and backward; what is in the way, or None."""
     numbers = torch.ones(8, device=device, requires_grad=True)
@@ -149,14 +153,18 @@ def why_not_compiled(device: torch.device, backend: str) -> str | None:
     return None
 
 
-def compile_networks(models: Iterable[DiffusionModel], backend: str) -> None:
+def compile_networks(networks: Iterable[nn.Module], device: torch.device, backend: str = "inductor") -> None:
     """Run every network through torch.compile, as a whole and in place, so that names of weights stay as they are.
 
-    Which adapter is on is a list that each LoRA layer reads, on which the compiled code is conditioned: a switch to
-    another adapter compiles another version the first time, and from then on selects it. How many versions there may be
-    has no public name in torch.
+    Where that does not work the log says why, and they run as they are. Which adapter is on is a list that each LoRA
+    layer reads, on which the compiled code is conditioned: a switch to another adapter compiles another version the
+    first time, and from then on selects it. How many versions there may be has no public name in torch.
     """
+    if reason := why_not_compiled(device, backend):
+        log.warning("torch.compile does not work here, so networks run as they are (%s)", reason)
+        return
+    log.info("networks are compiled by torch.compile: the first call of each kind takes minutes")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled after all runs as it is, with a warning
-    for model in models:
-        model.network.compile(backend=backend)
+    for network in networks:
+        network.compile(backend=backend)

@@ -31,7 +31,7 @@ from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
+DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|FLUX\.2-klein(?!-base)|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
 MOST_PIXELS = 1 << 15
 GUIDANCE_WIDTH = 512  # of the guidance embedding where weights are random; that of the released ones
 
@@ -62,8 +62,8 @@ class Family:
 
     Args:
         model: "tiny" or "tiny_flow" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers'
-            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", "random:sdxl": random weights of
-            that architecture, for trials.
+            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large and
+            flux_dev: random weights of that architecture, for trials.
         guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
             released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
@@ -106,7 +106,15 @@ class Family:
 
     @cached_property
     def architecture(self) -> Backbone:
-        """The backbone, as told or as the model's files name its class; ValueError for a class that has none here."""
+        """The backbone, as told or as the model's files name its class.
+
+        ValueError for a class that has none here, and for a model that is known to be no teacher.
+        """
+        if re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE) or self.source.index.get("is_distilled"):
+            raise ValueError(
+                f"the few steps of {self.model} match a distribution and follow no probability flow: students cannot "
+                "be distilled from it; take the model that it was made of"
+            )
         if self.backbone is not None:
             return self.backbone
         if not self.source.has("transformer"):
@@ -216,13 +224,13 @@ class Family:
             quantize(network, self.architecture.blocks, self.quantization)
         return DiffusionModel(network, self.load_process(), self.architecture)
 
+    def hollow_network(self) -> nn.Module:
+        """The plain network on the meta device, without weights, to see what it is made of."""
+        with torch.device("meta"):
+            return self.architecture.network_class.from_config(self.source.config(self.architecture.part))
+
     def _plain_network(self) -> Callable[[], nn.Module]:
         part, cls = self.architecture.part, self.architecture.network_class
-        if name := re.search(DISTRIBUTION_MATCHED, self.model, re.IGNORECASE):
-            raise ValueError(
-                f"{self.model} is {name[0]}, whose few steps match a distribution and follow no probability flow: "
-                "students cannot be distilled from it; take the model that it was made of"
-            )
         self.architecture.check_teacher(self.source.config(part))
         return partial(self.source.network, part, cls, self.dtype)
 

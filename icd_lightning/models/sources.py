@@ -52,7 +52,7 @@ def shipped(name: str = "tiny") -> Path:
 
 
 def architecture(name: str) -> Path:
-    """The folder of the config files, which come with the package, of a network without weights: sd15 or sdxl."""
+    """The folder of the config files, which come with the package, of a model without weights, such as sd15."""
     return Path(str(files("icd_lightning") / "models" / "architectures" / name))
 
 
@@ -73,7 +73,8 @@ def open_source(model: str, *, variant: str | None = None, config: str | None = 
             name = model.removeprefix(RANDOM)
             folder = architecture(name) if architecture(name).is_dir() else Path(name)
             if not any((folder / part).is_dir() for part in NETWORKS):
-                raise FileNotFoundError(f"there is no architecture {name}: sd15, sdxl and folders of config files are")
+                known = ", ".join(sorted(path.name for path in architecture("").iterdir()))
+                raise FileNotFoundError(f"there is no architecture {name}: {known} and folders of config files are")
             return Random(Layout(str(folder)))
         if not on_hub(model):
             raise FileNotFoundError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icd_lightning.apps import comfyui
 from icd_lightning.apps.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, load
+from icd_lightning.editing.limits import Injection
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
@@ -133,12 +134,26 @@ def test_the_edits_differ(inverted):
     assert all(not torch.equal(one, other) for i, one in enumerate(made) for other in made[:i])
 
 
+def test_a_transformer_is_edited_by_injection_and_by_nothing_that_it_has_not(flow_layouts, images):
+    inversion, _ = call("ICDInvert", image=images, source_prompt="red star", model=str(flow_layouts["sd3"]))
+    pipe, asked = load(inversion.model), {"inversion": inversion, "target_prompt": "star"}
+    given = {"inject": 1.0, "blocks_from": 0.25, "blocks_to": 0.75, "blend": False}
+    (edited,) = call("ICDEdit", **asked, edit_by="injection", **given)
+    options = {"latents": inversion.noise.clone(), "output_type": "np", "control": Injection(**given)}
+    expected = pipe.edit(None, "red star", "star", **options).images
+    torch.testing.assert_close(edited, torch.from_numpy(expected).clamp(0, 1))
+    with pytest.raises(ValueError, match=r"SD3Transformer2DModel does not have: borrow by an Injection, or nothing"):
+        call("ICDEdit", **asked, edit_by="prompt_to_prompt")
+
+
 def test_auto_edits_by_attention_where_the_model_is_edited_so(inverted, monkeypatch):
     inversion, _ = inverted
     pipe = load(inversion.model)
     asked = {"inversion": inversion, "target_prompt": "\n".join(TARGETS)}
     monkeypatch.setattr(pipe, "_internal_dict", type(pipe.config)({**pipe.config, "attention_control": True}))
     torch.testing.assert_close(call("ICDEdit", **asked), call("ICDEdit", **asked, edit_by="prompt_to_prompt"))
+    with pytest.raises(ValueError, match=r"\(FLUX.1, SD3\), which UNet2DConditionModel has not: borrow by Prompt"):
+        call("ICDEdit", **asked, edit_by="injection")
 
 
 def test_pictures_of_any_size_are_cut_and_made_as_asked(random_family):

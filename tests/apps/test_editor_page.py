@@ -2,11 +2,13 @@ import inspect
 
 import httpx
 import pytest
-from editor_case import TASKS, Visitor, fetched, same
+from editor_case import TASKS, Visitor, fetched, same, serving
 from PIL import Image
 
 from icd_lightning.apps import editor as package
 from icd_lightning.apps.editor.engine import MAX_PIXELS
+from icd_lightning.editing.limits import Injection
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 
 PICTURE, SOURCE, TARGET = TASKS[0]
@@ -58,6 +60,28 @@ def test_every_control_is_the_pipeline_s(visitor, pipeline, way, options):
     assert not notice["visible"]
     assert back_cost.startswith("To noise and back: 8 evaluations, ")
     assert cost.startswith(f"From noise: {8 if 'control' in options else 4} evaluations, ")
+
+
+def test_a_transformer_has_controls_of_its_own_and_no_others(flow_layouts):
+    from icd_lightning.apps.editor.page import EditorPage
+
+    pipe = InvertibleConsistencyPipeline.from_pretrained(str(flow_layouts["sd3"]))
+    prompts = "red star", "star"
+    with serving(EditorPage(pipe)) as page:
+        visitor = Visitor(page)
+        _, _, _, edited, _ = visitor.edit(PICTURE, *prompts, "attention", 3, 1, 1, 0.5, 0.25, 0.75, "none")
+        edited = fetched(edited)
+        wrong = visitor.call("edit", visitor.upload(PICTURE), *prompts, "attention", 3, 1, 1, 0.5, 0.75, 0.25, "none")
+        labels = {one["props"].get("label") for one in page.config["components"]}
+    control = Injection(inject=0.5, blocks_from=0.25, blocks_to=0.75, blend=False)
+    options = {"guidance_scale": 3.0, "tau": 1.0, "control": control}
+    assert same(edited, pipe.edit(PICTURE, *prompts, **options).images[0])
+    assert "blocks_from 0.75 must be less than blocks_to 0.25" in refusal(wrong)
+    assert {"Shared steps", "From block", "To block", "Local blend"} <= labels
+    assert not {"Cross replacement", "Self replacement", "Word weights"} & labels
+    assert page.editor.invert(PICTURE, "star " * 30).cost.nfe == 8  # more than CLIP reads; T5 reads on
+    with pytest.raises(ValueError, match=r"the source prompt has \d+ tokens, and the model reads 255: shorten it"):
+        page.editor.invert(PICTURE, "star " * 60)
 
 
 @pytest.mark.slow
@@ -190,7 +214,6 @@ def test_a_space_s_app_is_what_the_package_says(monkeypatch):
 
 def test_a_model_without_examples_opens_empty(random_family):
     from icd_lightning.apps.editor.page import EditorPage
-    from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
     config = EditorPage(InvertibleConsistencyPipeline.from_pretrained(str(random_family))).config
     props = {one["props"].get("label"): one["props"] for one in config["components"]}

@@ -383,6 +383,36 @@ def write_table(*rows: str, heading: str = "image,source,target,output") -> None
     Path("edits.csv").write_text("\n".join([heading, *rows]) + "\n")
 
 
+def test_rows_of_one_picture_and_source_share_the_way_to_noise(icd, folder, caplog):
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    write_table(
+        f"photo.png,{SOURCE},{TARGET},",
+        f"photo.png,{SOURCE},a star,",
+        f"photo.png,another {SOURCE},a star,",
+        f"red.png,another {SOURCE},a star,",
+    )
+    icd("edit", "edits.csv")
+    costs = [text.split(": ")[1].split(" ")[0] for text in caplog.messages if "-edited" in text]
+    assert costs == ["8", "4", "8", "8"]
+    icd("edit", "photo.png", "--source", SOURCE, "--target", "a star", "-o", "alone.png")
+    np.testing.assert_array_equal(read("edits-edited/photo-edited-2.png"), read("alone.png"))
+
+
+@pytest.mark.parametrize("place", ["photo.png", "."])
+def test_compilation_is_asked_for_and_where_it_does_not_work_edits_are_made_without(
+    icd, folder, monkeypatch, caplog, place
+):
+    def fail(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    options = ["--source", SOURCE, "--target", TARGET, "-o", "out" if place == "." else "out.png"]
+    icd("edit", place, *options, "--compile")
+    (said,) = [text for text in caplog.messages if "compile" in text]
+    assert said == "torch.compile does not work here, so networks run as they are (no compiler here)"
+    assert Path(options[-1]).exists()
+
+
 def test_a_table_of_edits_goes_on_where_it_stopped_and_a_bad_row_stops_nobody(icd, folder, caplog, capsys):
     Path("half.png").write_bytes(Path("photo.png").read_bytes()[:3000])
     Image.new("RGB", (64, 64), "red").save("red.png")
@@ -521,6 +551,15 @@ def write_bomb(path: str) -> None:
     Path(path).write_bytes(data)
 
 
+def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read(
+    icd, folder, flow_layouts, capsys, monkeypatch
+):
+    monkeypatch.setattr(Family, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(SystemExit):
+        icd(*edit("--model", str(flow_layouts["flux"]), "--cross", "0.5"))
+    assert "edits have no cross_replace; what they borrow: inject, blocks_from, blocks_to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -543,6 +582,7 @@ def write_bomb(path: str) -> None:
         (edit("--blend", "red"), "blend 'red' must be a word of the source and one of the target, or none"),
         (edit("--blend", "red violet"), "'violet' is no word of the prompt"),
         (edit("--method", "magic"), "no method 'magic'; there is: icd, icd_p2p, icd_swap, untrained, ddim"),
+        (edit("--inject", "0.5"), "edits have no inject; what they borrow: cross_replace, self_replace, alignment"),
         (edit("--method", "icd_swap", "--cross", "0.5"), "icd_swap borrows no attention: leave out cross_replace"),
         (edit("--method", "icd_p2p", "--swap_tau", "0.5"), "icd_p2p swaps no prompt: leave out swap_tau"),
         (edit("--method", "ddim", "--cross", "0.5"), "ddim borrows no attention: leave out cross_replace"),

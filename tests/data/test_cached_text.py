@@ -17,7 +17,7 @@ from training_case import FEW, Losses, distillation, scenes_data, trainer_for, w
 
 from icd_lightning.commands.data import cache_latents as command
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.latents import cache_latents
+from icd_lightning.data.latents import Caching, Encoders, cache_latents
 from icd_lightning.data.manifest import Manifest
 from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
@@ -39,9 +39,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def families(random_family, layouts) -> dict[str, Path]:
-    """One with one text encoder, and SDXL's two."""
-    return {"tiny": random_family, "sdxl": layouts["sdxl"]}
+def families(random_family, layouts, flow_layouts) -> dict[str, Path]:
+    """One with one text encoder, SDXL's two, FLUX's CLIP and T5, and SD3's three."""
+    return {"tiny": random_family, "sdxl": layouts["sdxl"], **flow_layouts}
 
 
 def cache(pictures: Path, out: Path, family: Path, **options) -> Path:
@@ -71,7 +71,7 @@ def sets(pictures, families, tmp_path_factory) -> dict[str, dict[str, Path]]:
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+@pytest.mark.parametrize("name", ["tiny", "sdxl", "flux", "sd3"])
 def test_beside_each_samples_latents_lie_its_captions_embeddings(sets, families, name):
     conditioner = Family(str(families[name])).load_conditioner()
     for bare, raw in zip(*(samples_of(sets[name][kind]) for kind in ("latents", "text")), strict=True):
@@ -81,7 +81,7 @@ def test_beside_each_samples_latents_lie_its_captions_embeddings(sets, families,
         }
         found = load(raw[TEXT])
         assert found.keys() == expected.keys()
-        assert len(found) == {"tiny": 1, "sdxl": 2}[name]
+        assert len(found) == (1 if name == "tiny" else 2)
         for part, values in found.items():
             assert values.dtype == np.float16
             np.testing.assert_allclose(values, expected[part], rtol=2e-3, atol=2e-3)
@@ -105,15 +105,8 @@ def test_a_killed_caching_goes_on_shard_by_shard(pictures, random_family, sets, 
             encoded.extend(captions)
             return conditioner(captions).embeds()
 
-        return cache_latents(
-            str(pictures),
-            tmp_path,
-            autoencoder.moments,
-            autoencoder=autoencoder.fingerprint,
-            text=(conditioner.fingerprint, encode),
-            decoder=SampleDecoder(64),
-            batch_size=5,
-        )
+        encoders = Encoders(autoencoder.fingerprint, autoencoder.moments, conditioner.fingerprint, encode)
+        return cache_latents(str(pictures), tmp_path, Caching(encoders, SampleDecoder(64), batch_size=5))
 
     with pytest.raises(KilledError):
         run(14)
@@ -135,22 +128,17 @@ def test_a_set_has_embeddings_of_all_captions_or_of_none(pictures, families, set
 
 
 def test_embeddings_that_float16_cannot_hold_are_refused(pictures, tmp_path):
+    large = lambda captions: {"prompt_embeds": torch.full((len(captions), 2, 2), 1e5)}  # noqa: E731
+    encoders = Encoders("a", lambda images: images[:, :, ::8, ::8], "t", large)
     with pytest.raises(ValueError, match=r"embeddings that are too large for float16.* near 00000"):
-        cache_latents(
-            str(pictures),
-            tmp_path,
-            lambda images: images[:, :, ::8, ::8],
-            autoencoder="a",
-            text=("t", lambda captions: {"prompt_embeds": torch.full((len(captions), 2, 2), 1e5)}),
-            decoder=SampleDecoder(64),
-        )
+        cache_latents(str(pictures), tmp_path, Caching(encoders, SampleDecoder(64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fingerprint_is_of_the_encoders_whatever_their_precision(families, dtype):
     conditioners = {name: Family(str(family)).load_conditioner() for name, family in families.items()}
     prints = {name: conditioner.fingerprint for name, conditioner in conditioners.items()}
-    assert len({*prints.values(), fingerprint(conditioners["sdxl"].first)}) == 3
+    assert len({*prints.values(), fingerprint(conditioners["sdxl"].first)}) == 5
     for name, family in families.items():
         assert Family(str(family)).load_conditioner().to(dtype).fingerprint == prints[name]
     tiny = torch.nn.Linear(2, 2)

@@ -1,26 +1,30 @@
 """Caching latents at scale: side by side to the same bytes, in bounded memory, to any store; losses are told of."""
 
 import logging
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from running_case import running, wait_for_file
 from shards_case import corrupt, cut_after, numbered_samples
 
 from icd_lightning.commands.main import main
-from icd_lightning.data import latents, threads
+from icd_lightning.commands.weights import EncoderWeights
+from icd_lightning.data import latents, manifest
 from icd_lightning.data.decoding import SampleDecoder
-from icd_lightning.data.latents import PROGRESS, cache_latents
-from icd_lightning.data.manifest import MANIFEST, Manifest
-from icd_lightning.data.shards import write_shards
-from icd_lightning.data.tally import NothingToReadError, Tally
+from icd_lightning.data.latents import Caching, Encoders, cache_latents
+from icd_lightning.data.manifest import MANIFEST, PROGRESS, Manifest
+from icd_lightning.data.shards import open_shards, write_shards
+from icd_lightning.data.tally import NothingToReadError
 
 VAE = Path(latents.__file__).parents[1] / "weights" / "tiny" / "vae"
 
@@ -36,7 +40,9 @@ def moments(images):
 
 def cache(urls, out, encode=moments, **options) -> Manifest:
     urls = [str(url) for url in urls] if isinstance(urls, list) else str(urls)
-    return cache_latents(urls, out, encode, autoencoder="x", **{"decoder": SampleDecoder(8), "batch_size": 4} | options)
+    how = {name: options.pop(name) for name in ("part", "overwrite") if name in options}
+    caching = Caching(Encoders("x", encode), **{"decoder": SampleDecoder(8), "batch_size": 4} | options)
+    return cache_latents(urls, out, caching, **how)
 
 
 def dying(after: int, error: type[BaseException] = KilledError):
@@ -100,7 +106,7 @@ def test_what_is_not_needed_yet_is_not_decoded(tmp_path, monkeypatch):
     decoded, decode, waiting = [], SampleDecoder.decode, []
     monkeypatch.setattr(SampleDecoder, "decode", lambda self, raw: decoded.append(raw) or decode(self, raw))
     write_shards(numbered_samples(60), tmp_path / "one", shard_size=60, parameters={})
-    most = 3 * 2 + 2 * 2  # batches at work, waiting and at hand, and two pictures a thread
+    most = 2 * 2 + 2 * 2  # batches at work and next, and two pictures a thread
 
     def encode(images):
         if not waiting:
@@ -114,19 +120,6 @@ def test_what_is_not_needed_yet_is_not_decoded(tmp_path, monkeypatch):
     cache(tmp_path / "one", tmp_path / "out", encode, batch_size=2, num_workers=2)
     assert waiting == [most]
     assert len(decoded) == 60
-
-
-def test_the_encoder_goes_on_while_a_shard_is_written(bare, tmp_path, monkeypatch):
-    write, encoded, enough = latents.write_shard, [], threading.Event()
-
-    def encode(images):
-        encoded.append(len(images))
-        if len(encoded) == 6:  # of the third shard
-            enough.set()
-        return moments(images)
-
-    monkeypatch.setattr(latents, "write_shard", lambda *args: enough.wait(10) and write(*args))
-    assert cache(bare, tmp_path / "out", encode).complete
 
 
 @pytest.mark.parametrize("error", [KilledError, KeyboardInterrupt, SystemExit])
@@ -152,7 +145,7 @@ def test_an_error_of_any_thread_comes_out_as_it_is(bare, tmp_path, monkeypatch, 
         raise OSError(f"{where} failed")
 
     before = threading.active_count()
-    owner = {"decoder": SampleDecoder, "writer": latents, "record": latents}[where]
+    owner = {"decoder": SampleDecoder, "writer": manifest, "record": manifest}[where]
     name = {"decoder": "decode", "writer": "write_shard", "record": "write_json"}[where]
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(OSError, match=f"^{where} failed$"):
@@ -162,7 +155,6 @@ def test_an_error_of_any_thread_comes_out_as_it_is(bare, tmp_path, monkeypatch, 
 
 
 def test_an_interruption_does_not_wait_for_a_source_that_hangs(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(threads, "PATIENCE", 0.3)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     start = time.monotonic()
     try:
@@ -193,20 +185,133 @@ def test_a_signal_ends_the_command_with_nothing_half_written(tmp_path, number, c
 
 
 def test_a_silent_source_is_given_up(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.4))
+    monkeypatch.setattr(latents, "PATIENCE", 0.4)
     with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0\.4 s"):
         cache([f"pipe:true; cat {bare}/00000.tar", f"pipe:sleep 9; cat {bare}/00001.tar"], tmp_path / "silent")
 
 
-@pytest.mark.parametrize(("shard_size", "bad"), [(10, 6), (4, 4)])
-def test_the_time_that_an_encoder_takes_is_no_silence(tmp_path, monkeypatch, shard_size, bad):
-    """With three batches, or two and a shard's end, on their way, the reader waits, and then finds what is no good."""
-    samples = [corrupt(sample) if number == bad else sample for number, sample in enumerate(numbered_samples(10))]
-    write_shards(samples, tmp_path / "pictures", shard_size=shard_size, parameters={})
-    monkeypatch.setattr(latents, "Tally", lambda stall_timeout: Tally(stall_timeout=0.6))
+def test_the_time_that_an_encoder_takes_is_no_silence(tmp_path, monkeypatch):
+    """The next picture after the first batch is no good."""
+    samples = [corrupt(sample) if number == 2 else sample for number, sample in enumerate(numbered_samples(10))]
+    write_shards(samples, tmp_path / "pictures", shard_size=10, parameters={})
+    monkeypatch.setattr(latents, "PATIENCE", 0.6)
     sleepy = iter([1.0])
     encode = lambda images: time.sleep(next(sleepy, 0)) or moments(images)  # noqa: E731
     assert cache(tmp_path / "pictures", tmp_path / "out", encode, batch_size=2).samples == 9
+
+
+# --- on the engine of curation ----------------------------------------------------------------------------------------
+
+
+def command_for(pictures: Path, out: Path, *options: object) -> list[str]:
+    return ["data", "cache-latents", *map(str, (pictures, "--out", out, "--vae", VAE, "--device", "cpu", *options))]
+
+
+def test_further_shards_are_the_only_ones_done(bare, tmp_path):
+    """Though the manifest beside them says more of them than before."""
+    out, more, encoded = tmp_path / "out", numbered_samples(80, first=60), []
+    write_shards(numbered_samples(60), bare, shard_size=10, parameters={"count": 60}, overwrite=True)
+    cache(bare, out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    write_shards([*numbered_samples(60), *more], bare, shard_size=10, parameters={"count": 140}, overwrite=True)
+    with pytest.raises(KilledError):
+        cache(bare, out, dying(3))
+    with pytest.raises(ValueError, match="holds an unfinished set"):
+        open_shards(str(out))
+    assert cache(bare, out, counting(encoded)).complete
+    assert sum(encoded) == 70
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    cache(bare, tmp_path / "at once")
+    assert files_of(out) == files_of(tmp_path / "at once")
+    write_shards(numbered_samples(60, first=1), bare, shard_size=10, parameters={}, overwrite=True)
+    with pytest.raises(ValueError, match=r"shards/0000\d.tar has changed since its latents were made: .*--overwrite$"):
+        cache(bare, out)
+    assert cache(bare, out, overwrite=True).samples == 60
+
+
+def test_a_set_of_former_versions_goes_on(bare, tmp_path):
+    """They kept parameters of the pictures' manifests, and no sum of what a shard was made from."""
+    manifest = cache(bare, tmp_path / "out")
+    former = {name: replace(record, source="") for name, record in manifest.shards.items()}
+    Manifest(manifest.parameters | {"source": [{"seed": 0}]}, former).save(tmp_path / "out")
+    assert cache(bare, tmp_path / "out", dying(0)).shards == former
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_to_the_same_files(tmp_path):
+    write_shards(numbered_samples(300, size=64), tmp_path / "pictures", shard_size=20, parameters={})
+    options = command_for(tmp_path / "pictures", tmp_path / "out", "--batch_size", 4)
+    with running([sys.executable, "-m", "icd_lightning.commands.main", *options]) as process:
+        wait_for_file(process, tmp_path, "out/00001.tar")
+        process.send_signal(signal.SIGKILL)
+    assert not Manifest.load(tmp_path / "out").complete
+    for out in ("out", "whole"):
+        main(command_for(tmp_path / "pictures", tmp_path / out, "--batch_size", 4))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_each_process_loads_its_own_encoders_once():
+    """What Ray sends to its workers is their names."""
+    encoders = EncoderWeights(str(VAE), str(VAE.parent), "cpu").encoders()
+    sent = pickle.dumps(encoders)
+    assert len(sent) < 2000
+    there, images = pickle.loads(sent), torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    assert torch.equal(there.moments(images), encoders.moments(images))
+    assert there.embeds(["a star"]).keys() == encoders.embeds(["a star"]).keys()
+    assert there.moments.__self__ is there.embeds.__self__
+    assert there.moments.__self__.autoencoder is there.moments.__self__.autoencoder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ray_workers", "-1"], "ray_workers -1 must be at least 0"),
+        (["--ray_address", "auto"], "ray_workers 0 works in this process, not at 'auto': leave out the address, or"),
+        (
+            ["--ray_workers", "1", "--ray_address", "nonsense"],
+            "ray_address 'nonsense' is none: give auto, host:6379 or",
+        ),
+        (["--ray_workers", "1", "--ray_address", "http://x:1"], "ray_address 'http://x:1' is none"),
+        (["--ray_workers", "1", "--ray_address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1 ("),
+        (["--ray_workers", "1", "--ray_address", "ray://127.0.0.1:99999"], "no Ray cluster answers at ray://127"),
+    ],
+)
+def test_wrong_options_of_ray_are_refused_in_one_line(bare, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as ended:
+        main(command_for(bare, tmp_path / "out", *options, "--overwrite"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, line.startswith(f"icd: error: {message}")) == (2, True), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow  # a real Ray looks for a cluster
+def test_nothing_is_overwritten_where_no_cluster_is(tmp_path, capsys):
+    write_shards(numbered_samples(4, size=64), tmp_path / "pictures", shard_size=4, parameters={})
+    main(command_for(tmp_path / "pictures", tmp_path / "out"))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        main(
+            command_for(
+                tmp_path / "pictures", tmp_path / "out", "--ray_workers", "1", "--ray_address", "auto", "--overwrite"
+            )
+        )
+    assert "no Ray cluster answers at auto" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.slow  # a real, local Ray
+def test_ray_comes_to_the_same_files_and_counts(tmp_path, caplog):
+    samples = [corrupt(one) if number % 7 == 3 else one for number, one in enumerate(numbered_samples(60, size=64))]
+    write_shards(samples, tmp_path / "pictures", shard_size=10, parameters={})
+    said = []
+    for out, workers in (("here", 0), ("there", 2)):
+        caplog.clear()
+        options = ("--ray_workers", workers, "--text", VAE.parent)
+        main(command_for(tmp_path / "pictures", tmp_path / out, *options))
+        said.append([record.getMessage() for record in caplog.records if "icd_lightning" in record.name])
+    assert files_of(tmp_path / "there") == files_of(tmp_path / "here")
+    assert sorted(said[0]) == sorted(said[1])
+    assert "left out: corrupt_image 9" in said[1]
 
 
 # --- broken shards ----------------------------------------------------------------------------------------------------

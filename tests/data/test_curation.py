@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from io import BytesIO
+from operator import methodcaller
 
 import pytest
 from curation_case import RECIPE, curated, files_in, jpeg, pair, photograph
@@ -227,7 +228,7 @@ def test_the_pairs_are_not_written_over(raw):
     [
         ({"num_workers": -1}, "num_workers -1"),
         ({"num_gpus": float("nan")}, "num_gpus nan"),
-        ({"num_workers": 0, "address": "auto"}, "num_workers 0 works in this process, not at auto"),
+        ({"num_workers": 0, "address": "auto"}, "num_workers 0 works in this process, not at 'auto': leave out"),
     ],
 )
 def test_an_engine_refuses_wrong_values(options, message):
@@ -287,3 +288,17 @@ def test_an_error_of_a_worker_is_one_line(tmp_path):
             list(each(int, ["1", "x"]))
         with pytest.raises(OSError, match="No such file"):
             list(each(os.stat, [str(tmp_path / "gone")]))
+
+
+@pytest.mark.slow
+def test_a_worker_with_a_gpu_stays_and_loads_once():
+    """Ray counts GPUs as it is told: these are none."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with Engine(num_workers=3, num_gpus=1).started() as each:
+            assert len(set(each(methodcaller("__call__"), [os.getpid] * 3))) == 1
+        with Engine(num_gpus=2).started() as each, pytest.raises(ValueError, match=r"num_gpus 2 of .* finds 1 in all"):
+            list(each(abs, [1]))
+    finally:
+        ray.shutdown()

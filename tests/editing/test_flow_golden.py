@@ -87,6 +87,15 @@ def test_flowedit(golden):
         close(method.generate_latents(TARGET, inversion), golden[f"flowedit.{name}"])
 
 
+def test_flowedit_averages_over_noises(golden):
+    """As for FLUX.1 with n_avg 2: the noises of two steps are those of one."""
+    method = FlowEdit(golden.parts(3.0), num_inference_steps=10, skip=6, num_noises=2)
+    first, *rest = golden["flowedit.noise"].unflatten(0, (4, 2)).flatten(1, 2)
+    begin = method.noised(golden["x0"], first, method.steps[0][0])
+    inversion = Inversion(SOURCE, golden["x0"], begin, rest)
+    close(method.generate_latents(TARGET, inversion), golden["flowedit.averaged"])
+
+
 def test_rf_inversion(golden, monkeypatch):
     """Up to the last step but one, for which the published loop takes other times; down from a noise of its own."""
     drawn = "icd_lightning.editing.baselines.rf_inversion.seeded_noise"

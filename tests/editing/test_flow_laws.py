@@ -17,6 +17,7 @@ from icd_lightning.editing.baselines.parts import Parts
 from icd_lightning.editing.baselines.rf_inversion import RFInversion
 from icd_lightning.editing.baselines.rf_solver_edit import RFSolverEdit
 from icd_lightning.editing.baselines.uniedit_flow import UniEditFlow
+from icd_lightning.editing.limits import Injection
 from icd_lightning.editing.methods import OTHERS, build, class_of
 from icd_lightning.evaluation.methods import all_methods
 from icd_lightning.models.family import Family
@@ -98,6 +99,19 @@ def test_flowedit_to_the_same_prompt_under_the_same_guidance_is_the_picture(part
         close(method.generate_latents(SOURCE, inversion, **told), latents, atol=1e-6)
         assert sum(step.nfe for step in steps) == 2 * (6 - skip)
         assert not torch.allclose(method.generate_latents(TARGET, inversion), latents, atol=1e-3)
+
+
+def test_flowedit_over_several_noises_edits_each_picture_as_alone(parts, latents):
+    method, steps = FlowEdit(parts, num_inference_steps=4, skip=2, num_noises=3), list[Step]()
+    inversion = method.invert_latents(latents, SOURCE, seed=1)
+    both = method.generate_latents(TARGET, inversion, on_step=steps.append)
+    alone = method.invert_latents(latents[1:], SOURCE[1:], seed=2)
+    close(method.generate_latents(TARGET[1:], alone), both[1:])
+    assert sum(step.nfe for step in steps) == 2 * 3 * (4 - 2)
+    with pytest.raises(ValueError, match="num_noises 3 borrow no attention: take 1, or leave out the control"):
+        method.generate_latents(TARGET, inversion, control=Injection())
+    with pytest.raises(ValueError, match="num_noises 0 must be 1 or more"):
+        FlowEdit(parts, num_noises=0)
 
 
 @pytest.mark.parametrize("skip", [-1, 6])

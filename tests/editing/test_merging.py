@@ -1,3 +1,7 @@
+import logging
+import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -5,8 +9,9 @@ import torch
 from torch import Tensor
 
 from icd_lightning.diffusion import StepGuidance
+from icd_lightning.editing import merging
 from icd_lightning.editing.consistency import InvertibleConsistency
-from icd_lightning.editing.merging import MergedStudent
+from icd_lightning.editing.merging import MergedStudent, MergedStudents
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning
@@ -67,28 +72,88 @@ def test_in_half_precision_nothing_is_rounded_away(random_family):
     assert torch.equal(MergedStudent(method.students, "reverse")(*told), method.students.predict("reverse", *told))
 
 
-def test_denoisers_that_live_at_a_time_share_the_weights_and_later_ones_follow_the_student(method):
+@pytest.fixture
+def memory(monkeypatch, caplog):
+    """Set the bytes that are free; what is then said of them can be read in caplog."""
+    caplog.set_level(logging.INFO, "icd_lightning")
+    return lambda free: monkeypatch.setattr(merging, "free_memory", lambda device: free)
+
+
+def test_both_students_are_kept_where_their_weights_are_a_quarter_of_what_is_free(method, memory, caplog):
+    needed, told = MergedStudent(method.students, "forward").nbytes, inputs(method)
+    for count, kept in ((8, True), (7, False)):
+        memory(count * needed)
+        merged = MergedStudents(method.students)
+        with torch.no_grad():
+            for direction in DIRECTIONS:
+                merged[direction](*told)
+        found = {direction: weakref.ref(merged[direction]) for direction in DIRECTIONS}
+        assert [found[direction]() is not None for direction in DIRECTIONS] == [kept, kept]
+        (said,) = caplog.messages
+        assert said.startswith("both students are kept merged: " if kept else "students are merged for each loop: ")
+        assert said.endswith(f"together {2 * needed >> 20} MiB, of {count * needed >> 20} MiB free on cpu")
+        caplog.clear()
+
+
+def test_denoisers_that_live_at_a_time_share_the_weights_and_later_ones_follow_the_student(method, memory):
     x, t, *_ = inputs(method)
-    first, second = method.denoiser(SOURCES, GUIDED), method.denoiser(TARGETS, GUIDED)
-    with torch.no_grad():
-        before = first(x, t).eps
-    assert first.network is second.network
-    for weight in method.students.parameters_of("reverse"):
-        weight.data = weight.data / 2
-    del first, second
-    method.merge = False
-    expected = method.denoiser(SOURCES, GUIDED)
-    method.merge = True
-    with torch.no_grad():
-        found = method.denoiser(SOURCES, GUIDED)(x, t).eps
-        torch.testing.assert_close(found, expected(x, t).eps, rtol=1e-4, atol=1e-5)
-    assert (found - before).abs().max() > 1e-3
+    for free, change in ((0, halve), (1 << 50, halve), (1 << 50, halve_data), (1 << 50, halve_beneath)):
+        memory(free)
+        method.merged = MergedStudents(method.students)
+        first, second = method.denoiser(SOURCES, GUIDED), method.denoiser(TARGETS, GUIDED)
+        with torch.no_grad():
+            before = first(x, t).eps
+        assert first.network is second.network
+        del first, second
+        change(method.students)
+        denoise = method.denoiser(SOURCES, GUIDED)
+        with torch.no_grad():
+            found = denoise(x, t).eps
+            unmerged = replace(denoise, network=partial(method.students.predict, "reverse"))
+            torch.testing.assert_close(found, unmerged(x, t).eps, rtol=1e-4, atol=1e-5)
+        assert (found - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def halve(students: LoraStudents) -> None:
+    for weight in students.parameters_of("reverse"):
+        weight.mul_(0.5)
+
+
+def halve_data(students: LoraStudents) -> None:
+    """Twice: the second may lie where the first one lay."""
+    for weight in students.parameters_of("reverse"):
+        for _ in range(2):
+            weight.data = weight.data * 0.7
+
+
+@torch.no_grad()
+def halve_beneath(students: LoraStudents) -> None:
+    for layer, *_ in students.layers_of("reverse").values():
+        layer.base_layer.weight.mul_(0.5)
+
+
+def test_weights_made_in_inference_mode_are_merged_too(random_family):
+    with torch.inference_mode():
+        method = InvertibleConsistency.from_pretrained(Family(str(random_family)))
+        told = inputs(method)
+        expected = method.students.predict("reverse", *told)
+        torch.testing.assert_close(method.merged["reverse"](*told), expected, rtol=1e-4, atol=1e-5)
+        assert method.merged["reverse"].holds
+
+
+def test_what_is_offloaded_between_calls_is_not_kept(method, memory):
+    memory(1 << 50)
+    method.students.network._hf_hook = object()
+    kept = weakref.ref(method.merged["reverse"])
+    assert kept() is None
 
 
 def test_edits_are_the_same_merged_or_not(method):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    edited = {}
-    for method.merge in (True, False):
+    edited = []
+    for merged in (method.merged, None):
+        method.merged = merged
         noise = method.invert(images, SOURCES)
-        edited[method.merge] = method.decode_pairs(noise, SOURCES, TARGETS, guidance=GUIDED, control=PromptToPrompt())
-    torch.testing.assert_close(edited[True], edited[False], rtol=1e-3, atol=1e-4)
+        edited.append(method.decode_pairs(noise, SOURCES, TARGETS, guidance=GUIDED, control=PromptToPrompt()))
+    torch.testing.assert_close(*edited, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 as somebody adds it from outside of the package: one class for the network, one for the text."""
+"""Stable Diffusion 3 as somebody adds it from outside of the package."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,19 +13,10 @@ from transformers import CLIPTextModel
 
 from icd_lightning.diffusion import guidance_embedding
 from icd_lightning.models.backbones import Backbone
-from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.text import CLIPConditioner
+from icd_lightning.models.text import PooledConditioner
 
 TEXT_WIDTH = 16
 POOLED = "time_text_embed.text_embedder.linear_1.weight"
-
-
-class PooledConditioner(CLIPConditioner):
-    """One text encoder, whose pooled embedding the network is told too."""
-
-    def forward(self, prompts, framing=None) -> Conditioning:
-        encoded = self.encode(prompts)
-        return Conditioning(prompt_embeds=encoded.last_hidden_state, pooled_prompt_embeds=encoded.pooler_output)
 
 
 @dataclass(frozen=True)

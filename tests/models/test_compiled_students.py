@@ -13,6 +13,8 @@ from students_case import (
     tiny_unet,
 )
 
+from icd_lightning.editing.merging import MergedStudents
+from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import compile_networks, why_not_compiled
 from icd_lightning.models.students import DIRECTIONS, LoraSettings
 
@@ -53,7 +55,7 @@ def test_compiled_students_give_the_same_outputs_and_gradients(backend, checkpoi
         pytest.skip(reason)
     options = {"lora": LORA, "gradient_checkpointing": checkpointing}
     plain, compiled = (tiny_students(unet=tiny_unet(**SMALLEST), **options).train() for _ in range(2))
-    compile_networks(compiled.diffusion_models(), backend)
+    compile_networks([compiled.network], CPU, backend)
     torch._dynamo.config.suppress_errors = False
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -72,6 +74,21 @@ def test_compiled_students_give_the_same_outputs_and_gradients(backend, checkpoi
     assert not counters["graph_break"]
     if len(set(sizes)) == 1:
         assert counters["stats"]["unique_graphs"] == 3  # the teacher, and each student; none of them twice
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_merged_students_share_their_compiled_code():
+    plain, compiled = (tiny_students(unet=tiny_unet(**SMALLEST), lora=LORA) for _ in range(2))
+    compile_networks([compiled.network], CPU, "eager")
+    torch._dynamo.config.suppress_errors = False
+    torch._dynamo.utils.counters.clear()
+    batch, merged = tiny_batch(), MergedStudents(compiled)
+    told = (batch["x"], batch["t"], Conditioning(prompt_embeds=batch["prompt_embeds"]), batch["w"])
+    for direction in DIRECTIONS:
+        found = merged[direction](*told)
+        torch.testing.assert_close(found, plain.predict(direction, *told), rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_backend_that_does_not_work_is_named():

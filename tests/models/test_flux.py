@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from family_case import write_students
 from flux_case import TRANSFORMER, flux_pipeline, write_flux
 from training_case import distillation, same, scenes_data, trainer_for, write_scenes
-from transformers import T5Config, T5EncoderModel
 
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.diffusion import DDIMJump
@@ -24,7 +23,6 @@ from icd_lightning.models.text import PooledConditioner
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
 PROMPTS = ["a red star", "a large green ring left of a small blue circle"]
-DIFFUSERS = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
 START, END = (torch.full((2,), t) for t in (999, 0))
 
 
@@ -150,14 +148,8 @@ def test_without_t5_the_sequence_is_clips_own(flux):
     assert same(alone.unconditional(2).tensors, alone(["", ""]).tensors)
 
 
-def test_flux_devs_true_shapes_are_those_of_its_release():
-    """Counted on the hub's files: the transformer, the autoencoder, T5's encoder."""
+def test_flux_devs_flow_is_shifted_by_the_size_it_is_trained_at():
     family = Family("random:flux_dev")
-    with torch.device("meta"):
-        parts = {part: cls.from_config(family.source.config(part)) for part, cls in DIFFUSERS.items()}
-        t5 = T5EncoderModel(T5Config(**family.source.config("text_encoder_2")))
-    counts = [sum(weight.numel() for weight in part.parameters()) for part in (*parts.values(), t5)]
-    assert counts == [11_901_408_320, 83_819_683, 4_762_310_656]
     assert family.resolution == 1024
     assert family.load_process().settings["shift"] == pytest.approx(exp(1.15))
     assert Family("random:flux_dev", trained_at=512).load_process().settings["shift"] == pytest.approx(exp(0.63))

@@ -5,6 +5,7 @@ import torch
 
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.family import Family
+from icd_lightning.models.quantization import KINDS, bytes_of, quantize
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::DeprecationWarning")
@@ -56,3 +57,22 @@ def test_pictures_of_a_quantized_family_are_near_those_of_the_whole_one():
     psnr = [float(-10 * (one - pictures[0]).square().mean().log10()) for one in pictures[1:]]
     assert psnr[0] > 50
     assert psnr[1] > 35
+
+
+def inner(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a weight is made of."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_that_are_counted_are_those_that_are_kept(kind):
+    model = Family().load_model(guided=True)
+    blocks, whole = model.backbone.blocks, bytes_of(model.network)
+    counted = bytes_of(model.network, blocks, kind)
+    quantize(model.network, blocks, kind)
+    weights = [*model.network.parameters(), *model.network.buffers()]
+    kept = sum(part.numel() * part.element_size() for weight in weights for part in inner(weight))
+    assert counted == pytest.approx(kept, rel=0.01)
+    assert counted < whole

@@ -163,10 +163,22 @@ def test_a_shift_by_resolution_is_fixed_for_a_training_and_students_tell_it(fami
         Family(str(folder), trained_at=-1)
 
 
-def test_a_distribution_matched_model_is_refused_by_its_name(family, tmp_path):
-    turbo = tmp_path / "stable-diffusion-3.5-large-turbo"
-    turbo.symlink_to(family.model)
-    with pytest.raises(
-        ValueError, match=r"large-turbo, whose few steps match a distribution and follow no probability"
-    ):
-        Family(str(turbo)).load_model(guided=False)
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-3.5-large-turbo", "FLUX.2-klein-4B", "FLUX.2-klein-base-4B", "z-image-turbo"]
+)
+def test_a_distribution_matched_model_is_refused_by_its_name_and_before_it_is_looked_for(family, tmp_path, name):
+    (tmp_path / name).symlink_to(family.model)
+    if "base" in name:
+        Family(str(tmp_path / name)).check()
+        return
+    for model in (str(tmp_path / name), f"someone/{name}"):
+        with pytest.raises(ValueError, match=rf"few steps of {model} match a distribution and follow no probability"):
+            Family(model).check()
+
+
+def test_a_model_that_says_that_it_is_distilled_is_refused(family, tmp_path):
+    shutil.copytree(family.model, tmp_path / "model", symlinks=True)
+    index = tmp_path / "model" / "model_index.json"  # as FLUX.2-klein's
+    index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    with pytest.raises(ValueError, match=r"follow no probability flow: .*take the model that it was made of"):
+        Family(str(tmp_path / "model")).load_model(guided=False)

@@ -9,11 +9,12 @@ from ddp_case import train, worker
 from family_case import write_students
 from flux_case import write_flux
 from ranks_case import run_ranks
-from training_case import distillation, same
+from sd3_case import write_sd3
+from training_case import assert_the_same_in_diffusers, distillation, same
 
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
-from icd_lightning.models.students import ADAPTERS, DIRECTIONS
+from icd_lightning.models.students import ADAPTERS, DIRECTIONS, LoraSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
@@ -134,11 +135,15 @@ def test_what_one_process_saved_goes_on_in_two(random_family, alone, pair, longe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_what_one_process_saved_of_flux_goes_on_in_two(strategy, tmp_path):
-    family = write_flux(tmp_path / "family")
-    write_students(family / "students", Family(str(family)))
-    start = {n: p.detach().clone() for n, p in distillation(family).named_parameters() if p.requires_grad}
-    train(family, tmp_path / "two", max_steps=2)
-    assert run_ranks(worker, family, tmp_path / "two", strategy, 3) == [0, 0]
-    train(family, tmp_path / "longer", max_steps=3)
+@pytest.mark.parametrize("write", [write_flux, write_sd3])
+def test_what_one_process_saved_of_a_transformer_goes_on_in_two_and_into_diffusers(write, strategy, tmp_path):
+    folder = write(tmp_path / "family")
+    family = Family(str(folder))
+    write_students(folder / "students", family)
+    start = {n: p.detach().clone() for n, p in distillation(folder).named_parameters() if p.requires_grad}
+    train(folder, tmp_path / "two", max_steps=2)
+    assert run_ranks(worker, folder, tmp_path / "two", strategy, 3) == [0, 0]
+    train(folder, tmp_path / "longer", max_steps=3)
     assert_same_step(tmp_path / "two", tmp_path / "longer", start)
+    told = torch.randn(2, 16, 8, 8), torch.tensor([259, 999]), family.load_conditioner()(["a star", "a ring"])
+    assert_the_same_in_diffusers(family, tmp_path / "two", LoraSettings(rank=4), *told, torch.tensor([1.0, 3.0]))

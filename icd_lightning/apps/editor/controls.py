@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import gradio as gr
+from gradio.components import Component
 
 from icd_lightning.apps.editor.desk import Values, guidance_sliders, read_number
 from icd_lightning.apps.editor.engine import Wish
-from icd_lightning.editing.limits import PromptToPrompt, read_blend, read_factors
+from icd_lightning.editing.injection import usual_control
+from icd_lightning.editing.limits import Control, Injection, PromptToPrompt, read_blend, read_factors
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
 ATTENTION, SWAP = "attention", "swap"
 WAYS = [("Swap the prompt", SWAP), ("Borrow attention", ATTENTION)]
-NUMBERS = ("guidance_scale", "tau", "swap_tau", "cross_replace", "self_replace")
 READERS = {"amplify": read_factors, "blend": read_blend}
+BLEND = ("Local blend", "two words, red blue; or none")
+BORROWED: dict[type[Control], dict[str, tuple[str, str]]] = {
+    PromptToPrompt: {
+        "cross_replace": ("Cross replacement", "more keeps the layout"),
+        "self_replace": ("Self replacement", "more keeps the shapes"),
+        "amplify": ("Word weights", f"of new words, or star=3 red=0; else {PromptToPrompt.amplify:g}"),
+        "blend": BLEND,
+    },
+    Injection: {
+        "inject": ("Shared steps", "more keeps more of the picture"),
+        "blocks_from": ("From block", "0 is the first, 1 the last"),
+        "blocks_to": ("To block", "0 is the first, 1 the last"),
+        "blend": BLEND,
+    },
+}
+"""What a page lets its users set of a control: labels and hints. A network has one of the two."""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """All that says how to edit a picture, but for the picture."""
+    """All that says how to edit a picture, but for the picture; `borrowed` are the fields of a `control`."""
 
     source: gr.Textbox
     target: gr.Textbox
@@ -27,16 +45,14 @@ class Controls:
     guidance_scale: gr.Slider
     tau: gr.Slider
     swap_tau: gr.Slider
-    cross_replace: gr.Slider
-    self_replace: gr.Slider
-    amplify: gr.Textbox
-    blend: gr.Textbox
+    control: type[Control]
+    borrowed: Mapping[str, Component]
     button: gr.Button
 
     @classmethod
     def build(cls, pipe: InvertibleConsistencyPipeline, source: str, target: str) -> Controls:
         """On the page, at the family's own values; what only one way to edit has is hidden from the other."""
-        usual, by_attention = PromptToPrompt(), pipe.config.attention_control
+        usual, by_attention = usual_control(pipe.students), pipe.config.attention_control
         with gr.Row(elem_classes="prompts"):
             prompts = gr.Textbox(source, label="It shows"), gr.Textbox(target, label="It shall show")
             button = gr.Button("Edit", variant="primary", min_width=120, scale=0)
@@ -52,12 +68,12 @@ class Controls:
             )  # fmt: skip
             guidance[1].input(None, guidance[1], swap, js="tau => tau", api_visibility="private")
         with gr.Row(visible=by_attention) as row:
-            cross = gr.Slider(
-                0, 1, usual.cross_replace, step=0.05, label="Cross replacement", info="more keeps the layout"
-            )
-            own = gr.Slider(0, 1, usual.self_replace, step=0.05, label="Self replacement", info="more keeps the shapes")
-            amplify = gr.Textbox(label="Word weights", info=f"of new words, or star=3 red=0; else {usual.amplify:g}")
-            blend = gr.Textbox(label="Local blend", info="two words, red blue; or none")
+            borrowed = {
+                name: gr.Textbox(label=label, info=info)
+                if name in READERS
+                else gr.Slider(0, 1, getattr(usual, name), step=0.05, label=label, info=info)
+                for name, (label, info) in BORROWED[type(usual)].items()
+            }
         way.input(
             lambda chosen: (gr.Row(visible=chosen == ATTENTION), gr.Slider(visible=chosen == SWAP), scales[chosen]),
             way,
@@ -65,28 +81,39 @@ class Controls:
             queue=False,
             api_visibility="private",
         )
-        return cls(*prompts, way, *guidance, swap, cross, own, amplify, blend, button)
+        return cls(*prompts, way, *guidance, swap, type(usual), borrowed, button)
+
+    @property
+    def numbers(self) -> dict[str, Component]:
+        """The sliders, by what they set."""
+        named = {"guidance_scale": self.guidance_scale, "tau": self.tau, "swap_tau": self.swap_tau}
+        return named | {name: one for name, one in self.borrowed.items() if name not in READERS}
+
+    @property
+    def texts(self) -> dict[str, Component]:
+        """The fields of the control that are written."""
+        return {name: one for name, one in self.borrowed.items() if name in READERS}
 
     @property
     def inputs(self) -> set:
         """The components whose values say how."""
-        return {component for name, component in vars(self).items() if name != "button"}
+        return {self.source, self.target, self.way, *self.numbers.values(), *self.texts.values()}
 
     @property
     def asking(self) -> list:
         """The events that ask for an edit: the button, Enter, a slider let go of."""
-        texts = (self.source, self.target, self.amplify, self.blend)
-        return [self.button.click, *(one.submit for one in texts), *(getattr(self, name).release for name in NUMBERS)]
+        texts = (self.source, self.target, *self.texts.values())
+        return [self.button.click, *(one.submit for one in texts), *(one.release for one in self.numbers.values())]
 
     def wish(self, values: Values) -> Wish:
         """What is asked for; ValueError for what no edit has."""
-        numbers = {name: read_number(values[getattr(self, name)], name) for name in NUMBERS}
+        numbers = {name: read_number(values[one], name) for name, one in self.numbers.items()}
         guidance, swap = (numbers.pop("guidance_scale"), numbers.pop("tau")), numbers.pop("swap_tau")
         prompts = str(values[self.source] or "").strip(), str(values[self.target] or "").strip()
         if values[self.way] != ATTENTION:
             return Wish(
                 *prompts, *guidance, swap_tau=None if swap == guidance[1] else swap
             )  # a sheet's follows its tau
-        texts = {name: str(values[getattr(self, name)] or "").strip() for name in READERS}
+        texts = {name: str(values[one] or "").strip() for name, one in self.texts.items()}
         told = {name: READERS[name](text) for name, text in texts.items() if text}
-        return Wish(*prompts, *guidance, PromptToPrompt(**numbers, **told))
+        return Wish(*prompts, *guidance, self.control(**numbers, **told))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from icd_lightning.data.images import resize_and_crop
 from icd_lightning.editing.clock import Clock
-from icd_lightning.editing.limits import PromptToPrompt, check_text
+from icd_lightning.editing.injection import usual_control
+from icd_lightning.editing.limits import Control, check_text
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.report.sheet import contact_sheet
@@ -61,7 +62,7 @@ class Wish:
     target: str
     guidance_scale: float
     tau: float
-    control: PromptToPrompt | None = None
+    control: Control | None = None
     swap_tau: float | None = None  # as in `edit` of the pipeline
 
 
@@ -81,7 +82,7 @@ class Editor:
         """As the family is edited where nobody says how."""
         config = self.pipe.config
         if config.attention_control:
-            return Wish(source, target, config.edit_guidance_scale, config.tau, PromptToPrompt())
+            return Wish(source, target, config.edit_guidance_scale, config.tau, usual_control(self.pipe.students))
         return Wish(source, target, config.guidance_scale, config.tau)
 
     def invert(self, picture: Image.Image, source: str) -> Inversion:
@@ -149,9 +150,11 @@ class Editor:
             check_text(prompt)
         if unknown := self.pipe.unknown_words(*prompts.values()):
             raise ValueError(f"this model does not know {', '.join(unknown)}: write with {', '.join(self.words)}")
-        most = self.pipe.tokenizer.model_max_length - 2  # without the marks of begin and end
+        reader = self.pipe.method.conditioner.sides[-1].tokenizer  # T5's, where there is one: it reads on
+        marks = reader.num_special_tokens_to_add()  # of begin and end
+        most = reader.model_max_length - marks
         for name, prompt in prompts.items():
-            if (count := len(self.pipe.tokenizer(prompt, verbose=False).input_ids) - 2) > most:
+            if (count := len(reader(prompt, verbose=False).input_ids) - marks) > most:
                 raise ValueError(f"the {name} prompt has {count} tokens, and the model reads {most}: shorten it")
 
     @property

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from icd_lightning.models.released import SHIPPED
+
 
 class Example(NamedTuple):
     """A picture, what it shows, and what it may show instead."""
@@ -16,8 +18,8 @@ class Example(NamedTuple):
 
 
 def examples_of(model: str, count: int = 8) -> list[Example]:
-    """Held-out scenes of the picture world, an edit of each kind in turn, for the tiny family; for others, none."""
-    if model != "tiny":
+    """Held-out scenes of the picture world, an edit of each kind in turn, for its families; for others, none."""
+    if model not in SHIPPED:
         return []
     from icd_lightning.tiny.benchmarks import scene_edits
     from icd_lightning.tiny.scenes import HELD_OUT_SEED

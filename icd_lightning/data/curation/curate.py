@@ -138,12 +138,10 @@ def curate(
 
 def _begun(curation: Curation) -> Manifest:
     """The manifest of the set as it is; a new one where there is none yet."""
-    empty = Manifest({**curation.settings, "plans": 0}, complete=False)
-    if (manifest := Manifest.load(curation.folder)) is None:
-        Manifest.of_set(curation.folder, {})  # refuses shards without a manifest
-        empty.save(curation.folder)
-        return empty
-    Manifest.of_set(curation.folder, manifest.parameters | curation.settings)
+    manifest = Manifest.of_set(curation.folder, curation.settings, partly=True)
+    if manifest is None:
+        manifest = Manifest({**curation.settings, "plans": 0}, complete=False)
+        manifest.save(curation.folder)
     return manifest
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,22 +23,29 @@ class Engine:
     """Where work is done. `num_workers` processes, one for each processor if None; with 0 in this one, without Ray.
 
     `address` is that of a running Ray cluster, whose machines must see the same files. Each worker gets `num_gpus`.
+    `option` is what a command calls the number of workers.
     """
 
     num_workers: int | None = None
     address: str | None = None
     num_gpus: float = 0.0
+    option: str = "num_workers"
 
     def __post_init__(self) -> None:
+        """What is wrong is told before anything is overwritten."""
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers {self.num_workers} must be at least 0")
+            raise ValueError(f"{self.option} {self.num_workers} must be at least 0")
         if not 0 <= self.num_gpus < float("inf"):
             raise ValueError(f"num_gpus {self.num_gpus} must be a number of GPUs, at least 0")
-        if self.num_workers == 0 and self.address:
-            raise ValueError(f"num_workers 0 works in this process, not at {self.address}: leave out one of the two")
-
-        if self.num_workers != 0 and find_spec("ray") is None:  # to be told before anything is overwritten
-            raise ValueError(f"Ray is not installed: {INSTALL}; or pass --num_workers 0 to do without")
+        if self.num_workers == 0 and self.address is not None:
+            raise ValueError(
+                f"{self.option} 0 works in this process, not at {self.address!r}: leave out the address, or give "
+                f"--{self.option} 1 or more"
+            )
+        if self.num_workers != 0 and find_spec("ray") is None:
+            raise ValueError(f"Ray is not installed: {INSTALL}; or pass --{self.option} 0 to do without")
+        if self.address not in (None, "auto"):
+            _check_address(self.address)
 
     @contextmanager
     def started(self) -> Iterator[Callable[..., Iterator[Any]]]:
@@ -69,7 +78,9 @@ class Engine:
         try:
             ray.init(self.address, **options)
         except (ConnectionError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {self.address} ({error}): start one by `ray start`") from error
+            raise ValueError(
+                f"no Ray cluster answers at {self.address} ({error}): start one by `ray start --head`"
+            ) from error
 
     def _each(self, ray: Any, work: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Any]:
         if not pieces:
@@ -77,15 +88,32 @@ class Engine:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        most = min(len(pieces), self.num_workers or int(ray.cluster_resources()["CPU"]))
+        room = self._room(ray.cluster_resources())
+        most = min(len(pieces), room, self.num_workers or room)
         pickled = pickle.dumps(work)
         rows = [{"work": pickled, "piece": pickle.dumps(piece)} for piece in pieces]
-        options = {"compute": ray.data.TaskPoolStrategy(size=most), "num_cpus": 1, "num_gpus": self.num_gpus}
-        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_worked, **options).iter_rows():
+        compute = ray.data.TaskPoolStrategy(size=most)
+        if self.num_gpus:
+            compute = ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1)
+        options = {"compute": compute, "num_cpus": 1, "num_gpus": self.num_gpus}
+        done = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for row in done.map(_Staying if self.num_gpus else _worked, **options).iter_rows():
             outcome, error = pickle.loads(row["done"])
             if error:
                 raise error
             yield outcome
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        """How many workers Ray has room for; ValueError for none, for which it would wait for ever."""
+        room, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        if self.num_gpus:
+            room = min(room, gpus / self.num_gpus)
+        if room < 1:
+            raise ValueError(
+                f"num_gpus {self.num_gpus} of each worker cannot be: Ray finds {gpus:g} in all; lower it, or name a "
+                "cluster by ray_address"
+            )
+        return int(room)
 
 
 @lru_cache(1)
@@ -107,3 +135,21 @@ def _worked(row: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         done = None, OSError(str(error))
     return {"done": pickle.dumps(done)}
+
+
+class _Staying:
+    """Works in processes that stay: Ray ends those of plain functions that had a GPU after each piece."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _worked(row)
+
+
+def _check_address(address: str) -> None:
+    """ValueError unless something answers there; Ray itself waits for minutes."""
+    place = re.fullmatch(r"(?:ray://)?([\w.-]+|\[[\da-f:]+\]):(\d{1,5})", address)
+    if place is None:
+        raise ValueError(f"ray_address {address!r} is none: give auto, host:6379 or ray://host:10001")
+    try:
+        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"no Ray cluster answers at {address} ({error}): start one by `ray start --head`") from error

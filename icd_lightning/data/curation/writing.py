@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from PIL import Image
 from icd_lightning.data.curation.looking import Looking, Opener, Record
 from icd_lightning.data.curation.sources import Unit, read_unit
 from icd_lightning.data.decoding import Sample
-from icd_lightning.data.manifest import PROGRESS, write_shard
+from icd_lightning.data.manifest import write_recorded
 from icd_lightning.data.shards import encode_sample
 from icd_lightning.data.tally import RejectedError
 from icd_lightning.data.tars import IMAGE_EXTENSIONS, Raw
-from icd_lightning.files import write_json
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Writing:
 
     def __call__(self, piece: Piece) -> str:
         """Returns the name of the shard."""
-        record = write_shard(self._samples(piece), self.folder / piece.name)
-        write_json(self.folder / PROGRESS / f"{piece.name}.json", asdict(record))
+        write_recorded(self._samples(piece), self.folder, piece.name)
         return piece.name
 
     def _samples(self, piece: Piece) -> Iterator[dict[str, Any]]:

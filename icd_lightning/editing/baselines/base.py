@@ -45,7 +45,7 @@ PIE_CONTROL = PromptToPrompt(**PIE["control"])
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """What B pictures became: noise (B, C, h, w) to descend from, and what the method keeps beside it.
+    """What B pictures became: noise (B, C, h, w) to descend from, or several, and what the method keeps beside it.
 
     prompts describe the pictures, x0 (B, C, h, w) are their latents, per_step holds one tensor for each step down:
     null embeddings, differences, or noise, as the method's file says.
@@ -189,7 +189,7 @@ class Baseline(PictureMethod):
             begun = counts[min(index + 1, len(counts) - 1)] - counts[index]
             return torch.cat([*[x[: len(prompts)]] * begun, x]) if begun else x
 
-        x, state = inversion.noise.repeat(counts[0], 1, 1, 1), None
+        x, state = inversion.noise.repeat(counts[0] * len(prompts) // len(inversion.noise), 1, 1, 1), None
         with ExitStack() as attached:
             if control is not None:
                 state = self.attention_control(control, inversion, prompts)

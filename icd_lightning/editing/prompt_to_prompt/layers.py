@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
+from weakref import WeakKeyDictionary
 
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 Grid = tuple[int, int]
 """Height and width of the places that a layer attends from."""
+_FOUND: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def choose_layers(network: nn.Module, size: Grid) -> Layers:
             return _halved(size, last)
         return _halved(size, int(index) if block == "down_blocks" else last - int(index))
 
-    grids = {name: grid(name) for name in processor_names(network)}
+    grids = {f"{name}.processor": grid(name) for name in attention_layers(network)}
     cross = [name for name in grids if name.endswith(".attn2.processor")]
     own = [name for name in grids if name.endswith(".attn1.processor")]
     replaced = max(32 * 32, prod(_halved(size, 1)))
@@ -58,13 +61,19 @@ def choose_layers(network: nn.Module, size: Grid) -> Layers:
     )
 
 
-def processor_names(module: nn.Module, name: str = "") -> Iterator[str]:
-    """The keys of `attn_processors`, which takes as long to make as a small network to evaluate: it enters all LoRA."""
+def attention_layers(network: nn.Module) -> list[str]:
+    """The names of a network's attention layers, from first to last: walked once, as long as small ones evaluate."""
+    if network not in _FOUND:
+        _FOUND[network] = list(_walk(network))
+    return _FOUND[network]
+
+
+def _walk(module: nn.Module, name: str = "") -> Iterator[str]:
     for child_name, child in module.named_children():
-        if isinstance(child, Attention):
-            yield f"{name}{child_name}.processor"
+        if isinstance(child, (Attention, AttentionModuleMixin)):
+            yield f"{name}{child_name}"
         else:
-            yield from processor_names(child, f"{name}{child_name}.")
+            yield from _walk(child, f"{name}{child_name}.")
 
 
 def _halved(size: Grid, times: int) -> Grid:

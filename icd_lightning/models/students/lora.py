@@ -107,12 +107,20 @@ class LoraStudents(Students):
 
     # Parameters
 
+    def layers_of(self, direction: Direction) -> dict[str, tuple[BaseTunerLayer, nn.Parameter, nn.Parameter]]:
+        """A student's layers by name: the adapted layer, A and B."""
+        adapter = ADAPTERS[direction]
+        return {
+            name: (layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
+            for name, layer in self._layers.items()
+        }
+
     def named_parameters_of(self, direction: Direction) -> dict[str, nn.Parameter]:
         """A student's parameters by the names of its file: `<module>.lora_A.weight`, `<module>.lora_B.weight`."""
         return {
-            f"{name}.{part}.weight": getattr(layer, part)[ADAPTERS[direction]].weight
-            for name, layer in self._layers.items()
-            for part in ("lora_A", "lora_B")
+            f"{name}.{part}.weight": weight
+            for name, (_, *weights) in self.layers_of(direction).items()
+            for part, weight in zip(("lora_A", "lora_B"), weights, strict=True)
         }
 
     def parameters_of(self, direction: Direction) -> list[nn.Parameter]:

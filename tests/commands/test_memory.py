@@ -1,0 +1,29 @@
+"""Memory by the true shapes, from configs alone."""
+
+from pathlib import Path
+
+import pytest
+
+from icd_lightning.commands.main import main
+from icd_lightning.models.sources import architecture
+
+DOCS = (Path(__file__).parents[2] / "docs" / "gpus.md").read_text()
+NAMES = sorted(path.name for path in architecture("").iterdir())
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "sd15")) for name in NAMES])
+def test_the_documentation_has_the_table_that_is_counted(name, capsys):
+    main(["memory", name])
+    heading, ruler, row = capsys.readouterr().out.splitlines(keepends=True)
+    assert heading + ruler in DOCS
+    assert row in DOCS
+
+
+def test_a_folder_is_counted_and_what_is_no_model_is_refused_before_anything_is_printed(flow_layouts, capsys):
+    main(["memory", str(flow_layouts["sd3"])])
+    assert f"| {flow_layouts['sd3']} | 0.0 | " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["memory", str(flow_layouts["sd3"]), "nowhere"])
+    told = capsys.readouterr()
+    assert not told.out
+    assert "icd: error: no model 'random:nowhere': there is no architecture nowhere: flux_dev, sd15, sd3," in told.err
