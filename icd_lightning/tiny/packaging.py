@@ -15,7 +15,7 @@ from icd_lightning.models.student_file import sorted_metadata
 from icd_lightning.models.students import DIRECTIONS
 from icd_lightning.models.weights import not_finite
 
-EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 1.0, "closed_vocabulary": True}
+EDITING_DEFAULTS = {"guidance_scale": 3.0, "tau": 0.8, "closed_vocabulary": True}
 WRITTEN = ("README.md", "notes.md")  # the card and what people wrote by hand for its end
 
 
