@@ -35,20 +35,21 @@ def refusal(answer: dict) -> str:
         (("swap", 2, 0.8, 0.4, 0.3, 0.6, "", ""), {"guidance_scale": 2.0, "tau": 0.8, "swap_tau": 0.4}),
         (
             ("attention", 3, 1, 1, 0.5, 0.25, "2", "none"),
-            {"control": PromptToPrompt(cross_replace=0.5, self_replace=0.25, amplify=2.0, blend=False)},
+            {"tau": 1.0, "control": PromptToPrompt(cross_replace=0.5, self_replace=0.25, amplify=2.0, blend=False)},
         ),
         (
             ("attention", 3, 1, 1, 0.5, 0.5, f"{TARGET.split()[2]}=3", f"{SOURCE.split()[2]} {TARGET.split()[2]}"),
             {
+                "tau": 1.0,
                 "control": PromptToPrompt(
                     cross_replace=0.5,
                     self_replace=0.5,
                     amplify={TARGET.split()[2]: 3.0},
                     blend=(SOURCE.split()[2], TARGET.split()[2]),
-                )
+                ),
             },
         ),
-        (("attention", 3, 1, 1, 0.3, 0.6, "", ""), {"control": PromptToPrompt()}),
+        (("attention", 3, 1, 1, 0.3, 0.6, "", ""), {"tau": 1.0, "control": PromptToPrompt()}),
     ],
     ids=["swap", "swap_tau", "attention", "words", "defaults"],
 )

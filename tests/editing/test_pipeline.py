@@ -309,7 +309,7 @@ def test_a_save_that_fails_leaves_nothing(pipe, tmp_path, monkeypatch):
 def test_the_shipped_family_is_the_default():
     assert icd_lightning.InvertibleConsistencyPipeline is InvertibleConsistencyPipeline
     pipe = InvertibleConsistencyPipeline.from_pretrained()
-    assert (pipe.config.guidance_scale, pipe.config.tau, pipe.config.attention_control) == (3.0, 1.0, False)
+    assert (pipe.config.guidance_scale, pipe.config.tau, pipe.config.attention_control) == (3.0, 0.8, False)
     assert pipe.resolution == 64
     assert pipe.unknown_words("a Red star", "a red dog") == ["dog"]
     assert pipe.boundaries.num_segments == 4
