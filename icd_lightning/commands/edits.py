@@ -199,8 +199,8 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
     """The edits that a folder of pictures, or a CSV file with columns image, source, target (and output), stands for.
 
     The prompts given go for every picture that says no other. Results go into the folder `output`, by default
-    name-edited beside folder or file. ValueError for a file without the columns, for an output outside of that folder,
-    and for two edits of one output.
+    name-edited beside folder or file. ValueError for a file without the columns, for an output outside of that folder
+    or among the pictures, and for two edits of one output.
     """
     if output is not None and (Path(output).is_file() or Path(output).suffix.lower() in SUFFIXES):
         raise ValueError(f"output {output} must be a folder, for the results of several edits")
@@ -222,6 +222,9 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
         raise ValueError(
             f"{place}: {', '.join(twice[:3])} would be written more than once: give each edit its own output"
         )
+    pictures = {edit.image.resolve() for edit in edits}
+    if also := next((edit.output for edit in edits if edit.output.resolve() in pictures), None):
+        raise ValueError(f"{place}: output {also} is a picture to be edited: name another, or another --output")
     return edits
 
 

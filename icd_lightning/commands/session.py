@@ -76,12 +76,12 @@ class Session:
     def edit(self, edit: Edit, settings: Sequence[EditSettings], size: Size) -> Iterator[Made]:
         """One picture, with each of the settings in turn; where it becomes noise, edits of one seed share the way.
 
-        So do those of the next call, if it is of the same picture and source prompt.
+        So do those of the next call, if it is of the same pixels and source prompt.
         """
         images = self.images(edit.image, size)
         self.warn_of_unknown_words(edit.source, edit.target)
         prompts = [edit.source], [edit.target]
-        if self._inverted[0] != (shown := (edit.image, edit.source, size)):
+        if self._inverted[0] != (shown := (images.cpu().numpy().tobytes(), edit.source, size)):
             self._inverted = (shown, {})
         inverted = self._inverted[1]
         for one in settings:

@@ -34,7 +34,8 @@ class ShardRecord:
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.bytes)
-        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(self.sha256, str):
+        texts = all(isinstance(text, str) for text in (self.sha256, self.source))
+        if not all(type(count) is int and count >= 0 for count in counts) or not texts:
             raise ValueError(f"{self} is no record of a shard")
         if self.samples * 512 > self.bytes:  # a tar needs as many for the header of one file
             raise ValueError(f"{self.samples} samples do not fit in {self.bytes} bytes")
@@ -125,8 +126,13 @@ def write_shard(samples: Iterable[dict[str, Any]], path: AnyPath) -> ShardRecord
 
 
 def write_recorded(samples: Iterable[dict[str, Any]], folder: AnyPath, name: str, *, source: str = "") -> None:
-    """Write one shard of a set that several processes write, and then its record."""
-    record = replace(write_shard(samples, folder / name), source=source)
+    """Write one shard of a set that several processes write, and then its record; nothing if another was faster."""
+    try:
+        record = replace(write_shard(samples, folder / name), source=source)
+    except FileNotFoundError:  # whoever completed the set removed what was half written
+        if name not in finished_shards(folder):
+            raise
+        return
     write_json(folder / PROGRESS / f"{name}.json", record.fields())
 
 

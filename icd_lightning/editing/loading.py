@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,11 @@ class StudentPipeline(DiffusionPipeline):
             defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
             write_json(folder / "icd.json", asdict(defaults))
             self.save_config(folder)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast as diffusers does; nothing merged stays on a device that is left."""
+        self.method.merged = copy(self.method.merged)
+        return super().to(*args, **kwargs)
 
     @property
     def network(self) -> nn.Module:

@@ -107,6 +107,10 @@ class MergedStudents:
         self._device: torch.device | None = None
         self.keep_merged = False
 
+    def __reduce__(self) -> tuple[type[MergedStudents], tuple[LoraStudents]]:
+        """Copies and pickles begin anew: what is merged is of these students, and they may move or train apart."""
+        return MergedStudents, (self.students,)
+
     def __getitem__(self, direction: Direction) -> MergedStudent:
         """The network of a student for a loop; one for all that run at a time, until its weights change."""
         network = self._alive.get(direction)

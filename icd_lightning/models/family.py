@@ -27,6 +27,7 @@ from icd_lightning.models.released import RELEASED, located
 from icd_lightning.models.sources import Layout, Random, Source
 from icd_lightning.models.student_file import WEIGHTS_NAME
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
+from icd_lightning.models.weights import told_of
 
 AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,8 +227,9 @@ class Family:
 
     def hollow_network(self) -> nn.Module:
         """The plain network on the meta device, without weights, to see what it is made of."""
-        with torch.device("meta"):
-            return self.architecture.network_class.from_config(self.source.config(self.architecture.part))
+        config = self.source.config(self.architecture.part)
+        with told_of(f"{self.model}/{self.architecture.part}"), torch.device("meta"):
+            return self.architecture.network_class.from_config(config)
 
     def _plain_network(self) -> Callable[[], nn.Module]:
         part, cls = self.architecture.part, self.architecture.network_class

@@ -313,7 +313,8 @@ class Random(Source):
         """A part with random weights; `config` in the place of its own, for parts that the configs lack."""
         config = self.config(part) if config is None else config
         # made in this type, not cast to it: SDXL's UNet takes 5 GB instead of 15
-        with torch.random.fork_rng(devices=[]), local_torch_dtype(dtype):
+        network = f"{cls.__name__} of {self.layout.location}"
+        with told_of(network), torch.random.fork_rng(devices=[]), local_torch_dtype(dtype):
             torch.manual_seed(zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
                 return cls.from_config(config)

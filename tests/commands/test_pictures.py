@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from icd_lightning.commands import pictures
+from icd_lightning.commands.edits import Edit, EditSettings
 from icd_lightning.commands.main import main
+from icd_lightning.commands.session import open_editor
 from icd_lightning.data.images import to_images
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
@@ -398,6 +400,18 @@ def test_rows_of_one_picture_and_source_share_the_way_to_noise(icd, folder, capl
     np.testing.assert_array_equal(read("edits-edited/photo-edited-2.png"), read("alone.png"))
 
 
+def test_a_picture_that_has_changed_is_taken_to_noise_again(random_family, folder):
+    settings = EditSettings(str(random_family), device="cpu")
+    editor, one = open_editor(settings), Edit(Path("photo.png"), SOURCE, TARGET, Path("x.png"))
+
+    def cost() -> str:
+        return next(editor.edit(one, [settings], (None, None)))[2].split(" ")[0]
+
+    costs = [cost(), cost()]
+    Image.new("RGB", (64, 64), "red").save("photo.png")
+    assert [*costs, cost()] == ["8", "4", "8"]
+
+
 @pytest.mark.parametrize("place", ["photo.png", "."])
 def test_compilation_is_asked_for_and_where_it_does_not_work_edits_are_made_without(
     icd, folder, monkeypatch, caplog, place
@@ -620,6 +634,7 @@ def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read
         (edit("--method", "../mine"), "there is no class ../mine"),
         (edit("--method", "subprocess.Popen"), "subprocess.Popen is no PictureMethod: derive it from Baseline"),
         (edit("--lora_alpha", "0"), "lora_alpha 0.0 must be a positive number"),
+        (["edit", "chain.csv", "-o", ".", "--overwrite"], "output red.png is a picture to be edited: name another"),
         (["edit", "leaves.csv"], "output '../x.png' leaves leaves-edited: name a file in it"),
         (["edit", "same.csv"], "x.png would be written more than once"),
         (
@@ -667,6 +682,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(icd, folder, capsys, args, mes
     write_bomb("bomb.png")
     Path("empty.csv").write_text("picture,source\na.png,a\n")
     heading = "image,source,target,output\n"
+    Path("chain.csv").write_text(f"{heading}photo.png,a,b,red.png\nred.png,a,b,x.png\n")
     Path("leaves.csv").write_text(f"{heading}photo.png,a,b,../x.png\n")
     Path("same.csv").write_text(f"{heading}photo.png,a,b,x.png\nphoto.png,a,c,d/../x.png\n")
     Path("twice.csv").write_text("image,source,target,output\na.png,a,b,c.png\nb.png,a,b,c.png\n")

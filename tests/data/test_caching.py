@@ -22,7 +22,7 @@ from icd_lightning.commands.weights import EncoderWeights
 from icd_lightning.data import latents, manifest
 from icd_lightning.data.decoding import SampleDecoder
 from icd_lightning.data.latents import Caching, Encoders, cache_latents
-from icd_lightning.data.manifest import MANIFEST, PROGRESS, Manifest
+from icd_lightning.data.manifest import MANIFEST, PROGRESS, Manifest, complete_set, write_recorded
 from icd_lightning.data.shards import open_shards, write_shards
 from icd_lightning.data.tally import NothingToReadError
 
@@ -237,6 +237,30 @@ def test_a_set_of_former_versions_goes_on(bare, tmp_path):
     assert cache(bare, tmp_path / "out", dying(0)).shards == former
 
 
+def test_a_shard_that_another_process_finishes_first_is_done(tmp_path):
+    samples = list(numbered_samples(2, size=64))
+
+    def overtaken():
+        yield samples[0]
+        write_recorded(samples, tmp_path, "0.tar")
+        complete_set(tmp_path, {}, ["0.tar"])
+        yield samples[1]
+
+    write_recorded(overtaken(), tmp_path, "0.tar")
+    assert Manifest.load(tmp_path).samples == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", MANIFEST]
+
+
+@pytest.mark.parametrize("source", ["5", "[5]", "null"])
+def test_a_manifest_whose_sources_are_no_text_is_refused_by_name(tmp_path, source):
+    (tmp_path / MANIFEST).write_text(
+        '{"parameters": {}, "complete": true, "shards": {"0.tar": '
+        f'{{"samples": 1, "bytes": 1024, "sha256": "x", "source": {source}}}}}}}'
+    )
+    with pytest.raises(ValueError, match=f"{MANIFEST} cannot be read .*is no record of a shard"):
+        Manifest.load(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_files(tmp_path):
     write_shards(numbered_samples(300, size=64), tmp_path / "pictures", shard_size=20, parameters={})
@@ -266,6 +290,7 @@ def test_each_process_loads_its_own_encoders_once():
     ("options", "message"),
     [
         (["--ray_workers", "-1"], "ray_workers -1 must be at least 0"),
+        (["--num_gpus", "1"], "num_gpus 1 are of Ray's processes, and ray_workers 0 has none: leave num_gpus out, or"),
         (["--ray_address", "auto"], "ray_workers 0 works in this process, not at 'auto': leave out the address, or"),
         (
             ["--ray_workers", "1", "--ray_address", "nonsense"],

@@ -1,4 +1,6 @@
+import copy
 import logging
+import pickle
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,7 @@ from icd_lightning.editing import merging
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.merging import MergedStudent, MergedStudents
 from icd_lightning.editing.method import seeded_noise
+from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.family import Family
@@ -140,6 +143,27 @@ def test_weights_made_in_inference_mode_are_merged_too(random_family):
         expected = method.students.predict("reverse", *told)
         torch.testing.assert_close(method.merged["reverse"](*told), expected, rtol=1e-4, atol=1e-5)
         assert method.merged["reverse"].holds
+
+
+@pytest.mark.parametrize("way", ["copy", "pickle"])
+def test_copies_edit_with_their_own_students(random_family, memory, way):
+    memory(1 << 50)
+    pipe = InvertibleConsistencyPipeline.from_pretrained(random_family)
+    before = pipe(SOURCES, seed=0, output_type="latent").images
+    other = copy.deepcopy(pipe) if way == "copy" else pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(other(SOURCES, seed=0, output_type="latent").images, before)
+    halve(other.students)
+    assert (other(SOURCES, seed=0, output_type="latent").images - before).abs().max() > 1e-3
+    assert torch.equal(pipe(SOURCES, seed=0, output_type="latent").images, before)
+
+
+def test_a_pipeline_that_moves_leaves_no_merged_weights_behind(random_family, memory):
+    memory(1 << 50)
+    pipe = InvertibleConsistencyPipeline.from_pretrained(random_family)
+    kept = weakref.ref(pipe.method.merged["reverse"])
+    assert kept() is not None
+    assert pipe.to("cpu") is pipe
+    assert kept() is None
 
 
 def test_what_is_offloaded_between_calls_is_not_kept(method, memory):

@@ -42,6 +42,11 @@ class Engine:
                 f"{self.option} 0 works in this process, not at {self.address!r}: leave out the address, or give "
                 f"--{self.option} 1 or more"
             )
+        if self.num_workers == 0 and self.num_gpus:
+            raise ValueError(
+                f"num_gpus {self.num_gpus:g} are of Ray's processes, and {self.option} 0 has none: leave num_gpus out, "
+                f"or give --{self.option} 1 or more"
+            )
         if self.num_workers != 0 and find_spec("ray") is None:
             raise ValueError(f"Ray is not installed: {INSTALL}; or pass --{self.option} 0 to do without")
         if self.address not in (None, "auto"):
