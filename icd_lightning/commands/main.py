@@ -13,6 +13,10 @@ from typing import NoReturn
 from icd_lightning import trust
 from icd_lightning.commands.guide import GUIDES
 
+# Read when torch is imported. Where cores are busy, its threads wait for each other 100 times as long as they work,
+# unless they soon stop to spin; who says otherwise is heard.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 COMMANDS: dict[str, tuple[str, str]] = {  # a function of a module beside this one, and what it is for
     "fit": ("fit:run", "train: icd fit --config conf/base.yaml --config conf/model/tiny.yaml"),
     "validate": ("fit:run", "run a task's validation"),
