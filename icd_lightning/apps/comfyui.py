@@ -140,14 +140,12 @@ class Edit:
 
         pipe = load(inversion.model)
         guidance = {name: settings.pop(name, OWN) for name in ("guidance_scale", "tau")}
-        controls = {
-            name: kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
-            for name, kind in CONTROLS.items()
-        }
         if edit_by == "auto" and pipe.config.attention_control:
             edit_by = next(name for name, kind in CONTROLS.items() if isinstance(usual_control(pipe.students), kind))
-        control = controls.get(edit_by)
-        if control is None:
+        control = None
+        if kind := CONTROLS.get(edit_by):
+            control = kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+        else:
             guidance["swap_tau"] = swap_tau
         told = {name: value for name, value in guidance.items() if value != OWN}
         prompts = list(inversion.prompts), lines(target_prompt)

@@ -98,8 +98,6 @@ STYLES = {
     "evaluations": Style(0),
 }
 """Of the columns of the tour's tables."""
-USUAL_TAU = 0.8
-"""Of dynamic guidance in the tour's reconstructions."""
 
 
 def tour_examples(settings: Settings) -> DataSet:
@@ -122,7 +120,7 @@ def _reconstruct(bench: Bench, batch: Sequence[Example], decodings: Sequence[Dec
 
 
 def _dynamic(settings: Settings, default: StepGuidance, method: type) -> list[Decoding]:
-    return steps(default.guidance_scale, (1.0, USUAL_TAU if settings.tau is None else settings.tau))
+    return steps(default.guidance_scale, (1.0, default.tau if settings.tau is None else settings.tau))
 
 
 def _as_default(settings: Settings, default: StepGuidance, method: type) -> list[Decoding]:
