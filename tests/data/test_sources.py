@@ -280,9 +280,9 @@ def test_training_ends_when_nothing_comes_any_more(shards, num_workers):
 
 def test_slow_is_not_silent(shards):
     """A worker whose samples come one by one is waited for beyond the timeout, as long as they come."""
-    slow = f"pipe:cat {shards}/00000.tar | (head -c 8192; sleep 0.7; head -c 8192; sleep 0.7; cat)"
+    slow = f"pipe:cat {shards}/00000.tar | (head -c 8192; sleep 1.1; head -c 8192; sleep 1.1; cat)"
     options = {"num_workers": 1, "batch_size": 10, "batches_per_epoch": 1, "shuffle_buffer": 10}
-    data = data_for([slow], **options, stall_timeout=1.2)
+    data = data_for([slow], **options, stall_timeout=2)
     data.setup("fit")
     assert sorted(numbers(next(iter(data.train_dataloader())))) == list(range(10))
     data.teardown()

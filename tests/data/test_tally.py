@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 
@@ -65,18 +64,20 @@ def test_a_broken_shard_counts_with_the_samples_it_would_have_held():
         tally.broke("g.tar")
 
 
-def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none():
-    tally = Tally(num_workers=2, stall_timeout=0.2)
-    time.sleep(0.3)
+def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    tally = Tally(num_workers=2, stall_timeout=20)
+    now[0] += 30
     tally.count_as(1)
     tally.awaited()  # training or validation went on meanwhile; a batch is asked for only now
     read(tally, 0, 1, worker=1)
-    time.sleep(0.15)
+    now[0] += 15
     tally.awaited()
-    time.sleep(0.15)
+    now[0] += 15
     read(tally, 0, 1, worker=1)
-    time.sleep(0.1)
-    with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 0.2 s .*too_small 3"):
+    now[0] += 6
+    with pytest.raises(NothingToReadError, match=r"no sample that can be used was found for 20 s .*too_small 3"):
         read(tally, 0, 1, worker=1)
 
 
