@@ -24,7 +24,7 @@ def memory(*models: str) -> None:
     from icd_lightning.models.sources import architecture
 
     names = models or sorted(path.name for path in architecture("").iterdir())
-    rows = [f"| {name} | {' | '.join(f'{count / 1e9:.1f}' for count in counted(name))} |\n" for name in names]
+    rows = [f"| {name} | {' | '.join(f'{count / 1e9:.3g}' for count in counted(name))} |\n" for name in names]
     sys.stdout.write("| | bfloat16 | int8 | nf4 | VAE, text | students |\n|---|--:|--:|--:|--:|--:|\n" + "".join(rows))
 
 
