@@ -17,6 +17,7 @@ DOCUMENTS = ("README.md", "docs/results.md")
 MARKED = re.compile(r"(<!-- (\S+) \| (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 PICTURES = {
     "docs/demo.png": ("outputs/demo/report.png", 1600),
+    "docs/jumps.png": ("outputs/jumps/report.png", 1072),
     "docs/edits.png": ("outputs/eval-tiny_edit/tiny_edit/edits.png", 752),
     "docs/trade_off.png": ("outputs/eval-trade-off/tiny_edit/trade_off.png", 1504),
 }

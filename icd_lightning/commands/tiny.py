@@ -110,7 +110,7 @@ def jumps(
     train_data: str = "data/shapes/train",
     val_data: str = "data/shapes/val",
     steps: int | None = None,
-    count: int = 64,
+    count: int = 256,
 ) -> None:
     """Train students of 1, 2, 3 and 4 jumps each way and measure them beside the same jumps untrained.
 

@@ -15,7 +15,7 @@ from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import ATTRIBUTE_EDITS, TOUR, figures, tour_examples, tour_tables
-from icd_lightning.tiny.jumps import NUMBERS, jumps_panel, write_jumps
+from icd_lightning.tiny.jumps import BENCHMARK, NUMBERS, jumps_panel, write_jumps
 from icd_lightning.tiny.scenes import LABELS
 
 SETTINGS = Settings("scenes", count=12)
@@ -30,7 +30,7 @@ def test_edits_take_turns_and_change_one_attribute():
     assert [example.seed(0) for example in DATA.examples] == list(range(12))
 
 
-def measured(root, edit) -> Measured:
+def measured(root, edit, tasks=TOUR.tasks) -> Measured:
     """The tour of a method that loses nothing, generates the very scenes, and edits by `edit`."""
 
     def same(batch):
@@ -41,7 +41,7 @@ def measured(root, edit) -> Measured:
         yield Outcome("w 1", stack(batch, 64), 5, 0.1, values)
 
     results = {}
-    for task in TOUR.tasks:
+    for task in tasks:
         measure = (lambda batch: iter([Outcome("w 1", edit(batch), 5, 0.1)])) if task.name == "edits" else same
         scoring = Scoring.choose(None, task, DATA)
         options = {"w 1": {"w": 1.0}}
@@ -81,10 +81,11 @@ def test_icd_eval_is_a_tour_that_goes_on_where_it_was(random_family, tmp_path, c
 
 
 def test_each_number_of_jumps_has_its_own_rows_and_pictures(tmp_path):
-    perfect = measured(tmp_path / "1", lambda batch: to_images([example.truth.draw(64) for example in batch]))
-    lazy = measured(tmp_path / "2", lambda batch: stack(batch, 64))
+    edits = (lambda batch: to_images([example.truth.draw(64) for example in batch]), lambda batch: stack(batch, 64))
+    perfect, lazy = (measured(tmp_path / str(n), edit, BENCHMARK.tasks) for n, edit in enumerate(edits))
     table, paths = write_jumps({1: perfect, 2: lazy}, tmp_path)
     assert [(row[0], row[1], row[3], row[6]) for row in table.rows] == [("1 + 1", "iCD", 1, 1), ("2 + 2", "iCD", 0, 1)]
+    assert [row[7] for row in table.rows] == pytest.approx([0, 0], abs=1e-2), "generated are the very scenes"
     assert all(path.is_file() for path in paths)
     panel = jumps_panel({1: perfect, 2: lazy}, "edits", "Edits")
     assert panel.columns == ("original", "1 + 1\niCD", "2 + 2\niCD")
@@ -119,6 +120,6 @@ def test_icd_tiny_jumps_trains_and_measures_each_number(random_family, scenes, t
     assert ends == [list(Boundaries.uniform(number).boundary_timesteps) for number in NUMBERS]
     rows = [line.split() for line in first.splitlines() if line[1:2].isdigit()]
     assert [row[:4] for row in rows] == [[f"{n}", "+", f"{n}", who] for n in NUMBERS for who in ("untrained", "iCD")]
-    assert len({row[4] for row in rows[::2]}) == len(NUMBERS), "each number jumps otherwise"
+    assert len({tuple(row[4:]) for row in rows[::2]}) == len(NUMBERS), "each number jumps otherwise"
     main(args)
     assert capsys.readouterr().out == first
