@@ -13,8 +13,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
 
-SHORT = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace"}
-"""Short names of options."""
+OTHER_NAMES = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace", "--family": "--model"}
+"""Of options, by which they go too."""
 
 
 NOT_FINITE = re.compile(r'^Parser key "(\w+)":.*Given value: ([-+]?(?:nan|inf))$', re.DOTALL | re.IGNORECASE)
@@ -79,7 +79,7 @@ def _parser(function: Callable, name: str) -> Parser:
 def _underscored(arg: str) -> str:
     """An option's full name as Python has it; what is no option, and a value after =, stays as it is."""
     name, equals, value = arg.partition("=")
-    name = SHORT.get(name, name)
+    name = OTHER_NAMES.get(name, name)
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[a-z][\w-]*", name) else arg
 
 

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 def demo(
     *,
-    out: str = "outputs/demo",
+    out: str | None = None,
     conf: str = "conf",
     model: str = "tiny",
     train_count: int = 4096,
@@ -24,7 +24,7 @@ def demo(
     What is already there is reused, so that a second call is quick and an interrupted one goes on.
 
     Args:
-        out: folder of all results.
+        out: folder of all results; by default outputs/demo, and of another model outputs/demo-NAME.
         conf: folder of the configuration files.
         model: tiny or tiny_flow, the shipped families, or the folder of another one of the picture world.
         train_count: pictures to train on.
@@ -37,15 +37,16 @@ def demo(
     from icd_lightning.models.released import SHIPPED
     from icd_lightning.tiny.demo import DemoStudy
 
-    start, root = time.monotonic(), Path(out)
+    start = time.monotonic()
+    root = Path(out or ("outputs/demo" if model == "tiny" else f"outputs/demo-{Path(model).name}"))
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
     of_model = [f"model/{model}"] if model in SHIPPED[1:] else []
-    files = fit.conf_files(conf, ("base", "model/tiny", *of_model, "experiment/demo"))
-    log.info("1/4 shards")
+    files, family = fit.conf_files(conf, ("base", "model/tiny", *of_model, "experiment/demo")), Family(model)
+    study = DemoStudy(root, eval_count, family)
+    log.info("1/4 shards for %s", family.root)
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
     shapes(str(root / "shards" / "val"), count=128, seed=1)
     log.info("2/4 before training: DDIM-50 and the untrained students")
-    study = DemoStudy(root, eval_count, Family(model))
     before = study.measure_before()
     log.info("3/4 training both students")
     options = {
@@ -150,7 +151,7 @@ def jumps(
 
 def package(
     *,
-    family: Literal["tiny", "tiny_flow"] = "tiny",
+    model: Literal["tiny", "tiny_flow"] = "tiny",
     source: str | None = None,
     out: str | None = None,
     max_megabytes: float = 30.0,
@@ -158,7 +159,7 @@ def package(
     """Turn the parts that `make tiny-weights` trained into the family that ships: half precision, with their records.
 
     Args:
-        family: which one; tiny_flow is of `make tiny-flow-weights`.
+        model: which one; tiny_flow is of `make tiny-flow-weights`.
         source: folder of the trainings; by default where make leaves them.
         out: folder of the family; by default inside the package.
         max_megabytes: refuse to write more than this.
@@ -166,6 +167,6 @@ def package(
     from icd_lightning.models.sources import shipped
     from icd_lightning.tiny.packaging import package_family
 
-    trainings = Path(source or f"outputs/{family.replace('_', '-')}-weights")
-    folder = shipped(family) if out is None else Path(out)
-    log.info("%s: %.1f MB", folder, package_family(trainings, folder, max_megabytes, family))
+    trainings = Path(source or f"outputs/{model.replace('_', '-')}-weights")
+    folder = shipped(model) if out is None else Path(out)
+    log.info("%s: %.1f MB", folder, package_family(trainings, folder, max_megabytes, model))

@@ -75,8 +75,8 @@ class DemoReport:
         )
         report = Report(
             title="Invertible Consistency Distillation, in miniature",
-            subtitle="Both students of the tiny family, trained on this machine: pictures to noise in 4 network "
-            "evaluations, noise to pictures in 4, an edit in 8.",
+            subtitle=f"Both students of {self.models.family.model}, trained on this machine: pictures to noise in 4 "
+            "network evaluations, noise to pictures in 4, an edit in 8.",
             summary=self._summary(),
             sections=(panels[0], tables[0], panels[1], tables[1], panels[2], tables[2], *self._curves()),
             facts=self._facts(seconds),
@@ -114,7 +114,7 @@ class DemoReport:
 
     def _facts(self, seconds: float | None) -> dict[str, str]:
         facts = {
-            "command": "make demo",
+            "command": f"icd demo --model {self.models.family.model}",
             "python": platform.python_version(),
             "torch": torch.__version__,
             "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -101,6 +101,31 @@ def test_a_count_that_cannot_be_is_refused_before_any_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_demo_of_no_model_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--family", "nowhere", "--out", str(tmp_path / "demo")])
+    assert "icd: error: no model 'nowhere': there is no nowhere" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_demo_of_another_family_trains_that_one(random_family, tmp_path, capsys):
+    counts = ["--steps", "1", "--train_count", "16", "--eval_count", "6", "--out", str(tmp_path)]
+    main(["demo", "--family", str(random_family), *counts])
+    first = capsys.readouterr().out.partition("Reconstruction")[2]
+    assert [line.split(":")[0] for line in (tmp_path / "tables.md").read_text().splitlines() if line[:2] == "**"] == [
+        "**Reconstruction",
+        "**Edits by prompt, against their true results**",
+        "**Generation",
+    ]
+    about = json.loads((tmp_path / "training/forward/icd.json").read_text())
+    assert about["family"] == str(random_family)
+    assert json.loads((tmp_path / "metrics.json").read_text())["machine"]["command"].endswith(str(random_family))
+    assert f"Both students of {random_family}" in (tmp_path / "report.html").read_text()
+    main(["demo", "--model", str(random_family), *counts])
+    assert capsys.readouterr().out.partition("Reconstruction")[2] == first, "nothing was measured again"
+
+
 @pytest.mark.slow
 def test_icd_tiny_jumps_trains_and_measures_each_number(random_family, scenes, tmp_path, capsys):
     options = {
