@@ -200,6 +200,25 @@ def test_nothing_is_trained_in_half_precision(tmp_path):
         fit(Halves(), tmp_path, precision="bf16-true")
 
 
+class Logged(lightning.Callback):
+    """What each micro-batch lost, and what was logged when it ended."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.logged: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        self.logged.append(float(trainer.callback_metrics.get("train/loss", -1)))
+
+
+def test_the_losses_of_a_step_are_those_of_all_its_micro_batches(tmp_path):
+    logged = Logged()
+    fit(Halves(), tmp_path, callbacks=[logged], max_steps=2, accumulate_grad_batches=3)
+    first, second = sum(logged.losses[:3]) / 3, sum(logged.losses[3:]) / 3
+    assert logged.logged == pytest.approx([-1, -1, first, first, first, second])
+
+
 class Recorded(lightning.Callback):
     """What the optimizer holds when it steps."""
 
