@@ -236,6 +236,8 @@ class Task(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each group by itself: here gradients are whole (accumulated, unscaled, summed over ranks)."""
         for group in optimizer.param_groups:
+            if all(parameter.grad is None for parameter in group["params"]):
+                continue  # after each loss one student steps: the other's norm is no 0
             limit = self.optimizer_settings.clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -329,7 +331,7 @@ class Task(lightning.LightningModule):
         return Draws(self.seed, step, **place, device=self.device)
 
     def log_losses(self, total: Tensor, losses: dict[str, Tensor]) -> None:
-        """Log `train/loss` to the progress bar and each part as `train/<name>`: means over a step, all ranks' samples."""
+        """Log `train/loss` to the progress bar and each part as `train/<name>`, over all samples of a step."""
         self._micro_batches.append({name: value.detach() for name, value in {"loss": total, **losses}.items()})
         if len(self._micro_batches) < self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
             return  # Lightning would log the last micro-batch's alone

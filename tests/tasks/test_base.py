@@ -236,7 +236,7 @@ def test_the_optimizer_steps_by_the_settings(tmp_path):
     """Rate by warm-up and cosine at every step, betas, weight decay: as they reach AdamW in a training."""
     settings = OptimizerSettings(lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, warmup_steps=2, decay="cosine")
     recorded = Recorded()
-    trainer = fit(Halves(optimizer=settings), tmp_path, callbacks=[recorded], max_steps=6)
+    trainer = fit(Halves(optimizer=settings), tmp_path, callbacks=[recorded], max_steps=6, accumulate_grad_batches=2)
     assert isinstance(trainer.optimizers[0].optimizer if hasattr(trainer.optimizers[0], "optimizer") else
                       trainer.optimizers[0], torch.optim.AdamW)  # fmt: skip
     expected = [0.1 * settings.factor(step, 6) for step in range(6)]

@@ -37,7 +37,7 @@ def pair(request, random_family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(pair):
-    """What each process had after two steps: losses, students' weights, metrics, its share of the base, what is sent."""
+    """What each process had after two steps: losses, students' weights, metrics, share of the base, what is sent."""
     return [torch.load(pair[1] / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
