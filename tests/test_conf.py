@@ -10,6 +10,7 @@ from icd_lightning.commands.fit import FitCommand, micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.methods import OTHERS
+from icd_lightning.models.family import Family
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 from icd_lightning.tasks.invertible_consistency import InvertibleConsistencyDistillation
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
@@ -161,6 +162,14 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
     assert type(task) is task_class
     assert trainer.max_steps > 0
     assert {"TrainingProgress", "ExportWeights"} <= {type(callback).__name__ for callback in trainer.callbacks}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev"])
+def test_a_random_model_brings_stage_one_whatever_make_names_before(cli, name):
+    guided = () if name == "flux_dev" else (f"--model.init_args.family.guided_unet=outputs/guidance-{name}",)
+    after = ("--config", str(CONF / f"model/{name}_random.yaml"))  # as ARGS of make
+    composed = cli.parser.parse_args(arguments(("base", f"model/{name}"), *guided, *after))
+    Family(**composed.fit.model.init_args.family).check()
 
 
 @pytest.mark.parametrize("letter", ABLATIONS)

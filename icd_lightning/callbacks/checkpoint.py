@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -80,6 +81,9 @@ class RunCheckpoint(ModelCheckpoint):
             return
         requeue = trainer.strategy.reduce_boolean_decision(self._asked_to_requeue, all=False)
         if requeue and signal.SIGUSR1 in self._handlers:
+            if trainer.is_global_zero:  # of requeues before, which Lightning keeps all
+                for old in Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"):
+                    old.unlink()
             self._handlers[signal.SIGUSR1](signal.SIGUSR1, None)
         self._end()
 

@@ -28,9 +28,9 @@ class DataReport(lightning.Callback):
             log.warning(text, batches, rest, accumulated)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Log at every `log_every_n_steps`-th batch."""
-        every = trainer.log_every_n_steps
-        if every and (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0:
+        """Log at every `log_every_n_steps`-th step, after its last micro-batch."""
+        every, stepped = trainer.log_every_n_steps, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if every and stepped and trainer.global_step % every == 0:
             for split, counts in _counts(trainer, pl_module).items():
                 metrics = {f"data/{split}/{name}": n for name, n in counts.items() if n}
                 for logger in trainer.loggers:

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.decoding import EMBEDS, collate
@@ -141,6 +142,7 @@ class Task(lightning.LightningModule):
         self.steps_per_batch = 1
         self.skipped_steps = 0
         self._batch_keys: list[str] = []
+        self._micro_batches: list[dict[str, Tensor]] = []
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by its full name."""
@@ -160,6 +162,9 @@ class Task(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.check_strategy(self.trainer.strategy)
+            # each process has frozen weights of its own; DDP would send them at the start, and buffers at every step
+            frozen = dict([*self.named_parameters(), *self.named_buffers()]).keys() - self.trained_parameters().keys()
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
         for sample in getattr(self.trainer.datamodule, "examples", ()):
             if sample.moments is not None and hasattr(self, "autoencoder"):
                 self.check_encoded(collate([sample]), sample.name)
@@ -231,6 +236,8 @@ class Task(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each group by itself: here gradients are whole (accumulated, unscaled, summed over ranks)."""
         for group in optimizer.param_groups:
+            if all(parameter.grad is None for parameter in group["params"]):
+                continue  # after each loss one student steps: the other's norm is no 0
             limit = self.optimizer_settings.clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(group["params"], limit)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -324,9 +331,14 @@ class Task(lightning.LightningModule):
         return Draws(self.seed, step, **place, device=self.device)
 
     def log_losses(self, total: Tensor, losses: dict[str, Tensor]) -> None:
-        """Log `train/loss` to the progress bar and each part as `train/<name>`."""
-        self.log("train/loss", total.detach(), prog_bar=True)
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        """Log `train/loss` to the progress bar and each part as `train/<name>`, over all samples of a step."""
+        self._micro_batches.append({name: value.detach() for name, value in {"loss": total, **losses}.items()})
+        if len(self._micro_batches) < self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
+            return  # Lightning would log the last micro-batch's alone
+        for name in self._micro_batches[0]:
+            mean = torch.stack([values[name] for values in self._micro_batches]).mean()
+            self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True)
+        self._micro_batches = []
 
     def recipe(self) -> dict[str, Any]:
         """What a run that goes on must share with its checkpoint, since it says what is learned; plain values."""

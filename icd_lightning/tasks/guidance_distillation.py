@@ -47,6 +47,11 @@ class GuidanceDistillation(Task):
         self.guidance_scales = check_guidance_scales(guidance_scales)
         self.balance = check_not_negative("balance", balance)
         self.family = family
+        if family.quantization is not None:
+            raise ValueError(
+                f"family.quantization {family.quantization} is of frozen weights, and stage 1 trains a whole network "
+                "beside its teacher: leave it out here, and give it to stage 2"
+            )
         self.autoencoder = family.load_autoencoder()
         self.conditioner = family.load_conditioner()
         # small steps need float32, and the student begins as the teacher was saved, not as it is rounded to run

@@ -63,7 +63,7 @@ def test_tensorboard_shows_every_reason(shards, tmp_path, caplog, num_workers):
     data = scenes_data(shards, val_urls=str(shards), val_batch_size=8, num_workers=num_workers)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     caplog.set_level(logging.WARNING)
-    options = {"callbacks": [DataReport()], "log_every_n_steps": 4, "max_epochs": 1, "accumulate_grad_batches": 2}
+    options = {"callbacks": [DataReport()], "log_every_n_steps": 2, "max_epochs": 1, "accumulate_grad_batches": 2}
     trainer_for(tmp_path, logger=logger, **options).fit(Module(), datamodule=data)
     shown = scalars(tmp_path)
     assert [step for step, _ in shown["data/train/passed"]] == [2, 4]

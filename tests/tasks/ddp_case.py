@@ -38,7 +38,7 @@ class InterruptSecondRank(lightning.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == 2:
             weights = {d: {n: whole(w) for n, w in named.items()} for d, named in student_weights(pl_module).items()}
-            found = self.losses.values, weights, dict(trainer.callback_metrics), share(pl_module)
+            found = self.losses.values, weights, dict(trainer.callback_metrics), share(pl_module), sent(trainer.model)
             torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
             trainer.strategy.barrier()  # rank 0 will end the other one
 
@@ -52,6 +52,14 @@ def share(task: lightning.LightningModule) -> float:
     base = [parameter for parameter in task.students.network.parameters() if not parameter.requires_grad]
     here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in base)
     return here / sum(p.numel() for p in base)
+
+
+def sent(model: torch.nn.Module) -> list[str]:
+    """What DDP sends from the first process to the others beside what is trained; nothing where there is no DDP."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    left_out = {f"module.{name}" for name in getattr(model, "parameters_to_ignore", ())}
+    is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    return [name for name, value in named if is_ddp and not value.requires_grad and name not in left_out]
 
 
 def train(family: Path, folder: Path, *callbacks, devices: int = 1, ckpt_path: str | None = None, **options):

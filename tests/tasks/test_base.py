@@ -200,6 +200,25 @@ def test_nothing_is_trained_in_half_precision(tmp_path):
         fit(Halves(), tmp_path, precision="bf16-true")
 
 
+class Logged(lightning.Callback):
+    """What each micro-batch lost, and what was logged when it ended."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.logged: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        self.logged.append(float(trainer.callback_metrics.get("train/loss", -1)))
+
+
+def test_the_losses_of_a_step_are_those_of_all_its_micro_batches(tmp_path):
+    logged = Logged()
+    fit(Halves(), tmp_path, callbacks=[logged], max_steps=2, accumulate_grad_batches=3)
+    first, second = sum(logged.losses[:3]) / 3, sum(logged.losses[3:]) / 3
+    assert logged.logged == pytest.approx([-1, -1, first, first, first, second])
+
+
 class Recorded(lightning.Callback):
     """What the optimizer holds when it steps."""
 
@@ -217,7 +236,7 @@ def test_the_optimizer_steps_by_the_settings(tmp_path):
     """Rate by warm-up and cosine at every step, betas, weight decay: as they reach AdamW in a training."""
     settings = OptimizerSettings(lr=0.1, betas=(0.8, 0.95), weight_decay=0.3, warmup_steps=2, decay="cosine")
     recorded = Recorded()
-    trainer = fit(Halves(optimizer=settings), tmp_path, callbacks=[recorded], max_steps=6)
+    trainer = fit(Halves(optimizer=settings), tmp_path, callbacks=[recorded], max_steps=6, accumulate_grad_batches=2)
     assert isinstance(trainer.optimizers[0].optimizer if hasattr(trainer.optimizers[0], "optimizer") else
                       trainer.optimizers[0], torch.optim.AdamW)  # fmt: skip
     expected = [0.1 * settings.factor(step, 6) for step in range(6)]

@@ -80,11 +80,13 @@ def test_the_student_begins_as_the_teacher_was_saved_not_as_it_is_rounded_to_run
     assert all(torch.equal(task.student.state_dict()[name], weight) for name, weight in saved.items())
 
 
-def test_a_guided_teacher_and_scales_below_zero_are_refused(random_family):
+def test_what_stage_one_cannot_train_is_refused(random_family):
     with pytest.raises(ValueError, match=r"guidance_scales \[-0.5, 3\] must be 0"):
         GuidanceDistillation(Family(str(random_family)), (-0.5, 3))
     with pytest.raises(ValueError, match="at least one"):
         GuidanceDistillation(Family(str(random_family)), ())
+    with pytest.raises(ValueError, match="quantization int8 is of frozen weights"):
+        GuidanceDistillation(Family(str(random_family), quantization="int8"))
 
 
 def test_validation_logs_an_error_for_each_scale(random_family, scenes, tmp_path, batch):

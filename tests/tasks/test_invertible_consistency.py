@@ -181,6 +181,7 @@ def test_by_the_references_schedule_each_loss_has_a_step_of_its_own(random_famil
     assert steps.gradients == [reverse, forward, reverse, forward]
     assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 1
     logged = trainer.callback_metrics
+    assert all(logged[f"grad_norm/{direction}"] > 0 for direction in DIRECTIONS)  # of its own last step
     torch.testing.assert_close(logged["train/reverse_cd"], before.losses["train/reverse_cd"])
     torch.testing.assert_close(logged["train/forward_cd"], before.losses["train/forward_cd"])
     assert not torch.isclose(logged["train/reverse_preservation"], before.losses["train/reverse_preservation"])

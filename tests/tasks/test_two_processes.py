@@ -37,7 +37,7 @@ def pair(request, random_family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(pair):
-    """What each process had after two steps: losses, students' weights, metrics, its share of the base."""
+    """What each process had after two steps: losses, students' weights, metrics, share of the base, what is sent."""
     return [torch.load(pair[1] / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -81,18 +81,24 @@ def test_two_processes_stop_after_the_same_step_though_one_alone_was_interrupted
     assert checkpoint(pair[1])["global_step"] == 2
 
 
-def test_two_processes_agree_on_the_metrics_of_a_validation(alone, ranks):
+def test_frozen_weights_are_not_sent_from_one_process_to_the_other(ranks):
+    assert [rank[4] for rank in ranks] == [[], []]
+
+
+def test_two_processes_agree_on_what_is_logged(alone, ranks):
     first, second = (rank[2] for rank in ranks)
-    names = [name for name in first if name.startswith(("reconstruction", "guidance_sweep", "generation", "val/"))]
+    names = [n for n in first if n.startswith(("reconstruction", "guidance_sweep", "generation", "val/", "train/"))]
     assert {
         "reconstruction/psnr",
         "reconstruction_guided/latent_mse",
         "guidance_sweep/psnr_w3",
         "generation/tiny-fd",
         "val/reverse_cd",
+        "train/loss",
+        "train/forward_cd",
     } <= set(names)
     assert all(first[name] == second[name] for name in names)
-    for name in ("reconstruction/psnr", "generation/tiny-fd"):
+    for name in ("reconstruction/psnr", "generation/tiny-fd", "train/loss", "train/reverse_preservation"):
         assert float(first[name]) == pytest.approx(float(alone[2][name]), rel=1e-2)
 
 
