@@ -335,9 +335,13 @@ class Task(lightning.LightningModule):
         self._micro_batches.append({name: value.detach() for name, value in {"loss": total, **losses}.items()})
         if len(self._micro_batches) < self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
             return  # Lightning would log the last micro-batch's alone
-        for name in self._micro_batches[0]:
-            mean = torch.stack([values[name] for values in self._micro_batches]).mean()
-            self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True)
+        names = list(self._micro_batches[0])
+        means = torch.stack([torch.stack([values[name] for name in names]) for values in self._micro_batches]).mean(0)
+        means = (
+            self.all_gather(means).reshape(-1, len(names)).mean(0)
+        )  # in one message
+        for name, mean in zip(names, means, strict=True):
+            self.log(f"train/{name}", mean, prog_bar=name == "loss")
         self._micro_batches = []
 
     def recipe(self) -> dict[str, Any]:
