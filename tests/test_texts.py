@@ -1,4 +1,4 @@
-"""What others wrote is taken for text, or what is wrong with it is said; a terminal is given nothing that controls it."""
+"""What others wrote is taken for text, or what is wrong with it is said; nothing of it controls a terminal."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,10 +20,10 @@ def test_control_characters_and_what_was_no_utf8_are_always_found(text):
 
 @pytest.mark.parametrize("prompt", ["caf\ufffd", "a\0b", "\x1b[31m", "\udce9", "x" * 10_001])
 def test_a_prompt_that_is_no_text_is_refused(prompt):
-    with pytest.raises(ValueError, match="is it UTF-8|has 10,001 characters"):
+    with pytest.raises(ValueError, match=r"is it UTF-8\?|has 10,001 characters"):
         check_prompt(prompt)
 
 
-@pytest.mark.parametrize("prompt", ["", "a cat", "une photo d’été", "紅い円", "דג", "👨‍👩‍👧 family", "a\nb\tc"])
+@pytest.mark.parametrize("prompt", ["", "a cat", "une photo en été", "紅い円", "דג", "👨‍👩‍👧 family", "a\nb\tc"])
 def test_prompts_of_every_script_pass(prompt):
     check_prompt(prompt)

@@ -19,9 +19,9 @@ def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
     shapes(str(tmp_path), count=25, shard_size=10, seed=3, num_workers=1)
     samples = samples_of(tmp_path)
     assert [sample["__key__"] for sample in samples] == [f"{n:08d}" for n in range(25)]
-    for index, sample in enumerate(samples):
+    for number, sample in enumerate(samples):
         scene = Scene.from_dict(loads(sample["json"]))
-        assert scene == scene_at(3, index)
+        assert scene == scene_at(3, number)
         assert sample["txt"].decode() == scene.caption()
         np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(sample["png"]))), render(scene))
 
