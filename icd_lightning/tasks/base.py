@@ -103,7 +103,7 @@ def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """The w to draw from, or ValueError."""
     if not scales or not all(0 <= scale < math.inf for scale in scales):
         raise ValueError(
-            f"guidance_scales {list(scales)} must be 0 (unconditional; 1 is unguided) or more, and at least one"
+            f"guidance_scales {list(scales or ())} must be 0 (unconditional; 1 is unguided) or more, and at least one"
         )
     return tuple(scales)
 
