@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -77,6 +78,14 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def check_place(path: Path) -> None:
+    """OSError where no file can be made, as far as its folders tell: said before work is done for it."""
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        reason = "you may not write there" if folder.is_dir() else "that is a file"
+        raise OSError(f"cannot write {path} into {folder}: {reason}, name another place")
+
+
 def check_file(file: Path) -> None:
     """FileNotFoundError unless this is a file: a pipe would be waited for, and some devices have no end."""
     if not file.is_file():
@@ -88,16 +97,33 @@ def read_bounded(file: Path, most: int = 64 << 20) -> str:
     check_file(file)
     if file.stat().st_size > most:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than the {most:,} that such a file may have")
-    return file.read_text(encoding="utf-8")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError or ValueError that name it."""
     try:
-        text = read_bounded(file)
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error})") from error
-    return parse_object(text, str(file))
+        raise ValueError(f"{file} is no text in UTF-8 ({error})") from error
+
+
+def read_object(file: Path, most: int = 64 << 20) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or ValueError that name it."""
+    return parse_object(read_bounded(file, most), str(file))
+
+
+def read_csv(file: Path) -> Iterator[dict[str, str]]:
+    """Rows below the heading of a CSV, by its names without spaces around; None names what a row has beyond them.
+
+    What is not UTF-8 becomes U+FFFD, which `texts.wrong_with` finds. OSError or ValueError, which name the file, for
+    what is no CSV, or has two columns of one name.
+    """
+    check_file(file)
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
+            reader = csv.DictReader(opened, skipinitialspace=True, strict=True)
+            reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                raise ValueError(f"{file} has two columns {twice}: leave one")
+            yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{file} cannot be read as a CSV file (line {reader.line_num}: {error})") from error
 
 
 def parse_object(text: str | bytes, what: str) -> dict[str, Any]:

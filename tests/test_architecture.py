@@ -16,7 +16,7 @@ import icd_lightning
 ARCHITECTURE = re.compile(r"^diffusers\..*(UNet\w*Model|Transformer2DModel|BasicTransformerBlock|ResnetBlock2D)$")
 PACKAGE = Path(icd_lightning.__file__).parent
 LAYERS = (
-    {"diffusion", "files", "processes", "progress", "registry", "trust"},
+    {"diffusion", "files", "processes", "progress", "registry", "texts", "trust"},
     {"data", "metrics", "models"},
     {"editing", "tasks"},
     {"callbacks", "evaluation"},

@@ -6,7 +6,7 @@ from subprocess import run
 
 import pytest
 
-from icd_lightning.files import cache_folder, read_object, read_yaml, write_whole
+from icd_lightning.files import cache_folder, check_place, read_csv, read_object, read_yaml, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -85,3 +85,49 @@ def test_a_user_without_a_home_is_told_how_to_go_without(tmp_path, monkeypatch):
         cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "icd_lightning"
+
+
+TABLES = {
+    "a byte order mark": ("\ufeffa,b\n1,2\n", [{"a": "1", "b": "2"}]),
+    "Windows' ends of lines": ("a,b\r\n1,2\r\n", [{"a": "1", "b": "2"}]),
+    "an old Mac's": ("a,b\r1,2\r", [{"a": "1", "b": "2"}]),
+    "spaces around names": (" a , b\n1, 2\n", [{"a": "1", "b": "2"}]),
+    "a comma unquoted": ("a,b\n1,2,3\n", [{"a": "1", "b": "2", None: ["3"]}]),
+    "a cell less": ("a,b\n1\n", [{"a": "1", "b": None}]),
+    "another encoding": ("a,b\né,2\n".encode("cp1252"), [{"a": "\ufffd", "b": "2"}]),
+    "nothing": ("", []),
+    "a name twice": ("a,b,a\n1,2,3\n", "x.csv has two columns a: leave one"),
+    "a quote left open": ('a,b\n1,"2\n3,4\n', "x.csv cannot be read as a CSV file"),
+    "a cell without end": (f"a,b\n1,{'x' * 200_000}\n", "x.csv cannot be read as a CSV file"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_row_by_row_or_refused_by_name(tmp_path, name):
+    content, expected = TABLES[name]
+    file = tmp_path / "x.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        assert list(read_csv(file)) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        list(read_csv(file))
+
+
+def test_json_may_have_a_byte_order_mark_and_other_encodings_are_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_object(tmp_path / "x.json") == {"a": 1}
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"x\.json is no text in UTF-8"):
+        read_object(tmp_path / "x.json")
+
+
+def test_where_no_file_can_be_made_is_said_before(tmp_path, monkeypatch):
+    check_place(tmp_path / "new" / "deep" / "x.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"into .*file: that is a file, name another place"):
+        check_place(tmp_path / "file" / "deep" / "x.png")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root, who runs many tests, may write everywhere
+    with pytest.raises(OSError, match="you may not write there, name another place"):
+        check_place(tmp_path / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

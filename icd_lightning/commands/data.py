@@ -126,7 +126,7 @@ def describe(*urls: str, examples: int = 4) -> None:
     from rich.text import Text
 
     from icd_lightning.data.shards import describe_shards
-    from icd_lightning.data.tars import printable
+    from icd_lightning.texts import printable
 
     if examples < 1:
         raise ValueError(f"examples {examples} must be at least 1")
@@ -165,10 +165,9 @@ def index(*urls: str, caption_field: str | None = None) -> None:
         raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{INDEX}")
     counts = Counter(REASONS[code] for index in indexes for code in index.reason.tolist() if code >= 0)
     samples = sum(len(index.reason) for index in indexes)
-    if samples and counts.total() == samples:
-        raise ValueError(
-            f"none of {counted(samples, 'sample')} can be used ({left_out(counts)}): see `icd data describe`"
-        )
+    if counts.total() == samples:
+        why = left_out(counts) or "the shards are empty"
+        raise ValueError(f"none of {counted(samples, 'sample')} can be used ({why}): see `icd data describe`")
     text = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')} are indexed"
     if counts:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"

@@ -22,6 +22,7 @@ from icd_lightning.editing.limits import (
 )
 from icd_lightning.editing.methods import METHODS, class_of
 from icd_lightning.evaluation.tables import csv_rows
+from icd_lightning.files import check_place
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -193,6 +194,7 @@ class Edit:
             raise ValueError(f"output {self.output} will be a png file: give it a name that ends in .png")
         if self.output.resolve() == self.image.resolve():
             raise ValueError(f"output {self.output} is the picture itself: name another --output")
+        check_place(self.output)
 
 
 def several_edits(place: Path, source: str | None, target: str | None, output: str | None) -> list[Edit]:
@@ -204,7 +206,9 @@ def several_edits(place: Path, source: str | None, target: str | None, output: s
     """
     if output is not None and (Path(output).is_file() or Path(output).suffix.lower() in SUFFIXES):
         raise ValueError(f"output {output} must be a folder, for the results of several edits")
-    folder = Path(output) if output else place.with_name(f"{place.resolve().stem}-edited")
+    whole = place.resolve()
+    beside = place if place.name == whole.name else whole  # not . and .., which have no name
+    folder = Path(output) if output else beside.with_name(f"{whole.stem}-edited")
     rows = _folder_rows(place) if place.is_dir() else csv_rows(place, ("image",))
     edits, seen = [], Counter[str]()
     for row in rows:

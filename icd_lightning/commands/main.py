@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from icd_lightning import trust
 from icd_lightning.commands.guide import GUIDES
+from icd_lightning.texts import printable
 
 # Read when torch is imported. Where cores are busy, its threads wait for each other 100 times as long as they work,
 # unless they soon stop to spin; who says otherwise is heard.
@@ -102,6 +103,10 @@ class _Console(logging.StreamHandler):
 
     stream = property(lambda self: sys.stderr, lambda self, stream: None)
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Its lines, without what would control the terminal in names and texts of others."""
+        return "\n".join(map(printable, super().format(record).splitlines()))
+
 
 NOISE = re.compile(
     r"Subtypes: |Errors:|Given value type|Given value: (Namespace|\{)|Does not validate against any|"
@@ -117,7 +122,7 @@ def fail(message: str) -> NoReturn:
     text = "; ".join(dict.fromkeys(causes))
     text = re.sub(r'^Parser key "([^"]+)":;? *', r"\1: ", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    sys.stderr.write(f"icd: error: {text}\n")
+    sys.stderr.write(f"icd: error: {printable(text)}\n")
     raise SystemExit(2)
 
 

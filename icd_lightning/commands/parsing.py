@@ -15,8 +15,8 @@ from icd_lightning.commands.main import fail
 
 OTHER_NAMES = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace", "--family": "--model"}
 """Of options, by which they go too."""
-
-
+MAY_BE_EMPTY = ("source", "target", "prompt", "grid")
+"""Texts, not places; of those an empty name would be the folder that one is in."""
 NOT_FINITE = re.compile(r'^Parser key "(\w+)":.*Given value: ([-+]?(?:nan|inf))$', re.DOTALL | re.IGNORECASE)
 
 
@@ -43,6 +43,9 @@ def call(function: Callable, name: str, args: list[str]) -> None:
     `list[str]` takes words up to the next option.
     """
     values = _parser(function, name).parse_args([_underscored(arg) for arg in args]).as_dict()
+    for key, value in values.items():
+        if value == "" and key not in MAY_BE_EMPTY:
+            fail(f"{key} is empty: give it a value, or leave it out")
     first: list[Any] = []
     for parameter in inspect.signature(function).parameters.values():
         if _is_positional(parameter):

@@ -17,6 +17,7 @@ from icd_lightning.commands.edits import Edit, EditSettings, Size, check_size, p
 from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.limits import check_seed
 from icd_lightning.editing.methods import METHODS
+from icd_lightning.files import check_place
 
 log = logging.getLogger(__name__)
 
@@ -285,4 +286,5 @@ def free(output: str | None, default: Path, count: int = 1, *, overwrite: bool) 
     paths = [path] if count == 1 else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
     if taken := next((path for path in paths if path.is_dir() or (path.exists() and not overwrite)), None):
         raise ValueError(f"{taken} exists; name another --output, or replace it by --overwrite")
+    check_place(path)
     return paths

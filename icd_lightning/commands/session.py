@@ -23,7 +23,6 @@ from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.injection import usual_control
-from icd_lightning.editing.limits import check_text
 from icd_lightning.editing.method import EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
@@ -32,6 +31,7 @@ from icd_lightning.evaluation.methods import guided_as_told
 from icd_lightning.files import write_whole
 from icd_lightning.models.diffusion_model import compile_networks
 from icd_lightning.models.text import unknown_words
+from icd_lightning.texts import check_prompt
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Session:
     def warn_of_unknown_words(self, *prompts: str) -> None:
         """Say which words a family with a closed vocabulary has never seen."""
         for prompt in prompts:
-            check_text(prompt)
+            check_prompt(prompt)
         closed = defaults_of(self.models.family).get("closed_vocabulary")
         if closed and (unknown := unknown_words(self.method.conditioner.tokenizer, *prompts)):
             log.warning("%s does not know: %s; expect nonsense", self.models.family.model, ", ".join(unknown))

@@ -29,26 +29,17 @@ from icd_lightning.data.tars import (
     TEXT,
     Raw,
     explain_dots,
-    printable,
     text_caption,
 )
+from icd_lightning.texts import printable, wrong_with
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
 MIXED = (
     "some shards hold pictures and some hold latents, or some hold text embeddings and some none: train on one kind at "
     "a time"
 )
-CONTROL = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000), 0xFFFD)} - set("\t\n\r")
-MOST_CHARACTERS = 10_000  # of a caption, of which encoders see some 400 at most
 MOST_PIXELS = 1 << 16  # of a side
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
-
-
-def wrong_with(caption: str) -> str:
-    """What no caption does, such as to hold control characters; nothing of one that is well."""
-    if not caption.isprintable() and (odd := set(caption) & CONTROL):
-        return f"holds {min(odd)!r}; is it UTF-8?"
-    return f"has {len(caption):,} characters" if len(caption) > MOST_CHARACTERS else ""
 
 
 class Sample(NamedTuple):

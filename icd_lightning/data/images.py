@@ -5,8 +5,10 @@ torch is imported where tensors are made: commands refuse a bad picture before t
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP")  # in shards: Pillow's rarer decoders make black pictures of what is cut
 FILE_FORMATS = (*FORMATS, "AVIF", "JPEG2000", "BMP", "DIB", "TIFF", "GIF", "ICO", "PPM", "TGA")
 """Of pictures that a user names; others are rare, and EPS would start Ghostscript."""
+BAD_EXIF = (SyntaxError, struct.error)  # what Pillow raises for EXIF that is damaged, which then says nothing
 MAX_ASPECT_RATIO = 50  # a square cut from anything narrower shows nothing of it, and is slow to make
 
 
@@ -53,7 +56,8 @@ def read_picture(path: str | Path, *, max_pixels: int | None = None) -> Image.Im
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn upright as EXIF says, put transparent pictures on white, convert to RGB."""
-    image = ImageOps.exif_transpose(image)
+    with suppress(*BAD_EXIF):
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -67,7 +71,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of an opened image once it is turned upright; its pixels are not read."""
     told = image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}  # asked of others, a PNG would read its pixels
-    turned = bool(told) and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    turned = False
+    with suppress(*BAD_EXIF):
+        turned = bool(told) and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return image.size if turned else image.size[::-1]
 
 

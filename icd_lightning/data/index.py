@@ -36,17 +36,17 @@ from icd_lightning.data.tars import (
     index_shard,
     is_local,
     open_member,
-    printable,
     read_small,
     scan_shard,
 )
 from icd_lightning.files import cache_folder, write_whole
 from icd_lightning.processes import in_processes
 from icd_lightning.progress import progress
+from icd_lightning.texts import printable
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"  # of what an index says; raised when a decoder judges otherwise
+VERSION = "2"  # of what an index says; raised when a decoder judges otherwise
 MOST_INDEX_BYTES = 1 << 28
 READ_WHOLE = (*CAPTION_EXTENSIONS, "json", MOMENTS)
 BLOCK = 512  # of a tar

@@ -21,7 +21,7 @@ from PIL import Image
 
 from icd_lightning.data.images import FORMATS
 from icd_lightning.data.manifest import MANIFEST, Manifest, ShardRecord, Verify, check_shard, remove_shards, write_shard
-from icd_lightning.data.tars import IMAGE_EXTENSIONS, INDEX, expand, gaps, index_shard, is_local, text_caption
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, INDEX, Raw, expand, gaps, index_shard, is_local, text_caption
 from icd_lightning.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -243,6 +243,7 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
             raw = entry.read()
             with contextlib.suppress(ValueError, AttributeError):  # the second of one that is too large
                 captions += [caption] if (caption := text_caption(raw)) else []
+            problems += _unusable(raw)
             with contextlib.suppress(Exception):  # Pillow has many for bad files
                 data = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
                 sizes["{} x {}".format(*Image.open(BytesIO(data), formats=FORMATS).size)] += 1
@@ -256,3 +257,16 @@ def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[li
         ("manifest", f"none beside {bare[0]}: samples may be missing" if bare else manifest),
     ]
     return rows, problems
+
+
+def _unusable(raw: Raw) -> list[str]:
+    """Why a sample cannot be used, whatever is asked of it; of what it lacks, `gaps` tells."""
+    from icd_lightning.data.decoding import SampleDecoder  # with torch, a second to import
+    from icd_lightning.data.tally import RejectedError
+
+    decoder = SampleDecoder(1, min_size=0)
+    try:
+        decoder.finish(decoder.open(raw))
+    except RejectedError as error:
+        return [str(error)] if error.reason not in ("no_image", "no_caption") else []
+    return []

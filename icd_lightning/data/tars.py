@@ -5,7 +5,7 @@ A url is a local path, `pipe:<command>`, or what fsspec reads (http, s3, gs, hf 
 A sample is the files that share a key and follow each other: `<key>.jpg`, `<key>.txt`, `<key>.json`. As WebDataset has
 it, the key ends at the first dot after the last slash, and the extension is the rest, in lower case. Names without an
 extension or with one that begins with `__`, and those that begin with a dot (macOS writes `._a.jpg` beside `a.jpg`),
-belong to no sample. A name that comes again begins another sample of the same key.
+belong to no sample, nor what Windows writes. A name that comes again begins another sample of the same key.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ INDEX = ".index.safetensors"  # ends the name of the file beside a shard that sa
 MOST_BYTES = 1 << 28  # of one file of a sample
 LARGE = None  # in the place of a larger one
 PAUSES = (0.0, 0.5, 2.0)  # seconds before each attempt to read what is elsewhere
+OF_WINDOWS = ("thumbs.db", "desktop.ini")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -196,11 +197,6 @@ def text_caption(raw: Raw) -> str:
     return next(filter(None, texts), "")
 
 
-def printable(text: str) -> str:
-    """Text from a file as a terminal may be given it: what would control the terminal is written out."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def gaps(entries: Sequence[Entry]) -> list[str]:
     """What samples of a shard lack, and which keys come twice."""
     if dots := next(filter(None, (explain_dots(entry.files) for entry in entries)), None):
@@ -235,6 +231,8 @@ def _grouped(
         stem, _, extension = file.partition(".")
         member_key, extension = folder + slash + stem, extension.lower()
         if not (member.isreg() and stem and extension) or extension.startswith("__") or member.issparse():
+            continue
+        if file.lower() in OF_WINDOWS:
             continue
         if member.size < 0:
             raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")

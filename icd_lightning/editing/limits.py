@@ -33,12 +33,6 @@ def check_seed(value: int) -> int:
     return value
 
 
-def check_text(prompt: str) -> None:
-    """What a tokenizer can read."""
-    if any("\ud800" <= char <= "\udfff" for char in prompt):  # what the shell, or a browser, gave was not UTF-8
-        raise ValueError(f"prompt {prompt[:80]!r} is no text: give it in UTF-8")
-
-
 AlignmentKind = Literal["auto", "replace", "refine"]
 """How prompts are aligned; auto replaces where both have as many words, and refines otherwise."""
 

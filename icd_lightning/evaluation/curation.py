@@ -15,8 +15,9 @@ from icd_lightning.data.curation.sources import Unit, read_unit
 from icd_lightning.data.images import resize_and_crop
 from icd_lightning.data.manifest import MANIFEST, Manifest
 from icd_lightning.data.tally import RejectedError
-from icd_lightning.data.tars import Raw, printable
+from icd_lightning.data.tars import Raw
 from icd_lightning.evaluation.report import Curve, Panel, Picture, Report, Section, Table
+from icd_lightning.texts import printable
 
 SIDE = 192  # pixels of an example
 KEPT = "kept"

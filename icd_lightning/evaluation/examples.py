@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from icd_lightning.data.decoding import wrong_with
 from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
@@ -31,6 +30,7 @@ from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
 from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
+from icd_lightning.texts import wrong_with
 
 if TYPE_CHECKING:
     from icd_lightning.evaluation.benchmark import Settings
@@ -248,11 +248,11 @@ def read_blended(text: str, source: str, target: str, where: str) -> BlendedWord
         for word, prompt in zip(words, (source, target), strict=False):
             tokens = tuple(prompt.split())
             PromptTokens(prompt, (), tokens, ((),) * len(tokens)).places_of(word)
-    except (ValueError, SyntaxError) as error:
-        log.warning("%s: edited without a blend by the words %r: %s", where, text, error)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: of brackets in brackets
+        log.warning("%s: edited without a blend by the words %.200r: %s", where, text, error)
         return False
     if len(words) > 2:
-        log.warning("%s: blended by the first two of the words %r", where, text)
+        log.warning("%s: blended by the first two of the words %.200r", where, text)
     return words[0], words[1]
 
 

@@ -104,7 +104,7 @@ def check_guidance_scales(scales: Sequence[float]) -> tuple[float, ...]:
     """The w to draw from, or ValueError."""
     if not scales or not all(0 <= scale < math.inf for scale in scales):
         raise ValueError(
-            f"guidance_scales {list(scales)} must be 0 (unconditional; 1 is unguided) or more, and at least one"
+            f"guidance_scales {list(scales or ())} must be 0 (unconditional; 1 is unguided) or more, and at least one"
         )
     return tuple(scales)
 
@@ -337,9 +337,7 @@ class Task(lightning.LightningModule):
             return  # Lightning would log the last micro-batch's alone
         names = list(self._micro_batches[0])
         means = torch.stack([torch.stack([values[name] for name in names]) for values in self._micro_batches]).mean(0)
-        means = (
-            self.all_gather(means).reshape(-1, len(names)).mean(0)
-        )  # in one message
+        means = self.all_gather(means).reshape(-1, len(names)).mean(0)  # in one message
         for name, mean in zip(names, means, strict=True):
             self.log(f"train/{name}", mean, prog_bar=name == "loss")
         self._micro_batches = []

@@ -110,6 +110,7 @@ def test_a_group_lists_its_commands(capsys):
         ("fit --trainer.max_stpes 3", "unrecognized arguments: --trainer.max_stpes 3"),
         ("fit --trainer.max_steps x", "trainer.max_steps: Expected a int. Got value: x"),
         ("fit --model Nothing", "model: "),
+        ("data describe \x1b[2Jx", "\\x1b[2Jx"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(capsys, args, message):
@@ -199,8 +200,23 @@ def test_any_number_of_words_and_a_flag_to_turn_off():
     assert parsed(several, "a", "b c", "--no_flag") == (("a", "b c"), False)
 
 
-@pytest.mark.parametrize("text", ["null", "5", "1e3", "{a: b}", "[x", "a: b, 'c'", "yes", "", "@x", "紅い円"])
+@pytest.mark.parametrize("text", ["null", "5", "1e3", "{a: b}", "[x", "a: b, 'c'", "yes", "@x", "紅い円"])
 def test_text_is_taken_as_it_is(text):
     assert parsed(command, text, "--model", text)[-1][0] == text
     assert parsed(command, text)[0] == text
     assert parsed(several, text, text)[0] == (text, text)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["edit", "", "--target", "a"],
+        ["edit", "x.png", "--target", "a", "--model", ""],
+        ["eval", "--out="],
+        ["data", "curate", "x.csv", "--out", "", "--config", "x.yaml", "--overwrite"],
+    ],
+)
+def test_a_variable_of_the_shell_that_is_not_set_is_no_folder_here(capsys, args):
+    code, _, err = outcome(capsys, *args)
+    assert code == 2
+    assert "is empty: give it a value, or leave it out" in err

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from icd_lightning.commands import pictures
-from icd_lightning.commands.edits import Edit, EditSettings
+from icd_lightning.commands.edits import Edit, EditSettings, several_edits
 from icd_lightning.commands.main import main
 from icd_lightning.commands.session import open_editor
 from icd_lightning.data.images import to_images
@@ -500,6 +500,15 @@ def test_a_folder_of_pictures(icd, folder):
     np.testing.assert_array_equal(read("results/b-edited.png"), read("photo-edited.png"))
 
 
+@pytest.mark.parametrize("place", [".", "../photos"])
+def test_the_results_of_a_folder_go_beside_it_however_it_is_named(folder, monkeypatch, place):
+    (folder / "photos").mkdir()
+    shutil.copy("photo.png", "photos/a.png")
+    monkeypatch.chdir(folder / "photos")
+    (one,) = several_edits(Path(place), "a", "b", None)
+    assert one.output.resolve() == folder / "photos-edited" / "a-edited.png"
+
+
 # Invert
 
 
@@ -635,6 +644,10 @@ def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read
         (edit("--method", "subprocess.Popen"), "subprocess.Popen is no PictureMethod: derive it from Baseline"),
         (edit("--lora_alpha", "0"), "lora_alpha 0.0 must be a positive number"),
         (["edit", "chain.csv", "-o", ".", "--overwrite"], "output red.png is a picture to be edited: name another"),
+        (["edit", "control.csv"], r"control.csv, row 1: image holds '\x00'; is it UTF-8?"),
+        (["edit", "open.csv"], "open.csv cannot be read as a CSV file (line 2: unexpected end of data)"),
+        (["edit", "aliases.csv"], "aliases.csv has two columns image (or file_name): leave one"),
+        (edit("-o", "photo.png/x.png"), "photo.png: that is a file, name another place"),
         (["edit", "leaves.csv"], "output '../x.png' leaves leaves-edited: name a file in it"),
         (["edit", "same.csv"], "x.png would be written more than once"),
         (
@@ -683,6 +696,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(icd, folder, capsys, args, mes
     Path("empty.csv").write_text("picture,source\na.png,a\n")
     heading = "image,source,target,output\n"
     Path("chain.csv").write_text(f"{heading}photo.png,a,b,red.png\nred.png,a,b,x.png\n")
+    Path("control.csv").write_text(f"{heading}pho\0to.png,a,b,\n")
+    Path("open.csv").write_text(f'{heading}photo.png,"a,b,\nphoto.png,a,b,\n')
+    Path("aliases.csv").write_text("image,file_name,source,target\nphoto.png,red.png,a,b\n")
     Path("leaves.csv").write_text(f"{heading}photo.png,a,b,../x.png\n")
     Path("same.csv").write_text(f"{heading}photo.png,a,b,x.png\nphoto.png,a,c,d/../x.png\n")
     Path("twice.csv").write_text("image,source,target,output\na.png,a,b,c.png\nb.png,a,b,c.png\n")

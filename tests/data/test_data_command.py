@@ -3,9 +3,11 @@ import pytest
 from PIL import Image
 from shards_case import samples_of
 
-from icd_lightning.commands.data import describe, shapes
+from icd_lightning.commands.data import describe, index, shapes
 from icd_lightning.commands.main import main
 from icd_lightning.data.manifest import Manifest
+from icd_lightning.data.shards import encode_sample
+from icd_lightning.data.tars import write_tar
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import Scene, scene_at
 
@@ -17,9 +19,9 @@ def test_shapes_writes_the_scenes_of_its_seed(tmp_path):
     shapes(str(tmp_path), count=25, shard_size=10, seed=3, num_workers=1)
     samples = samples_of(tmp_path)
     assert [sample["__key__"] for sample in samples] == [f"{n:08d}" for n in range(25)]
-    for index, sample in enumerate(samples):
+    for number, sample in enumerate(samples):
         scene = Scene.from_dict(loads(sample["json"]))
-        assert scene == scene_at(3, index)
+        assert scene == scene_at(3, number)
         assert sample["txt"].decode() == scene.caption()
         np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(sample["png"]))), render(scene))
 
@@ -101,3 +103,26 @@ def test_the_command_line(tmp_path, capsys):
         main(["data", "shapes", "--out", str(tmp_path), "--count", "7"])
     assert stopped.value.code == 2
     assert "count 6, not 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"png": b"GIF89a"}, "corrupt_image"),
+        ({"txt": "caf\ufffd".encode()}, "bad_caption"),
+        ({"json": b"["}, "corrupt_json"),
+    ],
+)
+def test_why_samples_cannot_be_used_is_said_where_one_is_sent(tmp_path, capsys, files, why):
+    sample = encode_sample("0", np.zeros((8, 8, 3), np.uint8), "a cat", {}) | files
+    write_tar([sample], tmp_path / "0.tar")
+    with pytest.raises(ValueError, match=rf"none of 1 sample can be used \({why} 1\): see `icd data describe`"):
+        index(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"1 problem: {why}: 0 of \S+0.tar: "):
+        describe(str(tmp_path))
+
+
+def test_empty_shards_are_not_indexed_in_silence(tmp_path):
+    write_tar([], tmp_path / "0.tar")
+    with pytest.raises(ValueError, match=r"none of 0 samples can be used \(the shards are empty\)"):
+        index(str(tmp_path))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from icd_lightning.data.images import quantize, read_picture, save_png, to_images, to_pictures
+from icd_lightning.data.images import quantize, read_picture, save_png, to_images, to_pictures, to_rgb, upright_size
 
 
 def noise(height: int = 12, width: int = 16) -> np.ndarray:
@@ -97,3 +97,20 @@ def test_a_png_keeps_its_pixels_and_says_how_it_was_made(tmp_path):
     with Image.open(tmp_path / "new" / "a.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), picture)
         assert saved.text == {key: str(value) for key, value in about.items()}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damage", [lambda data: b"Exif\0\0garbage", lambda data: data[:8], lambda data: data[:-3]])
+def test_damaged_exif_costs_no_pixel(tmp_path, kind, damage):
+    """A picture is read as without it, and what was read can be taken for a picture again."""
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    image, path = Image.fromarray(noise()), tmp_path / "x"
+    image.save(path, kind)
+    expected = read_picture(path)
+    image.save(path, kind, exif=damage(exif.tobytes()))
+    with Image.open(path) as opened:
+        assert upright_size(opened) == (12, 16)
+    read = read_picture(path)
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(to_rgb(read)), np.asarray(expected))

@@ -114,6 +114,8 @@ def test_a_table_without_pictures_or_captions_is_refused(tmp_path, columns, mess
         ("0.json", "{}", "0.json holds no captions as COCO's annotations do"),
         ("0.json", '{"images": [{"id": 1, "file_name": "x.jpg"}], "annotations": []}', "x.jpg of .* is in none of"),
         ("0.csv", "", "no column of a picture"),
+        ("0.csv", 'image,caption\nx.jpg,"a\n', "0.csv cannot be read as a CSV file"),
+        ("0.json", '{"images": [{"id": 1, "file_name": 5}], "annotations": []}', "5 of .* is in none of"),
         ("0.tar.gz", "", "does not exist|compressed"),
     ],
 )
@@ -132,3 +134,47 @@ def test_a_changed_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"00000.tar has changed since it was curated: choose another folder"):
         curated([shard], tmp_path / "out")
     assert files_in(tmp_path / "out") == before
+
+
+NAMES = ["a\0b.jpg", "x" * 5000 + ".jpg", "raw", "..", "", "/dev/zero", "C:\\\\0.jpg", "\x1b[2J"]
+"""Of pictures that cannot be."""
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_a_name_that_is_none_loses_its_own_pair_alone(tmp_path, ending):
+    good, odd = write_pictures(tmp_path, 2), [*NAMES, *([5, None] if ending == "json" else [])]
+    (tmp_path / "raw").mkdir()
+    names, file = [good[0], *odd, good[1]], tmp_path / f"pairs.{ending}"
+    if ending == "csv":
+        with file.open("w", newline="") as opened:
+            csv.writer(opened).writerows([["image", "caption"], *([name, "a cat"] for name in names)])
+    elif ending == "json":
+        images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+        notes = [{"image_id": number, "caption": "a cat"} for number in range(len(names) + 1)]
+        file.write_text(json.dumps({"images": [*images, {"id": len(names)}], "annotations": notes}))
+    else:
+        parquet.write_table(pyarrow.table({"image": names, "caption": ["a cat"] * len(names)}), file)
+    manifest, _ = curated([file], tmp_path / "out", PLAIN)
+    lost = len(odd) + (ending == "json")
+    assert (manifest.samples, manifest.parameters["dropped"]) == (2, {"no_image": lost})
+
+
+def test_captions_of_a_table_that_are_cut_or_lost_are_dropped(tmp_path):
+    """By a comma that is not quoted, or by another encoding."""
+    names = write_pictures(tmp_path, 3)
+    rows = [f"{names[0]},a cat, on a bench", f"{names[1]},un café", f"{names[2]},a dog"]
+    (tmp_path / "pairs.csv").write_bytes("\n".join(["image,caption", *rows]).encode("cp1252"))
+    manifest, _ = curated([tmp_path / "pairs.csv"], tmp_path / "out", PLAIN)
+    assert captions(tmp_path / "out") == ["a dog"]
+    assert manifest.parameters["dropped"] == {"bad_caption": 1, "no_caption": 1}
+
+
+def test_where_nothing_could_be_read_no_change_of_the_recipe_is_asked_for(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\nnone.jpg,a cat\n")
+    with pytest.raises(
+        ValueError, match=r"\(no_image 1\): none could be read, see that the inputs are whole"
+    ) as refused:
+        curated([tmp_path / "pairs.csv"], tmp_path / "out", PLAIN)
+    assert "recipe" not in str(refused.value)
+    (tmp_path / "none.jpg").write_bytes(jpeg(photograph(0)))
+    assert curated([tmp_path / "pairs.csv"], tmp_path / "out", PLAIN, overwrite=True)[0].samples == 1

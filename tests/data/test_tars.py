@@ -16,6 +16,7 @@ GROUPS = {
     "extensions": (["d/a.b.JPG", "d/a.txt", "d.e/f.png"], [("d/a", "b.jpg txt"), ("d.e/f", "png")]),
     "what belongs to none": (["__meta__", "a.jpg", "noextension", ".hidden", "a.", "a.txt"], [("a", "jpg txt")]),
     "macOS": (["d/._a.jpg", "d/a.jpg", "d/._a.txt", "d/a.txt"], [("d/a", "jpg txt")]),
+    "Windows": (["Thumbs.db", "d/a.jpg", "d/a.txt", "d/Thumbs.db", "desktop.ini"], [("d/a", "jpg txt")]),
     "a folder": (["./a.jpg", "./a.txt", "./b.jpg"], [("a", "jpg txt"), ("b", "jpg")]),
     "underscores": (["__a__1.jpg", "__a__1.txt", "__b__.jpg"], [("__a__1", "jpg txt"), ("__b__", "jpg")]),
     "a name twice": (["a.jpg", "a.jpg", "a.txt"], [("a", "jpg"), ("a", "jpg txt")]),

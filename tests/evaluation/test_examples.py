@@ -155,8 +155,8 @@ def test_a_csv_of_captions_needs_no_pictures(tmp_path):
     [
         ("x.csv", "image,text\na.png,x\n", "no column caption, only image, text"),
         ("x.csv", "image,caption\na.png,a cat, on a bench\n", "row 1 has more cells than the heading: quote a cell"),
-        ("x.csv", "image,caption\na.png,a \x1b[2J cat\n", "a caption of 'a.png' holds"),
-        ("x.csv", "image,caption\na.png," + "a" * 10_001 + "\n", "a caption of 'a.png' has 10,001 characters"),
+        ("x.csv", "image,caption\na.png,a \x1b[2J cat\n", r"row 1: caption holds '\\x1b'"),
+        ("x.csv", "image,caption\na.png," + "a" * 10_001 + "\n", "row 1: caption has 10,001 characters"),
         ("x.csv", "image,caption\na.png,\n", "row 1: caption is empty"),
         ("x.csv", "image,caption\nmissing.png,x\n", "names .*missing.png, which is not there"),
         ("x.csv", "image,caption\na.png,x\na.png,y\n", "'a.png' comes 2 times"),
@@ -164,13 +164,13 @@ def test_a_csv_of_captions_needs_no_pictures(tmp_path):
         ("x.json", "{", "is no JSON"),
         ("x.json", "[]", "not a JSON object"),
         ("x.json", "{}", "not as COCO's caption annotations"),
-        ("y.csv", "", "there is no file"),
+        ("y.csv", "", "there is no .*y.csv"),
     ],
 )
 def test_broken_captions_are_refused(tmp_path, name, content, message):
     picture(tmp_path / "a.png")
     (tmp_path / name.replace("y", "x")).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         read_captions(tmp_path / name)
 
 

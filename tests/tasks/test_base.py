@@ -91,7 +91,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         OptimizerSettings(**settings)
 
 
-@pytest.mark.parametrize("scales", [[], [1.0, -0.5], [float("nan")]])
+@pytest.mark.parametrize("scales", [[], [1.0, -0.5], [float("nan")], None])
 def test_guidance_scales_begin_at_zero(scales):
     with pytest.raises(ValueError, match=r"guidance_scales \[.*\] must be 0 \(unconditional.*\) or more, and at least"):
         check_guidance_scales(scales)

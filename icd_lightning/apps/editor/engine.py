@@ -12,11 +12,12 @@ from torch import Tensor
 from icd_lightning.data.images import resize_and_crop
 from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.injection import usual_control
-from icd_lightning.editing.limits import Control, check_text
+from icd_lightning.editing.limits import Control
 from icd_lightning.editing.method import UNGUIDED
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.report.sheet import contact_sheet
 from icd_lightning.models.text import END_OF_WORD
+from icd_lightning.texts import check_prompt
 
 MAX_PIXELS = 40_000_000
 """Of a picture that somebody sends: as many as a large camera's, 120 MB once it is read."""
@@ -147,7 +148,7 @@ class Editor:
                 raise ValueError(
                     f"the {name} prompt has {len(prompt)} characters: shorten it to {MAX_CHARACTERS} or fewer"
                 )
-            check_text(prompt)
+            check_prompt(prompt)
         if unknown := self.pipe.unknown_words(*prompts.values()):
             raise ValueError(f"this model does not know {', '.join(unknown)}: write with {', '.join(self.words)}")
         reader = self.pipe.method.conditioner.sides[-1].tokenizer  # T5's, where there is one: it reads on

@@ -27,6 +27,7 @@ from icd_lightning.data.curation.sources import Unit, find_units
 from icd_lightning.data.curation.writing import Piece, Writing
 from icd_lightning.data.images import FORMATS, read_picture
 from icd_lightning.data.manifest import Manifest, complete_set, finished_shards, remove_shards
+from icd_lightning.data.tally import REASONS as UNREADABLE
 from icd_lightning.data.tars import is_local
 from icd_lightning.files import read_object, remove_tree, write_json, write_whole
 from icd_lightning.progress import progress
@@ -217,7 +218,9 @@ def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -
         stale.unlink(missing_ok=True)
     if not parameters["kept"]:
         dropped = ", ".join(f"{reason} {count}" for reason, count in parameters["dropped"].items()) or "there were none"
-        raise ValueError(f"{folder}: no pair was kept ({dropped}): change the recipe, and pass --overwrite")
+        readable = parameters["dropped"].keys() - set(UNREADABLE)
+        remedy = "change the recipe" if readable else "none could be read, see that the inputs are whole"
+        raise ValueError(f"{folder}: no pair was kept ({dropped}): {remedy}, and pass --overwrite")
     return complete_set(folder, parameters, [*manifest.shards, *(piece.name for piece in pieces)])
 
 

@@ -20,7 +20,7 @@ from icd_lightning.data.tally import RejectedError
 from icd_lightning.data.tars import IMAGE_EXTENSIONS, Raw
 from icd_lightning.files import write_whole
 
-VERSION = 1  # of what records say; raised when pictures are opened or hashed otherwise
+VERSION = 2  # of what records say; raised when pictures are opened or hashed otherwise
 BATCH = 16  # pairs that a stage is given at once, whose pictures are in memory at full size
 
 

@@ -5,12 +5,12 @@ A source is cut into units, each of which is read on its own, in order, and give
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -22,7 +22,7 @@ from icd_lightning.data.shards import find_shards
 from icd_lightning.data.tally import Tally
 from icd_lightning.data.tars import IMAGE_EXTENSIONS, MOST_BYTES, Raw, expand, is_local, open_url
 from icd_lightning.data.uncounted import read_shard
-from icd_lightning.files import check_file, parse_object, read_bounded
+from icd_lightning.files import read_csv, read_object
 
 ROWS = 1000  # of a table, or of COCO's pictures, in a unit
 MOST_TABLE = 1 << 30  # bytes of a CSV or of annotations
@@ -132,11 +132,14 @@ def _sample(url: str, row: int, picture: tuple[str, bytes | None], caption: Any,
 
 
 def _file(folder: Path, name: Any) -> tuple[str, bytes | None]:
-    """A picture's name and content; None for one that is not there, not in the folder, or far too large."""
-    path = folder / str(name)
-    inside = path.resolve().is_relative_to(folder.resolve())  # a table by somebody else names what it likes
-    fits = inside and path.is_file() and path.stat().st_size <= MOST_BYTES
-    return str(name), path.read_bytes() if fits else None
+    """A picture's name and content; None for one that is not there, not in the folder, far too large, or no name."""
+    name, data = str(name)[:1000], None  # which may be an array of anything
+    path = folder / name
+    with suppress(OSError, ValueError):  # of names too long, or with a NUL in them
+        inside = path.resolve().is_relative_to(folder.resolve())  # a table by somebody else names what it likes
+        fits = inside and path.is_file() and path.stat().st_size <= MOST_BYTES
+        data = path.read_bytes() if fits else None
+    return name, data
 
 
 def _column(names: Iterable[str], wanted: Sequence[str], what: str, url: str) -> str:
@@ -160,9 +163,7 @@ def _table_units(url: str) -> list[Unit]:
 def _rows(url: str) -> Iterator[dict[str, Any]]:
     if not is_local(url):
         raise ValueError(f"{url} is elsewhere: copy it and its pictures to this machine")
-    check_file(Path(url))
-    with open(url, newline="", encoding="utf-8-sig", errors="replace") as file:
-        yield from csv.DictReader(file)
+    yield from read_csv(Path(url))
 
 
 def _read_table(unit: Unit) -> Iterator[Raw]:
@@ -170,20 +171,21 @@ def _read_table(unit: Unit) -> Iterator[Raw]:
     for row, about in enumerate(islice(_rows(unit.url), unit.start, unit.stop), unit.start):
         picture = _column(about, PICTURES, "picture", unit.url)
         caption = _column(about, CAPTIONS, "caption", unit.url)
-        yield _sample(unit.url, row, _file(folder, about[picture]), about[caption], about)
+        text = None if None in about else about[caption]  # a comma in it, unquoted, would end it
+        yield _sample(unit.url, row, _file(folder, about[picture]), text, about)
 
 
 @lru_cache(1)  # units of one file follow each other
 def _coco(url: str) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of COCO's pictures and its images, each with its captions."""
     path = Path(url)
-    content = parse_object(read_bounded(path, MOST_TABLE), url)
+    content = read_object(path, MOST_TABLE)
     captions = defaultdict(list)
     try:
         for note in content["annotations"]:
             captions[note["image_id"]].append(str(note["caption"]))
         images = [image | {"captions": captions[image["id"]]} for image in content["images"]]
-        first = images[0]["file_name"]
+        first = str(images[0]["file_name"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{url} holds no captions as COCO's annotations do ({error!r})") from error
     folders = (path.parent, path.parent.parent / path.stem.rpartition("_")[2], path.parent / "images")
@@ -199,7 +201,7 @@ def _read_coco(unit: Unit) -> Iterator[Raw]:
     folder, images = _coco(unit.url)
     for row, image in enumerate(images[unit.start : unit.stop], unit.start):
         caption = next(iter(image["captions"]), None)
-        yield _sample(unit.url, row, _file(folder, image["file_name"]), caption, image)
+        yield _sample(unit.url, row, _file(folder, image.get("file_name")), caption, image)
 
 
 def _parquet_units(url: str) -> list[Unit]:
