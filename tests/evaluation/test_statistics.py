@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from icd_lightning.evaluation.statistics import Estimate, bootstrap
+from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 
 
 def test_the_interval_is_that_of_the_mean_of_normal_values():
@@ -24,6 +24,14 @@ def test_pictures_without_a_value_do_not_count_and_perfect_ones_give_no_nan():
     assert (estimate, estimate.low, estimate.high) == (math.inf, 30.0, math.inf)
     with pytest.raises(ValueError, match="no value to average"):
         bootstrap([math.nan])
+
+
+@pytest.mark.parametrize("trainings", [2, 3])
+def test_a_picture_that_one_training_has_no_value_for_does_not_count_for_any(trainings):
+    values = np.random.default_rng(0).normal(size=(trainings, 20))
+    holed = np.insert(values, 7, 100.0, axis=1)
+    holed[1, 7] = math.nan
+    assert bootstrap_trainings(holed).as_dict() == bootstrap_trainings(values).as_dict()
 
 
 def test_an_estimate_is_a_number_that_shows_its_interval():
