@@ -54,7 +54,7 @@ TABLE_3_COLUMNS = ("CLIP-T", "Dino", "CLIP-I")
 
 
 PIEBENCH = Benchmark(
-    (replace(EDITING, metrics=("icd", "piebench")),),
+    (replace(EDITING, metrics=(*EDITING.metrics, "piebench")),),
     edit_sections,
     read=lambda settings: read_pie_bench(settings.data, natural=settings.natural, count=settings.count),
     published=(
