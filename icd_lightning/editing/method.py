@@ -160,7 +160,7 @@ class EditingMethod(PictureMethod):
 
     @abstractmethod
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The network that decodes, bound to prompts and guidance."""
+        """The network that decodes, bound to prompts and guidance: a dataclass that holds its `conditioning`."""
 
     @abstractmethod
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
