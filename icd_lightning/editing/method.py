@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
@@ -156,9 +156,11 @@ class PictureMethod(ABC):
 class EditingMethod(PictureMethod):
     """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided."""
 
+    version = 2  # 1 swapped pooled embeddings, too
+
     @abstractmethod
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
-        """The network that decodes, bound to prompts and guidance."""
+        """The network that decodes, bound to prompts and guidance: a dataclass that holds its `conditioning`."""
 
     @abstractmethod
     def from_noise(self, denoise: Denoiser, noise: Tensor, *, on_step: OnStep | None) -> Tensor:
@@ -187,9 +189,13 @@ class EditingMethod(PictureMethod):
     ) -> PromptSwap:
         """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided.
 
-        By default swap_tau is the guidance's tau, or 1, never, where it has none.
+        By default swap_tau is the guidance's tau, or 1, never, where it has none. Pooled embeddings are the target's
+        throughout, as in the paper's script for SDXL.
         """
-        source, target = self.denoiser(source_prompts, UNGUIDED), self.denoiser(target_prompts, guidance)
+        source: Any = self.denoiser(source_prompts, UNGUIDED)
+        target: Any = self.denoiser(target_prompts, guidance)
+        told = {name: value for name, value in target.conditioning.tensors.items() if name == "pooled_prompt_embeds"}
+        source = replace(source, conditioning=source.conditioning.replace(**told))
         swap_tau = getattr(guidance, "tau", 1.0) if swap_tau is None else swap_tau
         return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 

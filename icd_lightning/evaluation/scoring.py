@@ -17,6 +17,7 @@ from torch import Tensor
 from icd_lightning.evaluation.examples import DataSet, Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.metrics.base import PerImage, PictureMetric
+from icd_lightning.metrics.reconstruction import LatentNLL
 from icd_lightning.metrics.registry import build_metrics
 
 if TYPE_CHECKING:
@@ -76,22 +77,10 @@ class Scoring:
         names = names or data.metrics.get(task.name) or task.metrics
         others = [name for name in names if name not in data.scorers]
         metrics = build_metrics(others) if others else {}
-        first = data.examples[0]
-        for name, metric in metrics.items():  # what is not there is complained of before anything is measured
-            if "noise" in metric.needs and task.name in ("generation", "editing"):
-                raise ValueError(
-                    f"metric {name!r} is of noise that pictures become, which {task.name} does not measure"
-                )
-            if "reference" in metric.needs and first.picture is None:
-                raise ValueError(
-                    f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do "
-                    "without, as in --metrics clip-t,image-reward"
-                )
-            if "masks" in metric.needs and first.runs is None and first.truth is None:
-                raise ValueError(
-                    f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited"
-                )
-        metrics = {n: m.to(device) for n, m in metrics.items() if "noise" not in m.needs}  # its likelihood is recorded
+        for name, metric in metrics.items():
+            _check(name, metric, task, data)
+        # the likelihood of noise is recorded while it is there
+        metrics = {n: m.to(device) for n, m in metrics.items() if not isinstance(m, LatentNLL)}
         scorers = {n: ByMetric(n, m, task.edits) for n, m in metrics.items() if isinstance(m, PerImage)}
         scorers |= {name: data.scorers[name]() for name in names if name in data.scorers}
         return cls(scorers, {n: m for n, m in metrics.items() if not isinstance(m, PerImage)})
@@ -101,3 +90,24 @@ class Scoring:
         """How each column is printed."""
         columns = {column: style for scorer in self.scorers.values() for column, style in scorer.styles.items()}
         return {**RECORDED, **columns, **{name: style_of(metric) for name, metric in self.of_sets.items()}}
+
+
+def _check(name: str, metric: PictureMetric, task: Task, data: DataSet) -> None:
+    """What is not there is complained of before anything is measured."""
+    first = data.examples[0]
+    if "noise" in metric.needs and task.name in ("generation", "editing"):
+        raise ValueError(f"metric {name!r} is of noise that pictures become, which {task.name} does not measure")
+    if "reference" in metric.needs and first.picture is None:
+        raise ValueError(
+            f"metric {name!r} compares with pictures, and the data hold captions alone: name metrics that do without, "
+            "as in --metrics clip-t,image-reward"
+        )
+    if "masks" in metric.needs and first.runs is None and first.truth is None:
+        raise ValueError(f"metric {name!r} is of a part of the picture, and {data.name} do not say which is edited")
+    given = ("images", "reference", *(("prompts", "masks") if isinstance(metric, PerImage) else ()))
+    lacking = [need for need in metric.needs if need not in given]
+    if lacking and not isinstance(metric, LatentNLL):
+        raise ValueError(
+            f"metric {name!r} needs {lacking[0]}, which it is not given here: a metric of each picture gets images, "
+            "reference, prompts and masks, one of all together images and reference"
+        )

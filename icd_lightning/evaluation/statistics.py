@@ -78,9 +78,10 @@ def bootstrap_trainings(values: ArrayLike) -> Estimate:
     """Mean of (trainings, pictures), with limits over resampled pictures and, from MIN_SEEDS, over other trainings.
 
     A mean over so few trainings is off by their scatter times Student's t: drawing them with replacement would make
-    intervals too narrow.
+    intervals too narrow. A picture without a value in any of them is left out.
     """
     array = np.asarray(values, dtype=np.float64)
+    array = array[:, ~np.isnan(array).any(0)]
     trainings = len(array)
     if trainings < MIN_SEEDS:
         return bootstrap(array.mean(0))

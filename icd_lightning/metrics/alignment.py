@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from icd_lightning.data.images import to_pictures
-from icd_lightning.metrics.base import PerImage
+from icd_lightning.metrics.base import PerImage, where_finite
 from icd_lightning.metrics.pretrained import load_network, load_part
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -32,7 +32,7 @@ class ImageCosine(PerImage):
         """Embeddings (B, D)."""
         pixels = self.processor(images=list(to_pictures(images)), return_tensors="pt")["pixel_values"]
         outputs = getattr(self.network, "get_image_features", self.network)  # CLIP reads texts, too
-        return outputs(pixels.to(images.device)).pooler_output
+        return where_finite(outputs(pixels.to(images.device)).pooler_output, images)
 
 
 class CLIPText(ImageCosine):

@@ -111,7 +111,13 @@ def pillow_squares(images: Tensor, size: int, interpolation: InterpolationMode) 
     """8-bit values 0 ... 255 (B, 3, size, size), float32: short sides resized by Pillow, centres cut out."""
     pictures = [resize(Image.fromarray(picture), [size], interpolation) for picture in to_pictures(images)]
     squares = torch.stack([pil_to_tensor(center_crop(picture, [size])) for picture in pictures])
-    return squares.float().to(images.device)
+    return where_finite(squares.float().to(images.device), images)
+
+
+def where_finite(values: Tensor, images: Tensor) -> Tensor:
+    """Values (B, ...), NaN for those of images that are not finite: 8 bits would make them black, and good figures."""
+    finite = images.isfinite().flatten(1).all(1)
+    return values.where(finite.view(-1, *(1,) * (values.ndim - 1)), torch.nan)
 
 
 def _check(name: str, need: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from torchvision.models.inception import Inception3
 from torchvision.transforms.functional import InterpolationMode, center_crop
 
 from icd_lightning.data.images import quantize
+from icd_lightning.data.manifest import sha256
 from icd_lightning.files import check_file
 from icd_lightning.metrics.base import PictureMetric, pillow_squares
 from icd_lightning.metrics.pretrained import find_file, frozen, load_weights
@@ -45,8 +46,8 @@ class FrechetDistance(PictureMetric):
         if reference_stats is None:
             fixed = torch.zeros(0, num_features).double(), torch.zeros(0, num_features, num_features).double()
         else:
-            self.needs = ("images",)
             fixed = read_statistics(reference_stats, num_features)
+            vars(self).update(needs=("images",), version=f"{self.version} of {sha256(Path(reference_stats))}")
         self.register_buffer("fixed_means", fixed[0], persistent=False)
         self.register_buffer("fixed_covariances", fixed[1], persistent=False)
         sides = len(self.needs)
@@ -69,9 +70,11 @@ class FrechetDistance(PictureMetric):
         self.count += features.shape[1]
 
     def compute(self) -> Tensor:
-        """The distance; ValueError for less than two pictures, which have no covariance."""
+        """The distance, NaN of pictures that are not finite; ValueError for less than two: they have no covariance."""
         if (count := int(self.count)) < 2:
             raise ValueError(f"a Frechet distance of {count} pictures does not exist: measure on two or more, on many")
+        if not self.sums.isfinite().all():  # eigenvalues of such are an error
+            return torch.tensor(torch.nan)
         means = self.sums / count
         covariances = (self.products - count * means[..., None] * means[:, None]) / (count - 1)
         means, covariances = torch.cat([means, self.fixed_means]), torch.cat([covariances, self.fixed_covariances])

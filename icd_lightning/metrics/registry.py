@@ -99,6 +99,8 @@ def _build(name: str) -> PictureMetric:
         metric = entry.build()
     except MissingNetworkError as error:
         raise FileNotFoundError(f"metric {whole} lacks its network: {error}") from error
+    if entry.init_args:  # stored values are of these settings
+        vars(metric)["version"] = f"{metric.version} {dict(entry.init_args)}"
     if part is None:
         return metric
     if not isinstance(metric, PerImage) or "images" not in metric.needs:

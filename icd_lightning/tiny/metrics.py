@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from icd_lightning.data.images import quantize
-from icd_lightning.metrics.base import PerImage
+from icd_lightning.metrics.base import PerImage, where_finite
 from icd_lightning.metrics.distribution import FrechetDistance
 from icd_lightning.tiny.attributes import caption_labels
 from icd_lightning.tiny.scene_network import SceneNetwork
@@ -61,7 +61,7 @@ class TinyAgreement(PerImage):
         stated = torch.stack([caption_labels(prompt) for prompt in prompts]).to(images.device)
         counted = stated != ABSENT
         right = (self.network.read(images.float()) == stated) & counted
-        return right.sum(1) / counted.sum(1)
+        return where_finite(right.sum(1) / counted.sum(1), images)
 
 
 class TinyPerceptualDistance(PerImage):

@@ -220,6 +220,19 @@ def test_ddim_swaps_no_prompt_under_constant_guidance(family, images):
         assert torch.equal(usual, dynamic.edit(images, SOURCES, TARGETS, guidance=guidance, swap_tau=swap_tau))
 
 
+def test_a_swap_of_prompts_leaves_the_pooled_one_the_targets(layouts):
+    """As the paper's script for SDXL decodes."""
+    method, told = DDIMInversion(Family(str(layouts["sdxl"])), num_inference_steps=2), []
+    source, target = (method.conditioner([prompt]).tensors for prompt in ("a red cat", "a blue dog"))
+    noise = torch.zeros(1, 4, 32, 32)
+    hook = method.network.register_forward_pre_hook(lambda module, args, kwargs: told.append(kwargs), with_kwargs=True)
+    method.edit(None, ["a red cat"], ["a blue dog"], guidance=StepGuidance(1.0), swap_tau=0.4, noise=noise)
+    hook.remove()
+    assert [torch.equal(one["encoder_hidden_states"], source["prompt_embeds"]) for one in told] == [True, False]
+    for one in told:
+        assert torch.equal(one["added_cond_kwargs"]["text_embeds"], target["pooled_prompt_embeds"])
+
+
 def test_ddim_counts_what_guidance_takes(family, images):
     method = DDIMInversion(family, num_inference_steps=5, guidance_scale=3.0, tau=0.7)
     for guidance in (None, UNGUIDED, StepGuidance(3.0)):

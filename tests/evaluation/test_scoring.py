@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from icd_lightning.data.images import to_images
+from icd_lightning.evaluation.benchmark import BENCHMARKS, Benchmark
 from icd_lightning.evaluation.benchmarks.editing import EDITING
 from icd_lightning.evaluation.benchmarks.generation import FROM_NOISE
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
 from icd_lightning.evaluation.examples import DataSet, Example, stack
 from icd_lightning.evaluation.report import Style
-from icd_lightning.evaluation.scoring import ByMetric, Scoring, score_set
-from icd_lightning.metrics.registry import build_metrics
+from icd_lightning.evaluation.scoring import ByMetric, Scoring, _check, score_set
+from icd_lightning.metrics.base import PerImage, PictureMetric
+from icd_lightning.metrics.registry import METRICS, build_metrics, expand
 from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import data_set, scene_edits, scene_examples
 from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
@@ -23,6 +25,27 @@ EXAMPLES = scene_edits(16, HELD_OUT_SEED)
 ORIGINALS = stack(EXAMPLES, 64)
 TRUTHS = to_images([example.truth.draw(64) for example in EXAMPLES])
 EDITS, CAPTIONS = data_set(EXAMPLES), DataSet([Example("a", "a red star")], "1 of a.csv", "0")
+
+
+class Loudness(PerImage):
+    """Of noise, which no file of a run holds."""
+
+    needs = ("noise",)
+
+    def values(self, noise):
+        return noise.square().mean((1, 2, 3))
+
+
+class Agreement(PictureMetric):
+    """Of all pictures and prompts together."""
+
+    needs = ("images", "prompts")
+
+    def take(self, images, prompts):
+        pass
+
+    def compute(self):
+        return torch.ones(())
 
 
 class Oracle:
@@ -137,8 +160,20 @@ def test_the_defaults_suit_the_examples_and_styles_are_the_metrics_own():
         ("psnr", FROM_NOISE, CAPTIONS, "metric 'psnr' compares with pictures, and the data hold captions alone"),
         ("latent-nll", EDITING, EDITS, r"'latent-nll' is of noise .* which editing does not measure"),
         ("mse-edited", TO_NOISE_AND_BACK, data_set(scene_examples(2, 0)), "'mse-edited' is of a part of the picture"),
+        (f"{__name__}.Loudness", TO_NOISE_AND_BACK, EDITS, "needs noise, which it is not given here"),
+        (f"{__name__}.Agreement", EDITING, EDITS, "needs prompts, .* one of all together images and reference"),
     ],
 )
 def test_what_cannot_be_scored_is_said_before_anything_is_measured(name, task, data, message):
     with pytest.raises(ValueError, match=message):
         Scoring.choose([name], task, data)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS.entries)
+def test_what_a_benchmark_scores_by_default_is_there(name):
+    """Without the networks: classes say what metrics need."""
+    benchmark = Benchmark.find(name)
+    for task in (*benchmark.tasks, *benchmark.grid_tasks):
+        for metric in expand([name for name in task.metrics if name not in EDITS.scorers] or ["psnr"]):
+            cls = METRICS.find(metric.removesuffix("-unedited").removesuffix("-edited")).load()
+            _check(metric, cls.__new__(cls), task, EDITS)

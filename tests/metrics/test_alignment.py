@@ -95,6 +95,12 @@ def test_long_prompts_and_other_shapes_are_cut(clip_home):
     torch.testing.assert_close(*scores, rtol=0, atol=0.01)
 
 
+def test_pictures_that_are_not_finite_have_no_cosine(clip_home):
+    images = scenes(2)[1].clone()
+    images[1, 0, 0, 0] = torch.nan
+    assert ImageCosine().per_image(images, images).isnan().tolist() == [False, True]
+
+
 def test_metrics_of_one_process_share_the_network(clip_home):
     first, second = CLIPText(), ImageCosine()
     assert first.network is second.network

@@ -87,6 +87,8 @@ def test_fixed_statistics_take_the_place_of_reference_pictures(tmp_path):
     paired.update(images[:24], images[24:])
     torch.testing.assert_close(fixed.compute(), paired.compute())
     assert fixed.needs == ("images",)
+    np.savez(tmp_path / "stats.npz", **statistics(Colors()(images[:24])))
+    assert FrechetDistance(Colors(), 6, tmp_path / "stats.npz").version != fixed.version
 
 
 @pytest.mark.parametrize(

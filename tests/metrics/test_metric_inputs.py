@@ -3,8 +3,11 @@
 import pytest
 import torch
 from metrics_case import grey, noisy
+from torchvision.transforms.functional import InterpolationMode
 
+from icd_lightning.metrics.base import pillow_squares
 from icd_lightning.metrics.reconstruction import PSNR, LatentNLL
+from icd_lightning.metrics.registry import build_metrics
 from icd_lightning.tiny.metrics import TinyAgreement
 
 
@@ -42,10 +45,20 @@ def test_a_metric_takes_what_it_needs_of_all_there_is():
     torch.testing.assert_close(metric.compute(), metric.per_image(images, reference, **given).mean())
 
 
-def test_pictures_of_a_diverged_training_are_nan_and_no_error():
-    metric = PSNR()
-    metric.update(grey(0) * torch.nan, grey(0))
+@pytest.mark.parametrize("name", ["psnr", "mse", "ssim", "tiny-perceptual", "tiny-agreement", "tiny-fd"])
+def test_pictures_of_a_diverged_training_are_nan_and_no_error(name):
+    (metric,) = build_metrics([name]).values()
+    images, reference = noisy(3, size=(64, 64))
+    images[1, 0, 5, 5] = torch.nan
+    metric.update(images, reference, prompts=["a red star"] * 3)
     assert metric.compute().isnan()
+
+
+def test_what_pillow_resizes_of_such_is_nan_for_that_picture_alone():
+    images = noisy(2)[0]
+    images[1] = torch.nan
+    squares = pillow_squares(images, 8, InterpolationMode.BICUBIC)
+    assert squares.flatten(1).isnan().any(1).tolist() == squares.flatten(1).isnan().all(1).tolist() == [False, True]
 
 
 def test_asking_for_single_images_counts_nothing():

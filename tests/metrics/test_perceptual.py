@@ -11,6 +11,7 @@ import torchmetrics.functional.image.lpips as torchmetrics_lpips
 from metrics_case import noisy, scenes
 from PIL import Image
 from torch import nn
+from torch.nn.functional import interpolate
 from torchvision.models import squeezenet1_1, vgg16
 from torchvision.transforms.functional import normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -176,10 +177,11 @@ def self_similarity(network: ViTModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_structure_distance_by_piebench_s_arithmetic(structure):
-    images, reference = noisy(2, size=(224, 224))
+    images, reference = noisy(2, size=(512, 512))
     found, expected = structure.per_image(images, reference), []
     for a, b in zip(images, reference, strict=True):
-        maps = [self_similarity(structure.network, quantize(x[None])) for x in (a, b)]  # 0 ... 255, left so
+        pair = [interpolate(quantize(x[None]), [224, 224], mode="bilinear") for x in (a, b)]  # 0 ... 255, left so
+        maps = [self_similarity(structure.network, pixels) for pixels in pair]
         assert maps[0].shape == (50, 50)
         expected.append((maps[0] - maps[1]).square().mean())
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-6)

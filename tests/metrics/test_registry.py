@@ -53,7 +53,10 @@ def test_a_metric_from_outside_works_by_its_path_and_inside_a_mask(elsewhere):
 def test_a_yaml_file_gives_a_metric_its_settings(elsewhere):
     name = str(elsewhere / "half.yaml")
     Path(name).write_text("class_path: elsewhere.Brightness\ninit_args: {weight: 0.5}\n")
-    assert build_metrics([name])[name].per_image(torch.ones(1, 3, 4, 4)).item() == 0.5
+    half = build_metrics([name])[name]
+    assert half.per_image(torch.ones(1, 3, 4, 4)).item() == 0.5
+    Path(name).write_text("class_path: elsewhere.Brightness\ninit_args: {weight: 0.25}\n")
+    assert build_metrics([name])[name].version != half.version  # so that stored values of the one are not the other's
     Path(name).write_text("class_path: elsewhere.Brightness\ninit_args: {wait: 0.5}\n")
     with pytest.raises(ValueError, match="wait"):
         build_metrics([name])

@@ -54,12 +54,12 @@ TABLE_3_COLUMNS = ("CLIP-T", "Dino", "CLIP-I")
 
 
 PIEBENCH = Benchmark(
-    (replace(EDITING, metrics=("icd", "piebench")),),
+    (replace(EDITING, metrics=(*EDITING.metrics, "piebench")),),
     edit_sections,
     read=lambda settings: read_pie_bench(settings.data, natural=settings.natural, count=settings.count),
     published=(
         published(
-            "arXiv:2310.01506, SD1.5, all 700 pictures, edits by Prompt-to-Prompt",
+            "arXiv:2310.01506, SD1.4, all 700 pictures, edits by Prompt-to-Prompt",
             ("structure, e-3", "PSNR", "LPIPS, e-3", "MSE, e-4", "SSIM, e-2", "CLIP, whole", "CLIP, edited"),
             {
                 "ddim_p2p": (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44),
