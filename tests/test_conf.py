@@ -151,6 +151,8 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
         options.append(f"--model.init_args.family.model={random_family}")
     if task_class is InvertibleConsistencyDistillation:
         options.append(FEW_LAYERS)
+    if whole == "sd3, random":  # which names its own stage 1
+        options.append("--model.init_args.family.guided_unet=unet_guided")
     if whole in GLOBAL_BATCHES:
         composed = compose(cli, names, *options)
         assert composed["global_batch_size"] == GLOBAL_BATCHES[whole]

@@ -165,13 +165,14 @@ def index(*urls: str, caption_field: str | None = None) -> None:
         raise ValueError(f"{shards[0]} is not on this machine: index them where they are local, and copy the *{INDEX}")
     counts = Counter(REASONS[code] for index in indexes for code in index.reason.tolist() if code >= 0)
     samples = sum(len(index.reason) for index in indexes)
-    if counts.total() == samples:
+    damaged = [f"{url}: {index.damage}" for url, index in zip(shards, indexes, strict=True) if index.damage]
+    if counts.total() == samples and (samples or not damaged):
         why = left_out(counts) or "the shards are empty"
         raise ValueError(f"none of {counted(samples, 'sample')} can be used ({why}): see `icd data describe`")
     text = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')} are indexed"
     if counts:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"
-    if damaged := [f"{url}: {index.damage}" for url, index in zip(shards, indexes, strict=True) if index.damage]:
+    if damaged:
         raise ValueError(f"{counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
     Console().print(text, soft_wrap=True)
 

@@ -89,7 +89,7 @@ def test_generation_is_the_pipeline_s_own(editor, pipeline):
         (" \n", "the source prompt is empty"),
         ("a red star " * 9, "the source prompt has 27 tokens, and the model reads 22: shorten it"),
         ("a" * 2001, "the source prompt has 2001 characters: shorten it to 2000 or fewer"),
-        ("a \ud800", r"prompt 'a \\ud800' is no text"),
+        ("a \ud800", r"prompt 'a \\ud800' holds '\\ud800'; is it UTF-8\?"),
         ("a cat and a star", "this model does not know cat, and: write with a, above, an, background, blue, "),
     ],
 )

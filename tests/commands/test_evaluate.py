@@ -30,7 +30,7 @@ def test_a_benchmark_prints_its_table_and_says_where_everything_is(random_family
         ("--benchmark fid", "no benchmark 'fid'; there is: inversion"),
         ("--benchmark inversion --method magic", "no method 'magic'; there is: icd"),
         ("--benchmark inversion --metrics magic", "no metric 'magic'; there is: psnr"),
-        ("--benchmark inversion --data nowhere.csv", "there is no file nowhere.csv"),
+        ("--benchmark inversion --data nowhere.csv", "there is no nowhere.csv"),
         ("--benchmark inversion --grid tau", "grid 'tau' is not as in tau=0.6,0.7,0.8"),
         ("--benchmark inversion --batch_size 0", "batch_size 0 must be from 1 to 1,000,000"),
         ("--benchmark piebench --data .", "is not PIE-Bench: there is no mapping_file.json"),

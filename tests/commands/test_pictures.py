@@ -645,7 +645,7 @@ def test_settings_of_another_kind_of_network_are_refused_before_weights_are_read
         (edit("--lora_alpha", "0"), "lora_alpha 0.0 must be a positive number"),
         (["edit", "chain.csv", "-o", ".", "--overwrite"], "output red.png is a picture to be edited: name another"),
         (["edit", "control.csv"], r"control.csv, row 1: image holds '\x00'; is it UTF-8?"),
-        (["edit", "open.csv"], "open.csv cannot be read as a CSV file (line 2: unexpected end of data)"),
+        (["edit", "open.csv"], "open.csv cannot be read as a CSV file (line 1: unexpected end of data)"),
         (["edit", "aliases.csv"], "aliases.csv has two columns image (or file_name): leave one"),
         (edit("-o", "photo.png/x.png"), "photo.png: that is a file, name another place"),
         (["edit", "leaves.csv"], "output '../x.png' leaves leaves-edited: name a file in it"),

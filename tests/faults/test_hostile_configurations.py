@@ -219,7 +219,7 @@ def test_sides_beyond_all_pictures_are_refused(here, capsys):
 
 
 def test_a_prompt_that_is_no_text_is_refused(here, capsys):
-    assert "no text" in refusal(capsys, "generate", "a \udcff star")
+    assert "is it UTF-8?" in refusal(capsys, "generate", "a \udcff star")
 
 
 def test_guidance_beyond_all_numbers_makes_no_picture(here, capsys):

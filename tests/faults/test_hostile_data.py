@@ -233,10 +233,12 @@ def test_patterns_that_stand_for_too_many_shards_are_refused():
             find_shards(pattern)
 
 
-def test_what_claims_a_picture_of_any_size_is_described(tmp_path):
+def test_what_claims_a_picture_of_any_size_is_described_as_corrupt(tmp_path, capsys):
     claim = b"RIFF\xff\xff\xff\xffWEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff"
     write(tmp_path / "0.tar", [("bad.webp", claim), ("bad.txt", b"a caption"), *good()])
-    main(["data", "describe", str(tmp_path), "--examples", "10"])
+    with pytest.raises(SystemExit):
+        main(["data", "describe", str(tmp_path), "--examples", "10"])
+    assert "1 problem: corrupt_image: bad of " in capsys.readouterr().err
 
 
 RECORDS = {"a list": "[]", "cut": "{", "nothing": "", "deep": "[" * 100_000, "other fields": '{"a": 1}'}
