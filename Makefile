@@ -149,7 +149,11 @@ outputs/demo/metrics.json: icd_lightning/weights/tiny/unet_guided/diffusion_pyto
 	rm -rf outputs/demo # its training goes on with no other weights
 	$(ICD) demo
 
-figures: outputs/demo/metrics.json notebook-results ## measure again what README, docs, card and notebooks show, and put it there (hours; goes on where it stopped)
+outputs/demo-tiny_flow/metrics.json: icd_lightning/weights/tiny_flow/transformer/diffusion_pytorch_model.safetensors | $(STAMP)
+	rm -rf outputs/demo-tiny_flow
+	$(ICD) demo --family tiny_flow
+
+figures: outputs/demo/metrics.json outputs/demo-tiny_flow/metrics.json notebook-results ## measure again what README, docs, card and notebooks show, and put it there (hours; goes on where it stopped)
 	$(ICD) tiny jumps
 	$(ICD) eval --benchmark tiny_edit --method all --count 64
 	$(ICD) eval --benchmark tiny_edit --method icd,icd_p2p,untrained,ddim_dynamic,npi,pnp_inversion,edit_friendly,infedit,sdedit \
