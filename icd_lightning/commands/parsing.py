@@ -6,12 +6,14 @@ import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
+from icd_lightning.files import check_place
 
 OTHER_NAMES = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace", "--family": "--model"}
 """Of options, by which they go too."""
@@ -46,6 +48,8 @@ def call(function: Callable, name: str, args: list[str]) -> None:
     for key, value in values.items():
         if value == "" and key not in MAY_BE_EMPTY:
             fail(f"{key} is empty: give it a value, or leave it out")
+    if (out := values.get("out")) and "://" not in out:  # everywhere a folder, here or in a store
+        check_place(Path(out) / "results")
     first: list[Any] = []
     for parameter in inspect.signature(function).parameters.values():
         if _is_positional(parameter):
