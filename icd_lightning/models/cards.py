@@ -33,13 +33,13 @@ library_name: diffusers
 """
 
 STUDENT = """\
-The {direction} model of {paper}: it takes {journey} in {count} evaluations, by DDIM jumps between fixed timesteps.
+The {direction} model of {paper}: it takes {journey} in {count} evaluations, by jumps between fixed timesteps.
 
 | | |
 |---|---|
 | boundaries | {ends} |
 | jumps | {jumps} |
-{lora}| base | the guidance-distilled {network} of `{family}`; {guidance} |
+{lora}| base | the {network} of `{family}` that takes w; {guidance} |
 
 {use}"""
 

@@ -1,4 +1,4 @@
-"""The weights that come with the package: complete, small, and able to do what the rest builds on."""
+"""The weights that come with the package, of both families: complete, small, and able to do what the rest builds on."""
 
 import json
 
@@ -23,8 +23,17 @@ SCENES = scene_examples(24, HELD_OUT_SEED)
 PROMPTS = [example.caption for example in SCENES]
 
 
+SIZES = {"tiny": 30e6, "tiny_flow": 16e6}  # bytes at most
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def family(request):
+    return Family(request.param)
+
+
 @pytest.fixture(scope="module")
-def family():
+def tiny():
+    """Whose autoencoder and scene network serve both."""
     return Family("tiny")
 
 
@@ -35,23 +44,23 @@ def students(family):
 
 def test_the_whole_family_is_small_and_in_half_precision(family):
     files = [file for file in family.root.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 30e6
+    assert sum(file.stat().st_size for file in files) <= SIZES[family.model]
     assert {"README.md", "icd.json"} <= {file.name for file in files}
-    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in RECIPES["tiny"].stages)
+    assert all((family.root / "training" / stage / "curves.json").is_file() for stage in RECIPES[family.model].stages)
 
 
 def test_its_students_and_cards_name_the_family_as_users_do(family):
     parts = [file for file in family.root.rglob("*") if file.is_file() and file.name != "config.yaml"]
-    assert not [file for file in parts if b"tiny-weights/" in file.read_bytes()], "the folder of the training is named"
-    assert json.loads((family.root / "students/forward/icd.json").read_text())["family"] == "tiny"
+    assert not [file for file in parts if b"-weights/" in file.read_bytes()], "the folder of the training is named"
+    assert json.loads((family.root / "students/forward/icd.json").read_text())["family"] == family.model
 
 
-def test_the_autoencoder_reaches_its_bar(family):
-    assert all(bar.passed for bar in autoencoder_bars(DDIMInversion(family), SCENES))
+def test_the_autoencoder_reaches_its_bar(tiny):
+    assert all(bar.passed for bar in autoencoder_bars(DDIMInversion(tiny), SCENES))
 
 
-def test_the_scene_network_reads_true_scenes(family):
-    network = SceneNetwork.from_pretrained(family.root / "scene_network")
+def test_the_scene_network_reads_true_scenes(tiny):
+    network = SceneNetwork.from_pretrained(tiny.root / "scene_network")
     found = network.read(stack(SCENES, 64))
     assert found.shape == (len(SCENES), len(LABELS))
     assert all(
@@ -61,8 +70,8 @@ def test_the_scene_network_reads_true_scenes(family):
 
 
 @pytest.mark.slow
-def test_stage_one_stands_in_for_its_guided_teacher(family):
-    unguided, *shares = stage_one_bars(family, DDIMInversion(family), scene_examples(64, HELD_OUT_SEED))
+def test_stage_one_stands_in_for_its_guided_teacher(tiny):
+    unguided, *shares = stage_one_bars(tiny, DDIMInversion(tiny), scene_examples(64, HELD_OUT_SEED))
     assert unguided.value < 0.02
     assert len(shares) == 3
     assert all(bar.value < 0.5 for bar in shares), "a network that ignores w has 1"
