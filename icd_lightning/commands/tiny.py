@@ -34,14 +34,12 @@ def demo(
     from icd_lightning.commands import fit
     from icd_lightning.commands.data import shapes
     from icd_lightning.models.family import Family
-    from icd_lightning.models.released import SHIPPED
     from icd_lightning.tiny.demo import DemoStudy
 
     start = time.monotonic()
     root = Path(out or ("outputs/demo" if model == "tiny" else f"outputs/demo-{Path(model).name}"))
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
-    of_model = [f"model/{model}"] if model in SHIPPED[1:] else []
-    files, family = fit.conf_files(conf, ("base", "model/tiny", *of_model, "experiment/demo")), Family(model)
+    files, family = fit.conf_files(conf, _overlays(model, "experiment/demo")), Family(model)
     study = DemoStudy(root, eval_count, family)
     log.info("1/4 shards for %s", family.root)
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
@@ -59,6 +57,13 @@ def demo(
     log.info("4/4 after training, and the report")
     after = study.measure_after()
     study.report(before, after, seconds=time.monotonic() - start if whole else None)
+
+
+def _overlays(model: str, experiment: str) -> list[str]:
+    """What a training of a tiny family is composed of."""
+    from icd_lightning.models.released import SHIPPED
+
+    return ["base", "model/tiny", *(f"model/{name}" for name in SHIPPED[1:] if name == model), experiment]
 
 
 def report(
@@ -135,7 +140,7 @@ def jumps(
     from icd_lightning.tiny.jumps import NUMBERS, measure_jumps, measured_as, write_jumps
 
     root, models, settings = Path(out), Weights(model).models(), measured_as(count)
-    files, frozen = conf_files(conf, ("base", "model/tiny", "experiment/tiny")), teacher_hash(models.family)
+    files, frozen = conf_files(conf, _overlays(model, "experiment/tiny")), teacher_hash(models.family)
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
     trainings = {}
