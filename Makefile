@@ -161,6 +161,8 @@ figures: outputs/demo/metrics.json outputs/demo-tiny_flow/metrics.json notebook-
 	$(ICD) eval --benchmark tiny_edit --method icd --count 64 --grid "w=3 tau=0.5,0.6,0.7,0.8,0.9,1" --out outputs/eval-tau
 	$(ICD) eval --benchmark tiny_edit --model tiny_flow --count 64 --out outputs/eval-tiny_flow \
 	  --method icd_swap,icd_p2p,untrained,ddim,flowedit,rf_solver_edit,fireflow,rf_inversion,uniedit_flow,sdedit
+	$(ICD) eval --benchmark tiny_edit --model tiny_flow --method icd --count 64 --grid "w=3 tau=0.5,0.6,0.7,0.8,0.9,1" \
+	  --out outputs/eval-tau-tiny_flow
 	$(ICD) tiny report --card --count $(SCENES)
 	$(ICD) tiny report --model tiny_flow --card --count $(SCENES) --out outputs/tiny-report-tiny_flow
 	$(BIN)/python docs/hooks/figures.py
