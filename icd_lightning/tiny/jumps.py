@@ -55,7 +55,7 @@ def jumps_table(measured: Mapping[int, Measured]) -> Table:
         f"{facts['count']} held-out pictures, to noise and back at w 1; edited, and generated from drawn noise, at "
         f"{facts['decoding']} (below 1 it leaves the first jump unguided, so all of 1 + 1). Shown: attributes of the "
         "caption that generated pictures have; tiny-fd: their Fréchet distance to the true ones, less is better. Each "
-        "number of jumps has students of its own; untrained are the weights of stage 1.",
+        "number of jumps has students of its own; untrained are the weights that they start from.",
         ("jumps", "students", "PSNR (dB)", "changed as asked", "kept", "PSNR to truth", "shown", "tiny-fd"),
         tuple(rows),
         tuple(i for i, row in enumerate(rows) if row[1] == LABELS["icd"]),
@@ -81,6 +81,6 @@ def write_jumps(measured: Mapping[int, Measured], root: Path) -> tuple[Table, tu
     generated = jumps_panel(measured, "pictures", "Generated from drawn noise")
     returned = jumps_panel(measured, "reconstruction", "To noise and back")
     write_text(file, markdown_table(table))
-    told = "Students of one to four jumps each way, beside the same jumps of the weights of stage 1."
+    told = "Students of one to four jumps each way, beside the same jumps of the weights that they start from."
     report = Report(table.title, told, sections=(generated, returned, table))
     return table, (file, *write_report(report, root))

@@ -297,11 +297,14 @@ def test_the_base_never_moves(random_family, scenes, tmp_path, batch):
     assert same(base, {name: plain[name] for name in base})
 
 
-def test_losses_that_are_none_or_named_twice_are_refused(random_family):
+def test_losses_that_are_none_named_twice_or_for_another_student_are_refused(random_family):
     with pytest.raises(ValueError, match="losses are all null: a training needs one at least"):
         distillation(random_family, losses=Losses(None, None, None, None))
     with pytest.raises(ValueError, match=r"losses\.others names forward_cd, a usual loss"):
         distillation(random_family, losses=Losses(others={"forward_cd": Consistency("forward")}))
+    with pytest.raises(ValueError, match=r"losses\.reverse_cd trains forward: .* in losses\.others"):
+        distillation(random_family, losses=Losses(reverse_cd=Consistency("forward")))
+    distillation(random_family, losses=Losses(reverse_cd=None, others={"mine": Consistency("forward")}))
 
 
 def test_boundaries_must_be_those_of_the_students_to_begin_with(random_family):
