@@ -185,10 +185,8 @@ def as_comfy(images: Tensor) -> Tensor:
 
 
 def text(tooltip: str, *, default: str = "", multiline: bool = False) -> tuple:
-    """A widget for text."""
     return "STRING", {"default": default, "multiline": multiline, "tooltip": tooltip}
 
 
 def number(default: float, least: float, most: float, tooltip: str) -> tuple:
-    """A widget for a number."""
     return "FLOAT", {"default": default, "min": least, "max": most, "step": 0.05, "tooltip": tooltip}

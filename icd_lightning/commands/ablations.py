@@ -111,7 +111,6 @@ def train(root: Path, name: str, files: Sequence[Path], options: dict[str, objec
 
 
 def report(study: Any, root: Path, facts: dict[str, object]) -> None:
-    """Print and write the study's tables."""
     from icd_lightning.evaluation.ablations.tables import table_2, verdict_table, write_study
     from icd_lightning.evaluation.report import print_tables
 

@@ -45,5 +45,4 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
 
 
 def wait() -> None:
-    """Until a signal ends the program."""
     Event().wait()

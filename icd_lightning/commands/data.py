@@ -178,12 +178,10 @@ def index(*urls: str, caption_field: str | None = None) -> None:
 
 
 def counted(count: int, name: str) -> str:
-    """A count and what is counted, in the plural unless it is one."""
     return f"{count} {name}{'s' * (count != 1)}"
 
 
 def _part(text: str) -> tuple[int, int]:
-    """Read "2/8"."""
     first, _, last = text.partition("/")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ValueError(f"part {text!r} must be as in 0/8, 1/8, ... 7/8")

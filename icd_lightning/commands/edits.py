@@ -97,7 +97,6 @@ class EditSettings(Weights):
 
     @property
     def control(self) -> dict[str, Any]:
-        """The settings given of a `PromptToPrompt` or an `Injection`."""
         names = {field.name: None for kind in (PromptToPrompt, Injection) for field in fields(kind)}
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         readers = {"amplify": read_factors, "blend": read_blend}
@@ -122,7 +121,6 @@ Size = tuple[int | None, int | None]
 
 
 def check_size(height: int | None, width: int | None) -> Size:
-    """The size, or ValueError."""
     for name, value in (("height", height), ("width", width)):
         if value is not None and not 1 <= value <= MOST_PIXELS:
             raise ValueError(f"{name} {value} must be 1 or more, and at most {MOST_PIXELS}")
@@ -155,7 +153,6 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[float]]:
 
 
 def variants(settings: EditSettings, grid: dict[str, list[float]]) -> list[EditSettings]:
-    """The settings of every cell, the first key varying fastest."""
     keys = list(grid)[::-1]
     cells = itertools.product(*(grid[key] for key in keys))
     return [replace(settings, **dict(zip(keys, cell, strict=True))) for cell in cells]
@@ -176,7 +173,6 @@ class Edit:
 
     @property
     def about(self) -> dict[str, str]:
-        """For the result's metadata."""
         return {"image": self.image.name, "source": self.source, "target": self.target}
 
     def check(self, settings: EditSettings) -> None:

@@ -93,7 +93,6 @@ def evaluate(
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
-    """Names separated by commas, if there are any."""
     return tuple(name.strip() for name in text.split(",")) if text else None
 
 

@@ -75,7 +75,6 @@ class FitParser(LightningArgumentParser):
     """LightningCLI's parser with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Name the new spelling of an old configuration."""
         if moved := MOVED_KEY.search(message):
             key = moved[1]
             message = f"model.init_args.{key} is not accepted: in stage 2 it is model.init_args.{MOVED[key]}"
@@ -110,12 +109,10 @@ class FitCommand(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of LightningCLI that make sense here."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what the trainer's signature lacks."""
         parser.add_argument(
             "--float32_matmul_precision",
             choices=("highest", "high", "medium"),

@@ -127,7 +127,6 @@ def fail(message: str) -> NoReturn:
 
 
 def help_text() -> str:
-    """The list of commands."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
     return (
@@ -140,7 +139,6 @@ def help_text() -> str:
 
 
 def _split(args: list[str]) -> tuple[str, list[str]]:
-    """Separate the command's one or two words from its options."""
     if args[0].startswith("-"):
         fail(f"{args[0]} comes before the command; write `icd COMMAND {args[0]} ...`")
     for words in (2, 1):
@@ -157,7 +155,6 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(name: str, args: list[str]) -> None:
-    """Import a command's function and call it by a parser made of its signature."""
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(f"icd_lightning.commands.{module}"), attribute)
     if name in GUIDES:  # LightningCLI parses by itself

@@ -69,7 +69,6 @@ class Session:
         return height, width
 
     def guidance(self, settings: EditSettings, *, edit: bool = False) -> StepGuidance:
-        """As told, or else the method's own."""
         own = self.models.guidance(self.name, self.method, edit=edit)
         return guided_as_told(own, settings.guidance_scale, settings.tau)
 
@@ -98,7 +97,6 @@ class Session:
             yield as_output(result, "pil")[0], about, spent(clock)
 
     def _options(self, settings: EditSettings, edit: Edit, guidance: StepGuidance) -> dict[str, Any]:
-        """Arguments of the method's `edit` beside its guidance."""
         if not isinstance(self.method, BORROWING):
             return {"swap_tau": guidance.tau if settings.swap_tau is None else settings.swap_tau}
         usual = self.method.control or (usual_control(self.method.network) if settings.control else None)
@@ -135,7 +133,6 @@ class Session:
         return picture, cost, float(psnr(back, images))
 
     def noise(self, seeds: Sequence[int], size: Size) -> Tensor:
-        """Noise (B, C, h, w) of these seeds."""
         return seeded_noise(self.method.latent_shape(len(seeds), *self.size(size)), seeds)
 
     def generate(self, prompts: list[str], noise: Tensor, settings: EditSettings) -> Iterator[Made]:
@@ -172,7 +169,6 @@ def open_editor(settings: EditSettings, *, compiled: bool = False) -> Session:
 
 
 def spent(clock: Clock) -> str:
-    """What a result cost, in words."""
     return f"{clock.nfe} evaluations, {clock.seconds():.2f} s"
 
 

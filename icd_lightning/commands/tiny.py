@@ -60,7 +60,6 @@ def demo(
 
 
 def _overlays(model: str, experiment: str) -> list[str]:
-    """What a training of a tiny family is composed of."""
     from icd_lightning.models.released import SHIPPED
 
     return ["base", "model/tiny", *(f"model/{name}" for name in SHIPPED[1:] if name == model), experiment]

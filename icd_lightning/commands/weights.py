@@ -73,7 +73,6 @@ class Weights:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For a result's metadata."""
         return {field.name: getattr(self, field.name) for field in fields(Weights)}
 
     def family(self) -> Any:
@@ -112,7 +111,6 @@ class EncoderWeights:
         return Family(self.text).load_conditioner().to(find_device(self.device))
 
     def encoders(self) -> Any:
-        """What caches latents with them, an `Encoders`."""
         from icd_lightning.data.latents import Encoders
 
         text = (self.conditioner.fingerprint, self.embeds) if self.text else ()
@@ -123,11 +121,9 @@ class EncoderWeights:
         return self.autoencoder.moments(images.to(find_device(self.device)))
 
     def embeds(self, captions: list[str]) -> Any:
-        """Embeddings of B captions by name."""
         return self.conditioner(captions).embeds()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the networks."""
         return asdict(self)
 
 

@@ -153,7 +153,6 @@ class ShardDataModule(lightning.LightningDataModule):
         return UncountedStream(urls, self.decoder, self.batch_size, batches, **order)
 
     def _look_into(self, urls: Sequence[str]) -> Sample:
-        """The first sample; ValueError if not one of the first can be used."""
         tally = Tally(**self.limits)
         raws = chain.from_iterable(read_shard(url, tally) for url in urls[:PROBED_SHARDS])
         return _probe(raws, self.decoder, "urls", tally)
@@ -217,11 +216,8 @@ class ShardDataModule(lightning.LightningDataModule):
     test_dataloader = val_dataloader
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop the workers."""
         if self._loader is not None:
             self._loader.close()
-
-    # --- resuming ---
 
     def state_dict(self) -> dict[str, Any]:
         if self.stream is None or self.trainer is None:
@@ -258,7 +254,6 @@ class ShardDataModule(lightning.LightningDataModule):
         return position % self.trainer.num_training_batches if self.trainer.overfit_batches else position
 
     def _order(self) -> dict[str, Any]:
-        """All that decides which samples make which batch."""
         stream = self.stream
         assert stream is not None
         names = ("seed", "batch_size", "world_size", "shuffle_buffer")

@@ -21,16 +21,7 @@ from safetensors.numpy import load
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import FORMATS, MAX_ASPECT_RATIO, resize_and_crop, to_images, to_rgb, upright_size
 from icd_lightning.data.tally import NothingToReadError, RejectedError
-from icd_lightning.data.tars import (
-    IMAGE_EXTENSIONS,
-    LARGE,
-    MOMENTS,
-    MOST_BYTES,
-    TEXT,
-    Raw,
-    explain_dots,
-    text_caption,
-)
+from icd_lightning.data.tars import IMAGE_EXTENSIONS, LARGE, MOMENTS, MOST_BYTES, TEXT, Raw, explain_dots, text_caption
 from icd_lightning.texts import printable, wrong_with
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # in TEXT, the second for SDXL alone
@@ -211,7 +202,6 @@ class SampleDecoder:
 
 
 def _with_image(sample: Sample, raw: Raw) -> Sample:
-    """Open the image, reading no more than its header."""
     data = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
     if data is None:
         extensions = [name for name in raw if not name.startswith("__")][:10]
@@ -245,7 +235,6 @@ def _fits_half(values: NDArray) -> bool:
 
 
 def _pixels(pair: Any) -> tuple[int, int]:
-    """Two counts of pixels out of json."""
     if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 31 for n in pair)):
         raise ValueError(f"{pair!r:.80} are no two numbers of pixels")
     return pair[0], pair[1]
@@ -302,7 +291,6 @@ def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
 
 @lru_cache
 def _sorted_buckets(resolution: int) -> tuple[list[float], list[tuple[int, int]]]:
-    """Forms log(height / width) in order, and their buckets."""
     sizes = sorted(bucket_sizes(resolution), key=lambda size: size[0] / size[1])
     return [math.log(height / width) for height, width in sizes], sizes
 

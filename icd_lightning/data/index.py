@@ -115,7 +115,6 @@ def beside(url: str, caption_field: str | None = None) -> str:
 
 
 def read_index(url: str, caption_field: str | None) -> ShardIndex | None:
-    """The index of a shard as it is kept; None where there is none that fits."""
     if not is_local(url):
         content = read_small(beside(url, caption_field), MOST_INDEX_BYTES)
         return None if content is None else _parse(content, caption_field)
@@ -129,7 +128,6 @@ def read_index(url: str, caption_field: str | None) -> ShardIndex | None:
 
 
 def make_index(url: str, caption_field: str | None) -> ShardIndex:
-    """Index a local shard, and keep the index where that is possible."""
     index = _scan(Path(url), caption_field)
     if not len(index.offset):  # an empty shard, or no shard at all, beside which nothing of ours belongs
         return index

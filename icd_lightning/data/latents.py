@@ -149,7 +149,6 @@ class Caching:
             yield {"__key__": sample.key, **files, "json": about.encode(), "txt": sample.caption.encode()}
 
     def _texts(self, samples: Sequence[Sample]) -> list[dict[str, NDArray[np.float16]]]:
-        """Embeddings by name for each caption, where those are wanted."""
         if self.encoders.embeds is None:
             return []
         encoded = self.encoders.embeds([sample.caption for sample in samples])
@@ -209,7 +208,6 @@ def _written(outcomes: Iterable[tuple[str, list[tuple[str, str, int]]]]) -> list
 
 
 def _report(folder: AnyPath, broken: Sequence[str], *, allowed: bool) -> None:
-    """Tell of broken shards; ValueError unless they are allowed."""
     more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
     which = f"shards that cannot be read to their end ({', '.join(broken[:5])}{more})"
     if not allowed:
@@ -265,7 +263,6 @@ def _missing(
 
 
 def _begin(folder: AnyPath, parameters: dict[str, Any]) -> None:
-    """Begin the set, or open it again."""
     there = Manifest.load(folder)
     if there is None or there.complete:
         replace(there or Manifest(parameters), complete=False).save(folder)

@@ -53,7 +53,6 @@ class ValidationSet:
         return -(-len(self.entries) // (self.world_size * self.batch_size))
 
     def indices(self, batch: int) -> range:
-        """Which entries a batch is made of."""
         own = range(self.rank, len(self.entries), self.world_size)
         first, last = (place * len(own) // self.batches_per_epoch for place in (batch, batch + 1))
         return own[first:last]
@@ -106,7 +105,7 @@ class Loader:
                 _Batches(self.source, position, self.tally),
                 batch_size=None,  # the source makes the batches
                 num_workers=self.num_workers,
-                collate_fn=_unchanged,
+                collate_fn=unchanged,
                 worker_init_fn=partial(_start_worker, self.tally),
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else every start of the workers draws from the global generator
@@ -175,9 +174,10 @@ def _start_worker(tally: Tally, worker: int) -> None:
     That sends SIGTERM to all processes, and the training's last step still needs the workers' batches. So they do not
     heed the first; the next, by which DataLoader ends workers that do not go by themselves, is heard.
     """
-    tally.count_as(worker)
+    tally.worker = worker
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _unchanged(item: Any) -> Any:
+def unchanged(item: Any) -> Any:
+    """For a DataLoader of whole batches, which would else turn them into lists of tensors."""
     return item

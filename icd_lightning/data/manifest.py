@@ -41,7 +41,6 @@ class ShardRecord:
             raise ValueError(f"{self.samples} samples do not fit in {self.bytes} bytes")
 
     def fields(self) -> dict[str, Any]:
-        """As it is written."""
         return {name: value for name, value in asdict(self).items() if value != ""}
 
 
@@ -116,7 +115,6 @@ def remove_shards(folder: AnyPath) -> None:
 
 
 def write_shard(samples: Iterable[dict[str, Any]], path: AnyPath) -> ShardRecord:
-    """Write one shard, which gets its name only when it is whole."""
 
     def write(temporary: Path) -> ShardRecord:
         count = write_tar(samples, temporary)
@@ -137,7 +135,6 @@ def write_recorded(samples: Iterable[dict[str, Any]], folder: AnyPath, name: str
 
 
 def finished_shards(folder: AnyPath) -> dict[str, ShardRecord]:
-    """All shards that are finished, by name."""
     records = {}
     for file in (folder / PROGRESS).glob("*.json"):
         with suppress(FileNotFoundError):  # another process has just completed the set

@@ -115,7 +115,6 @@ class Plan:
 
 
 def _remember(known: dict, key: object, value: object) -> None:
-    """Keep the latest few."""
     known[key] = value
     while len(known) > 8:
         del known[next(iter(known))]

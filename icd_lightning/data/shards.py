@@ -36,15 +36,10 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def encode_sample(
     key: str, picture: NDArray[np.uint8], caption: str, metadata: dict, *, format: Literal["png", "jpg"] = "png"
 ) -> dict[str, Any]:
     """Encode a picture (H, W, 3), its caption and metadata as one sample, {"__key__": str, extension: bytes}."""
-    if format not in ENCODINGS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(ENCODINGS)}")
     stream = BytesIO()
     Image.fromarray(picture).save(stream, **ENCODINGS[format])
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
@@ -102,9 +97,6 @@ def write_shards(
     manifest = Manifest(parameters, records)
     manifest.save(folder)
     return manifest
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,6 @@ def _in_folder(folder: Path) -> list[str]:
 
 
 def _compare(shards: Sequence[str], manifests: Mapping[Path, Manifest], *, verify: Verify) -> list[str]:
-    """What is wrong with shards, to the manifests beside them."""
     problems = [
         f"{folder} holds an unfinished set: let the command that writes it finish"
         for folder, manifest in manifests.items()

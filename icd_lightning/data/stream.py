@@ -40,7 +40,6 @@ class Places(NamedTuple):
     sizes: tuple[tuple[int, int], ...]  # (height, width) of each form
 
     def of(self, sample: int) -> tuple[str, int, int]:
-        """(url, offset, length) of a sample."""
         url = self.urls[int(np.searchsorted(self.bounds, sample, side="right")) - 1]
         return url, int(self.offset[sample]), int(self.length[sample])
 
@@ -101,7 +100,6 @@ def _count(
 
 
 def _reason(place: tuple[str, int, int], decoder: SampleDecoder) -> str:
-    """What is wrong with a sample, in words."""
     url, offset, length = place
     (part,) = read_ranges([place]) if length <= MOST_BYTES else (OSError(),)
     try:

@@ -67,16 +67,12 @@ class Tally:
         if not stall_timeout > 0:
             raise ValueError(f"stall_timeout {stall_timeout} must be more than 0 seconds (.inf waits for ever)")
         self.max_skipped, self.stall_timeout, self.worker = max_skipped, stall_timeout, 0
-        # each worker has a row of its own: no two write to one place
+        # each worker has a row of its own, which it says in its copy: no two write to one place
         self._counts = torch.zeros(max(1, num_workers), len(COLUMNS), dtype=torch.int64).share_memory_()
         self._alive = torch.full((max(1, num_workers),), time.monotonic(), dtype=torch.float64).share_memory_()
         self.details: dict[str, str] = {}
         self.quiet = quiet
         self._looked_at = (0, 0)  # how many were read and lost at the beginning of the latest
-
-    def count_as(self, worker: int) -> None:
-        """Count in this worker's row from now on; each process has its own copy."""
-        self.worker = worker
 
     def awaited(self) -> None:
         """Begin to wait for samples: silence counts from now."""

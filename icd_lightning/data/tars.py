@@ -55,7 +55,6 @@ class Entry:
     files: dict[str, tuple[int, int]]
 
     def read(self) -> Raw:
-        """Read all files of the sample."""
         raw: Raw = {"__key__": self.key, "__url__": self.shard}
         with open(self.shard, "rb") as file:
             for extension, (offset, size) in self.files.items():
@@ -77,7 +76,6 @@ class BoundedHeader(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> BoundedHeader:
-        """As of any tar; HeaderError for a header of a megabyte and more."""
         header = super().frombuf(buf, encoding, errors)
         if not (header.isreg() or header.size < 1 << 20):
             raise tarfile.HeaderError(f"a header claims {header.size:,} bytes")
@@ -91,7 +89,6 @@ class _Ending:
         self.file, self.nothing = file, 0
 
     def read(self, size: int = -1) -> bytes:
-        """Some of the file; ReadError for whoever goes on to ask for more than there is."""
         data = self.file.read(size)
         self.nothing = 0 if data else self.nothing + 1
         if self.nothing > 100:
@@ -124,7 +121,6 @@ def parse_sample(part: bytes, url: str, check: int | None = None) -> Raw:
 
 
 def open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
-    """A file of a sample, or LARGE."""
     return tar.extractfile(member) if member.size <= MOST_BYTES else LARGE
 
 
@@ -263,9 +259,6 @@ def _refuse_compressed(path: Path) -> None:
         )
 
 
-# --- urls -------------------------------------------------------------------------------------------------------------
-
-
 def is_local(url: str) -> bool:
     """Whether `url` is a path on this machine, not `http://...`, `pipe:...` or the like."""
     return re.match(r"[a-z0-9]+:", url) is None
@@ -350,7 +343,6 @@ def read_small(url: str, most: int, *, patience: float = 60.0) -> bytes | None:
 
 
 def _store(url: str, patience: float) -> tuple[Any, str]:
-    """The fsspec file system of a url, and the path in it."""
     from fsspec.core import url_to_fs
 
     options = {}  # the drivers of stores have timeouts and retries of their own

@@ -114,14 +114,12 @@ class _Reader:
                 raise self.tally.nothing(f"none of the samples for {reader} could be used")
 
     def finished(self, samples: list[Sample]) -> list[Sample]:
-        """Finish, all of them, those that can be."""
         good = list(self.tally.usable(self.stream.decoder.finish, samples))
         self.tally.add("passed", len(good))
         self.corrupt_in_a_row = 0 if good else self.corrupt_in_a_row + len(samples)
         return good
 
     def _checked(self, raws: Iterable[Raw]) -> Iterator[tuple[Sample, int]]:
-        """Samples that can be used, with their sizes in bytes."""
         admit = self.stream.decoder.admit
         for sample, size in self.tally.usable(lambda raw: (admit(raw), sum(map(len, raw.values()))), raws):
             self.kinds.add((sample.moments is None, sample.text is None))

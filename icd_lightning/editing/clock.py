@@ -17,7 +17,6 @@ class Clock:
         self.start = self.seconds()
 
     def count(self, step: Step) -> None:
-        """Add the evaluations of one step."""
         self.nfe += step.nfe
 
     def seconds(self) -> float:

@@ -105,7 +105,6 @@ class InvertibleConsistency(EditingMethod):
     def invert_latents(
         self, x0: Tensor, prompts: Sequence[str], *, seed: Seed = 0, on_step: OnStep | None = None
     ) -> Tensor:
-        """Jump up with the forward model, from latents slightly noised by `seed`."""
         return self.climb(x0, prompts, seeded_noise(x0.shape, seed, x0.device), on_step=on_step)
 
     def climb(self, latents: Tensor, prompts: Sequence[str], noise: Tensor, *, on_step: OnStep | None = None) -> Tensor:
@@ -142,7 +141,6 @@ class InvertibleConsistency(EditingMethod):
             return self.from_noise(denoise, noise.repeat(2, 1, 1, 1), on_step=end)
 
     def _sampling(self, direction: Direction, prompts: Sequence[str], guidance: Guidance) -> Denoiser:
-        """A student's denoiser as it samples."""
         denoise = self.students.denoiser(direction, self.conditioner(prompts), guidance)
         return denoise if self.merged is None else replace(denoise, network=self.merged[direction])
 
@@ -152,7 +150,6 @@ class AttentionControlled(InvertibleConsistency):
 
     @property
     def control(self) -> Control:
-        """What they borrow by default, as suits the network."""
         return usual_control(self.network)
 
     def edit(
@@ -197,7 +194,6 @@ class Untrained(InvertibleConsistency):
 
     @classmethod
     def of_teacher(cls, family: Family, boundaries: Boundaries) -> Untrained:
-        """Students that begin as the teacher."""
         students = LoraStudents(family.load_model(guided=True))
         return cls(students, family.load_autoencoder(), family.load_conditioner(), boundaries)
 
@@ -205,14 +201,12 @@ class Untrained(InvertibleConsistency):
 def _student_files(
     family: Family, *, forward: str | None = None, reverse: str | None = None, lora_alpha: float | None = None
 ) -> dict[Direction, StudentFile]:
-    """Both students' files, by default those in the family's own folder."""
     paths: dict[Direction, str | None] = {"forward": forward, "reverse": reverse}
     places = {direction: family.student(direction, path) for direction, path in paths.items()}
     return {direction: StudentFile.read(place, alpha=lora_alpha) for direction, place in places.items()}
 
 
 def common_boundaries(files: Mapping[Direction, StudentFile]) -> Boundaries:
-    """The boundaries that the students' files agree on."""
     stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
     if not stated:
         raise ValueError(

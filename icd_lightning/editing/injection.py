@@ -47,12 +47,10 @@ def joint_layers(network: nn.Module) -> list[str]:
 
 
 def usual_control(network: nn.Module) -> Control:
-    """What edits borrow where nobody says."""
     return Injection() if joint_layers(network) else PromptToPrompt()
 
 
 def attention_control(settings: Control | Sequence[Control], *edits: Any, **options: Any) -> AttentionControl:
-    """The control that settings are of; see `AttentionControl` for the rest."""
     one = settings if isinstance(settings, Control) else settings[0]
     return (InjectionControl if isinstance(one, Injection) else PromptToPromptControl)(settings, *edits, **options)
 
@@ -103,7 +101,6 @@ class InjectionControl(AttentionControl):
     _text = 0
 
     def changes(self, network: nn.Module) -> Changes:
-        """Of every layer, in those steps that need it."""
         layers = joint_layers(network)
         if not layers or any(getattr(network.get_submodule(name), "fused_projections", False) for name in layers):
             raise ValueError(
@@ -123,7 +120,6 @@ class InjectionControl(AttentionControl):
         }
 
     def _change(self, name: str, edits: Sequence[int], text_last: bool, text: int | None) -> Change | None:
-        """How a layer attends in this step."""
         self._note(name)
         if text is not None:
             self._text = text

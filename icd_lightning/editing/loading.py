@@ -194,7 +194,6 @@ class StudentPipeline(DiffusionPipeline):
 
     @property
     def network(self) -> nn.Module:
-        """The UNet or the transformer."""
         return self.unet if self.transformer is None else self.transformer
 
     @property

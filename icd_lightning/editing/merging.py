@@ -71,12 +71,10 @@ class MergedStudent:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return self.students.backbone.weight(self.students.network).device
 
     @property
     def mergeable(self) -> bool:
-        """Whether there can be merged weights."""
         network = self.students.network
         weight = self.students.backbone.weight(network)
         scattered = weight.is_meta or hasattr(network, "_diffusers_hook")  # sequential offloading, group offloading
@@ -130,7 +128,6 @@ class MergedStudents:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
     module = torch.get_device_module(device)
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else psutil.virtual_memory().available
 

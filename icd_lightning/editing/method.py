@@ -40,7 +40,6 @@ def seeded_noise(shape: Sequence[int], seed: Seed, device: torch.device | str = 
 
 
 def seeds_of(seed: Seed, count: int) -> list[int]:
-    """A seed for each of `count` samples."""
     seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} samples: give one number, or a seed for each")
@@ -116,7 +115,6 @@ class PictureMethod(ABC):
         return self
 
     def networks(self) -> list[nn.Module]:
-        """What can be compiled."""
         return [self.network]
 
     @torch.no_grad()

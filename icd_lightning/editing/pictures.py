@@ -51,7 +51,6 @@ def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np
 
 
 def as_texts(prompt: str | Sequence[str], name: str) -> list[str]:
-    """One prompt or several, as a list."""
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} {prompt!r} must be text, or a list of texts")
@@ -69,7 +68,6 @@ def batch_size(**parts: Sequence | Tensor | None) -> int:
 
 
 def one_for_each(part: Any, count: int) -> Any:
-    """One for all, as one for each."""
     if len(part) == count:
         return part
     return part.repeat(count, 1, 1, 1) if isinstance(part, Tensor) else part * count
@@ -87,7 +85,6 @@ def _opened(picture: str | Path | Image.Image | np.ndarray) -> Image.Image:
 
 
 def _from_unit(images: Tensor, height: int, width: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] to [-1, 1]."""
     if images.shape[1:] != (3, height, width):
         size = " x ".join(map(str, images.shape[1:]))
         raise ValueError(f"images are {size}, not 3 x {height} x {width}: give height and width, or resize them")

@@ -175,8 +175,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             both = method.decode_pairs(noise, sources, targets, guidance=guided, control=control, on_step=on_step)
             return self._output(both[count:], output_type)
 
-    # Parts of a call
-
     @contextmanager
     def _followed(self, total: int, callback: OnStepEnd | None, output_type: str = "pil") -> Iterator[OnStep]:
         """What follows steps: counts evaluations, moves the progress bar, calls the callback; afterwards, offloads."""
@@ -203,7 +201,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
     def _climb(
         self, images: Tensor, prompts: list[str], generator: Generators, seed: Seed | None, on_step: OnStep
     ) -> Tensor:
-        """Images (B, 3, H, W) to noise (B, C, h, w)."""
         count = batch_size(image=images, prompt=prompts)
         if generator is None:
             seed = [seed or 0] * count if seed is None or isinstance(seed, Integral) else seed
@@ -223,7 +220,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         return size
 
     def _noise(self, count: int, height: int, width: int, generator: Generators, seed: Seed | None) -> Tensor:
-        """Standard normal noise (B, C, h, w), float32, on the device that runs."""
         shape, device = self.method.latent_shape(count, height, width), self._execution_device
         if seed is None:
             generator = list(generator) if isinstance(generator, tuple) else generator
@@ -263,7 +259,6 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         return control
 
     def _output(self, latents: Tensor, output_type: OutputType) -> ImagePipelineOutput:
-        """Latents (B, C, h, w) as asked for."""
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
         return ImagePipelineOutput(images=as_output(self.method.autoencoder.decode(latents), output_type))

@@ -102,7 +102,6 @@ def _student(place: Path, direction: Direction) -> StudentFile:
 
 
 def _family(folder: Path) -> dict[str, str]:
-    """What the run's configuration names of its family, as far as it does."""
     try:
         family = read_yaml(folder / "config.yaml")["model"]["init_args"]["family"]
     except (FileNotFoundError, KeyError, TypeError):

@@ -68,11 +68,7 @@ class Settings:
 
     @property
     def has_grid(self) -> bool:
-        """Whether several settings are to be tried."""
         return self.grid != ({},)
-
-
-# --- what is done -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,9 @@ class Bench:
     device: torch.device = CPU
 
     def images(self, batch: Sequence[Example]) -> Tensor:
-        """The batch's pictures (B, 3, R, R)."""
         return stack(batch, self.resolution).to(self.device)
 
     def seeds(self, batch: Sequence[Example]) -> list[int]:
-        """The examples' seeds."""
         return [example.seed(self.seed) for example in batch]
 
 

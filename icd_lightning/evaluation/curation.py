@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from icd_lightning.data.curation.curate import Curation
-from icd_lightning.data.curation.looking import Opener
+from icd_lightning.data.curation.looking import open_pair
 from icd_lightning.data.curation.recipe import Recipe, build_recipe
 from icd_lightning.data.curation.sources import Unit, read_unit
 from icd_lightning.data.images import resize_and_crop
@@ -80,10 +80,9 @@ def _rows(unit: Unit, wanted: dict[int, str]) -> list[tuple[int, Raw]]:
 
 
 def _example(raw: Raw, values: dict[str, float], caption_field: str | None) -> Example:
-    """A pair as it is shown."""
     measured = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if np.isfinite(value))
     try:
-        sample = Opener(caption_field).open(raw)
+        sample = open_pair(raw, caption_field)
     except RejectedError as error:
         return error.detail[:160], None
     return f"{printable(sample.caption)[:120]} ({measured})", np.asarray(resize_and_crop(sample.picture, SIDE)[0])

@@ -56,9 +56,6 @@ def steps(guidance_scale: float, taus: Sequence[float]) -> list[Decoding]:
     return list({decoding.name: decoding for decoding in (UNGUIDED, *guided)}.values())
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
-
-
 def parse_grid(text: str) -> tuple[dict[str, float], ...]:
     """Every combination of options written like "tau=0.6,0.8 cross_replace=0.2,0.4"; one empty one for ""."""
     axes: dict[str, list[float]] = {}

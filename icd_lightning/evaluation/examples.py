@@ -84,7 +84,6 @@ class Example:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def seed(self, seed: int) -> int:
-        """Of this example's random numbers, in a run with this seed."""
         if self.number is not None:
             return self.number
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.key}".encode()).digest()[:7], "big")
@@ -109,7 +108,6 @@ class Example:
 
 
 def stack(examples: Sequence[Example], resolution: int) -> Tensor:
-    """The examples' pictures, (B, 3, R, R) in [-1, 1]."""
     return to_images([example.array(resolution) for example in examples])
 
 
@@ -139,9 +137,6 @@ def read_data(settings: Settings) -> DataSet:
     if data is None or str(data) in DATA_SETS:
         return DATA_SETS.find(str(data or "scenes")).load()(settings.count)
     return read_captions(data, settings.images, settings.count)
-
-
-# --- readers ----------------------------------------------------------------------------------------------------------
 
 
 def read_captions(file: Path, images: Path | None = None, count: int | None = None) -> DataSet:

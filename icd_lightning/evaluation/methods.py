@@ -55,7 +55,6 @@ def edit_options(method: type[PictureMethod]) -> list[str]:
 
 
 def guided_as_told(own: StepGuidance, guidance_scale: float | None, tau: float | None) -> StepGuidance:
-    """A guidance, with what is told in place of its own."""
     told = {"guidance_scale": guidance_scale, "tau": tau}
     return replace(own, **{name: value for name, value in told.items() if value is not None})
 
@@ -88,11 +87,9 @@ class Models:
         return other
 
     def method_class(self, name: str) -> type[PictureMethod]:
-        """The class of the method of this name, without loading any weights."""
         return class_of(name, self.family)
 
     def family_guidance(self) -> StepGuidance:
-        """The family's own."""
         defaults = defaults_of(self.family)
         return StepGuidance(defaults["guidance_scale"], defaults["tau"])
 

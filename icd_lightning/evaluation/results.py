@@ -58,7 +58,6 @@ class Results:
 
     @property
     def decodings(self) -> list[str]:
-        """In the order of their measurement."""
         return list(self.frame.decoding.unique())
 
     @property
@@ -72,7 +71,6 @@ class Results:
         return [*(name for name in self.frame if name not in NOT_MEASURED), *self.set_scores]
 
     def of(self, decoding: str, kind: str = ALL) -> pd.DataFrame:
-        """The rows of a decoding, a picture each."""
         frame = self.frame[self.frame.decoding == decoding]
         return frame if kind == ALL else frame[frame.kind == kind]
 
@@ -97,16 +95,12 @@ class Results:
         return means
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def slug(text: str) -> str:
     """A name for a folder: "w 3, tau 0.8" -> "w-3-tau-0.8"."""
     return re.sub(r"[^\w.=+]+", "-", text).strip("-").lower()
 
 
 def picture_path(decoding: str, example: Example) -> Path:
-    """Of a result, in its run's folder."""
     return Path("images") / slug(decoding) / f"{quote(example.key, safe='')}.png"
 
 
@@ -131,8 +125,6 @@ def read_results(folder: Path, decoding: str, batch: Sequence[Example], resoluti
         pictures.append(picture if resolution is None else resize_and_crop(picture, resolution)[0])
     return to_images([np.asarray(picture) for picture in pictures])
 
-
-# --- summaries --------------------------------------------------------------------------------------------------------
 
 MADE_BY = {
     "table2.json": "icd ablations",
@@ -165,5 +157,4 @@ def read_summary(file: Path) -> dict[str, Any]:
 
 
 def read_runs(file: Path) -> dict[str, Results]:
-    """The runs that a summary was made of, by name."""
     return {name: Results.read(name, file.parent / place) for name, place in read_summary(file)["runs"].items()}

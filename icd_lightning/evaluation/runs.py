@@ -57,7 +57,6 @@ def ranks() -> tuple[int, int]:
 
 
 def wait() -> None:
-    """Until all ranks have come here."""
     if ranks()[1] == 1:
         return
     if not torch.distributed.is_initialized():
@@ -66,7 +65,6 @@ def wait() -> None:
 
 
 def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Cut into runs of `size`; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -89,7 +87,6 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Of everything that this run writes."""
         text = json.dumps([self.determinants, self.batch_size, self.resolution], sort_keys=True, default=str)
         return self.root / f"{slug(self.name)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -104,7 +101,6 @@ class Run:
         return f"{name} {scorer.version} at {self.score_resolution}"
 
     def originals(self, batch: Sequence[Example]) -> Tensor | None:
-        """To compare results with, (B, 3, R, R); None of captions alone."""
         return None if batch[0].picture is None else stack(batch, self.score_resolution)
 
     def gather(
@@ -189,7 +185,6 @@ def _rows_of(file: Path, batch: Sequence[Example]) -> pd.DataFrame | None:
 
 
 def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
-    """Let the method work on a batch; write its pictures, return a row for each."""
     rows = []
     for outcome in run.measure(batch):
         if not outcome.images.isfinite().all():

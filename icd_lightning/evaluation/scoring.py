@@ -48,13 +48,11 @@ class ByMetric:
 
 
 def style_of(metric: PictureMetric) -> Style:
-    """How a metric's values are printed."""
     best = {True: "max", False: "min", None: None}[metric.higher_is_better]
     return Style(metric.digits, best, metric.factor)
 
 
 def score_set(metric: PictureMetric, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-    """The metric of batches of results and originals together."""
     metric.reset()
     metric.distributed_available_fn = lambda: False  # one rank scores all pictures, while the others wait
     for results, originals in pairs:
@@ -87,7 +85,6 @@ class Scoring:
 
     @property
     def styles(self) -> dict[str, Style]:
-        """How each column is printed."""
         columns = {column: style for scorer in self.scorers.values() for column, style in scorer.styles.items()}
         return {**RECORDED, **columns, **{name: style_of(metric) for name, metric in self.of_sets.items()}}
 

@@ -28,11 +28,9 @@ class Estimate(float):
         return f"{float(self):{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
 
     def __mul__(self, factor: float) -> Estimate:
-        """In another unit."""
         return Estimate(factor * float(self), factor * self.low, factor * self.high)
 
     def as_dict(self) -> dict[str, float | None]:
-        """For JSON."""
         limits = {"low": self.low, "high": self.high}
         return {"mean": float(self), **{name: None if math.isnan(x) else x for name, x in limits.items()}}
 

@@ -57,7 +57,6 @@ class Suite:
 
     @cached_property
     def data(self) -> DataSet:
-        """The examples to measure on, always the same and in the same order."""
         return self.benchmark.read(self.settings)
 
     def run(self) -> list[Path]:
@@ -79,7 +78,6 @@ class Suite:
         return Measured(self.settings, self.data, self.perform(*self.tasks), self.out)
 
     def perform(self, *tasks: Task) -> dict[str, list[Results]]:
-        """Let each method do tasks with the examples; results by the tasks' names."""
         scorings = [Scoring.choose(self.settings.metrics, task, self.data, self.models.device) for task in tasks]
         names = {task.name: task.methods or self.methods for task in tasks}
         every = dict.fromkeys(name for each in names.values() for name in each)

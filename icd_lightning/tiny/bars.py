@@ -36,7 +36,6 @@ class Bar:
 
     @property
     def passed(self) -> bool:
-        """True also where there is no limit."""
         return self.limit is None or self.value >= self.limit
 
 

@@ -39,7 +39,6 @@ SCORERS = {"attributes": SceneAttributes, "edits": SceneEdits}
 
 
 def scene_examples(count: int, seed: int) -> list[Example]:
-    """The first `count` held-out scenes with their captions."""
     scenes = [scene_at(seed, index) for index in range(count)]
     return [Example(f"scene-{seed}-{i:05d}", scene.caption(), scene) for i, scene in enumerate(scenes)]
 
@@ -64,14 +63,12 @@ def scene_edits(count: int, seed: int) -> list[Example]:
 
 
 def data_set(examples: Sequence[Example], seed: int = HELD_OUT_SEED) -> DataSet:
-    """Held-out scenes as the core takes them."""
     scorers = SCORERS if examples[0].truth else {"attributes": SceneAttributes}
     about = f"{len(examples)} held-out scenes"
     return DataSet(examples, about, f"scenes {seed}", photographs=False, metrics=METRICS, scorers=scorers)
 
 
 def held_out_scenes(count: int | None) -> DataSet:
-    """What the core's benchmarks are measured on by default."""
     return data_set(scene_examples(count or SCENES, HELD_OUT_SEED))
 
 
@@ -83,8 +80,6 @@ TINY_EDIT = Benchmark(
 )
 """Edits of scenes whose true results are known."""
 
-
-# --- the tour ---------------------------------------------------------------------------------------------------------
 
 ATTRIBUTE_EDITS = ("color", "shape", "texture", "size", "background color", "background texture")
 """Edits that leave the number of objects alone."""
@@ -112,7 +107,6 @@ def tour_examples(settings: Settings) -> DataSet:
 
 
 def _reconstruct(bench: Bench, batch: Sequence[Example], decodings: Sequence[Decoding]) -> Iterator[Outcome]:
-    """To noise and back, with what the autoencoder alone loses."""
     images, autoencoder = bench.images(batch), bench.method.autoencoder
     ceiling = {"autoencoder_psnr": psnr(autoencoder.decode(autoencoder.encode(images)), images)}
     for outcome in to_noise_and_back(bench, batch, decodings):

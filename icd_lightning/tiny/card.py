@@ -68,7 +68,6 @@ def _limit(bar: Bar) -> str:
 
 
 def _trainings(folder: Path, recipe: Recipe) -> str:
-    """One line a stage, out of the configuration that it ran with."""
     rows = []
     for stage in recipe.stages:
         config = yaml.safe_load((folder / stage / "config.yaml").read_text())

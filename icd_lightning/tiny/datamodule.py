@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.data.images import to_images
+from icd_lightning.data.loaders import unchanged
 from icd_lightning.tiny.rendering import render
 from icd_lightning.tiny.scenes import HELD_OUT_SEED, Scene, scene_at
 
@@ -85,7 +86,7 @@ class SceneDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         stream = SceneStream(self.hparams.seed, self.hparams.batch_size, first=self._consumed, **self._place())
-        return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers, collate_fn=_unchanged)
+        return DataLoader(stream, batch_size=None, num_workers=self.hparams.num_workers, collate_fn=unchanged)
 
     def val_dataloader(self) -> DataLoader:
         place = self._place()
@@ -98,7 +99,7 @@ class SceneDataModule(lightning.LightningDataModule):
         stream = SceneStream(HELD_OUT_SEED, size, stop=total // (size * world_size), **place)
         # of a stream, for Lightning would divide a list over ranks once more
         # and of its own generator, for each start draws from the global one otherwise
-        return DataLoader(stream, batch_size=None, collate_fn=_unchanged, generator=torch.Generator())
+        return DataLoader(stream, batch_size=None, collate_fn=unchanged, generator=torch.Generator())
 
     def _place(self) -> dict[str, int]:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -109,9 +110,4 @@ class SceneDataModule(lightning.LightningDataModule):
         return {"consumed": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the batch after those."""
         self._consumed = state_dict["consumed"]
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch

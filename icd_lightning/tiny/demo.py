@@ -45,7 +45,6 @@ class DemoStudy:
         return self._measure(("ddim", "untrained"), replace(self.teacher, boundaries=ends))
 
     def measure_after(self) -> Measured:
-        """The students as the training left them."""
         return self._measure(("icd",), self.trained)
 
     def _measure(self, methods: tuple[str, ...], models: Models) -> Measured:
@@ -65,7 +64,6 @@ class DemoReport:
         self.results, self.about, self.examples = figures(measured), about(measured), measured.data.examples
 
     def write(self, seconds: float | None) -> None:
-        """See `DemoStudy.report`."""
         write_json(self.root / "metrics.json", self._metrics())
         tables = [section for section in tour_tables(self.measured) if isinstance(section, Table)]
         panels = (
@@ -87,8 +85,6 @@ class DemoReport:
         console = print_tables(tables)
         for path in (*paths, self.root / "tables.md", self.root / "metrics.json", self.root / "training"):
             console.print(str(path), highlight=False)
-
-    # Numbers
 
     def _metrics(self) -> dict[str, Any]:
         return {
@@ -133,8 +129,6 @@ class DemoReport:
             note = "On validation pictures."
             curves.append(Curve("Reconstruction while training", note, "step", "PSNR (dB)", quality))
         return curves
-
-    # Pictures
 
     def _columns(self, task: str, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         """The originals, and each method's pictures in its first decoding, by its name and what they cost."""

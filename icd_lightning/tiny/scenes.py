@@ -119,7 +119,6 @@ class Scene:
         return f"{first} on {_with_article(self.background.words())}"
 
     def draw(self, size: int = 64) -> NDArray[np.uint8]:
-        """The picture, uint8 (size, size, 3)."""
         from icd_lightning.tiny.rendering import render
 
         return render(self, size)
@@ -158,9 +157,6 @@ def _check(part: Thing | Background, names: Iterable[str]) -> None:
 
 def _with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
-# --- drawing scenes at random -----------------------------------------------------------------------------------------
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -266,8 +262,6 @@ def _phase(rng: np.random.Generator) -> tuple[float, float]:
     x, y = rng.uniform(-1.5, 1.5, 2)
     return (float(x), float(y))
 
-
-# --- labels -----------------------------------------------------------------------------------------------------------
 
 LABELS: dict[str, tuple[str, ...]] = {
     "layout": LAYOUTS,

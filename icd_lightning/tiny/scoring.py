@@ -33,7 +33,6 @@ class SceneScorer:
 
     @cached_property
     def version(self) -> str:
-        """Scores are of this network."""
         return f"1 {sha256(*(shipped() / 'scene_network').glob('*.safetensors'))}"
 
 

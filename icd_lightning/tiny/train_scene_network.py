@@ -56,7 +56,6 @@ class SceneNetworkTraining(Task):
         self.log_dict({f"val/{name}": value for name, value in accuracy.items()}, sync_dist=True, prog_bar=True)
 
     def export(self, folder: Path) -> None:
-        """Write the network where the metrics find it."""
         self.network.save_pretrained(folder / "scene_network")
 
 

@@ -73,7 +73,6 @@ class TeacherTraining(Task):
         self.network = family.architecture.network_class.from_config(network)
 
     def diffusion_models(self) -> list[DiffusionModel]:
-        """The teacher."""
         return [DiffusionModel(self.network, self.process, self.family.architecture)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -8,7 +8,7 @@ from icd_lightning.data.tally import NothingToReadError, RejectedError, Tally
 
 def read(tally: Tally, good: int, bad: int = 0, worker: int = 0, reason: str = "too_small") -> None:
     """Count as `worker` what `usable` would."""
-    tally.count_as(worker)
+    tally.worker = worker
     tally.add("read", good)
     tally.add("passed", good)
     for _ in range(bad):
@@ -69,7 +69,7 @@ def test_silence_ends_a_run_and_waiting_for_the_trainer_is_none(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     tally = Tally(num_workers=2, stall_timeout=20)
     now[0] += 30
-    tally.count_as(1)
+    tally.worker = 1
     tally.awaited()  # training or validation went on meanwhile; a batch is asked for only now
     read(tally, 0, 1, worker=1)
     now[0] += 15

@@ -85,18 +85,15 @@ class Controls:
 
     @property
     def numbers(self) -> dict[str, Component]:
-        """The sliders, by what they set."""
         named = {"guidance_scale": self.guidance_scale, "tau": self.tau, "swap_tau": self.swap_tau}
         return named | {name: one for name, one in self.borrowed.items() if name not in READERS}
 
     @property
     def texts(self) -> dict[str, Component]:
-        """The fields of the control that are written."""
         return {name: one for name, one in self.borrowed.items() if name in READERS}
 
     @property
     def inputs(self) -> set:
-        """The components whose values say how."""
         return {self.source, self.target, self.way, *self.numbers.values(), *self.texts.values()}
 
     @property

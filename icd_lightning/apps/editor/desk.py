@@ -79,7 +79,6 @@ def shown(label: str, value: Image.Image | None = None, *, visible: bool = True)
 
 
 def guidance_sliders(guidance_scale: float, tau: float) -> tuple[gr.Slider, gr.Slider]:
-    """Of w and tau, at these values."""
     most = 2 * guidance_scale + 4
     scale = gr.Slider(1, most, guidance_scale, step=0.5, label="Guidance w", info="more follows the prompt")
     return scale, gr.Slider(0, 1, tau, step=0.05, label="tau", info="more edits, keeps less")

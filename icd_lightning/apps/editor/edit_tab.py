@@ -44,16 +44,13 @@ class EditTab:
         self._build_sheet()
 
     def edit(self, values: Values) -> dict[Any, Any]:
-        """The picture as wished, and what comes back of it as it is."""
         return dict(zip(self.results, self._shown(*self._asked(values)), strict=True))
 
     def opened(self, values: Values) -> dict[Any, Any]:
-        """Refuse a bad picture at once."""
         read_upload(values[self.picture])
         return {}
 
     def sheet(self, values: Values) -> dict[Any, Any]:
-        """The edit under all that is ticked."""
         given = [(group.label, values[group] if isinstance(values[group], list) else ()) for group in self.grid]
         ticked = [sorted(read_number(one, label) for one in chosen) for label, chosen in given]
         picture, cost = self.editor.sheet(*self._asked(values), *ticked)
@@ -67,7 +64,6 @@ class EditTab:
         return self.editor.invert(example.picture, example.source), self.editor.usual(example.source, example.target)
 
     def _shown(self, inversion: Inversion, wish: Wish) -> tuple[Image.Image, str, Image.Image, str]:
-        """Values of the results."""
         edited, cost = self.editor.edit(inversion, wish)
         return inversion.reconstruction, f"To noise and back: {inversion.cost}", edited, f"From noise: {cost}"
 

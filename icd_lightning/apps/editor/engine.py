@@ -41,7 +41,6 @@ class Cost:
         return f"{self.nfe} evaluations, {self.seconds:.2f} s"
 
     def of_many(self) -> str:
-        """In words, where there are several pictures."""
         return f"{self.nfe} evaluations each, {self.seconds:.2f} s in all"
 
 
@@ -134,7 +133,6 @@ class Editor:
         return pictures[0], cost
 
     def _timed(self, call: Callable) -> tuple:
-        """What a call of the pipeline returns, and its cost."""
         clock = Clock(self.pipe.device)
         result = call()
         return result, Cost(self.pipe.nfe, clock.seconds())

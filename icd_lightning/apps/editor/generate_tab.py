@@ -32,7 +32,6 @@ class GenerateTab:
         gr.on(asking, **desk.call(self.generate, inputs, (self.pictures, self.cost), name="generate"))
 
     def generate(self, values: Values) -> dict[Any, Any]:
-        """As many pictures as asked for, of the seeds from the one given on."""
         numbers = {name: read_number(values[slider], name) for name, slider in self.numbers.items()}
         count, seed = int(numbers.pop("count")), int(numbers.pop("seed"))
         pictures, cost = self.editor.generate(str(values[self.prompt] or "").strip(), count, seed, numbers)

@@ -58,7 +58,6 @@ class Material:
     edits: dict[str, str]
 
     def task(self, a: str, b: str | None, picture_b: str, swapped: bool) -> Task:
-        """Method a's edit beside another picture."""
         about = (self.benchmark, self.example.kind, self.example.key, self.example.target)
         files = (self.source, self.reference, self.edits[a], picture_b)
         return Task(secrets.token_hex(12), *about, a, b, *files, int(swapped))

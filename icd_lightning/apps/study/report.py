@@ -48,7 +48,6 @@ class Outcome:
 
     @property
     def note(self) -> str:
-        """Whose votes are counted."""
         people = self.panelists
         return (
             f"{self.votes} votes of {len(people.counted)} assessors are counted; {len(people.failed)} who failed the "

@@ -49,11 +49,9 @@ class Pages:
         return self.templates.TemplateResponse(request, f"{name}.html.j2", context, status, headers)
 
     def start(self, request: Request) -> Response:
-        """What the study asks for, and a button to begin."""
         return self.page(request, "start")
 
     def join(self, request: Request) -> Response:
-        """A new assessor, sent to an address of their own."""
         if (token := self.store.join()) is None:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, "Too many people have just begun: try again in half an hour."
@@ -61,7 +59,6 @@ class Pages:
         return RedirectResponse(request.url_for("assess", token=token).path, HTTPStatus.SEE_OTHER)
 
     def assess(self, request: Request) -> Response:
-        """The assessor's next task."""
         token = self.token(request)
         if (shown := self.store.next_task(token)) is None:
             return self.page(request, "done")
@@ -73,7 +70,6 @@ class Pages:
         return await run_in_threadpool(self.record, request, str(form.get("task")), str(form.get("choice")))
 
     def record(self, request: Request, task: str, choice: str) -> Response:
-        """Of an assessor's form."""
         token = self.token(request)
         if choice not in SIDES:
             raise HTTPException(HTTPStatus.BAD_REQUEST, f"A choice is one of {', '.join(SIDES)}.")
@@ -85,7 +81,6 @@ class Pages:
         return RedirectResponse(request.url_for("assess", token=token).path, HTTPStatus.SEE_OTHER)
 
     def token(self, request: Request) -> str:
-        """Of an assessor whom the study knows."""
         token = request.path_params["token"]
         if not self.store.knows(token):
             raise HTTPException(
@@ -94,7 +89,6 @@ class Pages:
         return token
 
     def refuse(self, request: Request, error: HTTPException) -> Response:
-        """One line that says what is wrong."""
         response = self.page(request, "error", error.status_code, message=error.detail)
         response.headers.update(error.headers or {})
         return response
@@ -110,7 +104,6 @@ class Pages:
 
 
 def application(store: Store) -> Starlette:
-    """The study as an ASGI application."""
     pages = Pages(store)
     routes = [
         Route("/", pages.start),
@@ -132,7 +125,6 @@ def server(store: Store) -> uvicorn.Server:
 
 
 def serve(folder: Path, host: str, port: int) -> None:
-    """Serve a study until it is stopped."""
     store = Store(folder)
     store.check_pictures()
     with listen(host, port) as listening:

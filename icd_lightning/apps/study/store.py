@@ -133,7 +133,6 @@ class Store:
             ) from error
 
     def close(self) -> None:
-        """Fold the log of writes into the file."""
         self.connection.close()
 
     def is_shared(self) -> bool:
@@ -153,7 +152,6 @@ class Store:
             yield self.connection
 
     def read(self, query: str, *values: object) -> list[tuple]:
-        """The rows of a query."""
         with self.lock:
             return self.connection.execute(query, values).fetchall()
 
@@ -178,7 +176,6 @@ class Store:
         return token
 
     def knows(self, token: str) -> bool:
-        """Whether there is an assessor with this token."""
         return bool(self.read("SELECT 1 FROM assessors WHERE token = ?", token))
 
     def next_task(self, token: str) -> Shown | None:

@@ -147,7 +147,6 @@ def _begun(curation: Curation) -> Manifest:
 
 
 def _planned(curation: Curation, units: Sequence[Unit]) -> list[Plan]:
-    """All plans, the last of them of what is new among these units."""
     plans = curation.plans()
     known = {unit.place: unit for plan in plans for unit in plan.units}
     for unit in units:
@@ -188,7 +187,6 @@ def _save_array(array: NDArray, path: Path) -> None:
 
 
 def _batches(folders: Sequence[str]) -> list[list[str]]:
-    """The pictures in folders, and in those within, so many at a time."""
     files = []
     for folder in folders:
         endings = {f".{name.lower()}" for name in (*FORMATS, "JPG")}
@@ -205,7 +203,6 @@ def _benchmark_prints(files: Sequence[str]) -> Prints:
 
 
 def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -> Manifest:
-    """Write the shards of a plan that are missing, and the manifest of all."""
     folder, manifest = curation.folder, Manifest.load(curation.folder)
     pieces = _pieces(plan, list(curation.reasons(plan)), curation.shard_size, len(manifest.shards))
     done = finished_shards(folder)

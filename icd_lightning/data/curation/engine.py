@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 INSTALL = "pip install 'icd-lightning[curate]'"
@@ -62,7 +63,7 @@ class Engine:
             yield map
             return
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing phones home
-        import ray.data
+        import ray
 
         ours = not ray.is_initialized()
         try:
@@ -74,8 +75,7 @@ class Engine:
                 ray.shutdown()
 
     def _start(self, ray: Any) -> None:
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self.address is None:
             cores = self.num_workers or os.cpu_count()
@@ -88,25 +88,16 @@ class Engine:
             ) from error
 
     def _each(self, ray: Any, work: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Any]:
-        if not pieces:
-            return
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        room = self._room(ray.cluster_resources())
-        most = min(len(pieces), room, self.num_workers or room)
-        pickled = pickle.dumps(work)
-        rows = [{"work": pickled, "piece": pickle.dumps(piece)} for piece in pieces]
-        compute = ray.data.TaskPoolStrategy(size=most)
-        if self.num_gpus:
-            compute = ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1)
-        options = {"compute": compute, "num_cpus": 1, "num_gpus": self.num_gpus}
-        done = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for row in done.map(_Staying if self.num_gpus else _worked, **options).iter_rows():
-            outcome, error = pickle.loads(row["done"])
-            if error:
-                raise error
-            yield outcome
+        room = self._room(ray.cluster_resources()) if pieces else 0
+        most, waiting, running = min(room, self.num_workers or room), iter(pieces), []
+        # without max_calls Ray ends a process that had a GPU after each piece, and what it has loaded with it
+        worked, work = ray.remote(num_cpus=1, num_gpus=self.num_gpus, max_calls=0)(_worked), ray.put(pickle.dumps(work))
+        while running := [*running, *(worked.remote(work, piece) for piece in islice(waiting, most - len(running)))]:
+            (done,), running = ray.wait(running)
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
 
     def _room(self, resources: Mapping[str, float]) -> int:
         """How many workers Ray has room for; ValueError for none, for which it would wait for ever."""
@@ -132,21 +123,8 @@ def _loaded(work: bytes) -> Callable[[Any], Any]:
     return pickle.loads(work)
 
 
-def _worked(row: dict[str, Any]) -> dict[str, Any]:
-    try:
-        done: tuple[Any, Exception | None] = _loaded(row["work"])(pickle.loads(row["piece"])), None
-    except ValueError as error:  # Ray would raise it with its traceback as its text
-        done = None, ValueError(str(error))
-    except OSError as error:
-        done = None, OSError(str(error))
-    return {"done": pickle.dumps(done)}
-
-
-class _Staying:
-    """Works in processes that stay: Ray ends those of plain functions that had a GPU after each piece."""
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return _worked(row)
+def _worked(work: bytes, piece: Any) -> Any:
+    return _loaded(work)(piece)
 
 
 def _check_address(address: str) -> None:

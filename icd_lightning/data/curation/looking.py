@@ -24,21 +24,15 @@ VERSION = 2  # of what records say; raised when pictures are opened or hashed ot
 BATCH = 16  # pairs that a stage is given at once, whose pictures are in memory at full size
 
 
-@dataclass(frozen=True)
-class Opener:
-    """Opens a raw sample: its picture as an RGB image, its caption, its metadata."""
-
-    caption_field: str | None = None
-
-    def open(self, raw: Raw) -> Sample:
-        """A sample whose `size` is that of its picture; RejectedError for one that cannot be used."""
-        sample = SampleDecoder(1, self.caption_field, 0).open(raw)
-        if sample.picture is None:
-            raise RejectedError("no_image", f"{sample.name} holds latents")
-        try:
-            return sample._replace(picture=to_rgb(sample.picture))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
-            raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
+def open_pair(raw: Raw, caption_field: str | None) -> Sample:
+    """A sample whose picture is an RGB image, and its `size` that of it; RejectedError for one that cannot be used."""
+    sample = SampleDecoder(1, caption_field, 0).open(raw)
+    if sample.picture is None:
+        raise RejectedError("no_image", f"{sample.name} holds latents")
+    try:
+        return sample._replace(picture=to_rgb(sample.picture))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+        raise RejectedError("corrupt_image", f"{sample.name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,6 @@ class Looking:
         return self.folder / f"{unit.digest(same)}.parquet"
 
     def __call__(self, unit: Unit) -> str:
-        """Write the record of a unit; returns what is damaged in it."""
         damage: list[str] = []
         pairs = list(self._looked(read_unit(unit, damage)))
         values = {
@@ -132,24 +125,20 @@ class Looking:
                 _judge(stage, [pair for pair in pairs if not pair.reason])
             for pair, raw in zip(pairs, batch, strict=True):
                 if self.hashed and not pair.reason:
-                    pair.print = Prints.of(_picture(raw), pair.sample.picture)
+                    file = next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
+                    pair.print = Prints.of(file, pair.sample.picture)
                 if pair.sample:
                     pair.sample = pair.sample._replace(picture=None)
                 yield pair
 
     def _opened(self, raw: Raw) -> _Pair:
         try:
-            return _Pair(raw["__key__"], Opener(self.caption_field).open(raw))
+            return _Pair(raw["__key__"], open_pair(raw, self.caption_field))
         except RejectedError as error:
             return _Pair(raw["__key__"], reason=error.reason)
 
 
-def _picture(raw: Raw) -> bytes:
-    return next(raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw)
-
-
 def _judge(stage: Stage, pairs: Sequence[_Pair]) -> None:
-    """Give pairs their value, and those that the stage does not keep its name as a reason."""
     values = stage.values([pair.sample for pair in pairs]) if pairs else []
     for pair, value in zip(pairs, values, strict=True):
         pair.values[stage.name] = value = float("nan") if value is None else float(value)

@@ -36,7 +36,6 @@ class Recipe:
             raise ValueError(f"two stages drop for {twice!r}: give one of them another reason")
 
     def settings(self) -> dict[str, Any]:
-        """All that the set depends on, as JSON has it."""
         about = {"version": VERSION, "resolution": self.resolution, "caption_field": self.caption_field}
         about["duplicates"] = self.duplicates and asdict(self.duplicates)
         return json.loads(json.dumps(about | {"stages": [stage.settings() for stage in self.stages]}))
@@ -60,7 +59,6 @@ def build_recipe(content: Any, file: str | Path) -> Recipe:
 
 
 def _stage(about: dict[str, Any]) -> Stage:
-    """The stage of a class_path and its init_args; ValueError for anything else."""
     entry = Entry(**about)
     check_class(entry.class_path, "a stage")
     if not (isinstance(cls := entry.load(), type) and issubclass(cls, Stage)):  # before it is built

@@ -49,7 +49,6 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """What messages and metadata call it."""
         return f"{self.url.rpartition('/')[2]}{f':{self.start}' if self.stop else ''}"
 
     def digest(self, settings: list[Any]) -> str:
@@ -118,9 +117,6 @@ def _in_parts(url: str, count: int, size: int) -> list[Unit]:
     return [Unit(url, start, min(start + size, count), stamp) for start in range(0, count, size)]
 
 
-# --- rows of tables ---------------------------------------------------------------------------------------------------
-
-
 def _sample(url: str, row: int, picture: tuple[str, bytes | None], caption: Any, about: dict[str, Any]) -> Raw:
     """A row as shards hold it. picture: a file's name, for its kind, and its content, None where there is none."""
     name, data = picture
@@ -143,7 +139,6 @@ def _file(folder: Path, name: Any) -> tuple[str, bytes | None]:
 
 
 def _column(names: Iterable[str], wanted: Sequence[str], what: str, url: str) -> str:
-    """The first of the wanted columns that is there."""
     there = list(names)
     if (found := next((name for name in wanted if name in there), None)) is None:
         remedy = f"name its column {wanted[0]}"
@@ -177,7 +172,6 @@ def _read_table(unit: Unit) -> Iterator[Raw]:
 
 @lru_cache(1)  # units of one file follow each other
 def _coco(url: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of COCO's pictures and its images, each with its captions."""
     path = Path(url)
     content = read_object(path, MOST_TABLE)
     captions = defaultdict(list)

@@ -36,7 +36,6 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The reason why what fails is dropped."""
         return self.reason or self.default_reason
 
     def values(self, samples: Sequence[Sample]) -> Sequence[float | None]:
@@ -48,7 +47,6 @@ class Stage:
         return least <= value <= most  # NaN is not
 
     def settings(self) -> dict[str, Any]:
-        """All that its values depend on, for JSON."""
         own = {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "version": self.version}
         return own | {"init_args": asdict(self)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from icd_lightning.data.curation.looking import Looking, Opener, Record
+from icd_lightning.data.curation.looking import Looking, Record, open_pair
 from icd_lightning.data.curation.sources import Unit, read_unit
 from icd_lightning.data.decoding import Sample
 from icd_lightning.data.manifest import write_recorded
@@ -42,7 +42,6 @@ class Writing:
     folder: Path
 
     def __call__(self, piece: Piece) -> str:
-        """Returns the name of the shard."""
         write_recorded(self._samples(piece), self.folder, piece.name)
         return piece.name
 
@@ -67,7 +66,7 @@ class Writing:
 
     def _sample(self, key: str, raw: Raw, about: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            sample = Opener(self.looking.caption_field).open(raw)
+            sample = open_pair(raw, self.looking.caption_field)
         except RejectedError as error:
             raise OSError(f"{error.detail}: it could be read before; see that it is whole, and call again") from error
         metadata = {**sample.metadata, "original_size": sample.size, **about}

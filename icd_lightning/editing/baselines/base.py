@@ -15,16 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from icd_lightning.diffusion import (
-    VP,
-    GuidanceSchedule,
-    OnStep,
-    Split,
-    Step,
-    StepGuidance,
-    ddim_timesteps,
-    falling,
-)
+from icd_lightning.diffusion import VP, GuidanceSchedule, OnStep, Split, Step, StepGuidance, ddim_timesteps, falling
 from icd_lightning.editing.baselines.parts import Branch, Move, Parts, descend
 from icd_lightning.editing.injection import attention_control, usual_control
 from icd_lightning.editing.limits import Control, for_each
@@ -88,7 +79,6 @@ class Baseline(PictureMethod):
 
     @classmethod
     def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> Baseline:
-        """As `PictureMethod.from_family`: the teacher, or a few-step network."""
         return cls(Parts.load(family, few_step=cls.few_step), **settings)
 
     def guided_by(self: Method, guidance: GuidanceSchedule | None) -> Method:
@@ -154,7 +144,6 @@ class Baseline(PictureMethod):
     def attention_control(
         self, control: Control | Sequence[Control], inversion: Inversion, prompts: Sequence[str]
     ) -> AttentionControl:
-        """What lends the targets attention on their way down."""
         edits, count = (inversion.prompts, prompts, inversion.noise), self.skipped + len(self.steps)
         return attention_control(control, *edits, tokenizer=self.conditioner.tokenizer, num_steps=count)
 
@@ -240,7 +229,6 @@ class DDIMBaseline(Baseline):
         return path
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """One DDIM step."""
         return self.ddim_step(x, split.eps, index)
 
     def ddim_step(self, x: Tensor, eps: Tensor, index: int) -> Tensor:

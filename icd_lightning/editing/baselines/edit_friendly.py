@@ -68,7 +68,6 @@ class EditFriendlyInversion(Baseline):
         return Inversion(prompts, x0, points[0], stored)
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """One DDPM step with the stored noise, the same for all branches."""
         mean, std = self._mean(x, split.eps, index)
         z = inversion.per_step[index]
         return mean + std * z.repeat(len(x) // len(z), 1, 1, 1)

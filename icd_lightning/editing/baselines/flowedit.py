@@ -63,13 +63,11 @@ class FlowEdit(FlowBaseline):
         return self.process.add_noise(x0.repeat(self.num_noises, 1, 1, 1), noises, t)
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
-        """Both, once for each noise, the source under its own guidance."""
         if self.num_noises > 1 and control is not None:
             raise ValueError(f"num_noises {self.num_noises} borrow no attention: take 1, or leave out the control")
         return [("source", self.source_guidance)] * self.num_noises + [("target", guidance)] * self.num_noises
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """The source noised for the next step, and the target beside it."""
         (t, s), x0, n = self.steps[index], inversion.x0, self.num_noises
         source, target = x.chunk(2)
         source_velocity, velocity = self.process.velocity(split).chunk(2)

@@ -76,14 +76,12 @@ class InfEdit(Baseline):
         return torch.cat([self.process.alpha(s) * x0 + noise, *others])
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
-        """Source and target, and between them the mutual branch from when it differs from the source."""
         mutual = control is not None and index >= mutual_begins(control, len(self.steps))
         return [("source", UNGUIDED)] * (1 + mutual) + [("target", guidance)]
 
     def attention_control(
         self, control: PromptToPrompt | Sequence[PromptToPrompt], inversion: Inversion, prompts: Sequence[str]
     ) -> UnifiedAttentionControl:
-        """Between all three branches."""
         alphas = [float(self.process.alpha(t)) for t, _ in self.steps]
         edits = (inversion.prompts, prompts, inversion.noise)
         return UnifiedAttentionControl(control, *edits, tokenizer=self.conditioner.tokenizer, alphas=alphas)

@@ -33,5 +33,4 @@ class NegativePromptInversion(DDIMBaseline):
         super().__init__(parts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, control=control)
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
-        """The source prompt, always."""
         return source

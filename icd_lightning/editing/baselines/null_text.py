@@ -111,5 +111,4 @@ class NullTextInversion(DDIMBaseline):
         return guided(null), null, rounds
 
     def negative(self, index: int, inversion: Inversion, source: Conditioning, empty: Conditioning) -> Conditioning:
-        """The null embedding fitted for this step."""
         return empty.replace(prompt_embeds=inversion.per_step[index])

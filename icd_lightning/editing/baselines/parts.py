@@ -67,7 +67,6 @@ class Parts:
 
     @classmethod
     def of(cls, model: DiffusionModel, autoencoder: LatentAutoencoder, conditioner: Conditioner) -> Parts:
-        """From loaded parts."""
         return cls(model, autoencoder, conditioner, model.predict, model.takes_guidance)
 
     def eps(self, x: Tensor, t: Tensor | int, conditioning: Conditioning) -> Tensor:

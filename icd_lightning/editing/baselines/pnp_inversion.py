@@ -44,6 +44,5 @@ class PnPInversion(DDIMBaseline):
         return [("source", self.guidance), ("target", guidance)]
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """One DDIM step, and the source's branch back on its path."""
         source, target = self.ddim_step(x, split.eps, index).chunk(2)
         return torch.cat([source + inversion.per_step[index], target])

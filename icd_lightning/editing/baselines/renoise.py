@@ -44,12 +44,10 @@ class Sampler:
 
     @property
     def draws(self) -> bool:
-        """Whether its steps draw noise."""
         return self.kind in ("ancestral", "lcm")
 
     @property
     def steps(self) -> list[tuple[int, int]]:
-        """(t, s) on the way down."""
         if self.kind == "jumps":
             return falling(self.timesteps)
         if self.kind == "lcm":
@@ -204,7 +202,6 @@ class ReNoise(Baseline):
         return x, noise, len(predictions) + regularizes + bool(self.correction)
 
     def _corrected(self, noise: Tensor, x: Tensor, below: Tensor, index: int, source: Conditioning) -> Tensor:
-        """The step's noise (B, C, h, w), moved towards what takes x (B, C, h, w) to `below` (B, C, h, w)."""
         t, s = self.steps[index]
         eps, how = self.parts.eps(x, t, source), self._how(t, s)
         if s == 0:  # no noise is drawn here; the evaluation is in the published count
@@ -225,7 +222,6 @@ class ReNoise(Baseline):
         return source
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """One step of the sampler with the noise of the inversion."""
         t, s = self.steps[index]
         how = self._how(t, s)
         noise = how["noise_std"] * inversion.per_step[index]

@@ -60,7 +60,6 @@ class RFInversion(FlowBaseline):
         return Inversion(prompts, x0, self.climb(x0, [""] * len(x0), up, move, on_step))
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
-        """One step of Euler's, at first steered to the picture."""
         (t, s), velocity = self.steps[index], self.process.velocity(split)
         if index < self.controlled_steps:
             pictures = inversion.x0.repeat(len(x) // len(inversion.x0), 1, 1, 1)

@@ -53,5 +53,4 @@ class RFSolverEdit(FlowBaseline):
         )
 
     def mover(self, inversion: Inversion) -> Move:
-        """The solver's, down."""
         return self.solver.mover(self.whole_steps)

@@ -52,7 +52,6 @@ class UniEditFlow(FlowBaseline):
         return Inversion(prompts, x0, self.climb(x0, [""] * len(x0), solver.evaluations(up), solver.mover(up), on_step))
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
-        """Both, always."""
         return [("source", guidance), ("target", guidance)]
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:

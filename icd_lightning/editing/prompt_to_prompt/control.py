@@ -210,7 +210,6 @@ class PromptToPromptControl(AttentionControl):
         return changes | {name: partial(self._borrow, name) for name in self.own_layers(layers)}
 
     def _rewrite(self, name: str, looked_at: Grid | None) -> Attend | None:
-        """How a layer's cross-attention is in this step."""
         self._note(name)
         replaces = self._step < self._cross_steps
         if not replaces and looked_at is None:
@@ -229,7 +228,6 @@ class PromptToPromptControl(AttentionControl):
         return partial(attend_rewritten, num_rows=2 * len(self.pairs), rewrite=rewrite)
 
     def _borrow(self, name: str) -> Attend | None:
-        """How a layer's self-attention is in this step."""
         self._note(name)
         rows = self.rows(self._step)
         return None if rows is None else partial(attend_borrowed, rows=rows, both_halves=self.both_halves)

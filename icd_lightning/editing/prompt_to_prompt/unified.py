@@ -58,7 +58,6 @@ class UnifiedAttentionControl(PromptToPromptControl):
         )
 
     def own_layers(self, layers: Layers) -> Sequence[str]:
-        """All of them."""
         return layers.own
 
     def seen(self, probabilities: Tensor, attended: Tensor) -> Tensor:

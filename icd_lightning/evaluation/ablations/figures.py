@@ -185,5 +185,4 @@ def _name(comparison: Comparison) -> str:
 
 
 def _mathematics(text: str) -> str:
-    """L_f as formulas have it."""
     return re.sub(r"L_(\w)", r"$L_\1$", text)

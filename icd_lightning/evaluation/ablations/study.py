@@ -59,7 +59,6 @@ class Ablation:
         return self.tau is not None
 
     def decoding(self, guidance_scale: float) -> str:
-        """The name of its decoding at this w."""
         return UNGUIDED.name if self.tau is None else Decoding.step(guidance_scale, self.tau).name
 
 
@@ -90,11 +89,9 @@ class Row:
     part: str = ""
 
     def values(self, column: str = "psnr") -> np.ndarray:
-        """A column, (trainings, pictures)."""
         return np.array([run.values(column, self.decoding) for run in self.runs])
 
     def pictures(self, column: str = "psnr") -> np.ndarray:
-        """A column's means over trainings, (pictures,)."""
         return self.values(column).mean(0)
 
     def mean(self, column: str = "psnr") -> Estimate:
@@ -150,7 +147,6 @@ class AblationStudy:
         return [name for name in self.runs["ddim"].columns if name not in left_out]
 
     def row(self, letter: str, guidance_scale: float = 1.0) -> Row:
-        """An ablation at this w, with a run for each seed."""
         ablation = self.ablations[letter]
         runs = [self.runs[f"{ablation.students}-{seed}"] for seed in self.seeds]
         description, part = ROWS[letter]
@@ -182,7 +178,6 @@ class AblationStudy:
         return [Comparison(worse, better, where) for worse, better in pairwise(rows)]
 
     def verdicts(self) -> list[Comparison]:
-        """On the paper's orderings, unguided and at every w."""
         return [one for w in (None, *self.guidance_scales) for one in self.comparisons(w)]
 
 

@@ -55,7 +55,6 @@ def _table(study: AblationStudy, w: float | None) -> Table:
 
 
 def _scope(study: AblationStudy) -> str:
-    """What intervals are over."""
     return "resampled pictures" if len(study.seeds) < MIN_SEEDS else "other pictures and other trainings"
 
 
@@ -85,9 +84,6 @@ def place_of_e(study: AblationStudy) -> str:
     means = {letter: float(study.row(letter).values().mean()) for letter in UNGUIDED_ROWS}
     order = sorted(means, key=means.__getitem__)
     return "In ascending order of PSNR: " + " < ".join(f"{letter} ({means[letter]:.2f})" for letter in order) + "."
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def losses(study: AblationStudy) -> list[Comparison]:
@@ -124,9 +120,6 @@ def effect_panel(study: AblationStudy, examples: Mapping[str, Example], keys: Se
         labels.append(f"{examples[key].caption}\n{added}")
     note = f"To noise and back, unguided, by the training of seed {study.seeds[0]}; gains are means over all trainings."
     return Panel.of_columns("Pictures that the losses help most and least", note, columns, labels, (6,))
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def write_study(study: AblationStudy, root: Path, facts: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -184,7 +177,6 @@ def _curves(study: AblationStudy) -> list[Curve]:
 
 
 def _rows(study: AblationStudy) -> list[dict[str, Any]]:
-    """Every row as plain numbers, each seed by itself too."""
     rows = []
     for w in (None, *study.guidance_scales):
         for row in study.rows(w):

@@ -84,9 +84,6 @@ PIEBENCH = Benchmark(
 )
 
 
-# --- COCO's pictures whose captions differ in a word ------------------------------------------------------------------
-
-
 COCO_EDIT = Benchmark(
     (EDITING,),
     edit_sections,

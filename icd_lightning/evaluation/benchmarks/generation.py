@@ -25,7 +25,6 @@ TABLE_4 = {  # FID, CLIP, ImageReward
 
 
 def generate(bench: Bench, batch: Sequence[Example], decodings: Sequence[Decoding]) -> Iterator[Outcome]:
-    """From drawn noise, by the captions."""
     prompts, method = [example.caption for example in batch], bench.method
     if not isinstance(method, EditingMethod):
         raise ValueError(f"{type(method).__name__} edits pictures and makes none from drawn noise; choose icd or ddim")

@@ -139,7 +139,6 @@ class Table:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _repr_markdown_(self) -> str:
-        """What a notebook shows."""
         return markdown_table(self)
 
 
@@ -185,7 +184,6 @@ class Bars:
 
     @staticmethod
     def text(share: float) -> str:
-        """What stands in a part; nothing where it would have no room."""
         return f"{100 * share:.0f}\u00a0%" if share >= 0.07 else ""
 
 
@@ -212,9 +210,6 @@ def format_value(value: Value, digits: int) -> str:
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "-∞"}.get(float(value), "nan")
     return f"{value:,}" if isinstance(value, Integral) else f"{value:,.{digits}f}"
-
-
-# --- files and the terminal -------------------------------------------------------------------------------------------
 
 
 def _in_a_cell(text: str) -> str:

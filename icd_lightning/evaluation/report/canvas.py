@@ -88,7 +88,6 @@ class Canvas:
         return y
 
     def box(self, box: tuple[float, float, float, float], color: str, radius: float, *, zorder: float = -1) -> None:
-        """Fill a rounded rectangle (left, top, right, bottom)."""
         self.axes.add_patch(_rounded(box, radius, facecolor=COLORS.get(color, color), zorder=zorder))
 
     def rule(self, x: float, y: float, width: float, color: str = "rule", thickness: float = 2) -> None:
@@ -118,11 +117,9 @@ class Canvas:
         return buffer.getvalue()
 
     def pixels(self, *, scale: float = 1) -> Picture:
-        """The picture as uint8 (H, W, 3)."""
         return np.asarray(Image.open(BytesIO(self.png(scale=scale))).convert("RGB"))
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
         return self.png()
 
 
@@ -130,9 +127,6 @@ def _rounded(box: tuple[float, float, float, float], radius: float, **options) -
     left, top, right, bottom = box
     style = f"round,pad=0,rounding_size={radius}" if radius else "square,pad=0"
     return FancyBboxPatch((left, top), right - left, bottom - top, boxstyle=style, linewidth=0, **options)
-
-
-# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 def draw_report(report: Report) -> Canvas:
@@ -161,7 +155,6 @@ def draw_body(section: Section, *, width: int = INNER) -> Canvas:
 
 
 def _body(canvas: Canvas, section: Section, x: float, y: float, width: int) -> float:
-    """Each drawer returns the y below what it drew."""
     if isinstance(section, Panel):
         return _panel(canvas, section, x, y, width)
     if isinstance(section, Table):
@@ -197,9 +190,6 @@ def _tiles(canvas: Canvas, summary: Sequence[tuple[str, str]], y: float) -> floa
         canvas.write(x + inset, y + 72 - font.size, [(value, font)])
         canvas.write(x + inset, y + 92, label)
     return bottom
-
-
-# --- pictures and numbers ---------------------------------------------------------------------------------------------
 
 
 def _panel(canvas: Canvas, panel: Panel, x: float, y: float, width: int) -> float:

@@ -117,9 +117,6 @@ def points(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look, *, la
     axes.errorbar(list(map(float, x)), list(map(float, y)), bars[1], bars[0], label=label, elinewidth=0.9, **style)
 
 
-# --- curves of a report -----------------------------------------------------------------------------------------------
-
-
 class Font(NamedTuple):
     """How letters look: size in pixels, colour, weight; and on which side of their place they stand."""
 
@@ -131,7 +128,6 @@ class Font(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, font: Font) -> float:
-    """Of a line of text, in pixels."""
     properties = FontProperties(family=FAMILY, size=font.size, weight=font.weight)
     return text_to_path.get_text_width_height_descent(text, properties, ismath=False)[0]
 

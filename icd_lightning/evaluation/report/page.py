@@ -25,7 +25,6 @@ def templates(folder: Path) -> Environment:
 
 
 def page(report: Report) -> str:
-    """The whole HTML document."""
     environment = templates(Path(__file__).parent)
     environment.tests["panel"] = lambda section: isinstance(section, Panel)
     environment.tests["bars"] = lambda section: isinstance(section, Bars)
@@ -37,7 +36,6 @@ def page(report: Report) -> str:
 
 
 def _image(picture: Picture) -> dict[str, object]:
-    """Attributes of an element <img>."""
     image = Image.fromarray(picture)
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     buffer = BytesIO()
