@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from icd_lightning.data.images import to_images
 from icd_lightning.diffusion import Boundaries, Direction, Process
-from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.consistency import InvertibleConsistency, Untrained
-from icd_lightning.editing.method import PictureMethod
+from icd_lightning.editing.method import Clock, PictureMethod
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
-from icd_lightning.editing.prompt_to_prompt.layers import Grid, choose_layers
+from icd_lightning.editing.prompt_to_prompt.attention import Grid, choose_layers
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.models.autoencoder import LatentAutoencoder

@@ -91,7 +91,7 @@ def test_lightning_stays_with_what_it_runs():
 def test_the_tiny_world_is_a_guest():
     users = {name for name, path in MODULES.items() if "tiny" in map(part_of, imports(path))}
     # `icd data shapes` draws its pictures, and the editor shows some where that family is edited with
-    own = ("tiny/", "commands/tiny.py", "commands/data.py", "apps/editor/examples.py")
+    own = ("tiny/", "commands/tiny.py", "commands/data.py", "apps/editor/engine.py")
     assert not {name for name in users if not name.startswith(own)}
 
 

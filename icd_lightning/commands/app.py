@@ -1,9 +1,10 @@
-"""`icd app`: the web editor."""
+"""`icd app`: the web editor; `icd study create | serve | report`: which of two edits people prefer."""
 
 from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -46,3 +47,94 @@ def app(*, host: str = "127.0.0.1", port: int | None = None, **options: Any) -> 
 
 def wait() -> None:
     Event().wait()
+
+
+def create(
+    *results: str,
+    out: str = "outputs/study",
+    folders: list[str] | None = None,
+    methods: str | None = None,
+    votes: int = 3,
+    check_share: float = 0.1,
+    seed: int = 0,
+    title: str = "Which edit is better?",
+    overwrite: bool = False,
+) -> None:
+    """Make a study of edits by several methods: blinded tasks, two edits of a picture side by side, in a folder.
+
+    icd study create outputs/eval-piebench outputs/eval-coco_edit --methods icd_p2p,nti_pie,ddim_p2p
+    icd study create edits.csv --folders ours=results/icd theirs=results/nti
+
+    Of results of icd eval --benchmark piebench, coco_edit or tiny_edit the edits of each method's first setting are
+    compared; run it where icd eval ran, whose data are read again. A table has columns image and target, and if you
+    like source, reference (the right result), kind and output (the edit's name in each folder, by default that of the
+    picture, or as icd edit calls it). The centre of each picture is cut out, a square. With several methods each two of
+    them are compared. Checks are tasks with an obvious answer: an edit beside noise, or beside another picture.
+
+    Args:
+        results: Folders of icd eval, or their summaries (.json); or tables of edits (.csv), with --folders.
+        out: Folder of the study: study.sqlite and pictures/, which is all that icd study serve needs.
+        folders: A NAME=FOLDER for each method whose pictures the tables' edits are.
+        methods: Comma-separated names of the methods to compare; by default all.
+        votes: Votes wanted for each two edits, of as many assessors.
+        check_share: Share of checks among the tasks of an assessor, 0 for none.
+        seed: Of the order of tasks, of sides and of checks.
+        title: What the pages are called.
+        overwrite: Replace a study that has no votes.
+    """
+    from icd_lightning.apps.study.create import Plan, check_free, create_study
+    from icd_lightning.apps.study.edits import read_edits
+    from icd_lightning.commands.evaluate import names
+
+    plan, folder = Plan(votes, check_share, seed, title), Path(out)
+    check_free(folder, overwrite=overwrite)
+    pairs, checks = create_study(read_edits(results, folders or [], names(methods)), plan, folder, overwrite=overwrite)
+    log.info("%s: %d pairs of edits, %d checks; icd study serve %s", folder, pairs, checks, folder)
+
+
+def serve(study: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve a study to any number of assessors at once; votes are on the disk before they are answered.
+
+    icd study serve outputs/study                                       on this machine alone
+    icd study serve outputs/study --host 0.0.0.0 --port 8080            to whoever reaches this machine
+
+    Whoever opens the address and begins gets a link of their own, to go on later. Each pair of edits gets its votes
+    evenly, and nobody sees one twice. Keys: left, right, down for no difference. Started again after any end, it goes
+    on with all votes. Before the open internet put a server with HTTPS and a limit of requests.
+
+    Args:
+        study: Folder that icd study create wrote.
+        host: Address to listen at.
+        port: Port to listen at, 0 for any that is free.
+    """
+    try:
+        from icd_lightning.apps.study.server import serve
+    except ImportError as error:
+        raise ValueError(f"icd study serve needs more ({error}): pip install '.[app]' in the repository") from error
+
+    serve(Path(study), host, port)
+
+
+def report(study: str, *, out: str | None = None, min_passed: float = 0.75) -> None:
+    """Count a study's votes: preferences with 95 % intervals, by benchmark and type of edit, and agreement.
+
+    icd study report outputs/study
+
+    Writes preferences.md, .csv and .png, report.html and report.png. May be run while the study is served.
+
+    Args:
+        study: Folder that icd study create wrote.
+        out: Folder to write to, by default report in the study's.
+        min_passed: Leave out assessors who passed a smaller share of the checks that they answered, and, if the study
+            has checks, those who answered none.
+    """
+    from icd_lightning.apps.study.report import evaluate, write_outcome
+
+    outcome, folder = evaluate(Path(study), min_passed), Path(out) if out else Path(study) / "report"
+    facts = {
+        "study": study,
+        "min_passed": f"{min_passed:g}",
+        **{name: outcome.settings[name] for name in ("votes", "check_share", "seed")},
+    }
+    for path in write_outcome(outcome, folder, facts):
+        log.info("%s", path)

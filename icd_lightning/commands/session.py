@@ -19,11 +19,10 @@ from icd_lightning.commands.weights import Weights
 from icd_lightning.data.images import read_picture, save_png
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
-from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.injection import usual_control
-from icd_lightning.editing.method import EditingMethod, seeded_noise
+from icd_lightning.editing.method import Clock, EditingMethod, seeded_noise
 from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.pictures import as_images, as_output
 from icd_lightning.evaluation.examples import read_blended

@@ -23,9 +23,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from icd_lightning.editing.limits import Control, Injection, PromptToPrompt
-from icd_lightning.editing.prompt_to_prompt.attention import Changes, StandIn, free_rows
+from icd_lightning.editing.prompt_to_prompt.attention import Changes, StandIn, attention_layers, free_rows
 from icd_lightning.editing.prompt_to_prompt.control import AttentionControl, PromptToPromptControl
-from icd_lightning.editing.prompt_to_prompt.layers import attention_layers
 
 
 class Tokens(NamedTuple):

@@ -6,6 +6,7 @@ as in iCD and DDIM: such noise can also be drawn. The baselines that keep more t
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from icd_lightning.diffusion import VP, Denoiser, Flow, GuidanceSchedule, OnStep, Process, Split, StepGuidance
+from icd_lightning.diffusion import VP, Denoiser, Flow, GuidanceSchedule, OnStep, Process, Split, Step, StepGuidance
 from icd_lightning.editing.limits import check_fraction, check_seed
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.family import Family
@@ -219,3 +220,20 @@ class EditingMethod(PictureMethod):
         method = self.framed_for(noise)
         denoise = method.swapping(source_prompts, target_prompts, guidance=guidance, swap_tau=swap_tau)
         return self.autoencoder.decode(self.from_noise(denoise, noise, on_step=on_step))
+
+
+class Clock:
+    """Counts evaluations and seconds since it was made; `count` is what methods take as `on_step`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nfe, self.start = device, 0, 0.0
+        self.start = self.seconds()
+
+    def count(self, step: Step) -> None:
+        self.nfe += step.nfe
+
+    def seconds(self) -> float:
+        """Passed so far, with all work of a GPU done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.start

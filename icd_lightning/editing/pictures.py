@@ -67,7 +67,7 @@ def batch_size(**parts: Sequence | Tensor | None) -> int:
     return most
 
 
-def one_for_each(part: Any, count: int) -> Any:
+def repeated(part: Any, count: int) -> Any:
     if len(part) == count:
         return part
     return part.repeat(count, 1, 1, 1) if isinstance(part, Tensor) else part * count

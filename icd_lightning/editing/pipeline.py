@@ -25,15 +25,7 @@ from icd_lightning.editing.injection import usual_control
 from icd_lightning.editing.limits import Control, check_fraction, check_guidance_scale
 from icd_lightning.editing.loading import StudentPipeline
 from icd_lightning.editing.method import UNGUIDED, Seed, seeded_noise
-from icd_lightning.editing.pictures import (
-    OutputType,
-    Pictures,
-    as_images,
-    as_output,
-    as_texts,
-    batch_size,
-    one_for_each,
-)
+from icd_lightning.editing.pictures import OutputType, Pictures, as_images, as_output, as_texts, batch_size, repeated
 
 Prompts = str | Sequence[str]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -87,7 +79,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
         with self._followed(self.boundaries.num_segments, callback_on_step_end, output_type) as on_step:
             count = batch_size(prompt=prompts, latents=latents)
             method, noise = self._bound(latents, count)
-            denoise = method.denoiser(one_for_each(prompts, count), guided)
+            denoise = method.denoiser(repeated(prompts, count), guided)
             return self._output(method.from_noise(denoise, noise, on_step=on_step), output_type)
 
     __call__ = generate
@@ -168,7 +160,7 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             noise = latents if images is None else self._climb(images, sources, generator, seed, on_step)
             count = batch_size(image=noise, source_prompt=sources, target_prompt=targets)
             method, noise = self._bound(noise, count)
-            sources, targets = one_for_each(sources, count), one_for_each(targets, count)
+            sources, targets = repeated(sources, count), repeated(targets, count)
             if control is None:
                 denoise = method.swapping(sources, targets, guidance=guided, swap_tau=swap_tau)
                 return self._output(method.from_noise(denoise, noise, on_step=on_step), output_type)
@@ -206,12 +198,12 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             seed = [seed or 0] * count if seed is None or isinstance(seed, Integral) else seed
         method, noise = self._bound(self._noise(count, *images.shape[-2:], generator, seed), count)
         latents = method.autoencoder.encode(images.to(noise.device))
-        return method.climb(one_for_each(latents, count), one_for_each(prompts, count), noise, on_step=on_step)
+        return method.climb(repeated(latents, count), repeated(prompts, count), noise, on_step=on_step)
 
     def _bound(self, latents: Tensor, count: int) -> tuple[InvertibleConsistency, Tensor]:
         """The method for latents (B or 1, C, h, w) on the device that runs, and these as (count, C, h, w)."""
         self.students.process.to(self._execution_device)
-        return self.method.framed_for(latents), one_for_each(latents, count)
+        return self.method.framed_for(latents), repeated(latents, count)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels of the pictures; ValueError if the autoencoder cannot have them."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from icd_lightning.data.curation.curate import Curation
-from icd_lightning.data.curation.looking import open_pair
+from icd_lightning.data.curation.passes import open_pair
 from icd_lightning.data.curation.recipe import Recipe, build_recipe
 from icd_lightning.data.curation.sources import Unit, read_unit
 from icd_lightning.data.images import resize_and_crop

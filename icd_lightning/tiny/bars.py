@@ -17,9 +17,8 @@ from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
 from icd_lightning.models.sources import shipped
 from icd_lightning.progress import progress
-from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.benchmarks import scene_examples
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork, attribute_accuracy, label_tensor
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
 TEACHER_BARS = {"object color": 0.95, "background color": 0.97, "object shape": 0.70, "background texture": 0.85}

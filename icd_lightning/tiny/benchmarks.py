@@ -21,7 +21,7 @@ from icd_lightning.evaluation.report import Section, Style, Table
 from icd_lightning.evaluation.results import Results
 from icd_lightning.files import write_json
 from icd_lightning.metrics.reconstruction import psnr
-from icd_lightning.tiny.attributes import GROUPS, label_tensor
+from icd_lightning.tiny.scene_network import GROUPS, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, EDITS, HELD_OUT_SEED, check_held_out, random_edit, scene_at
 from icd_lightning.tiny.scoring import SceneAttributes, SceneEdits, changed_and_kept, columns_in
 

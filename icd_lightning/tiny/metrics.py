@@ -14,8 +14,7 @@ from torch.nn.functional import normalize
 from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PerImage, where_finite
 from icd_lightning.metrics.distribution import FrechetDistance
-from icd_lightning.tiny.attributes import caption_labels
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork, caption_labels
 from icd_lightning.tiny.scenes import ABSENT
 
 HALVING = 6  # modules of the network's body to each halving of the picture

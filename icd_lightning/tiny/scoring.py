@@ -14,10 +14,9 @@ from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.evaluation.scoring import Columns
 from icd_lightning.models.sources import shipped
-from icd_lightning.tiny.attributes import GROUPS, label_tensor
 from icd_lightning.tiny.datamodule import scene_batch
 from icd_lightning.tiny.metrics import load_scene_network, psnr_within
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import GROUPS, SceneNetwork, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, LABELS
 
 SHARE, DECIBELS = Style(1, "max", 100.0), Style(2, "max")

@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from icd_lightning.data.batch import Batch
 from icd_lightning.tasks.base import OptimizerSettings, Task
-from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork, attribute_accuracy, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, Scene
 
 

@@ -11,21 +11,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.diffusion import Process, classifier_free_guidance, guidance_balance
-from icd_lightning.diffusion.losses import squared_error
+from icd_lightning.diffusion import Draws, Process, classifier_free_guidance, guidance_balance, squared_error
 from icd_lightning.files import write_json
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.text import CLIPConditioner, build_tokenizer
-from icd_lightning.tasks.base import (
-    Draws,
-    OptimizerSettings,
-    Task,
-    check_guidance_scales,
-    check_not_negative,
-    drop_captions,
-)
+from icd_lightning.tasks.base import OptimizerSettings, Task, check_guidance_scales, check_not_negative, drop_captions
 from icd_lightning.tiny.scenes import vocabulary
 
 

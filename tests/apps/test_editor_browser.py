@@ -14,7 +14,7 @@ from often_case import often
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from icd_lightning.apps.editor.examples import examples_of
+from icd_lightning.apps.editor.engine import examples_of
 
 PICTURE, SOURCE, TARGET = TASKS[0]
 MARKUP = "a <img onerror=1 src=x> ${1+1} {{value}}"

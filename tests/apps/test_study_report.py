@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from study_case import make_study, told
 
-from icd_lightning.apps.study.analysis import judge, krippendorff_alpha, preferences
+from icd_lightning.apps.study.report import judge, krippendorff_alpha, preferences
 from icd_lightning.apps.study.store import Store
 from icd_lightning.commands.main import main
 

@@ -119,7 +119,7 @@ def test_further_inputs_do_only_the_new_part(raw, tmp_path, monkeypatch):
         opened.append(unit.name)
         return read_unit(unit, damage)
 
-    monkeypatch.setattr("icd_lightning.data.curation.looking.read_unit", noticed)
+    monkeypatch.setattr("icd_lightning.data.curation.passes.read_unit", noticed)
     manifest, _ = curated([raw], tmp_path / "out", shard_size=5)
     assert opened == ["0000.tar", "00003.tar"]
     assert manifest.complete

@@ -20,8 +20,8 @@ from icd_lightning.editing.prompt_to_prompt import (
     PromptToPrompt,
     PromptToPromptControl,
 )
+from icd_lightning.editing.prompt_to_prompt.attention import choose_layers
 from icd_lightning.editing.prompt_to_prompt.control import LocalBlend
-from icd_lightning.editing.prompt_to_prompt.layers import choose_layers
 from icd_lightning.models.backbones import UNet
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel

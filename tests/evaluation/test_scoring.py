@@ -16,8 +16,8 @@ from icd_lightning.evaluation.report import Style
 from icd_lightning.evaluation.scoring import ByMetric, Scoring, _check, score_set
 from icd_lightning.metrics.base import PerImage, PictureMetric
 from icd_lightning.metrics.registry import METRICS, build_metrics, expand
-from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import data_set, scene_edits, scene_examples
+from icd_lightning.tiny.scene_network import label_tensor
 from icd_lightning.tiny.scenes import ABSENT, ATTRIBUTES, HELD_OUT_SEED, LABELS
 from icd_lightning.tiny.scoring import SceneAttributes, SceneEdits
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from icd_lightning.tiny.attributes import GROUPS, attribute_accuracy
+from icd_lightning.tiny.scene_network import GROUPS, attribute_accuracy
 from icd_lightning.tiny.scenes import ABSENT, LABELS, labels, scene_at
 
 NAMES = list(LABELS)

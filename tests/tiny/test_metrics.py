@@ -7,8 +7,8 @@ import torch
 from metrics_case import grey, scenes
 
 from icd_lightning.metrics.registry import build_metrics
-from icd_lightning.tiny.attributes import caption_labels, label_tensor
 from icd_lightning.tiny.metrics import TinyAgreement, TinyPerceptualDistance
+from icd_lightning.tiny.scene_network import caption_labels, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, LABELS, scene_at
 
 NAMES = list(LABELS)

@@ -12,11 +12,10 @@ from icd_lightning.editing.method import seeded_noise
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.metrics.reconstruction import psnr
 from icd_lightning.models.family import Family
-from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.bars import autoencoder_bars, stage_one_bars
 from icd_lightning.tiny.benchmarks import scene_examples
 from icd_lightning.tiny.packaging import RECIPES
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork, attribute_accuracy, label_tensor
 from icd_lightning.tiny.scenes import HELD_OUT_SEED, LABELS
 
 SCENES = scene_examples(24, HELD_OUT_SEED)

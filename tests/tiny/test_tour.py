@@ -13,9 +13,9 @@ from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
 from icd_lightning.evaluation.examples import stack
 from icd_lightning.evaluation.runs import Run, perform
 from icd_lightning.evaluation.scoring import Scoring
-from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.benchmarks import ATTRIBUTE_EDITS, TOUR, figures, tour_examples, tour_tables
 from icd_lightning.tiny.jumps import BENCHMARK, NUMBERS, jumps_panel, write_jumps
+from icd_lightning.tiny.scene_network import label_tensor
 from icd_lightning.tiny.scenes import LABELS
 
 SETTINGS = Settings("scenes", count=12)

@@ -11,9 +11,8 @@ from icd_lightning.diffusion import VP, Draws, squared_error
 from icd_lightning.models.backbones import Flux
 from icd_lightning.models.family import Family
 from icd_lightning.tasks.base import OptimizerSettings
-from icd_lightning.tiny.attributes import label_tensor
 from icd_lightning.tiny.datamodule import SceneDataModule, scene_batch
-from icd_lightning.tiny.scene_network import SceneNetwork
+from icd_lightning.tiny.scene_network import SceneNetwork, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, LABELS, scene_at
 from icd_lightning.tiny.train_autoencoder import AutoencoderTraining
 from icd_lightning.tiny.train_scene_network import SceneNetworkTraining

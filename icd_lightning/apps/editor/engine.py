@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from icd_lightning.data.images import resize_and_crop
-from icd_lightning.editing.clock import Clock
 from icd_lightning.editing.injection import usual_control
 from icd_lightning.editing.limits import Control
-from icd_lightning.editing.method import UNGUIDED
+from icd_lightning.editing.method import UNGUIDED, Clock
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.evaluation.report.sheet import contact_sheet
+from icd_lightning.models.released import SHIPPED
 from icd_lightning.models.text import END_OF_WORD
 from icd_lightning.texts import check_prompt
 
@@ -163,3 +164,22 @@ class Editor:
             return []
         whole = (token.removesuffix(END_OF_WORD) for token in self.pipe.tokenizer.get_vocab() if END_OF_WORD in token)
         return sorted(word for word in whole if word == "a" or len(word) > 1)
+
+
+class Example(NamedTuple):
+    """A picture, what it shows, and what it may show instead."""
+
+    picture: Image.Image
+    source: str
+    target: str
+
+
+def examples_of(model: str, count: int = 8) -> list[Example]:
+    """Held-out scenes of the picture world, an edit of each kind in turn, for its families; for others, none."""
+    if model not in SHIPPED:
+        return []
+    from icd_lightning.tiny.benchmarks import scene_edits
+    from icd_lightning.tiny.scenes import HELD_OUT_SEED
+
+    edits = scene_edits(count, HELD_OUT_SEED)
+    return [Example(Image.fromarray(edit.picture.draw()), edit.caption, edit.target) for edit in edits]

@@ -10,10 +10,8 @@ import gradio as gr
 from markupsafe import escape
 
 from icd_lightning.apps.editor.desk import Desk
-from icd_lightning.apps.editor.edit_tab import EditTab
-from icd_lightning.apps.editor.engine import Editor
-from icd_lightning.apps.editor.examples import examples_of
-from icd_lightning.apps.editor.generate_tab import GenerateTab
+from icd_lightning.apps.editor.engine import Editor, examples_of
+from icd_lightning.apps.editor.tabs import EditTab, GenerateTab
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
 MAX_BYTES = 20_000_000

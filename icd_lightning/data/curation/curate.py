@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from icd_lightning.data.curation.duplicates import KEPT, REASONS, Prints
 from icd_lightning.data.curation.engine import Engine
-from icd_lightning.data.curation.looking import Looking, Record
+from icd_lightning.data.curation.passes import Looking, Piece, Record, Writing
 from icd_lightning.data.curation.recipe import Recipe
 from icd_lightning.data.curation.sources import Unit, find_units
-from icd_lightning.data.curation.writing import Piece, Writing
 from icd_lightning.data.images import FORMATS, read_picture
 from icd_lightning.data.manifest import Manifest, complete_set, finished_shards, remove_shards
 from icd_lightning.data.tally import REASONS as UNREADABLE
@@ -159,9 +158,9 @@ def _planned(curation: Curation, units: Sequence[Unit]) -> list[Plan]:
 
 
 def _look(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -> None:
-    missing = [unit for unit in plan.units if not curation.looking.path(unit).exists()]
+    missing = [unit for unit in plan.units if not curation.passes.path(unit).exists()]
     if missing:
-        for damage in filter(None, progress(each(curation.looking, missing), "looking at pairs", len(missing))):
+        for damage in filter(None, progress(each(curation.passes, missing), "looking at pairs", len(missing))):
             logger.warning("%s", damage)
 
 
@@ -208,7 +207,7 @@ def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -
     done = finished_shards(folder)
     if missing := [piece for piece in pieces if piece.name not in done]:
         replace(manifest, complete=False).save(folder)
-        writing = each(Writing(curation.looking, curation.recipe.resolution, folder), missing)
+        writing = each(Writing(curation.passes, curation.recipe.resolution, folder), missing)
         deque(progress(writing, f"writing {folder}", len(missing)), maxlen=0)
     parameters = {**curation.settings, "plans": plan.number + 1, **summary(curation, plan.number + 1)}
     for stale in (folder / FOLDER).glob(".*.tmp"):  # of calls that were killed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icd_lightning.data.curation.duplicates import REASONS, Duplicates
-from icd_lightning.data.curation.looking import VERSION
+from icd_lightning.data.curation.passes import VERSION
 from icd_lightning.data.curation.stages import Stage
 from icd_lightning.data.tally import REASONS as UNREADABLE
 from icd_lightning.files import read_yaml

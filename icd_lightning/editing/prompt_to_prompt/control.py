@@ -20,13 +20,15 @@ from icd_lightning.editing.prompt_to_prompt.attention import (
     Attend,
     Changes,
     ControlledAttention,
+    Grid,
+    Layers,
     Rows,
     StandIn,
     attend_borrowed,
     attend_rewritten,
     attention_changed,
+    choose_layers,
 )
-from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers, choose_layers
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from torch.nn.functional import interpolate
 
 from icd_lightning.editing.limits import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.alignment import Pair
-from icd_lightning.editing.prompt_to_prompt.attention import Rows
+from icd_lightning.editing.prompt_to_prompt.attention import Grid, Layers, Rows
 from icd_lightning.editing.prompt_to_prompt.control import LocalBlend, PromptToPromptControl, self_counts
-from icd_lightning.editing.prompt_to_prompt.layers import Grid, Layers
 
 BLUR = 0.15
 """The blend's threshold is at least this over alpha(t): where noise is high, maps are vague and no place is changed."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from icd_lightning.editing.clock import Clock
+from icd_lightning.editing.method import Clock
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Task, published
 from icd_lightning.evaluation.decodings import Decoding, edited
 from icd_lightning.evaluation.examples import Example, read_coco_edits, read_pie_bench

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from icd_lightning.editing.clock import Clock
-from icd_lightning.editing.method import EditingMethod, seeded_noise
+from icd_lightning.editing.method import Clock, EditingMethod, seeded_noise
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Task, published
 from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import Decoding

@@ -8,7 +8,7 @@ import numpy as np
 
 from icd_lightning.diffusion import StepGuidance, ddim_invert
 from icd_lightning.editing.baselines.ddim import DDIMInversion
-from icd_lightning.editing.clock import Clock
+from icd_lightning.editing.method import Clock
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks.inversion import decode, to_noise_and_back
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from icd_lightning.editing.baselines.base import Baseline
-from icd_lightning.editing.clock import Clock
+from icd_lightning.editing.method import Clock
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Task, published
 from icd_lightning.evaluation.decodings import Decoding
 from icd_lightning.evaluation.examples import Example

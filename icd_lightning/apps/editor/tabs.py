@@ -1,4 +1,4 @@
-"""Editing: a picture, what comes back of it, and the edit; examples; a sheet of many settings."""
+"""The page's tabs. Editing: a picture, what comes back of it, and the edit; examples; a sheet of many settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import gradio as gr
 from PIL import Image
 
 from icd_lightning.apps.editor.controls import Controls
-from icd_lightning.apps.editor.desk import Desk, Values, read_number, read_upload, shown
-from icd_lightning.apps.editor.engine import Inversion, Wish
-from icd_lightning.apps.editor.examples import Example
+from icd_lightning.apps.editor.desk import Desk, Values, guidance_sliders, read_number, read_upload, shown
+from icd_lightning.apps.editor.engine import MAX_PICTURES, Example, Inversion, Wish
 
 TAUS = [0.2, 0.4, 0.6, 0.8, 1]
 SHARES = (1 / 3, 2 / 3, 1.0, 5 / 3)
@@ -100,3 +99,31 @@ class EditTab:
 def _result(label: str, value: Image.Image | None, cost: str | None) -> tuple[gr.Image, gr.HTML]:
     with gr.Column(min_width=0, elem_classes=label.lower()):
         return shown(label, value), gr.HTML(cost, elem_classes="cost")
+
+
+class GenerateTab:
+    """The tab's components and its one event."""
+
+    def __init__(self, desk: Desk, prompt: str) -> None:
+        self.editor, config = desk.editor, desk.editor.pipe.config
+        with gr.Row(elem_classes="prompts"):
+            self.prompt = gr.Textbox(prompt, label="It shall show")
+            button = gr.Button("Generate", variant="primary", min_width=120, scale=0)
+        with gr.Row():
+            guidance = guidance_sliders(config.guidance_scale, config.tau)
+            count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        self.numbers = dict(zip(("guidance_scale", "tau", "count", "seed"), (*guidance, count, seed), strict=True))
+        self.pictures = gr.Gallery(
+            label="Pictures", columns=4, format="png", interactive=False, elem_classes="large tiles"
+        )
+        self.cost = gr.HTML(elem_classes="cost")
+        inputs = {self.prompt, *self.numbers.values()}
+        asking = [button.click, self.prompt.submit]
+        gr.on(asking, **desk.call(self.generate, inputs, (self.pictures, self.cost), name="generate"))
+
+    def generate(self, values: Values) -> dict[Any, Any]:
+        numbers = {name: read_number(values[slider], name) for name, slider in self.numbers.items()}
+        count, seed = int(numbers.pop("count")), int(numbers.pop("seed"))
+        pictures, cost = self.editor.generate(str(values[self.prompt] or "").strip(), count, seed, numbers)
+        return {self.pictures: pictures, self.cost: cost.of_many()}
