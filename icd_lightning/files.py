@@ -32,7 +32,6 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
 
 @singledispatch
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -69,7 +68,6 @@ def cache_folder() -> Path:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text, whole or not at all."""
     write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -100,7 +100,6 @@ class Registry:
 
 
 def read_entry(file: Path) -> Entry:
-    """The entry in a YAML file; ValueError for any other content."""
     try:
         entry = Entry(**read_yaml(file))
     except (OSError, ValueError, TypeError) as error:

@@ -59,7 +59,6 @@ class ExponentialAverage(lightning.Callback):
         self._place_averages(pl_module, True)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """Put the weights back, to be trained on."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._place_averages(pl_module, False)
 

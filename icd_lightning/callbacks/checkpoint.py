@@ -48,12 +48,10 @@ class RunCheckpoint(ModelCheckpoint):
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole."""
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen for signals."""
         super().on_train_start(trainer, pl_module)
         self._trained = True
         self._last_global_step_saved = trainer.global_step  # what was resumed from is saved already
@@ -66,7 +64,6 @@ class RunCheckpoint(ModelCheckpoint):
             self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in signals}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Save if it is time to, or time to stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
@@ -94,7 +91,6 @@ class RunCheckpoint(ModelCheckpoint):
         self._restore_handlers()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say so if there was nothing left to do."""
         if not self._trained and trainer.is_global_zero and 0 <= trainer.max_steps <= trainer.global_step:
             step, last = trainer.global_step, trainer.max_steps
             log.info("already at step %d of %d; raise trainer.max_steps to go on", step, last)

@@ -28,7 +28,6 @@ class DataReport(lightning.Callback):
             log.warning(text, batches, rest, accumulated)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Log at every `log_every_n_steps`-th step, after its last micro-batch."""
         every, stepped = trainer.log_every_n_steps, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if every and stepped and trainer.global_step % every == 0:
             for split, counts in _counts(trainer, pl_module).items():
@@ -37,7 +36,6 @@ class DataReport(lightning.Callback):
                     logger.log_metrics(metrics, trainer.global_step)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say what was left out, if anything was."""
         for split, counts in _counts(trainer, pl_module).items():
             if trainer.is_global_zero and (skipped := left_out(counts)):
                 log.warning("%s data: %d samples passed, left out: %s", split, counts["passed"], skipped)

@@ -59,7 +59,6 @@ class StudentEvaluation(lightning.Callback):
             self.metrics = {place: dict(build_metrics(self.names)) for place in self.places}
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        """Begin anew, on the task's device."""
         self._seen = 0
         for metrics in self.metrics.values():
             for metric in metrics.values():
@@ -81,7 +80,6 @@ class StudentEvaluation(lightning.Callback):
         self._seen += count
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """Log the means over all ranks."""
         for place, metrics in self.metrics.items():
             for name, metric in metrics.items():
                 logged = place.format(name)
@@ -100,7 +98,6 @@ class StudentEvaluation(lightning.Callback):
 
 
 def check_students(callback: lightning.Callback, task: lightning.LightningModule) -> None:
-    """ValueError for a task without students."""
     if not isinstance(task, InvertibleConsistencyDistillation):
         raise ValueError(
             f"{type(callback).__name__} needs both students, and {type(task).__name__} has none: "
@@ -109,7 +106,6 @@ def check_students(callback: lightning.Callback, task: lightning.LightningModule
 
 
 def pipeline_of(task: InvertibleConsistencyDistillation) -> InvertibleConsistency:
-    """The pipeline over the very students in training."""
     return InvertibleConsistency(task.students, task.autoencoder, task.conditioner, task.boundaries)
 
 

@@ -22,7 +22,6 @@ class ExportWeights(lightning.Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Export once the training is over and averaged weights are in place."""
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         if wrong := not_finite(pl_module.trained_parameters().items()):

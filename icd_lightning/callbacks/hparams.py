@@ -21,7 +21,6 @@ class FinalMetrics(lightning.Callback):
     """
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log once the last validation is over."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         metrics = {FINAL.format(name): value for name, value in values.items() if name.split("/")[0] in MEASURED}
         if not metrics or not trainer.is_global_zero:

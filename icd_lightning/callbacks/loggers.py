@@ -49,7 +49,6 @@ class RunTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        """Log scalars, and the charts if they change."""
         super().log_metrics(metrics, step)
         self._names.update(metrics)
         if (now := charts(self._names)) != self._written:

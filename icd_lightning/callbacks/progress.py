@@ -33,7 +33,6 @@ class TrainingProgress(RichProgressBar):
         self._restart(trainer.global_step, pl_module.total_steps)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Update the bar, or write a line."""
         self._images += len(batch.captions) * trainer.world_size
         pl_module.log("throughput/images_per_second", self._rate())
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -69,7 +68,6 @@ class TrainingProgress(RichProgressBar):
         self._start, self._validating = time.monotonic(), 0.0
 
     def _rate(self) -> float:
-        """Images a second of training."""
         return self._images / max(1e-6, time.monotonic() - self._start - self._validating)
 
     def _seconds_left(self, step: int) -> float:

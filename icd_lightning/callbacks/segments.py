@@ -21,24 +21,20 @@ class SegmentLosses(lightning.Callback):
         self._means: dict[str, list[MeanMetric]] = {}  # of each loss, by segment
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse a task without segments."""
         check_students(self, pl_module)
         segments = range(pl_module.boundaries.num_segments)
         self._means = {name: [MeanMetric(nan_strategy="disable") for _ in segments] for name in pl_module.losses}
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        """Begin anew, on the task's device."""
         for mean in chain(*self._means.values()):
             mean.to(pl_module.device).reset()
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch: Batch, batch_idx, dataloader_idx=0) -> None:
-        """Add up what the task returned."""
         for name, means in self._means.items():
             for segment, mean in enumerate(means):
                 mean.update(outputs[name].values[outputs[name].segments == segment])
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """Log the means over all ranks."""
         segments = list(pairwise(pl_module.boundaries.boundary_timesteps))
         for name, means in self._means.items():
             for (lower, upper), mean in zip(segments, means, strict=True):

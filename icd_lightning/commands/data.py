@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 
@@ -28,14 +29,12 @@ def shapes(
         overwrite: Replace other shards in the folder.
         num_workers: Processes that draw; one for each core if not given.
     """
-    from rich.console import Console
-
     from icd_lightning.tiny.shards import write_scenes
 
     settings = {"count": count, "shard_size": shard_size, "format": format, "seed": seed, "size": size}
     manifest, new = write_scenes(out, settings, overwrite=overwrite, num_workers=num_workers)
     text = f"{out} holds {counted(manifest.samples, 'picture')} in {counted(len(manifest.shards), 'shard')}"
-    Console().print(text if new else f"{text} already; nothing to do", soft_wrap=True)
+    sys.stdout.write(f"{text}{'' if new else ' already; nothing to do'}\n")
 
 
 def cache_latents(
@@ -87,8 +86,6 @@ def cache_latents(
     """
     import os
 
-    from rich.console import Console
-
     from icd_lightning.commands.weights import EncoderWeights
     from icd_lightning.data.curation.engine import Engine
     from icd_lightning.data.decoding import SampleDecoder
@@ -111,7 +108,7 @@ def cache_latents(
         outcome = f"{out} holds the latents of {counted(manifest.samples, 'picture')} in {shards}"
     else:
         outcome = f"part {share[0]}/{share[1]} is done; {out} holds {shards} and is complete once the others are"
-    Console().print(outcome, soft_wrap=True)
+    sys.stdout.write(f"{outcome}\n")
 
 
 def describe(*urls: str, examples: int = 4) -> None:
@@ -152,8 +149,6 @@ def index(*urls: str, caption_field: str | None = None) -> None:
     """
     from collections import Counter
 
-    from rich.console import Console
-
     from icd_lightning.data.index import open_indexes
     from icd_lightning.data.shards import find_shards
     from icd_lightning.data.tally import REASONS, left_out
@@ -174,7 +169,7 @@ def index(*urls: str, caption_field: str | None = None) -> None:
         text += f", {samples - counts.total()} of them can be used; not: {left_out(counts)}"
     if damaged:
         raise ValueError(f"{counted(len(damaged), 'damaged shard')}: {damaged[0]}; write or copy them again")
-    Console().print(text, soft_wrap=True)
+    sys.stdout.write(f"{text}\n")
 
 
 def counted(count: int, name: str) -> str:
@@ -214,8 +209,6 @@ def curate(
         ray_address: A Ray cluster to work on, such as auto or ray://host:10001; this machine if not given.
         overwrite: Replace other shards in the folder.
     """
-    from rich.console import Console
-
     from icd_lightning.data.curation.curate import curate as write
     from icd_lightning.data.curation.engine import Engine
     from icd_lightning.data.curation.recipe import read_recipe
@@ -230,7 +223,7 @@ def curate(
         f"{out} holds {about['kept']} of {counted(about['read'], 'pair')} in {counted(len(manifest.shards), 'shard')}"
     )
     text += f"; dropped: {dropped}" if dropped else ""
-    Console().print(text if new else f"{text}; nothing new to do", soft_wrap=True, markup=False, highlight=False)
+    sys.stdout.write(f"{text}{'' if new else '; nothing new to do'}\n")
 
 
 def report(folder: str, *, output: str | None = None, examples: int = 8) -> None:
@@ -241,12 +234,10 @@ def report(folder: str, *, output: str | None = None, examples: int = 8) -> None
         output: Folder for report.html and report.png; that of the shards if not given.
         examples: Pictures of each kind, read again from where they came from.
     """
-    from rich.console import Console
-
     from icd_lightning.evaluation.curation import curation_report
     from icd_lightning.evaluation.report import write_report
 
     if not 1 <= examples <= 64:
         raise ValueError(f"examples {examples} must lie between 1 and 64")
     page, _ = write_report(curation_report(folder, examples), output or folder)
-    Console().print(f"{page} shows it", soft_wrap=True, markup=False, highlight=False)
+    sys.stdout.write(f"{page} shows it\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning
 
-from icd_lightning.data.decoding import Sample, SampleDecoder, bucket_step
+from icd_lightning.data.decoding import Sample, SampleDecoder, bucket_step, require
 from icd_lightning.data.index import open_indexes
 from icd_lightning.data.loaders import Loader, ValidationSet
 from icd_lightning.data.manifest import Verify
@@ -88,9 +88,9 @@ class ShardDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        _require(batch_size=batch_size, val_batch_size=val_batch_size, resolution=resolution, at_least=1)
-        _require(num_workers=num_workers, shuffle_buffer=shuffle_buffer, min_size=min_size or 0, at_least=0)
-        _require(batches_per_epoch=1 if batches_per_epoch is None else batches_per_epoch, at_least=1)
+        require(batch_size=batch_size, val_batch_size=val_batch_size, resolution=resolution, at_least=1)
+        require(num_workers=num_workers, shuffle_buffer=shuffle_buffer, min_size=min_size or 0, at_least=0)
+        require(batches_per_epoch=1 if batches_per_epoch is None else batches_per_epoch, at_least=1)
         self.urls, self.val_urls, self.verify = urls, val_urls, verify
         self.batch_size, self.val_batch_size, self.batches_per_epoch = batch_size, val_batch_size, batches_per_epoch
         self.num_workers, self.seed, self.shuffle_buffer = num_workers, seed, shuffle_buffer
@@ -295,9 +295,3 @@ def _probe(raws: Iterable[Raw], decoder: SampleDecoder, name: str, tally: Tally)
         raise tally.nothing(f"the shards of {name} hold no samples")
     first, count = rejected[0], len(rejected)
     raise ValueError(f"none of the first {count} samples of {name} can be used ({first}); {first.remedy}")
-
-
-def _require(*, at_least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < at_least:
-            raise ValueError(f"{name} {value} must be at least {at_least}")

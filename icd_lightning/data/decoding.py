@@ -33,6 +33,13 @@ MOST_PIXELS = 1 << 16  # of a side
 PLACES = ("original_size", "crop_top_left")  # metadata (h, w) and (top, left) of every sample
 
 
+def require(*, at_least: int, **values: int) -> None:
+    """ValueError for the first of these that is less."""
+    for name, value in values.items():
+        if value < at_least:
+            raise ValueError(f"{name} {value} must be at least {at_least}")
+
+
 class Sample(NamedTuple):
     """One sample: a picture uint8 (H, W, 3) or the moments (C, h, w) of its latents, the other being None.
 
@@ -71,9 +78,8 @@ class SampleDecoder:
     buckets: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (("resolution", self.resolution, 1), ("min_size", self.min_size or 0, 0)):
-            if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
+        require(resolution=self.resolution, at_least=1)
+        require(min_size=self.min_size or 0, at_least=0)
 
     def decode(self, raw: Raw) -> Sample:
         """Decode to a picture uint8 (H, W, 3) or moments; raise `RejectedError` if the sample cannot be used."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from icd_lightning.data.curation.engine import Engine
-from icd_lightning.data.decoding import Sample, SampleDecoder
+from icd_lightning.data.decoding import Sample, SampleDecoder, require
 from icd_lightning.data.images import to_images
 from icd_lightning.data.manifest import Manifest, complete_set, finished_shards, remove_shards, write_recorded
 from icd_lightning.data.remote import AnyPath, folder_at
@@ -73,9 +73,8 @@ class Caching:
     allow_broken: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers, 0)):
-            if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
+        require(batch_size=self.batch_size, at_least=1)
+        require(num_workers=self.num_workers, at_least=0)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -67,12 +67,7 @@ class UncountedStream:
     world_size: int = 1
 
     def batches_from(self, position: int, tally: Tally, *, slot: int = 0, slots: int = 1) -> Iterator[Batch]:
-        """Yield every `slots`-th batch of this rank from `position` + `slot` on, all samples of one size, without end.
-
-        A picture that proves corrupt when decoded is replaced by another of its batch, which is then there twice: so a
-        batch does not depend on those before it, and skipping needs no decoding. A batch of nothing but corrupt ones
-        repeats the next.
-        """
+        """As of `TrainStream`; to skip batches needs no decoding, since none depends on those before it."""
         skip, worker = divmod(position + slot, slots)
         reader = _Reader(self, tally, self.rank * slots + worker, self.world_size * slots)
         groups = _grouped(reader.admitted(), self.batch_size)

@@ -229,7 +229,6 @@ class VP(Process):
         self.settings = {"prediction_type": prediction_type}
 
     def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
-        """The noise, or v."""
         if self.prediction_type == "epsilon":
             return noise
         alpha, sigma = self._level(t)
@@ -262,7 +261,6 @@ class Flow(Process):
         self.settings = {"shift": shift}
 
     def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
-        """The velocity, the same all along the path."""
         return noise - x0
 
     def split(self, output: Tensor, x: Tensor, t: Time) -> Split:

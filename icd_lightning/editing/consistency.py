@@ -80,12 +80,8 @@ class InvertibleConsistency(EditingMethod):
         where nothing says it, or where the two students disagree.
         """
         files = _student_files(family, forward=forward, reverse=reverse, lora_alpha=lora_alpha)
-        if boundaries:
-            ends = replace(
-                Boundaries.parse(boundaries, allow_off_grid=True), start_timestep=files["forward"].start_timestep
-            )
-        else:
-            ends = common_boundaries(files)
+        ends = Boundaries.parse(boundaries, allow_off_grid=True) if boundaries else common_boundaries(files)
+        ends = replace(ends, start_timestep=files["forward"].start_timestep)
         stated = {direction: file.boundaries for direction, file in files.items() if file.boundaries is not None}
         if others := {name: other for name, other in stated.items() if tuple(other) != ends.boundary_timesteps}:
             log.warning("the students were trained for other boundaries than %s: %s", boundaries, others)

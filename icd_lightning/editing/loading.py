@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,6 +21,7 @@ from diffusers import (
 )
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from typing_extensions import Self
 
 from icd_lightning.diffusion import VP, Boundaries, Flow, Process
 from icd_lightning.editing.consistency import InvertibleConsistency
@@ -35,9 +36,6 @@ from icd_lightning.models.sources import Loaded
 from icd_lightning.models.student_file import write_diffusers
 from icd_lightning.models.students import DIRECTIONS, LoraStudents
 from icd_lightning.models.text import DualCLIPConditioner, unknown_words
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
 """The students in a network, by its id: pipelines that share components share them too."""

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from icd_lightning.diffusion import Boundaries, Direction
+from icd_lightning.diffusion import Direction
 from icd_lightning.editing.consistency import common_boundaries
 from icd_lightning.editing.defaults import DEFAULTS
 from icd_lightning.files import read_object, read_yaml
@@ -49,10 +49,6 @@ class Publication:
         said = read_object(index) if index.is_file() else {}
         return cls(students, model, _guided(guided or folder), {name: said[name] for name in DEFAULTS if name in said})
 
-    @property
-    def boundaries(self) -> Boundaries:
-        return common_boundaries(self.students)
-
     def files(self, repo: str) -> dict[str, Path | bytes]:
         """Content by its place in the repository of this name."""
         index: dict[str, Any] = {"_class_name": "InvertibleConsistencyPipeline", "base_model": self.base_model}
@@ -68,7 +64,7 @@ class Publication:
             index["guided_unet"] = self.guided_unet
         reverse = self.students["reverse"]
         settings = {**reverse.about, "family": self.base_model, "rank": reverse.rank, "alpha": reverse.alpha}
-        card = repository_card(repo, self.boundaries, index, settings)
+        card = repository_card(repo, common_boundaries(self.students), index, settings)
         texts = {"README.md": card, "model_index.json": json.dumps(index, indent=2) + "\n"}
         return files | {name: text.encode() for name, text in texts.items()}
 

@@ -86,9 +86,6 @@ class Models:
         cls.__init__(other, method.parts, **typed(cls, {**METHODS.find(name).init_args, **whole}, skip=LOADED))
         return other
 
-    def method_class(self, name: str) -> type[PictureMethod]:
-        return class_of(name, self.family)
-
     def family_guidance(self) -> StepGuidance:
         defaults = defaults_of(self.family)
         return StepGuidance(defaults["guidance_scale"], defaults["tau"])

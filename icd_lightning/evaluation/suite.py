@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from icd_lightning.editing.method import PictureMethod
+from icd_lightning.editing.methods import class_of
 from icd_lightning.evaluation.benchmark import Bench, Benchmark, Measured, Outcome, Settings, Task
 from icd_lightning.evaluation.decodings import GUIDANCE_OPTIONS, constructor_options
 from icd_lightning.evaluation.examples import DataSet, Example
@@ -49,7 +50,7 @@ class Suite:
         self.tasks = (*self.benchmark.tasks, *(self.benchmark.grid_tasks if settings.has_grid else ()))
         for task in self.tasks:
             for name in task.methods or self.methods:
-                cls = models.method_class(name)
+                cls = class_of(name, models.family)
                 known = [*GUIDANCE_OPTIONS, *(edit_options(cls) if task.edits else []), *constructor_options(cls)]
                 for option in dict.fromkeys(option for options in settings.grid for option in options):
                     if option not in known:
@@ -94,7 +95,7 @@ class Suite:
         settings = self.settings
         own = self.models.family_guidance() if task.as_family else self.models.guidance(name, method, edit=task.edits)
         default = guided_as_told(own, settings.guidance_scale, settings.tau)
-        decodings = task.decodings(settings, default, self.models.method_class(name))
+        decodings = task.decodings(settings, default, class_of(name, self.models.family))
         bench = Bench(method, self.models.family.resolution, settings.seed or 0, self.models.device)
         parts = []  # decodings, by the method as they want it to be constructed
         for made, group in groupby(decodings, lambda one: one.constructor):

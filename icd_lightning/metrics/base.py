@@ -46,7 +46,6 @@ class PictureMetric(Metric):
         masks: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> None:
-        """Take a batch in."""
         self.take(*self._needed(images=images, reference=reference, prompts=prompts, masks=masks, noise=noise))
 
     @abstractmethod
@@ -98,7 +97,6 @@ class PerImage(PictureMetric):
         self.count += len(values)
 
     def compute(self) -> Tensor:
-        """The mean; NaN of no images."""
         return self.total / self.count
 
     @torch.no_grad()

@@ -56,11 +56,9 @@ class FrechetDistance(PictureMetric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def prepared(self, images: Tensor) -> Tensor:
-        """What the network is given of images."""
         return images
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, F)."""
         return self.network(self.prepared(images))
 
     def take(self, *inputs: Tensor) -> None:
@@ -116,7 +114,6 @@ class FID(FrechetDistance):
         super().__init__(inception_2015(load_weights(find_file(INCEPTION_URL))), NUM_FEATURES, reference_stats)
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, 299, 299)."""
         squares = pillow_squares(images, 256, InterpolationMode.LANCZOS) / 255
         return 2 * interpolate(squares, [INCEPTION_SIZE] * 2, mode="bilinear", align_corners=False) - 1
 

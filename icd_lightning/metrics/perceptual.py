@@ -53,7 +53,6 @@ class LPIPS(PerImage):
         return self.network(*(self.prepared(x) for x in (images, reference))).flatten()
 
     def prepared(self, images: Tensor) -> Tensor:
-        """What the network is given."""
         return pillow_squares(images, 224, InterpolationMode.BICUBIC) / 127.5 - 1
 
 

@@ -78,7 +78,6 @@ def load_network(repository: str, **options: Any) -> nn.Module:
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
-    """A network's weights, as `read_weights` has them."""
     try:
         return read_weights(file)
     except ValueError as error:
@@ -86,7 +85,6 @@ def load_weights(file: Path) -> dict[str, Tensor]:
 
 
 def frozen(network: nn.Module) -> nn.Module:
-    """The network, ready to measure."""
     return network.requires_grad_(False).eval()
 
 

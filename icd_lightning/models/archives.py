@@ -92,7 +92,6 @@ class _Promised(io.BufferedWriter):
         self.size = size
 
     def write(self, data: Buffer, /) -> int:
-        """Append; ValueError beyond the size."""
         if self.tell() + memoryview(data).nbytes > self.size:
             raise ValueError(f"the server sends more than the {self.size} bytes that it said")
         return super().write(data)
@@ -153,7 +152,6 @@ class _Bounded:
         self.file, self.left = file, most
 
     def read(self, size: int = -1) -> bytes:
-        """Some of it; ValueError beyond the bound."""
         data = self.file.read(size)
         self.left -= len(data)
         if self.left < 0:

@@ -122,7 +122,6 @@ def write_student_card(folder: Path, direction: Direction, boundaries: Boundarie
 
 
 def write_guided_card(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the README.md of a UNet of stage 1."""
     scales = ", ".join(f"{w:g}" for w in settings["guidance_scales"])
     text = GUIDED.format(family=settings["family"], scales=scales, paper=PAPER)
     write_text(folder / "README.md", _page("Guidance-distilled UNet", text, settings))
@@ -143,7 +142,6 @@ def repository_card(repo: str, boundaries: Boundaries, index: Mapping[str, Any],
 
 
 def _guided_in(released: str | None) -> str:
-    """Where the network that the students adapt comes from."""
     if released is None:
         return "`unet_guided/`"
     return f"`{released}`, {RELEASED[released].gigabytes:g} GB, which is downloaded from its authors at the first use"

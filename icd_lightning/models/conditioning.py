@@ -33,7 +33,6 @@ class Conditioning:
         return Conditioning(**{name: tensor[index] for name, tensor in self.tensors.items()})
 
     def replace(self, **tensors: Tensor) -> Conditioning:
-        """The same with other tensors of these names."""
         return Conditioning(**{**self.tensors, **tensors})
 
     @staticmethod
@@ -76,7 +75,6 @@ class Framing:
 
     @classmethod
     def whole(cls, count: int, size: tuple[int, int]) -> Framing:
-        """Of pictures that are their own originals."""
         return cls([{"original_size": size, "crop_top_left": (0, 0)}] * count, size)
 
     def time_ids(self) -> Tensor:

@@ -45,7 +45,6 @@ class DiffusionModel:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether w is an input of the network."""
         return self.backbone.guidance_width(self.network) is not None
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:

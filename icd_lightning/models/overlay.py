@@ -46,7 +46,6 @@ class Overlay(Source):
         return self.own.index
 
     def file(self, name: str) -> Path:
-        """A small file of the place itself."""
         return self.own.file(name)
 
     def has(self, part: str) -> bool:

@@ -34,7 +34,6 @@ def quantize(network: nn.Module, blocks: tuple[type[nn.Module], ...], kind: Quan
 
 
 def quantized_layers(network: nn.Module, blocks: tuple[type[nn.Module], ...]) -> list[nn.Linear]:
-    """The linear layers in a network's blocks, but those that are too small."""
     inside = {part for block in network.modules() if isinstance(block, blocks) for part in block.modules()}
     return [part for part in inside if isinstance(part, nn.Linear) and part.weight.numel() % NF4_BLOCK == 0]
 

@@ -67,7 +67,6 @@ class Released:
 
     @property
     def here(self) -> bool:
-        """Whether it was downloaded."""
         return all((self.folder / place).is_file() for place in self.files.values())
 
     @property
@@ -87,7 +86,6 @@ class Released:
 
     @property
     def parts(self) -> tuple[Released, ...]:
-        """Itself and the UNet that it needs."""
         return (self, RELEASED[self._guided]) if self.boundaries else (self,)
 
     @property

@@ -63,5 +63,4 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Give a parameter, whole or spread, the values of a whole tensor."""
     parameter.copy_(part_like(whole, parameter))

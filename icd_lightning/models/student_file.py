@@ -191,18 +191,15 @@ def sorted_metadata(data: bytes) -> bytes:
 
 
 def _packed(file: StudentFile, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    """A safetensors file of the student's weights under other names."""
     return sorted_metadata(save(weights, metadata={"format": "pt", **header, "icd": _described(file)}))
 
 
 def _described(file: StudentFile) -> str:
-    """What a student's file says of it, as JSON."""
     assert not {"rank", "alpha"} & file.about.keys(), "the student itself says so"
     return json.dumps({"rank": file.rank, "alpha": file.alpha, **file.about}, indent=2)
 
 
 def _beside(file: Path, name: str) -> dict[str, Any]:
-    """A JSON object that lies beside the file, where a header may be lost."""
     return read_object(file.with_name(name)) if file.with_name(name).is_file() else {}
 
 

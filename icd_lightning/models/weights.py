@@ -111,5 +111,4 @@ def told_of(where: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The gist of another library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")

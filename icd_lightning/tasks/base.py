@@ -145,7 +145,6 @@ class Task(lightning.LightningModule):
         self._micro_batches: list[dict[str, Tensor]] = []
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by its full name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -153,7 +152,6 @@ class Task(lightning.LightningModule):
         return {"network": list(self.trained_parameters().values())}
 
     def diffusion_models(self) -> list[DiffusionModel]:
-        """The networks that can be spread over devices and compiled."""
         return []
 
     def check_strategy(self, strategy: Strategy) -> None:
@@ -262,11 +260,9 @@ class Task(lightning.LightningModule):
             )
 
     def test_step(self, batch, batch_idx: int) -> None:
-        """As validation, on the data module's test set."""
         self.validation_step(batch, batch_idx)
 
     def draws(self) -> Draws:
-        """The random numbers of this micro-batch."""
         # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume
         return self._draws(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
@@ -347,7 +343,6 @@ class Task(lightning.LightningModule):
         return {}
 
     def about(self) -> dict[str, Any]:
-        """What a card says of the training."""
         made = {"steps": self.global_step, "optimizer": self._plain_settings(), "seed": self.seed}
         return {"family": self.family.model, **self.recipe(), **made}
 
@@ -374,7 +369,6 @@ class Task(lightning.LightningModule):
     # Frozen weights come from their own files, so checkpoints leave them out.
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep what was trained, and what for."""
         checkpoint["recipe"] = self.recipe()
         checkpoint["optimizer_settings"] = self._plain_settings()
         checkpoint["skipped_steps"] = self.skipped_steps

@@ -64,7 +64,6 @@ class GuidanceDistillation(Task):
             self.student.enable_gradient_checkpointing()
 
     def diffusion_models(self) -> list[DiffusionModel]:
-        """Teacher and student."""
         return [DiffusionModel(network, self.process, self.backbone) for network in (self.teacher, self.student)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -92,7 +91,6 @@ class GuidanceDistillation(Task):
         return guidance_distillation(student, teacher, data, t)
 
     def recipe(self) -> dict[str, Any]:
-        """The w learned, how they are weighed, and of which teacher."""
         return {
             "guidance_scales": list(self.guidance_scales),
             "balance": self.balance,

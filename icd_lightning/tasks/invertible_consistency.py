@@ -126,15 +126,12 @@ class InvertibleConsistencyDistillation(Task):
 
     @property
     def trained(self) -> list[Direction]:
-        """The students that some loss trains."""
         return [direction for direction in DIRECTIONS if direction in {loss.trains for loss in self.losses.values()}]
 
     def diffusion_models(self) -> list[DiffusionModel]:
-        """The students' networks."""
         return self.students.diffusion_models()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """One group for each student in training."""
         return {direction: self.students.parameters_of(direction) for direction in self.trained}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:

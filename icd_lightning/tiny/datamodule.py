@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icd_lightning.data.batch import Batch
+from icd_lightning.data.decoding import require
 from icd_lightning.data.images import to_images
 from icd_lightning.data.loaders import unchanged
 from icd_lightning.tiny.rendering import render
@@ -78,9 +79,7 @@ class SceneDataModule(lightning.LightningDataModule):
         super().__init__()
         if seed == HELD_OUT_SEED:
             raise ValueError(f"seed {seed} is kept for held-out scenes; train on another")
-        for name, value in (("batch_size", batch_size), ("val_count", val_count), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
+        require(batch_size=batch_size, val_count=val_count, val_batch_size=val_batch_size, at_least=1)
         self.save_hyperparameters()
         self._consumed = 0
 

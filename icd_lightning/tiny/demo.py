@@ -34,10 +34,10 @@ LOSSES = ("reverse_cd", "forward_cd", "reverse_preservation", "forward_preservat
 class DemoStudy:
     """Measures into `root`/results, goes on from what it measured, and draws `root`/report.html and .png."""
 
-    def __init__(self, root: Path, count: int, family: Family | None = None) -> None:
+    def __init__(self, root: Path, count: int, family: Family) -> None:
         self.root, self.settings = root, Settings("scenes", count=count)
         students = {name: str(root / "training" / name) for name in ("forward", "reverse")}
-        self.teacher, self.trained = Models(family or Family()), Models(family or Family(), **students)
+        self.teacher, self.models = Models(family), Models(family, **students)
 
     def measure_before(self) -> Measured:
         """DDIM-50 with the teacher, and the untrained students: the teacher's weights through the students' jumps."""
@@ -45,7 +45,7 @@ class DemoStudy:
         return self._measure(("ddim", "untrained"), replace(self.teacher, boundaries=ends))
 
     def measure_after(self) -> Measured:
-        return self._measure(("icd",), self.trained)
+        return self._measure(("icd",), self.models)
 
     def _measure(self, methods: tuple[str, ...], models: Models) -> Measured:
         return Suite(replace(self.settings, methods=methods), models, self.root / "results").measure()
@@ -53,17 +53,8 @@ class DemoStudy:
     def report(self, before: Measured, after: Measured, *, seconds: float | None) -> None:
         """Write metrics.json, tables.md, report.html and report.png; print the tables and the paths."""
         both = {task: [*before.results[task], *after.results[task]] for task in before.results}
-        DemoReport(self.root, replace(before, results=both), self.trained).write(seconds)
-
-
-class DemoReport:
-    """All that was measured, in tables, pictures and curves."""
-
-    def __init__(self, root: Path, measured: Measured, models: Models) -> None:
-        self.root, self.measured, self.models = root, measured, models
+        self.measured = measured = replace(before, results=both)
         self.results, self.about, self.examples = figures(measured), about(measured), measured.data.examples
-
-    def write(self, seconds: float | None) -> None:
         write_json(self.root / "metrics.json", self._metrics())
         tables = [section for section in tour_tables(self.measured) if isinstance(section, Table)]
         panels = (

@@ -13,6 +13,7 @@ from PIL import Image
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
+from icd_lightning.editing.methods import class_of
 from icd_lightning.evaluation import runs, summaries
 from icd_lightning.evaluation.benchmark import Benchmark, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks import guidance as guidance_benchmark
@@ -115,9 +116,9 @@ def test_a_method_is_guided_as_told_or_no_more_than_its_family_bears(random_fami
 @pytest.mark.parametrize(("model", "by_attention", "w"), [("random:sd15", True, 20.0), ("random:sdxl", False, 8.0)])
 def test_icd_edits_as_its_family_is_edited_best(random_family, model, by_attention, w):
     models, method = Models(Family(model)), Models(Family(str(random_family))).load("icd_p2p")
-    assert models.method_class("icd") is (AttentionControlled if by_attention else InvertibleConsistency)
-    assert models.method_class("icd_swap") is InvertibleConsistency
-    assert issubclass(models.method_class("nti"), Baseline)
+    assert class_of("icd", models.family) is (AttentionControlled if by_attention else InvertibleConsistency)
+    assert class_of("icd_swap", models.family) is InvertibleConsistency
+    assert issubclass(class_of("nti", models.family), Baseline)
     assert models.guidance("icd_p2p", method, edit=True) == StepGuidance(w, 0.8)
     assert models.guidance("icd_p2p", method) == StepGuidance(8.0, 0.8)
     every = all_methods(models.family)

@@ -78,7 +78,6 @@ class Students(nn.Module, ABC):
         return GuidedDenoiser(_Network(self, role), self.process, conditioning, guidance)
 
     def jump(self, role: Role, conditioning: Conditioning, guidance: Guidance) -> DDIMJump:
-        """A student's jump, or the teacher's solver step."""
         denoise = self.denoiser(role, conditioning, guidance)
         return DDIMJump(denoise, self.process, set_alpha_to_one=role != "teacher")
 

@@ -37,7 +37,6 @@ class FullStudents(Students):
                 network.enable_gradient_checkpointing()
 
     def diffusion_models(self) -> list[DiffusionModel]:
-        """The teacher and both students."""
         return list(self.models.values())
 
     def predict(self, role: Role, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
@@ -45,7 +44,6 @@ class FullStudents(Students):
         return self.models[role].predict(x, t, conditioning, w)
 
     def parameters_of(self, direction: Direction) -> list[nn.Parameter]:
-        """All of a copy's parameters."""
         return list(self.models[direction].network.parameters())
 
     def export(self, direction: Direction, folder: Path, about: Mapping[str, Any]) -> None:
@@ -55,5 +53,4 @@ class FullStudents(Students):
             (temporary / "icd.json").write_text(json.dumps({"direction": direction, **about}, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
-        """Nothing but their kind."""
         return {"students": "full"}
