@@ -21,8 +21,8 @@ from icd_lightning.editing.limits import (
     read_factors,
 )
 from icd_lightning.editing.methods import METHODS, class_of
-from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import check_place
+from icd_lightning.texts import csv_rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 

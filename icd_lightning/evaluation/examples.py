@@ -27,10 +27,9 @@ from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
-from icd_lightning.evaluation.tables import csv_rows
 from icd_lightning.files import read_object
 from icd_lightning.registry import Registry
-from icd_lightning.texts import wrong_with
+from icd_lightning.texts import csv_rows, wrong_with
 
 if TYPE_CHECKING:
     from icd_lightning.evaluation.benchmark import Settings

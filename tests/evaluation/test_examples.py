@@ -16,7 +16,7 @@ from icd_lightning.evaluation.examples import (
     read_pie_bench,
     stack,
 )
-from icd_lightning.evaluation.tables import csv_rows
+from icd_lightning.texts import csv_rows
 from icd_lightning.tiny.benchmarks import scene_edits, scene_examples
 from icd_lightning.tiny.scenes import EDITS, HELD_OUT_SEED
 

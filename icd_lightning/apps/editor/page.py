@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import escape
 
-from icd_lightning.apps.editor.desk import Desk
+from icd_lightning.apps.editor.controls import Desk
 from icd_lightning.apps.editor.engine import Editor, examples_of
 from icd_lightning.apps.editor.tabs import EditTab, GenerateTab
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline

@@ -8,8 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from icd_lightning.apps.editor.controls import Controls
-from icd_lightning.apps.editor.desk import Desk, Values, guidance_sliders, read_number, read_upload, shown
+from icd_lightning.apps.editor.controls import Controls, Desk, Values, guidance_sliders, read_number, read_upload, shown
 from icd_lightning.apps.editor.engine import MAX_PICTURES, Example, Inversion, Wish
 
 TAUS = [0.2, 0.4, 0.6, 0.8, 1]

@@ -15,7 +15,7 @@ from icd_lightning.data.images import read_picture, resize_and_crop
 from icd_lightning.evaluation.benchmark import Benchmark, Settings
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.results import Results, is_made_of, picture_path, read_runs, read_summary
-from icd_lightning.evaluation.tables import csv_rows
+from icd_lightning.texts import csv_rows
 
 FEWEST = 2
 """Examples and methods; with fewer there is nothing to compare or to average."""
