@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
 
-from icd_lightning.evaluation.results import read_scalars
+from icd_lightning.evaluation.curves import read_scalars
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from icd_lightning.evaluation.ablations.study import TABLE_2_JSON, UNGUIDED_ROWS, read_study
 from icd_lightning.evaluation.ablations.tables import result_files, telling
-from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, read_runs, read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, read_runs
 from icd_lightning.files import write_whole
 
 SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}

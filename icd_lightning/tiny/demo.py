@@ -16,10 +16,11 @@ from icd_lightning.diffusion import Boundaries, StepGuidance
 from icd_lightning.editing.consistency import InvertibleConsistency
 from icd_lightning.editing.method import seeded_noise
 from icd_lightning.evaluation.benchmark import Measured, Settings
+from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.examples import Example, stack
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.report import Curve, Panel, Report, Table, markdown_table, print_tables, write_report
-from icd_lightning.evaluation.results import read_results, read_scalars
+from icd_lightning.evaluation.results import read_results
 from icd_lightning.evaluation.suite import Suite
 from icd_lightning.files import write_json, write_text
 from icd_lightning.models.family import Family

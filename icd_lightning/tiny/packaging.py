@@ -107,7 +107,7 @@ def _renamed(text: str, trained_on: str, name: str) -> str:
 
 def _record(run: Path, target: Path) -> None:
     """Keep a training's configuration and its curves, thinned to 200 points each."""
-    from icd_lightning.evaluation.results import read_scalars, thinned
+    from icd_lightning.evaluation.curves import read_scalars, thinned
 
     target.mkdir(parents=True)
     shutil.copy(run / "config.yaml", target / "config.yaml")

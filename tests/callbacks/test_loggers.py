@@ -23,7 +23,7 @@ from icd_lightning.callbacks.progress import TrainingProgress
 from icd_lightning.callbacks.reconstruction import GuidanceSweep, ReconstructionCallback
 from icd_lightning.callbacks.segments import SegmentLosses
 from icd_lightning.commands.main import main
-from icd_lightning.evaluation.results import read_scalars
+from icd_lightning.evaluation.curves import read_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -9,7 +9,7 @@ from toy_case import Toy, toy_loader
 from training_case import trainer_for
 
 from icd_lightning.callbacks.progress import TrainingProgress, _clock
-from icd_lightning.evaluation.results import read_scalars
+from icd_lightning.evaluation.curves import read_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

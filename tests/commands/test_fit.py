@@ -19,7 +19,7 @@ from training_case import write_scenes
 from icd_lightning.commands.fit import micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.commands.main import main
-from icd_lightning.evaluation.results import read_scalars
+from icd_lightning.evaluation.curves import read_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 

@@ -11,8 +11,9 @@ from icd_lightning.data.images import save_png
 from icd_lightning.evaluation.ablations.study import AblationStudy, Comparison, read_ablations
 from icd_lightning.evaluation.ablations.tables import write_study
 from icd_lightning.evaluation.benchmarks.guidance import GUIDANCES, TURN_ON
+from icd_lightning.evaluation.curves import write_scalars
 from icd_lightning.evaluation.report import Style
-from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, places, slug, write_scalars
+from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, places, slug
 from icd_lightning.evaluation.scoring import RECORDED
 from icd_lightning.files import write_json, write_whole
 from icd_lightning.tiny.scenes import HELD_OUT_SEED

@@ -14,7 +14,8 @@ from icd_lightning.evaluation.ablations.tables import (
     telling,
     verdict_table,
 )
-from icd_lightning.evaluation.results import read_runs, read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
+from icd_lightning.evaluation.results import read_runs
 from icd_lightning.evaluation.shipping import condense
 
 

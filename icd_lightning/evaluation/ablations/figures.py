@@ -10,9 +10,9 @@ import numpy as np
 
 from icd_lightning.evaluation.ablations.study import ORDERINGS, ROWS, TAU, UNGUIDED_ROWS, AblationStudy, Comparison
 from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
+from icd_lightning.evaluation.curves import read_scalars
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
-from icd_lightning.evaluation.results import read_scalars
 from icd_lightning.evaluation.statistics import bootstrap, percentiles
 
 LOOK_OF = dict(zip("GFCBAE", LOOKS, strict=True))
