@@ -158,9 +158,9 @@ def _planned(curation: Curation, units: Sequence[Unit]) -> list[Plan]:
 
 
 def _look(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -> None:
-    missing = [unit for unit in plan.units if not curation.passes.path(unit).exists()]
+    missing = [unit for unit in plan.units if not curation.looking.path(unit).exists()]
     if missing:
-        for damage in filter(None, progress(each(curation.passes, missing), "looking at pairs", len(missing))):
+        for damage in filter(None, progress(each(curation.looking, missing), "looking at pairs", len(missing))):
             logger.warning("%s", damage)
 
 
@@ -207,7 +207,7 @@ def _write(curation: Curation, plan: Plan, each: Callable[..., Iterator[Any]]) -
     done = finished_shards(folder)
     if missing := [piece for piece in pieces if piece.name not in done]:
         replace(manifest, complete=False).save(folder)
-        writing = each(Writing(curation.passes, curation.recipe.resolution, folder), missing)
+        writing = each(Writing(curation.looking, curation.recipe.resolution, folder), missing)
         deque(progress(writing, f"writing {folder}", len(missing)), maxlen=0)
     parameters = {**curation.settings, "plans": plan.number + 1, **summary(curation, plan.number + 1)}
     for stale in (folder / FOLDER).glob(".*.tmp"):  # of calls that were killed
