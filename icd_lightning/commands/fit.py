@@ -309,7 +309,9 @@ def run(args: list[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(name).addFilter(
+            lambda record: not any(words in record.getMessage() for words in NOT_NEWS_EITHER)
+        )
     for option, word in pairwise(["", *args]):
         name, _, value = word.partition("=")
         file = Path(value or word)
@@ -321,8 +323,3 @@ def run(args: list[str]) -> None:
         raise ValueError(str(error)) from error
     except SystemExit as end:
         raise SystemExit(INTERRUPTED if end.code == 1 else end.code) from None  # Lightning's 1 means Ctrl-C alone
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Tips and advertisements are not, nor what RunCheckpoint says better."""
-    return not any(words in record.getMessage() for words in NOT_NEWS_EITHER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -48,8 +49,7 @@ class Plan:
         kinds = int(forms.max(initial=0)) + 1
         self.counts = np.stack([np.bincount(forms[start:stop], minlength=kinds) for start, stop in pairwise(bounds)])
         self.per_pass = self.counts.sum(0)
-        self._chapters: dict[int, list[Chapter]] = {}
-        self._contents: dict[tuple[int, int], Content] = {}
+        self._pass, self._content = lru_cache(8)(self._cut), lru_cache(8)(self._fill)
 
     @property
     def samples(self) -> int:
@@ -69,34 +69,32 @@ class Plan:
     def _filled(self, samples: NDArray) -> int:
         return int((samples // self.batch_size).sum())
 
-    def _pass(self, number: int) -> list[Chapter]:
-        if number not in self._chapters:
-            order = list(range(len(self.counts)))
-            random.Random(f"{self.seed} {number}").shuffle(order)
-            ends = self.counts[order].sum(1).cumsum()
-            before = np.concatenate([[0], ends[:-1]])
-            cuts = np.flatnonzero(np.diff(before // max(1, self.window))) + 1
-            start, chapters = number * self.per_pass, []
-            for shards in np.split(np.array(order), cuts):
-                chapters.append(Chapter(shards, start, self._filled(start)))
-                start = start + self.counts[shards].sum(0)
-            _remember(self._chapters, number, chapters)
-        return self._chapters[number]
+    def _cut(self, number: int) -> list[Chapter]:
+        """The chapters of a pass."""
+        order = list(range(len(self.counts)))
+        random.Random(f"{self.seed} {number}").shuffle(order)
+        ends = self.counts[order].sum(1).cumsum()
+        before = np.concatenate([[0], ends[:-1]])
+        cuts = np.flatnonzero(np.diff(before // max(1, self.window))) + 1
+        start, chapters = number * self.per_pass, []
+        for shards in np.split(np.array(order), cuts):
+            chapters.append(Chapter(shards, start, self._filled(start)))
+            start = start + self.counts[shards].sum(0)
+        return chapters
 
-    def _content(self, one_pass: int, place: int) -> Content:
-        if (one_pass, place) not in self._contents:
-            shards, start, _ = self._pass(one_pass)[place]
-            order = np.concatenate([np.arange(*self.bounds[shard : shard + 2]) for shard in shards])
-            if self.window:
-                seed = random.Random(f"{self.seed} {one_pass} {place}").getrandbits(64)
-                order = np.random.default_rng(seed).permutation(order)
-            forms, endings = self.forms[order], []
-            for form in np.unique(forms).tolist():
-                first, begun = divmod(int(start[form]), self.batch_size)
-                ends = np.flatnonzero(forms == form)[self.batch_size - 1 - begun :: self.batch_size].tolist()
-                endings += [(end, form, first + index) for index, end in enumerate(ends)]
-            _remember(self._contents, (one_pass, place), Content(order, forms, sorted(endings)))
-        return self._contents[one_pass, place]
+    def _fill(self, one_pass: int, place: int) -> Content:
+        """What is in a chapter."""
+        shards, start, _ = self._pass(one_pass)[place]
+        order = np.concatenate([np.arange(*self.bounds[shard : shard + 2]) for shard in shards])
+        if self.window:
+            seed = random.Random(f"{self.seed} {one_pass} {place}").getrandbits(64)
+            order = np.random.default_rng(seed).permutation(order)
+        forms, endings = self.forms[order], []
+        for form in np.unique(forms).tolist():
+            first, begun = divmod(int(start[form]), self.batch_size)
+            ends = np.flatnonzero(forms == form)[self.batch_size - 1 - begun :: self.batch_size].tolist()
+            endings += [(end, form, first + index) for index, end in enumerate(ends)]
+        return Content(order, forms, sorted(endings))
 
     def _members(self, form: int, first: int, last: int, one_pass: int, place: int) -> NDArray[np.int64]:
         """Samples `first` to `last` of a form's sequence, of which the last lies in this chapter, and none later."""
@@ -112,9 +110,3 @@ class Plan:
                 one_pass, place = one_pass - 1, len(self._pass(one_pass - 1))
             place -= 1
         return np.concatenate(parts)
-
-
-def _remember(known: dict, key: object, value: object) -> None:
-    known[key] = value
-    while len(known) > 8:
-        del known[next(iter(known))]

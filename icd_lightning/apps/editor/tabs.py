@@ -22,7 +22,10 @@ class EditTab:
     def __init__(self, desk: Desk, examples: Sequence[Example]) -> None:
         self.desk, self.editor, self.examples = desk, desk.editor, examples
         first = examples[0] if examples else Example(None, "", "")
-        before = self._shown(*self._first(first)) if examples else (None,) * 4
+        before: tuple = (None,) * 4
+        if examples:
+            wish = self.editor.usual(first.source, first.target)
+            before = self._shown(self.editor.invert(first.picture, first.source), wish)
         with gr.Row(elem_classes="pictures"):
             with gr.Column(min_width=0):
                 self.picture = gr.Image(
@@ -57,9 +60,6 @@ class EditTab:
     def _asked(self, values: Values) -> tuple[Inversion, Wish]:
         wish = self.controls.wish(values)
         return self.editor.invert(read_upload(values[self.picture]), wish.source), wish
-
-    def _first(self, example: Example) -> tuple[Inversion, Wish]:
-        return self.editor.invert(example.picture, example.source), self.editor.usual(example.source, example.target)
 
     def _shown(self, inversion: Inversion, wish: Wish) -> tuple[Image.Image, str, Image.Image, str]:
         edited, cost = self.editor.edit(inversion, wish)

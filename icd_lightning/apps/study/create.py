@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def create_study(found: Sequence[Edits], plan: Plan, folder: Path, *, overwrite:
     check_free(folder, overwrite=overwrite)
     rng = np.random.default_rng(plan.seed)
     with replaced_folder(folder) as temporary:
-        save = _saving(temporary / PICTURES)
+        save = partial(_save, temporary / PICTURES)
         total = sum(len(edits.examples) for edits in found)
         materials = list(progress(_materials(found, save), "pictures", total))
         methods = list(dict.fromkeys(method for edits in found for method in edits.files))
@@ -108,13 +109,10 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         study.close()
 
 
-def _saving(folder: Path) -> Save:
-    def save(picture: NDArray[np.uint8]) -> str:
-        name = f"{secrets.token_hex(12)}.png"
-        save_png(picture, folder / name, about={})  # pixels alone: a file's metadata tells of its method
-        return name
-
-    return save
+def _save(folder: Path, picture: NDArray[np.uint8]) -> str:
+    name = f"{secrets.token_hex(12)}.png"
+    save_png(picture, folder / name, about={})  # pixels alone: a file's metadata tells of its method
+    return name
 
 
 def _materials(found: Sequence[Edits], save: Save) -> Iterator[Material]:

@@ -210,15 +210,12 @@ def format_value(value: Value, digits: int) -> str:
     return f"{value:,}" if isinstance(value, Integral) else f"{value:,.{digits}f}"
 
 
-def _in_a_cell(text: str) -> str:
-    return " ".join(text.splitlines()).replace("|", "\\|")
-
-
 def markdown_table(table: Table) -> str:
     """The table for a README, under its title and with its note below; no text of a cell ends the cell."""
     marks = ["--:" if table.is_numeric(index) else "---" for index in range(len(table.header))]
     lines = [table.heads(), marks, *([cell.text for cell in row] for row in table.cells())]
-    rows = "\n".join(f"| {' | '.join(map(_in_a_cell, line))} |" for line in lines)
+    whole = ([" ".join(cell.splitlines()).replace("|", "\\|") for cell in line] for line in lines)
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in whole)
     return f"**{table.title}**\n\n{rows}\n\n{table.note}\n"
 
 
