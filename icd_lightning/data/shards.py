@@ -101,10 +101,7 @@ def write_shards(
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to read; `samples` is None for one that cannot be counted before it is read, `damage` what is wrong.
-
-    `sha256` is that of its manifest, if it has one.
-    """
+    """A shard to read; `samples` is None for one that cannot be counted before it is read, `damage` what is wrong."""
 
     url: str
     samples: int | None
@@ -212,10 +209,7 @@ def open_shards(urls: str | Sequence[str], *, verify: Verify = "count") -> tuple
 
 
 def describe_shards(urls: str | Sequence[str], *, examples: int = 4) -> tuple[list[tuple[str, str]], list[str]]:
-    """What local shards hold, in rows (name, text), and all that is wrong with them.
-
-    `examples` samples of each shard, spread evenly, are looked into for sizes and captions.
-    """
+    """What local shards hold, as rows (name, text), and all that is wrong; `examples` of each are looked into."""
     paths = find_shards(urls)
     if remote := [url for url in paths if not is_local(url)]:
         raise ValueError(f"{remote[0]} is not a local file; copy it to this machine to describe it")

@@ -104,10 +104,7 @@ def read_samples(file: IO[bytes], url: str) -> Iterator[Raw]:
 
 
 def parse_sample(part: bytes, url: str, check: int | None = None) -> Raw:
-    """The sample of which a part of a tar consists; ReadError if that is anything else.
-
-    `check` is the crc32 that its first header must have.
-    """
+    """The sample of which a part of a tar consists, of this first header's crc32; ReadError for anything else."""
     if check is not None and crc32(part[:512]) != check:
         raise tarfile.ReadError("another header")
     try:
@@ -144,10 +141,7 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
 
 
 def scan_shard(path: Path, visit: Callable[[tarfile.TarFile, str, dict[str, tarfile.TarInfo]], None]) -> str | None:
-    """Visit (tar, key, members by extension) of each sample of a local tar; return what is damaged in it, if anything.
-
-    ValueError for a tar that is compressed or not sorted by name.
-    """
+    """Visit (tar, key, members by extension) of each sample of a local tar; return what is damaged, if anything."""
     _refuse_compressed(path)
     count, visiting = 0, False
     try:

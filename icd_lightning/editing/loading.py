@@ -207,10 +207,7 @@ class StudentPipeline(DiffusionPipeline):
 
 
 def scheduler_of(family: Family) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A scheduler of diffusers from whose config the pipeline reads the family's process.
-
-    Raises ValueError for a process that diffusers has no scheduler of.
-    """
+    """A scheduler of diffusers whose config says the family's process; ValueError where there is none."""
     process = family.load_process()
     if isinstance(process, VP):
         return DDIMScheduler.from_config(family.source.config("scheduler"), prediction_type=process.prediction_type)

@@ -49,10 +49,7 @@ def seeds_of(seed: Seed, count: int) -> list[int]:
 
 @dataclass(eq=False)
 class PromptSwap:
-    """(x0, eps) = denoise(x, t) by the source's denoiser for t > tau T, else the target's: early steps keep the layout.
-
-    `nfe` counts the latest call.
-    """
+    """(x0, eps) = denoise(x, t) by the source's denoiser for t > tau T, else the target's: early steps keep layout."""
 
     source: Denoiser
     target: Denoiser

@@ -35,10 +35,7 @@ OnStepEnd = Callable[..., dict[str, Any] | None]
 
 
 class InvertibleConsistencyPipeline(StudentPipeline):
-    """Generate in 3-4 steps, invert in 3-4 steps, edit by prompt.
-
-    What it is made of, how it is loaded and saved: see `StudentPipeline`.
-    """
+    """Generate and invert in 3-4 steps, edit by prompt; what it is made of, loaded and saved: see `StudentPipeline`."""
 
     @torch.no_grad()
     def generate(

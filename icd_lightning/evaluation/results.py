@@ -30,10 +30,7 @@ NOT_MEASURED = ("key", "decoding", "kind", "image")
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """A run in its folder: a row for each picture and decoding, and its sets' scores, name -> decoding -> value.
-
-    options: of each decoding by its name; styles: how columns are printed.
-    """
+    """A run in its folder: a row for each picture and decoding, and its sets' scores, name -> decoding -> value."""
 
     name: str
     frame: pd.DataFrame

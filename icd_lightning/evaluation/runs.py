@@ -70,10 +70,7 @@ def batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on.
-
-    `decodings` are the options of each by its name.
-    """
+    """What to measure: `measure` turns a batch into outcomes; `determinants` are all that its figures depend on."""
 
     name: str
     root: Path

@@ -208,10 +208,7 @@ class Store:
         return True
 
     def vote(self, token: str, task: str, side: str) -> str | None:
-        """Record a choice among SIDES; return the side on record, which is the first one told.
-
-        None if the task was not given to this assessor.
-        """
+        """Record a choice among SIDES; return the side on record, the first one told; None if it was not asked."""
         with self.transaction() as connection:
             where = "assessor = ? AND task = ?"
             found = connection.execute(f"SELECT swapped, choice FROM votes WHERE {where}", (token, task)).fetchone()

@@ -20,10 +20,7 @@ CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.6, amplify=1.0, blend
 
 
 class EditFriendlyInversion(Baseline):
-    """One evaluation for each step that is taken, num_inference_steps - skip, and three back: the target's is guided.
-
-    Raises ValueError for a skip that leaves no steps.
-    """
+    """One evaluation for each step taken, num_inference_steps - skip, and three back: the target's is guided."""
 
     needs = VP
 

@@ -79,10 +79,7 @@ class TokenAlignment:
 
 
 def align(source: PromptTokens, target: PromptTokens, length: int, kind: AlignmentKind = "auto") -> TokenAlignment:
-    """The alignment of two prompts of `length` tokens, padding included.
-
-    ValueError for a replacement of words by more or fewer.
-    """
+    """The alignment of two prompts of `length` tokens, padding included; ValueError if there is none of this kind."""
     same_count = len(source.words) == len(target.words)
     if kind == "replace" and not same_count:
         raise ValueError(

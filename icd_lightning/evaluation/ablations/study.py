@@ -129,10 +129,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class AblationStudy:
-    """All that was measured: `runs` of students ("A-0", of A with seed 0), "untrained-4" (segments) and "ddim".
-
-    `trainings` are the students' folders with their logs.
-    """
+    """All that was measured: `runs` of students ("A-0", of A with seed 0), "untrained-4" (segments) and "ddim"."""
 
     ablations: Mapping[str, Ablation]
     guidance_scales: Sequence[float]

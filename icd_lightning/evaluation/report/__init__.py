@@ -165,10 +165,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars that show a whole in two parts and what lies between them: (label, (first, between, second)), shares of 1.
-
-    In labels a newline starts a second, quieter line.
-    """
+    """Bars of a whole in two parts and what lies between them: (label, (first, between, second)), shares of 1."""
 
     title: str
     note: str
