@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections import Counter
 from typing import Literal
 
 
@@ -84,8 +86,6 @@ def cache_latents(
         num_gpus: GPUs of each process of Ray, or the share of one.
         ray_address: A Ray cluster to work on, such as auto or ray://host:10001; this machine if not given.
     """
-    import os
-
     from icd_lightning.commands.weights import EncoderWeights
     from icd_lightning.data.curation.engine import Engine
     from icd_lightning.data.decoding import SampleDecoder
@@ -147,8 +147,6 @@ def index(*urls: str, caption_field: str | None = None) -> None:
         urls: Folders, shards, or patterns such as `shards/{00000..00009}.tar`.
         caption_field: Take captions from this field of the json file instead of the txt or caption file.
     """
-    from collections import Counter
-
     from icd_lightning.data.index import open_indexes
     from icd_lightning.data.shards import find_shards
     from icd_lightning.data.tally import REASONS, left_out

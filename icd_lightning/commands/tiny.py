@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -82,8 +83,6 @@ def report(
         out: folder for bars.json.
         card: also write the model card, README.md in the family's folder.
     """
-    from dataclasses import asdict
-
     from icd_lightning.evaluation.report import Style, Table, print_tables
     from icd_lightning.files import write_json
     from icd_lightning.models.family import Family

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import Tensor, nn
 
 from icd_lightning.data.manifest import sha256
@@ -39,8 +40,6 @@ def find_file(url: str) -> Path:
 
 def find_hub_file(repository: str, name: str) -> Path:
     """A file of a Hugging Face repository, in ICD_METRICS_HOME itself or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
     file = _at_home(name) or try_to_load_from_cache(repository, name)
     if not isinstance(file, (str, Path)):
         raise _missing(f"{repository} (hf download {repository} {name})", name)
@@ -49,8 +48,6 @@ def find_hub_file(repository: str, name: str) -> Path:
 
 def load_part(repository: str, part: Any, **options: Any) -> Any:
     """A tokenizer or image processor of a Hugging Face repository; `part` is the class that reads it."""
-    from huggingface_hub import snapshot_download
-
     name = Path(repository).name
     try:  # by its folder: by a repository's name transformers looks online for adapters, whatever it is told
         folder = _at_home(name) or snapshot_download(repository, local_files_only=True)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from icd_lightning.data.curation.stages import Stage
 from icd_lightning.data.decoding import Sample
+from icd_lightning.data.images import resize_and_crop, to_images
 
 if TYPE_CHECKING:
     from icd_lightning.metrics.base import PerImage
@@ -37,8 +41,6 @@ class Metric(Stage):
     @cached_property
     def network(self) -> PerImage:
         """The metric, once a process; ValueError for one that needs more than a picture and its caption."""
-        import torch
-
         from icd_lightning.metrics.base import PerImage
         from icd_lightning.metrics.registry import build_metrics
 
@@ -48,10 +50,6 @@ class Metric(Stage):
         return metric.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def values(self, samples: Sequence[Sample]) -> Sequence[float]:
-        import numpy as np
-
-        from icd_lightning.data.images import resize_and_crop, to_images
-
         squares = [np.asarray(resize_and_crop(sample.picture, self.side)[0]) for sample in samples]
         images = to_images(squares).to(self.network.device)
         return self.network.per_image(images, prompts=[sample.caption for sample in samples]).tolist()

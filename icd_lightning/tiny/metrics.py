@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from icd_lightning.data.images import quantize
 from icd_lightning.metrics.base import PerImage, where_finite
 from icd_lightning.metrics.distribution import FrechetDistance
+from icd_lightning.models.sources import shipped
 from icd_lightning.tiny.scene_network import SceneNetwork, caption_labels
 from icd_lightning.tiny.scenes import ABSENT
 
@@ -22,8 +23,6 @@ HALVING = 6  # modules of the network's body to each halving of the picture
 
 def load_scene_network() -> SceneNetwork:
     """The one that comes with the package, whatever family is measured, so that figures stay comparable."""
-    from icd_lightning.models.sources import shipped
-
     return SceneNetwork.from_pretrained(shipped() / "scene_network")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 
+from icd_lightning.evaluation.curves import read_scalars, thinned
 from icd_lightning.files import read_object, replaced_folder, write_json
 from icd_lightning.models.student_file import sorted_metadata
 from icd_lightning.models.students import DIRECTIONS
@@ -107,8 +108,6 @@ def _renamed(text: str, trained_on: str, name: str) -> str:
 
 def _record(run: Path, target: Path) -> None:
     """Keep a training's configuration and its curves, thinned to 200 points each."""
-    from icd_lightning.evaluation.curves import read_scalars, thinned
-
     target.mkdir(parents=True)
     shutil.copy(run / "config.yaml", target / "config.yaml")
     curves = {

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
 from PIL import Image
+from pyarrow import parquet
 
 from icd_lightning.data.curation.duplicates import LOOK, Prints
 from icd_lightning.data.curation.sources import Unit, read_unit
@@ -54,9 +56,6 @@ class Record:
     damage: str = ""
 
     def save(self, path: Path) -> None:
-        import pyarrow
-        from pyarrow import parquet
-
         columns = {"key": self.key, "reason": self.reason, "pixels": self.pixels, "digest": self.prints.digest}
         columns |= {"hash": self.prints.hash, "look": [look.tobytes() for look in self.prints.look]}
         columns |= {f"value_{name}": value for name, value in self.values.items()}
@@ -65,9 +64,6 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        import pyarrow
-        from pyarrow import parquet
-
         if not path.is_file():
             raise FileNotFoundError(f"{path}, a record of this curation, is gone: curate again, with --overwrite")
         try:

@@ -17,6 +17,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow.parquet import ParquetFile
+
 from icd_lightning.data.manifest import Manifest, check_shard
 from icd_lightning.data.shards import find_shards
 from icd_lightning.data.tally import Tally
@@ -208,9 +211,6 @@ def _parquet_units(url: str) -> list[Unit]:
 
 
 def _parquet(file: Any, url: str) -> Any:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
     try:
         return ParquetFile(file)
     except pyarrow.ArrowException as error:
