@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
 CATEGORY, INVERSION = "icd_lightning", "ICD_INVERSION"
-OWN = -1.0
-"""A number that stands for the model's own, where a widget cannot be left empty."""
+OWN = -1.0  # a number that stands for the model's own, where a widget cannot be left empty
 CONTROLS = {"prompt_to_prompt": PromptToPrompt, "injection": Injection}
 EDIT_BY = ("auto", *CONTROLS, "swap")
 

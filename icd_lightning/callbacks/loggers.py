@@ -31,8 +31,7 @@ COMPARED = {
 }
 CATEGORIES = {name.partition("/")[0]: category for category, names in COMPARED.items() for name in names}
 """By what stands before the / of a name. A chart compares the names of one category that are equal after it."""
-OTHERS = "Training"
-"""The category of all else, with a chart for each beginning."""
+OTHERS = "Training"  # the category of all else, with a chart for each beginning
 
 Charts = dict[str, dict[str, tuple[str, list[str]]]]
 """category -> chart -> its kind, and the names of its scalars as regular expressions, as SummaryWriter takes them."""

@@ -113,8 +113,7 @@ def check_control(given: dict[str, Any]) -> None:
     kinds[0](**given)
 
 
-MOST_PIXELS = 1 << 16
-"""Of a side."""
+MOST_PIXELS = 1 << 16  # of a side
 
 Size = tuple[int | None, int | None]
 """Height and width of the result in pixels; None is the model's own."""

@@ -96,8 +96,7 @@ def push(
     log.info("%s", publish(Publication.of(folder, base_model, guided_unet), repo, private=private, endpoint=endpoint))
 
 
-TRAINED = 16
-"""Bytes of a trained weight: itself, its gradient and AdamW's two averages, in float32."""
+TRAINED = 16  # bytes of a trained weight: itself, its gradient and AdamW's two averages, in float32
 
 
 def memory(*models: str) -> None:

@@ -21,11 +21,9 @@ from icd_lightning.files import check_place
 
 log = logging.getLogger(__name__)
 
-MOST_PICTURES = 1_000_000
-"""Of one call."""
+MOST_PICTURES = 1_000_000  # of one call
 OPTIONAL = ("bitsandbytes", "scipy", "sklearn", "torchao", "torchvision")
-BATCH_SIZE = 8
-"""Pictures that `icd generate` decodes at once; each depends on its own prompt and seed alone."""
+BATCH_SIZE = 8  # pictures that `icd generate` decodes at once; each depends on its own prompt and seed alone
 
 
 def edit(

@@ -35,8 +35,7 @@ from icd_lightning.texts import check_prompt
 log = logging.getLogger(__name__)
 
 
-BORROWING = (Baseline, AttentionControlled)
-"""Methods that borrow attention, and swap no prompt."""
+BORROWING = (Baseline, AttentionControlled)  # methods that borrow attention, and swap no prompt
 
 Made = tuple[Image.Image, dict[str, Any], str]
 """A picture, the settings that made it, and what it cost."""

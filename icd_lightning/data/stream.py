@@ -24,8 +24,7 @@ from icd_lightning.data.plan import Plan
 from icd_lightning.data.tally import REASONS, NothingToReadError, RejectedError, Tally
 from icd_lightning.data.tars import MOST_BYTES, Raw, is_local, parse_sample, read_ranges
 
-MOST_AT_ONCE = 1 << 26
-"""Bytes that one process asks stores for."""
+MOST_AT_ONCE = 1 << 26  # bytes that one process asks stores for
 
 
 class Places(NamedTuple):

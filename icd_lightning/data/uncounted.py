@@ -17,9 +17,8 @@ from icd_lightning.data.decoding import MIXED, Sample, SampleDecoder, collate
 from icd_lightning.data.tally import NothingToReadError, Tally
 from icd_lightning.data.tars import PAUSES, Raw, is_local, open_url, read_samples
 
-MOST_SHUFFLED = 1000
-MOST_BUFFERED = 1 << 30
-"""Samples in a worker's buffer, and their bytes."""
+MOST_SHUFFLED = 1000  # samples in a worker's buffer
+MOST_BUFFERED = 1 << 30  # and their bytes
 
 
 def read_shard(url: str, tally: Tally) -> Iterator[Raw]:

@@ -12,8 +12,7 @@ from icd_lightning.models.family import EditingDefaults, Family
 DEFAULTS = ("guidance_scale", "tau", "edit_guidance_scale", "attention_control", "closed_vocabulary")
 """What a pipeline's config says for calls that do not."""
 
-P2P_GUIDANCE_SCALE = 20.0
-"""Of edits by attention control with SD1.5 (arXiv:2406.14539)."""
+P2P_GUIDANCE_SCALE = 20.0  # of edits by attention control with SD1.5 (arXiv:2406.14539)
 
 
 def suitable_tau(boundaries: Boundaries) -> float:

@@ -39,8 +39,7 @@ from icd_lightning.models.text import DualCLIPConditioner, unknown_words
 
 _PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
 """The students in a network, by its id: pipelines that share components share them too."""
-SUFFIXES = ("", "_2", "_3")
-"""Of the names of text encoders and tokenizers."""
+SUFFIXES = ("", "_2", "_3")  # of the names of text encoders and tokenizers
 
 
 class StudentPipeline(DiffusionPipeline):

@@ -17,8 +17,7 @@ from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.students import LoraStudents
 
 log = logging.getLogger(__name__)
-SHARE = 0.25
-"""Of the memory that is free on a device, what merged weights may take for good."""
+SHARE = 0.25  # of the memory that is free on a device, what merged weights may take for good
 MIB = 2**20
 
 

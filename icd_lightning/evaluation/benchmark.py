@@ -32,8 +32,7 @@ BENCHMARKS = Registry(
     },
 )
 """Each a `Benchmark`."""
-MOST_EXAMPLES = 1_000_000
-"""More are never measured, and a summary that says so would be read for ever."""
+MOST_EXAMPLES = 1_000_000  # more are never measured, and a summary that says so would be read for ever
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ PIE_BENCH_TYPES = (
     "change style",
 )
 """By editing_type_id, "0" to "9"."""
-BRACKETS = str.maketrans("", "", "[]")
-"""Around the words that an edit changes."""
+BRACKETS = str.maketrans("", "", "[]")  # around the words that an edit changes
 
 
 class Drawing(Protocol):

@@ -27,8 +27,7 @@ from icd_lightning.registry import typed
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-EVERY_EDIT = ("guidance", "noise", "seed", "on_step")
-"""Keywords of `edit` that are no options of a method."""
+EVERY_EDIT = ("guidance", "noise", "seed", "on_step")  # keywords of `edit` that are no options of a method
 
 
 def all_methods(family: Family) -> list[str]:

@@ -24,8 +24,7 @@ from icd_lightning.files import check_file, read_object
 
 ALL = "all"
 CONFIG, ROWS, MEANS = "config.json", "rows.parquet", "results.json"
-NOT_MEASURED = ("key", "decoding", "kind", "image")
-"""Columns of a row that are no figures."""
+NOT_MEASURED = ("key", "decoding", "kind", "image")  # columns of a row that are no figures
 
 
 @dataclass(frozen=True, eq=False)

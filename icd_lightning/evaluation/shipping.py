@@ -13,8 +13,7 @@ from icd_lightning.files import write_whole
 
 SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}
 """Folders under outputs/, and what in them names the runs."""
-POINTS = 100
-"""Of each scalar of a training: more than a plot shows."""
+POINTS = 100  # of each scalar of a training: more than a plot shows
 
 
 def condense(source: Path, target: Path) -> list[Path]:

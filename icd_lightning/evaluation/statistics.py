@@ -69,8 +69,7 @@ def _limits(means: np.ndarray) -> np.ndarray:
     return np.percentile(means, (outside, 100 - outside), method="nearest")
 
 
-MIN_SEEDS = 3
-"""Trainings from which their scatter is taken into account; fewer tell little of it."""
+MIN_SEEDS = 3  # trainings from which their scatter is taken into account; fewer tell little of it
 
 
 @cache

@@ -13,8 +13,7 @@ from icd_lightning.evaluation.results import ALL, Results, read_results
 
 LAST = ("nfe", "seconds")
 INTERVALS = " ± is half of a 95 % interval over resampled pictures."
-SIDE_BY_SIDE = 6
-"""Methods at most, or their columns become narrow."""
+SIDE_BY_SIDE = 6  # methods at most, or their columns become narrow
 
 
 def table(title: str, note: str, results: Sequence[Results], *, by_kind: bool = False) -> Table:

@@ -109,8 +109,7 @@ RELEASED = {
 """icd-sd15 and icd-sdxl are those that the authors edit with most."""
 
 
-SHIPPED = ("tiny", "tiny_flow")
-"""Families whose weights come with the package."""
+SHIPPED = ("tiny", "tiny_flow")  # families whose weights come with the package
 
 
 def host() -> str:

@@ -25,8 +25,7 @@ from icd_lightning.tiny.scene_network import GROUPS, label_tensor
 from icd_lightning.tiny.scenes import ABSENT, EDITS, HELD_OUT_SEED, check_held_out, random_edit, scene_at
 from icd_lightning.tiny.scoring import SceneAttributes, SceneEdits, changed_and_kept, columns_in
 
-SCENES = 128
-"""Held-out scenes to measure on where nobody says how many."""
+SCENES = 128  # held-out scenes to measure on where nobody says how many
 METRICS = {
     "inversion": ("psnr", "ssim", "tiny-perceptual"),
     "thresholds": ("psnr",),
@@ -83,8 +82,7 @@ TINY_EDIT = Benchmark(
 
 ATTRIBUTE_EDITS = ("color", "shape", "texture", "size", "background color", "background texture")
 """Edits that leave the number of objects alone."""
-LABELS = {"ddim": "DDIM-50", "untrained": "untrained", "icd": "iCD"}
-"""What the tour's tables call methods."""
+LABELS = {"ddim": "DDIM-50", "untrained": "untrained", "icd": "iCD"}  # what the tour's tables call methods
 STYLES = {
     **dict.fromkeys(("PSNR (dB)", "PSNR to truth", "PSNR outside"), Style(2)),
     **dict.fromkeys(("SSIM", "latent MSE", "seconds"), Style(3)),

@@ -42,11 +42,9 @@ EDITS = ("color", "shape", "texture", "size", "background color", "background te
 
 CANVAS = 64.0  # all lengths below are in pixels of a picture of this size
 
-HELD_OUT_SEED = 1_000_003
-"""Scenes of this seed are for validation; no training seed may equal it."""
+HELD_OUT_SEED = 1_000_003  # scenes of this seed are for validation; no training seed may equal it
 
-TRAINING_SEEDS = range(7)
-"""Those of the shipped family's trainings, and of the pictures that validated them."""
+TRAINING_SEEDS = range(7)  # those of the shipped family's trainings, and of the pictures that validated them
 
 
 def check_held_out(seed: int) -> int:

@@ -22,13 +22,10 @@ from icd_lightning.texts import check_prompt
 
 MAX_PIXELS = 40_000_000
 """Of a picture that somebody sends: as many as a large camera's, 120 MB once it is read."""
-MAX_CHARACTERS = 2000
-"""Of a prompt; how many tokens it may have, the model says."""
+MAX_CHARACTERS = 2000  # of a prompt; how many tokens it may have, the model says
 SAYS = {"source": "shows", "target": "shall show"}
-MAX_CELLS = 36
-"""Of a contact sheet."""
-MAX_PICTURES = 8
-"""Of one prompt."""
+MAX_CELLS = 36  # of a contact sheet
+MAX_PICTURES = 8  # of one prompt
 
 
 @dataclass(frozen=True)

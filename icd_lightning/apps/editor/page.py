@@ -14,15 +14,11 @@ from icd_lightning.apps.editor.engine import Editor, examples_of
 from icd_lightning.apps.editor.tabs import EditTab, GenerateTab
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
-MAX_BYTES = 20_000_000
-"""Of a picture's file."""
-MAX_WAITING = 64
-"""Calls in the queue; who comes later is told that it is full."""
-KEPT_SECONDS = 3600
-"""For which pictures stay on the disk."""
+MAX_BYTES = 20_000_000  # of a picture's file
+MAX_WAITING = 64  # calls in the queue; who comes later is told that it is full
+KEPT_SECONDS = 3600  # for which pictures stay on the disk
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-FILE = {"_type": "gradio.FileData"}
-"""The mark of a file among a call's inputs."""
+FILE = {"_type": "gradio.FileData"}  # the mark of a file among a call's inputs
 
 
 class EditorPage(gr.Blocks):

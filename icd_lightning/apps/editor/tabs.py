@@ -12,8 +12,7 @@ from icd_lightning.apps.editor.controls import Controls, Desk, Values, guidance_
 from icd_lightning.apps.editor.engine import MAX_PICTURES, Example, Inversion, Wish
 
 TAUS = [0.2, 0.4, 0.6, 0.8, 1]
-SHARES = (1 / 3, 2 / 3, 1.0, 5 / 3)
-"""Of the family's own w: what a sheet offers."""
+SHARES = (1 / 3, 2 / 3, 1.0, 5 / 3)  # of the family's own w: what a sheet offers
 
 
 class EditTab:

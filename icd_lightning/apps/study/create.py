@@ -23,8 +23,7 @@ from icd_lightning.progress import progress
 
 Save = Callable[[NDArray[np.uint8]], str]
 """Writes a picture; returns the file's name, which says nothing of it."""
-MOST_VOTES = 1_000_000
-"""Of as many people; SQLite counts no further than 2^63."""
+MOST_VOTES = 1_000_000  # of as many people; SQLite counts no further than 2^63
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.results import Results, is_made_of, picture_path, read_runs, read_summary
 from icd_lightning.texts import csv_rows
 
-FEWEST = 2
-"""Examples and methods; with fewer there is nothing to compare or to average."""
+FEWEST = 2  # examples and methods; with fewer there is nothing to compare or to average
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from icd_lightning.evaluation.report.page import templates
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 4096
-"""Of a request's body."""
+MOST_BYTES = 4096  # of a request's body
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE, PICTURES = "study.sqlite", "pictures"
-"""In a study's folder."""
-FORMAT = 0x1CD57D1
-"""SQLite's application_id: what the file is."""
+FILE, PICTURES = "study.sqlite", "pictures"  # in a study's folder
+FORMAT = 0x1CD57D1  # SQLite's application_id: what the file is
 PATIENCE = 1800.0
 """Seconds after which a task that was given out and not answered is given to somebody else too."""
-MOST_IDLE = 1000
-"""Assessors who began within that time and have not voted; nobody more begins."""
+MOST_IDLE = 1000  # assessors who began within that time and have not voted; nobody more begins
 SIDES = ("left", "right", "tie")
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 Move = Callable[[Tensor, Split, int], Tensor]
 """The branches' x (n B, C, h, w) after step `index` = move(x, what the network sees in x, index)."""
 
-LCM_SOLVER_TIMESTEPS = range(19, 1000, 20)
-"""The 50 steps that latent consistency models were distilled on."""
+LCM_SOLVER_TIMESTEPS = range(19, 1000, 20)  # the 50 steps that latent consistency models were distilled on
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,7 @@ from icd_lightning.evaluation.decodings import UNGUIDED, Decoding
 from icd_lightning.evaluation.report.figures import LOOKS, PRINTED, Axes, Look, Sheet, points, sheet
 from icd_lightning.evaluation.statistics import bootstrap, percentiles
 
-LOOK_OF = dict(zip("GFCBAE", LOOKS, strict=True))
-"""By students: H and I are C's, J is F's, K is G's."""
+LOOK_OF = dict(zip("GFCBAE", LOOKS, strict=True))  # by students: H and I are C's, J is F's, K is G's
 PAPER = LOOKS[5]._replace(line="")
 PSNR = "PSNR (dB)"
 CURVES = {

@@ -41,8 +41,7 @@ ORDERINGS = {False: "ABCFG", True: "HIJK"}
 """Unguided and guided rows that the paper finds in ascending order of PSNR."""
 TABLE_2_JSON = "table2.json"
 """In a study's folder: its figures, and where the runs lie that they were made of."""
-TAU = 0.7
-"""Of dynamic guidance in the paper's Table 2, for DDIM too."""
+TAU = 0.7  # of dynamic guidance in the paper's Table 2, for DDIM too
 
 
 @dataclass(frozen=True)

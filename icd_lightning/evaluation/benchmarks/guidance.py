@@ -23,8 +23,7 @@ TABLE_1 = {  # decoder's guidance -> FID on 5K pictures for the encoder's GUIDAN
     "tau 0.8": (15.0, 14.6, 52.2, 108.5),
     "full": (19.0, 19.2, 19.0, 102.1),
 }
-TABLE_1_NLL = (1.401, 1.409, 1.415, 1.428)
-"""Latent NLL per dimension for the encoder's GUIDANCES."""
+TABLE_1_NLL = (1.401, 1.409, 1.415, 1.428)  # latent NLL per dimension for the encoder's GUIDANCES
 TURN_ON = tuple(i / 10 for i in range(11))
 """Thresholds of Fig. 4."""
 

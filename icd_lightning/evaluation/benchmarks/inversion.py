@@ -32,8 +32,7 @@ TABLE_2 = {  # row -> LPIPS, DinoV2, PSNR on 5K pairs of COCO; there is no D
     "J": (0.317, 0.698, 17.98),
     "K": (0.273, 0.749, 19.66),
 }
-TABLE_5 = {"3 steps": (0.192, 0.841, 22.21), "3 steps, w 8 + d.CFG": (0.263, 0.770, 19.76)}
-"""As TABLE_2."""
+TABLE_5 = {"3 steps": (0.192, 0.841, 22.21), "3 steps, w 8 + d.CFG": (0.263, 0.770, 19.76)}  # as TABLE_2
 
 
 def to_noise_and_back(bench: Bench, batch: Sequence[Example], decodings: Sequence[Decoding]) -> Iterator[Outcome]:

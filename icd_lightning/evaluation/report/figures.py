@@ -27,12 +27,9 @@ COLORS = {
     "accent": "#4338ca", "tint": "#edeefd",
 }  # fmt: skip
 SERIES = ("#4338ca", "#e8590c", "#0b8f6c", "#c2255c", "#1c7ed6", "#7a828f")
-FAMILY = "DejaVu Sans"
-"""Comes with matplotlib: the same on every machine, and with Greek and arrows."""
-WIDTH = 7.0
-"""Inches: of a page's text."""
-PIXELS = 72
-"""Dots an inch at which a point is a pixel: a report's sizes are all pixels."""
+FAMILY = "DejaVu Sans"  # comes with matplotlib: the same on every machine, and with Greek and arrows
+WIDTH = 7.0  # inches: of a page's text
+PIXELS = 72  # dots an inch at which a point is a pixel: a report's sizes are all pixels
 
 PRINTED = rc_context(
     {

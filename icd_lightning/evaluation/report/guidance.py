@@ -14,8 +14,7 @@ from icd_lightning.evaluation.statistics import bootstrap
 from icd_lightning.metrics.registry import label_of
 
 LATENT_MSE = "latent MSE, to noise and back"
-NORMAL_NLL = 0.5 * (1 + np.log(2 * np.pi))
-"""Of noise that really is drawn from N(0, I), per dimension."""
+NORMAL_NLL = 0.5 * (1 + np.log(2 * np.pi))  # of noise that really is drawn from N(0, I), per dimension
 TICKS = [name.removeprefix("tau ") for name in GUIDANCES]
 
 
