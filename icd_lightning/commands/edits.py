@@ -115,8 +115,7 @@ def check_control(given: dict[str, Any]) -> None:
 
 MOST_PIXELS = 1 << 16  # of a side
 
-Size = tuple[int | None, int | None]
-"""Height and width of the result in pixels; None is the model's own."""
+Size = tuple[int | None, int | None]  # height and width of the result in pixels; None is the model's own
 
 
 def check_size(height: int | None, width: int | None) -> Size:

@@ -37,8 +37,7 @@ log = logging.getLogger(__name__)
 
 BORROWING = (Baseline, AttentionControlled)  # methods that borrow attention, and swap no prompt
 
-Made = tuple[Image.Image, dict[str, Any], str]
-"""A picture, the settings that made it, and what it cost."""
+Made = tuple[Image.Image, dict[str, Any], str]  # a picture, the settings that made it, and what it cost
 
 
 class Session:

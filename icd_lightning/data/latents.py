@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 
 HERE = Engine(num_workers=0)
 PATIENCE = 60.0  # seconds without a sample that can be used, after which a source is given up
-Picture = tuple[Sample, torch.Tensor]
-"""A sample, and its image (3, H, W) in [-1, 1]."""
+Picture = tuple[Sample, torch.Tensor]  # a sample, and its image (3, H, W) in [-1, 1]
 
 
 @dataclass(frozen=True)

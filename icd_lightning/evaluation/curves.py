@@ -7,8 +7,7 @@ from pathlib import Path
 
 from icd_lightning.files import write_whole
 
-Scalars = Mapping[str, tuple[list[int], list[float]]]
-"""name -> steps and values, ascending."""
+Scalars = Mapping[str, tuple[list[int], list[float]]]  # name -> steps and values, ascending
 
 
 def read_scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:

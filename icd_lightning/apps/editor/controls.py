@@ -20,10 +20,8 @@ from icd_lightning.editing.injection import usual_control
 from icd_lightning.editing.limits import Control, Injection, PromptToPrompt, read_blend, read_factors
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 
-Values = Mapping[Any, Any]
-"""Of components, as a browser sent them: nothing is checked."""
-Handler = Callable[[Values], dict[Any, Any]]
-"""Values of the inputs to new values of outputs."""
+Values = Mapping[Any, Any]  # of components, as a browser sent them: nothing is checked
+Handler = Callable[[Values], dict[Any, Any]]  # values of the inputs to new values of outputs
 
 
 @dataclass(frozen=True)
