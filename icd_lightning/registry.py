@@ -67,9 +67,8 @@ class Registry:
             try:
                 registered = dict(point.load())
             except Exception as error:  # whatever another package's import may raise
-                raise ValueError(
-                    f"{self.kind}s of {point.value} cannot be read ({error}): mend or remove it"
-                ) from error
+                what = f"{self.kind}s of {point.value}"
+                raise ValueError(f"{what} cannot be read ({error}): mend or remove it") from error
             if twice := entries.keys() & registered.keys():
                 raise ValueError(f"{self.kind} {min(twice)!r} is registered twice, the second time by {point.value}")
             entries |= registered

@@ -103,14 +103,12 @@ class EditSettings(Weights):
         return {name: readers[name](value) if name in readers else value for name, value in given.items()}
 
 
-def check_control(given: dict[str, Any]) -> None:
+def check_control(told: dict[str, Any]) -> None:
     """ValueError for settings that no attention control has together, or for values that it cannot have."""
-    kinds = [kind for kind in (PromptToPrompt, Injection) if given.keys() <= {field.name for field in fields(kind)}]
+    kinds = [kind for kind in (PromptToPrompt, Injection) if told.keys() <= {field.name for field in fields(kind)}]
     if not kinds:
-        raise ValueError(
-            f"{', '.join(given)}: some are for a UNet's attention, some for a transformer's; give one kind"
-        )
-    kinds[0](**given)
+        raise ValueError(f"{', '.join(told)}: some are for a UNet's attention, some for a transformer's; give one kind")
+    kinds[0](**told)
 
 
 MOST_PIXELS = 1 << 16  # of a side

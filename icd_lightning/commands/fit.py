@@ -309,9 +309,7 @@ def run(args: list[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").handlers.clear()  # it would say once more, on a console, what the root logger says
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(
-            lambda record: not any(words in record.getMessage() for words in NOT_NEWS_EITHER)
-        )
+        logging.getLogger(name).addFilter(lambda one: not any(words in one.getMessage() for words in NOT_NEWS_EITHER))
     for option, word in pairwise(["", *args]):
         name, _, value = word.partition("=")
         file = Path(value or word)

@@ -175,11 +175,9 @@ class StudentPipeline(DiffusionPipeline):
             bare = backbone.bare(self.network)
             bare.save_config(folder / backbone.part)  # sizes of the family; the plain teacher is not known here
             bare.save_pretrained(folder / f"{backbone.part}{'' if backbone.is_guided(bare.config) else '_guided'}")
+            told = {name: self.config[name] for name in ("boundaries", "start_timestep")}
             for direction in DIRECTIONS:
-                file = self.students.file(
-                    direction, {name: self.config[name] for name in ("boundaries", "start_timestep")}
-                )
-                write_diffusers(file, folder / "students" / direction)
+                write_diffusers(self.students.file(direction, told), folder / "students" / direction)
             defaults = EditingDefaults(self.config.guidance_scale, self.config.tau, self.config.closed_vocabulary)
             write_json(folder / "icd.json", asdict(defaults))
             self.save_config(folder)

@@ -249,19 +249,19 @@ def read_blended(text: str, source: str, target: str, where: str) -> BlendedWord
     return words[0], words[1]
 
 
-def _data_set(examples: list[Example], place: Path, records: Path, count: int | None) -> DataSet:
-    """The first examples of those that a file or folder describes by its `records`; ValueError for what is wrong."""
+def _data_set(examples: list[Example], place: Path, file: Path, count: int | None) -> DataSet:
+    """The first of the examples that `place` describes, in this file; ValueError for what is wrong."""
     if not examples:
-        raise ValueError(f"{records} holds no examples")
+        raise ValueError(f"{file} holds no examples")
     key, times = Counter(example.key for example in examples).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{records}: {key!r} comes {times} times; an example is known by its name")
+        raise ValueError(f"{file}: {key!r} comes {times} times; an example is known by its name")
     for example in examples:
         if wrong := wrong_with(example.caption) or wrong_with(example.target):
-            raise ValueError(f"{records}: a caption of {example.key!r} {wrong}")
+            raise ValueError(f"{file}: a caption of {example.key!r} {wrong}")
         if isinstance(example.picture, Path) and not example.picture.is_file():
             raise ValueError(
-                f"{records} names {example.picture}, which is not there; give the pictures' folder by --images"
+                f"{file} names {example.picture}, which is not there; give the pictures' folder by --images"
             )
     chosen = examples[:count]
-    return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(records))
+    return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(file))

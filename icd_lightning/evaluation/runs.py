@@ -118,9 +118,7 @@ class Run:
             parts[folder / f"{index:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"] = batch
         rank, world_size = ranks()
         share = list(parts.items())[rank::world_size]
-        missing = [
-            (f, batch) for f, batch in share if (rows := _rows_of(f, batch)) is None or not is_whole(rows, batch)
-        ]
+        missing = [one for one in share if (rows := _rows_of(*one)) is None or not is_whole(rows, one[1])]
         if len(missing) < len(share):
             log.info("%s: %d of %d batches were measured before", folder, len(share) - len(missing), len(share))
         for file, batch in progress(missing, f"{self.name}: {name}", len(missing)):

@@ -52,9 +52,7 @@ class Pages:
 
     def join(self, request: Request) -> Response:
         if (token := self.store.join()) is None:
-            raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE, "Too many people have just begun: try again in half an hour."
-            )
+            raise HTTPException(503, "Too many people have just begun: try again in half an hour.")
         return RedirectResponse(request.url_for("assess", token=token).path, HTTPStatus.SEE_OTHER)
 
     def assess(self, request: Request) -> Response:
@@ -82,9 +80,7 @@ class Pages:
     def token(self, request: Request) -> str:
         token = request.path_params["token"]
         if not self.store.knows(token):
-            raise HTTPException(
-                HTTPStatus.NOT_FOUND, "Nobody has this address: begin anew, or look at your link again."
-            )
+            raise HTTPException(404, "Nobody has this address: begin anew, or look at your link again.")
         return token
 
     def refuse(self, request: Request, error: HTTPException) -> Response:

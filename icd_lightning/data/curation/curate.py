@@ -224,11 +224,9 @@ def _pieces(plan: Plan, reasons: Sequence[Reasons], shard_size: int, first: int)
     """The shards of a plan, numbered from `first` on: as few as hold its pairs, as equal as they can be."""
     rows_of = [np.flatnonzero(why == "") for _, _, why in reasons]
     unit_of = np.repeat(np.arange(len(rows_of)), list(map(len, rows_of)))
-    number = -(-len(unit_of) // shard_size) or 1
+    count = -(-len(unit_of) // shard_size) or 1
     pieces = []
-    for units, rows in zip(
-        np.array_split(unit_of, number), np.array_split(np.concatenate(rows_of), number), strict=True
-    ):
+    for units, rows in zip(np.array_split(unit_of, count), np.array_split(np.concatenate(rows_of), count), strict=True):
         parts = tuple((plan.units[unit], tuple(rows[units == unit].tolist())) for unit in np.unique(units).tolist())
         pieces += [Piece(f"{first + len(pieces):05d}.tar", parts)] if parts else []
     return pieces

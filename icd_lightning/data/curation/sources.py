@@ -185,12 +185,10 @@ def _coco(url: str) -> tuple[Path, list[dict[str, Any]]]:
         first = str(images[0]["file_name"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{url} holds no captions as COCO's annotations do ({error!r})") from error
-    folders = (path.parent, path.parent.parent / path.stem.rpartition("_")[2], path.parent / "images")
-    folder = next((one for one in folders if (one / first).is_file()), None)
+    places = (path.parent, path.parent.parent / path.stem.rpartition("_")[2], path.parent / "images")
+    folder = next((one for one in places if (one / first).is_file()), None)
     if folder is None:
-        raise FileNotFoundError(
-            f"{first} of {url} is in none of {', '.join(map(str, folders))}: put the pictures there"
-        )
+        raise FileNotFoundError(f"{first} of {url} is in none of {', '.join(map(str, places))}: put the pictures there")
     return folder, images
 
 

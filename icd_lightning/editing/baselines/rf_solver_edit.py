@@ -48,9 +48,8 @@ class RFSolverEdit(FlowBaseline):
     ) -> Inversion:
         """Climb the grid, unguided; nothing is drawn, so `seed` has no effect."""
         up = [(s, t) for t, s in reversed(self.whole_steps)]
-        return Inversion(
-            prompts, x0, self.climb(x0, prompts, self.solver.evaluations(up), self.solver.mover(up), on_step)
-        )
+        noise = self.climb(x0, prompts, self.solver.evaluations(up), self.solver.mover(up), on_step)
+        return Inversion(prompts, x0, noise)
 
     def mover(self, inversion: Inversion) -> Move:
         return self.solver.mover(self.whole_steps)
