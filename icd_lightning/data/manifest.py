@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,11 +178,14 @@ def check_shard(path: Path, record: ShardRecord, *, level: Verify) -> str | None
     return None
 
 
-def sha256(*paths: Path) -> str:
-    """SHA-256 over the contents of files, one after another."""
-    digest = hashlib.sha256()
+def hexdigest(kind: str, *paths: Path) -> str:
+    """Over the contents of files, one after another."""
+    digest = hashlib.new(kind, usedforsecurity=False)
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+sha256 = partial(hexdigest, "sha256")

@@ -17,7 +17,7 @@ from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.file_download import HfFileMetadata, http_get
 from huggingface_hub.utils import WeakFileLock
 
-from icd_lightning.data.manifest import sha256
+from icd_lightning.data.manifest import hexdigest, sha256
 from icd_lightning.data.tars import BoundedHeader
 from icd_lightning.files import replaced_folder, write_json, write_text
 from icd_lightning.models.released import Released, find, host, located
@@ -135,13 +135,8 @@ def _checked(archive: Path, told: HfFileMetadata, known: str | None) -> str:
                 f"has the SHA-256 {found}, and {known} is known of it: download again or, if it is a new release, name "
                 "its sum by --sha256"
             )
-    elif told.etag and MD5.fullmatch(told.etag):
-        with archive.open("rb") as file:
-            digest = hashlib.md5(usedforsecurity=False)
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != told.etag:
-            raise ValueError(f"has the MD5 {digest.hexdigest()}, and its server says {told.etag}: download again")
+    elif told.etag and MD5.fullmatch(told.etag) and (digest := hexdigest("md5", archive)) != told.etag:
+        raise ValueError(f"has the MD5 {digest}, and its server says {told.etag}: download again")
     return found
 
 
