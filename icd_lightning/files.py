@@ -86,6 +86,11 @@ def check_place(path: Path) -> None:
         raise OSError(f"cannot write {path} into {folder}: {reason}, name another place")
 
 
+def as_seen_here(value: T) -> T | str:
+    """The path of what is there, from the working folder, however it was spelt; anything else as it is."""
+    return os.path.relpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
 def check_file(file: Path) -> None:
     """FileNotFoundError unless this is a file: a pipe would be waited for, and some devices have no end."""
     if not file.is_file():

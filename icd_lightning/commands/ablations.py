@@ -95,10 +95,11 @@ def train(root: Path, name: str, files: Sequence[Path], options: dict[str, objec
     import json
 
     from icd_lightning.commands import fit
+    from icd_lightning.files import as_seen_here
     from icd_lightning.models.student_file import WEIGHTS_NAME
     from icd_lightning.models.students import DIRECTIONS
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: as_seen_here(value) for key, value in options.items() if value is not None}
     depends = [weights, given, *(file.read_text() for file in files)]
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     folder = root / "trainings" / f"{name}-{digest[:8]}"

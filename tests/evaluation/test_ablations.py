@@ -178,7 +178,7 @@ def test_a_difference_beyond_the_scatter_of_trainings_is_found():
 
 
 @pytest.mark.slow
-def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_family, tmp_path, capsys, caplog):
+def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_family, tmp_path, monkeypatch):
     from training_case import write_scenes
 
     scenes = str(write_scenes(tmp_path / "scenes"))
@@ -194,6 +194,8 @@ def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_famil
     trained = sorted((tmp_path / "study" / "trainings").iterdir())
     assert [folder.name.rsplit("-", 1)[0] for folder in trained] == [f"{letter}-0" for letter in "ABCEFG"]
     times = [(folder / "forward").stat().st_mtime for folder in trained]
-    ablations(**options)
+    monkeypatch.chdir(tmp_path)
+    ablations(**options | {"out": "./study", "train_data": "scenes", "val_data": "./scenes"})  # spelt otherwise
     assert [(folder / "forward").stat().st_mtime for folder in trained] == times
+    assert sorted((tmp_path / "study" / "trainings").iterdir()) == trained
     assert (tmp_path / "study" / "table2.md").read_text() == table

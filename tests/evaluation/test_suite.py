@@ -171,6 +171,15 @@ def test_figures_depend_on_the_students_of_methods_that_use_them_and_on_a_method
     assert models.determinants("ddim", loaded["ddim"]) != second["ddim"]
 
 
+def test_figures_do_not_depend_on_how_a_place_is_spelt(random_family, monkeypatch):
+    monkeypatch.chdir(random_family.parent)
+    name, students = random_family.name, {part: f"{random_family}/students/{part}" for part in ("forward", "reverse")}
+    spellings = (str(random_family), name, f"./{name}/", f"{name}/../{name}")
+    models = [Models(Family(spelling, guided_unet=f"{spelling}/unet_guided"), **students) for spelling in spellings]
+    method = models[0].load("ddim")
+    assert len({repr(one.determinants("ddim", method)) for one in models}) == 1
+
+
 # Whole benchmarks
 
 
