@@ -80,7 +80,8 @@ class Suite:
 
     def perform(self, *tasks: Task) -> dict[str, list[Results]]:
         """Let each method do tasks with the examples; results by the tasks' names."""
-        scorings = [Scoring.choose(self.settings.metrics, task, self.data, self.models.device) for task in tasks]
+        side, device = self.data.score_side(self.models.family.resolution), self.models.device
+        scorings = [Scoring.choose(self.settings.metrics, task, self.data, side, device) for task in tasks]
         names = {task.name: task.methods or self.methods for task in tasks}
         every = dict.fromkeys(name for each in names.values() for name in each)
         labels = labels_of(list(every))
