@@ -173,6 +173,20 @@ class Family:
             )
         return size * downsampling_of(self._autoencoder_config())
 
+    def check_side(self, pixels: int) -> None:
+        """Compare the side of pictures to train on with trained_at, or else with the model's own.
+
+        Another than trained_at is a ValueError, and so is another than the model's where the shift of its flow goes by
+        it; else it may be meant, and is told of.
+        """
+        if not self.source.has(self.architecture.part) or pixels == self.resolution:
+            return
+        ours = f"{self.model} is of" if self.trained_at is None else "family.trained_at is"
+        text = f"data are of {pixels} pixels a side, {ours} {self.resolution}: give family.trained_at {pixels}"
+        if self.trained_at is not None or self.source.config("scheduler").get("use_dynamic_shifting"):
+            raise ValueError(f"{text}, or data of {self.resolution}")
+        log.warning("%s, and --trained_at where the students are used", text)
+
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""
         self._guided_network()

@@ -171,11 +171,12 @@ class Task(lightning.LightningModule):
             # each process has frozen weights of its own; DDP would send them at the start, and buffers at every step
             frozen = dict([*self.named_parameters(), *self.named_buffers()]).keys() - self.trained_parameters().keys()
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
-        if hasattr(self, "autoencoder"):
-            self._look_at(getattr(self.trainer.datamodule, "examples", ()))
+        if hasattr(self, "family") and hasattr(self.trainer.datamodule, "decoder"):
+            self._look_at(self.trainer.datamodule.examples, self.trainer.datamodule.decoder.resolution)
 
-    def _look_at(self, examples: Sequence[Sample]) -> None:
+    def _look_at(self, examples: Sequence[Sample], pixels: int) -> None:
         """Refuse data that do not fit; let go of the text side where they hold all that it would be asked for."""
+        self.family.check_side(pixels)
         for sample in examples:
             if sample.moments is not None:
                 self.check_encoded(collate([sample]), sample.name)
