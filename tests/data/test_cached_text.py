@@ -189,7 +189,7 @@ def text_encoders() -> int:
 )
 def test_training_on_kept_embeddings_is_training_on_captions(sets, families, tmp_path, name, task):
     """And no text encoder stays in memory for it; one that a callback asks for afterwards is read again."""
-    tasks, before = [task(families[name]) for _ in range(2)], text_encoders()
+    before, tasks = text_encoders(), [task(families[name]) for _ in range(2)]
     kept, again = trained(tasks[0], sets[name]["text"], tmp_path)
     assert text_encoders() == before
     live, encoded = trained(tasks[1], sets[name]["latents"], tmp_path)
