@@ -155,6 +155,8 @@ outputs/demo-tiny_flow/metrics.json: icd_lightning/weights/tiny_flow/transformer
 
 figures: outputs/demo/metrics.json outputs/demo-tiny_flow/metrics.json notebook-results ## measure again what README, docs, card and notebooks show, and put it there (hours; goes on where it stopped)
 	$(ICD) tiny jumps
+	$(ICD) tiny jumps --model tiny_flow
+	$(ICD) ablations --model tiny_flow
 	$(ICD) eval --benchmark tiny_edit --method all --count 64
 	$(ICD) eval --benchmark tiny_edit --method icd,icd_p2p,untrained,ddim_dynamic,npi,pnp_inversion,edit_friendly,infedit,sdedit \
 	  --count 64 --grid "w=1.5,2,3,5" --out outputs/eval-trade-off
@@ -164,7 +166,7 @@ figures: outputs/demo/metrics.json outputs/demo-tiny_flow/metrics.json notebook-
 	$(ICD) eval --benchmark tiny_edit --model tiny_flow --method icd --count 64 --grid "w=3 tau=0.5,0.6,0.7,0.8,0.9,1" \
 	  --out outputs/eval-tau-tiny_flow
 	$(ICD) tiny report --card --count $(SCENES)
-	$(ICD) tiny report --model tiny_flow --card --count $(SCENES) --out outputs/tiny-report-tiny_flow
+	$(ICD) tiny report --model tiny_flow --card --count $(SCENES)
 	$(BIN)/python docs/hooks/figures.py
 
 tensorboard: $(STAMP) ## look at all runs

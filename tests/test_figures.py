@@ -2,11 +2,13 @@
 
 import importlib.util
 import re
+import subprocess
 
 import pytest
 from documents_case import ROOT
 from PIL import Image
 
+from icd_lightning.commands.ablations import results_of
 from icd_lightning.evaluation.report import Table, markdown_table
 
 spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/hooks/figures.py")
@@ -64,3 +66,17 @@ def test_a_title_that_is_gone_is_named(root):
     (root / "outputs/demo/tables.md").write_text("**Other**\n")
     with pytest.raises(ValueError, match=r"outputs/demo/tables.md has 0 tables 'Edits'"):
         figures.fill((root / "README.md").read_text(), root)
+
+
+def test_make_figures_measures_all_that_documents_show():
+    made = subprocess.run(["make", "-nB", "figures"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    folders = set()
+    for command, options in re.findall(r"/icd (demo|ablations|tiny jumps|eval) ?(.*)", made.replace("\\\n", "")):
+        given = dict(re.findall(r"--(\w+)[ =](\S+)", options))
+        kind = f"eval-{given['benchmark']}" if command == "eval" else command.removeprefix("tiny ")
+        model = given.get("family", "tiny") if command == "demo" else given.get("model", "tiny")
+        folders.add(str(results_of(kind, model, given.get("out"))))
+    texts = "".join((ROOT / name).read_text() for name in figures.DOCUMENTS)
+    shown = [file for file, _ in re.findall(r"<!-- (\S+) \| (.+?) -->", texts)]
+    shown += [file for file, _ in figures.PICTURES.values()]
+    assert {"/".join(file.split("/")[:2]) for file in shown} <= folders

@@ -18,9 +18,9 @@ Number = TypeVar("Number", int, float)
 
 def ablations(
     *,
-    out: str = "outputs/ablations",
+    out: str | None = None,
     conf: str = "conf",
-    overlays: str = "base,model/tiny,experiment/ablations",
+    overlays: str | None = None,
     seeds: str = "0",
     model: str = "tiny",
     guided_unet: str | None = None,
@@ -41,9 +41,11 @@ def ablations(
     and called again it goes on: trainings from their last checkpoint, measurements from the last batch of pictures.
 
     Args:
-        out: Folder of all results: table2.md, table2.json, report.html and report.png, trainings/ and runs/.
+        out: Folder of all results: table2.md, table2.json, report.html and report.png, trainings/ and runs/; by default
+            outputs/ablations, and of another model outputs/ablations-NAME.
         conf: Folder of the configuration files.
-        overlays: Comma-separated files in it, of which each training is composed, before conf/ablation/*.yaml.
+        overlays: Comma-separated files in it, of which each training is composed, before conf/ablation/*.yaml; by
+            default base, model/tiny and experiment/ablations, and model/tiny_flow for that model.
         seeds: Comma-separated seeds of the trainings, e.g. 0,1,2.
         model: "tiny" (shipped), or another family.
         guided_unet: Its guidance-distilled UNet, a folder or a file; by default the model's own.
@@ -74,19 +76,32 @@ def ablations(
         )
     places = {name: Path(path) for name, path in (("data", data), ("images", images)) if path}
     inversion = Settings("inversion", metrics=names(metrics), count=count, batch_size=batch_size, **places)
-    models, root = Weights(model, guided_unet, device=device).models(), Path(out)
+    models, root = Weights(model, guided_unet, device=device).models(), results_of("ablations", model, out)
     rows, frozen, trainings = read_ablations(Path(conf) / "ablation"), teacher_hash(models.family), {}
     options = {"model.init_args.family.model": model, "model.init_args.family.guided_unet": guided_unet}
     options |= {"data.init_args.urls": train_data, "data.init_args.val_urls": val_data, "trainer.max_steps": steps}
+    composed = overlays.split(",") if overlays else overlays_of(model, "experiment/ablations")
     for seed in numbers:  # seed by seed: whole ones come first
         seeded = options | dict.fromkeys(("seed_everything", "model.init_args.seed", "data.init_args.seed"), seed)
         for letter in dict.fromkeys(row.students for row in rows.values()):
-            files = conf_files(conf, (*overlays.split(","), f"ablation/{letter}"))
+            files = conf_files(conf, (*composed, f"ablation/{letter}"))
             trainings[f"{letter}-{seed}"] = train(root, f"{letter}-{seed}", files, seeded, frozen)
     study = measure_study(AblationStudy(rows, scales, numbers, {}, trainings), models, inversion, root)
-    facts = {"model": model, "weights": frozen[:8], "overlays": overlays, "seeds": seeds, "pictures": count}
+    facts = {"model": model, "weights": frozen[:8], "overlays": ",".join(composed), "seeds": seeds, "pictures": count}
     facts |= {name: str(path.resolve()) for name, path in places.items()}
     report(study, root, facts)
+
+
+def results_of(command: str, model: str, out: str | None) -> Path:
+    """The folder of a command's results, each model's its own."""
+    return Path(out or ("outputs/" + command + ("" if model == "tiny" else f"-{Path(model).name}")))
+
+
+def overlays_of(model: str, experiment: str) -> list[str]:
+    """What a training in the picture world is composed of."""
+    from icd_lightning.models.released import SHIPPED
+
+    return ["base", "model/tiny", *(f"model/{name}" for name in SHIPPED[1:] if name == model), experiment]
 
 
 def train(root: Path, name: str, files: Sequence[Path], options: dict[str, object], weights: str) -> Path:

@@ -32,14 +32,15 @@ def demo(
         steps: training steps; by default what conf/experiment/demo.yaml says.
     """
     from icd_lightning.commands import fit
+    from icd_lightning.commands.ablations import overlays_of, results_of
     from icd_lightning.commands.data import shapes
     from icd_lightning.models.family import Family
     from icd_lightning.tiny.demo import DemoStudy
 
     start = time.monotonic()
-    root = Path(out or ("outputs/demo" if model == "tiny" else f"outputs/demo-{Path(model).name}"))
+    root = results_of("demo", model, out)
     whole = not (root / "training").exists()  # a call that finds nothing done tells how long all of it takes
-    files, family = fit.conf_files(conf, _overlays(model, "experiment/demo")), Family(model)
+    files, family = fit.conf_files(conf, overlays_of(model, "experiment/demo")), Family(model)
     study = DemoStudy(root, eval_count, family)
     log.info("1/4 shards for %s", family.root)
     shapes(str(root / "shards" / "train"), count=train_count, seed=0)
@@ -59,19 +60,12 @@ def demo(
     study.report(before, after, seconds=time.monotonic() - start if whole else None)
 
 
-def _overlays(model: str, experiment: str) -> list[str]:
-    """What a training of a tiny family is composed of."""
-    from icd_lightning.models.released import SHIPPED
-
-    return ["base", "model/tiny", *(f"model/{name}" for name in SHIPPED[1:] if name == model), experiment]
-
-
 def report(
     *,
     model: str = "tiny",
     count: int = 512,
     seed: int = 1_000_003,
-    out: str = "outputs/tiny-report",
+    out: str | None = None,
     card: bool = False,
 ) -> None:
     """Measure a tiny family against its bars on held-out scenes; writes bars.json.
@@ -80,11 +74,12 @@ def report(
         model: "tiny" or "tiny_flow" (shipped), or a folder, e.g. outputs/tiny-weights/model.
         count: scenes to measure on.
         seed: which world they come from; trainings used the seeds 0 to 6.
-        out: folder for bars.json.
+        out: folder for bars.json; by default outputs/tiny-report, and of another model outputs/tiny-report-NAME.
         card: also write the model card, README.md in the family's folder.
     """
     from dataclasses import asdict
 
+    from icd_lightning.commands.ablations import results_of
     from icd_lightning.evaluation.report import Style, Table, print_tables
     from icd_lightning.files import write_json
     from icd_lightning.models.family import Family
@@ -101,7 +96,7 @@ def report(
     rows = tuple((bar.name, bar.value, *rule) for bar, rule in zip(bars, rules, strict=True))
     title, header = f"{model} on {count} held-out scenes (seed {seed})", ("what", "measured", "bar", "")
     print_tables([Table(title, "", header, rows, styles={"measured": Style(4)})])
-    file = Path(out) / "bars.json"
+    file = results_of("tiny-report", model, out) / "bars.json"
     write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
     log.info("%s", file)
     if card:
@@ -110,7 +105,7 @@ def report(
 
 def jumps(
     *,
-    out: str = "outputs/jumps",
+    out: str | None = None,
     conf: str = "conf",
     model: str = "tiny",
     train_data: str = "data/shapes/train",
@@ -123,15 +118,15 @@ def jumps(
     Stopped and called again it goes on. Writes jumps.md, report.html and report.png.
 
     Args:
-        out: folder of all results.
+        out: folder of all results; by default outputs/jumps, and of another model outputs/jumps-NAME.
         conf: folder of the configuration files.
-        model: the shipped family, or the folder of another one of the picture world.
+        model: tiny or tiny_flow, the shipped families, or the folder of another one of the picture world.
         train_data: shards to train on.
         val_data: shards to validate on.
         steps: steps of each training; by default what conf/experiment/tiny.yaml says.
         count: held-out pictures to measure on.
     """
-    from icd_lightning.commands.ablations import train
+    from icd_lightning.commands.ablations import overlays_of, results_of, train
     from icd_lightning.commands.fit import conf_files
     from icd_lightning.commands.weights import Weights
     from icd_lightning.diffusion import Boundaries
@@ -139,8 +134,8 @@ def jumps(
     from icd_lightning.evaluation.report import print_tables
     from icd_lightning.tiny.jumps import NUMBERS, measure_jumps, measured_as, write_jumps
 
-    root, models, settings = Path(out), Weights(model).models(), measured_as(count)
-    files, frozen = conf_files(conf, _overlays(model, "experiment/tiny")), teacher_hash(models.family)
+    root, models, settings = results_of("jumps", model, out), Weights(model).models(), measured_as(count)
+    files, frozen = conf_files(conf, overlays_of(model, "experiment/tiny")), teacher_hash(models.family)
     options = {"model.init_args.family.model": model, "data.init_args.urls": train_data}
     options |= {"data.init_args.val_urls": val_data, "trainer.max_steps": steps}
     trainings = {}

@@ -50,15 +50,16 @@ HEADS = {"tiny": TINY, "tiny_flow": TINY_FLOW}
 
 def write_card(folder: Path, bars: Sequence[Bar], *, count: int, seed: int) -> Path:
     """Write `README.md` beside the weights, ending with their `notes.md` if there is one; return its path."""
+    name = "tiny" if folder.name not in RECIPES else folder.name
+    command = f"icd tiny report {'' if name == 'tiny' else f'--model {name} '}--count {count} --seed {seed} --card"
     rows = "\n".join(f"| {bar.name} | {bar.value:.4g} | {_limit(bar)} |" for bar in bars)
     measured = (
-        f"## Measured\n\nOn {count} held-out scenes of the world with seed {seed}, by `icd tiny report --count {count} "
-        f"--seed {seed} --card`; other seeds give other scenes.\n\n| what | measured | bar |\n|---|---|---|\n{rows}\n"
+        f"## Measured\n\nOn {count} held-out scenes of the world with seed {seed}, by `{command}`; other seeds give "
+        f"other scenes.\n\n| what | measured | bar |\n|---|---|---|\n{rows}\n"
     )
     file = folder / "README.md"
     notes = folder / "notes.md"
     by_hand = [notes.read_text()] if notes.is_file() else []
-    name = "tiny" if folder.name not in RECIPES else folder.name
     write_text(file, "\n".join([HEADS[name], _trainings(folder / "training", RECIPES[name]), measured, *by_hand]))
     return file
 

@@ -1,6 +1,8 @@
 """The weights that come with the package, of both families: complete, small, and able to do what the rest builds on."""
 
 import json
+import re
+from shutil import copytree
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from icd_lightning.models.family import Family
 from icd_lightning.tiny.attributes import attribute_accuracy, label_tensor
 from icd_lightning.tiny.bars import autoencoder_bars, stage_one_bars
 from icd_lightning.tiny.benchmarks import scene_examples
+from icd_lightning.tiny.card import write_card
 from icd_lightning.tiny.packaging import RECIPES
 from icd_lightning.tiny.scene_network import SceneNetwork
 from icd_lightning.tiny.scenes import HELD_OUT_SEED, LABELS
@@ -53,6 +56,16 @@ def test_its_students_and_cards_name_the_family_as_users_do(family):
     parts = [file for file in family.root.rglob("*") if file.is_file() and file.name != "config.yaml"]
     assert not [file for file in parts if b"-weights/" in file.read_bytes()], "the folder of the training is named"
     assert json.loads((family.root / "students/forward/icd.json").read_text())["family"] == family.model
+
+
+def test_cards_are_as_they_would_be_written_again(family, tmp_path):
+    copytree(family.root / "training", tmp_path / family.model / "training")
+    shipped = (family.root / "README.md").read_text()
+    count, seed = map(int, re.search(r"--count (\d+) --seed (\d+)", shipped).groups())
+    head, measured = write_card(tmp_path / family.model, [], count=count, seed=seed).read_text().split("## Measured")
+    assert shipped.startswith(head)
+    assert measured.rstrip() in shipped
+    assert ("--model tiny_flow" in measured) == (family.model == "tiny_flow")
 
 
 def test_the_autoencoder_reaches_its_bar(tiny):

@@ -40,13 +40,14 @@ def _table(study: AblationStudy, w: float | None) -> Table:
         rows.append((row.name, row.description, *ours, psnr, lpips, dino))
     known = study.runs["ddim"].styles
     styles = {n: Style(2 if n == "psnr" else 3, known[n].best if n in known else None) for n in columns}
-    seeds = f"mean of {len(study.seeds)} trainings (seeds {', '.join(map(str, study.seeds))})"
+    numbers, several = ", ".join(map(str, study.seeds)), len(study.seeds) > 1
+    seeds = f"mean of {len(study.seeds)} trainings (seeds {numbers})" if several else f"one training (seed {numbers})"
     pictures = len(study.runs["ddim"].of(UNGUIDED.name))
     how = "unguided" if w is None else f"guided at w {w:g}, d.CFG with tau {TAU:g}; the paper's at w 8"
     return Table(
         title="Table 2, unguided" if w is None else f"Table 2, guided at w {w:g}",
         note=f"To noise and back, {how}. {pictures} held-out pictures, {seeds}; ± is half of a 95 % interval over "
-        f"{_scope(study)}. Untrained: the weights of stage 1, from which the students start, through the same jumps.",
+        f"{_scope(study)}. Untrained: the weights that the students start from, through the same jumps.",
         header=("row", "students", *columns, "paper: PSNR", "LPIPS", "DinoV2"),
         rows=tuple(rows),
         highlight_rows=tuple(i for i, row in enumerate(rows) if row[0] in ("G", "K")),
