@@ -281,10 +281,7 @@ def _data_set(examples: list[Example], place: Path, records: Path, count: int | 
 
 
 def _check_pictures(files: Collection[Path], records: Path) -> None:
-    """ValueError if some cannot be read: figures are of all pictures, and a benchmark takes hours to come to the last.
-
-    That costs about a minute for 5,000 photographs.
-    """
+    """ValueError if some cannot be read: figures are of all pictures, and a benchmark takes hours to come to the last."""
     wrong = []
     for file in progress(sorted(files), "looking at pictures", len(files)):
         try:
