@@ -281,7 +281,7 @@ def _data_set(examples: list[Example], place: Path, records: Path, count: int | 
 
 
 def _check_pictures(files: Collection[Path], records: Path) -> None:
-    """ValueError if some cannot be read: figures are of all pictures, and a benchmark takes hours to come to the last."""
+    """ValueError if some cannot be read: figures are of all pictures, and the last of them may be hours away."""
     wrong = []
     for file in progress(sorted(files), "looking at pictures", len(files)):
         try:
