@@ -13,7 +13,7 @@ from PIL import Image
 from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
-from icd_lightning.evaluation import runs, summaries
+from icd_lightning.evaluation import summaries
 from icd_lightning.evaluation.benchmark import Benchmark, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks import guidance as guidance_benchmark
 from icd_lightning.evaluation.decodings import parse_grid
@@ -291,7 +291,7 @@ def test_coco_edits_are_measured(random_family, tmp_path):
 
 
 def test_photographs_are_scored_at_one_size_however_large_the_results_are(random_family, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PHOTOGRAPH_SIDE", 32)  # of results of 64
+    monkeypatch.setattr("icd_lightning.evaluation.examples.PHOTOGRAPH_SIDE", 32)  # of results of 64
     write_picture(tmp_path)
     (tmp_path / "a.csv").write_text("image,caption\na.png,a red circle\n")
     settings = {"data": tmp_path / "a.csv", "grid": parse_grid("tau=1"), "metrics": ("psnr",)}
