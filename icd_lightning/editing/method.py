@@ -156,7 +156,7 @@ class PictureMethod(ABC):
 class EditingMethod(PictureMethod):
     """A way to noise (B, C, h, w) and back, unguided to noise; guidance is any `GuidanceSchedule`, w = 1 unguided."""
 
-    version = 3  # 1 swapped pooled embeddings, too; 2 never swapped by default under CADS and intervals
+    version = 2  # 1 swapped pooled embeddings, too
 
     @abstractmethod
     def denoiser(self, prompts: Sequence[str], guidance: GuidanceSchedule) -> Denoiser:
