@@ -86,6 +86,14 @@ def check_place(path: Path) -> None:
         raise OSError(f"cannot write {path} into {folder}: {reason}, name another place")
 
 
+def inside(name: str) -> Path:
+    """A name in a file that somebody else wrote: relative; ValueError for one that leads out of the file's folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} is not in the folder of what names it")
+    return path
+
+
 def check_file(file: Path) -> None:
     """FileNotFoundError unless this is a file: a pipe would be waited for, and some devices have no end."""
     if not file.is_file():

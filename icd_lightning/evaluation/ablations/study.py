@@ -20,7 +20,7 @@ from icd_lightning.evaluation.benchmarks.inversion import TABLE_2, TO_NOISE_AND_
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.results import Results, read_runs, read_summary
+from icd_lightning.evaluation.results import AGAIN, Results, named_folders, read_runs, read_summary
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
 
@@ -188,10 +188,18 @@ class AblationStudy:
 
 def read_study(folder: Path) -> AblationStudy:
     """The study that `icd ablations` wrote to its folder, or the part of it that ships."""
-    record, runs = read_summary(folder / TABLE_2_JSON), read_runs(folder / TABLE_2_JSON)
-    rows = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
-    trainings = {name: folder / place for name, place in record["trainings"].items()}
-    return AblationStudy({row.letter: row for row in rows}, record["guidance_scales"], record["seeds"], runs, trainings)
+    file = folder / TABLE_2_JSON
+    record, runs, trainings = read_summary(file), read_runs(file), named_folders(file, "trainings")
+    try:
+        told = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
+        rows = {row.letter: row for row in told}
+        study = AblationStudy(rows, record["guidance_scales"], record["seeds"], runs, trainings)
+        scales = {True: study.guidance_scales, False: (1.0,)}
+        every = [study.row(letter, w) for letter in ROWS for w in scales[rows[letter].guided]]
+        np.array([row.values() for row in every])[:, 0, 0]  # all are there, and of equal sizes
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold what a study leaves ({error!r}): {AGAIN}") from error
+    return study
 
 
 def read_examples(folder: Path) -> dict[str, Example]:
