@@ -19,7 +19,7 @@ POINTS = 100
 
 
 def condense(source: Path, target: Path) -> list[Path]:
-    """Copy what the notebooks read of every known result in `source` to `target`, or nothing; return the folders there."""
+    """Copy what the notebooks read of every known result in `source` to `target`, or nothing; return its folders."""
     known = {folder: name for folder, name in SUMMARIES.items() if (source / folder / name).is_file()}
     if not known:
         expected = ", ".join(f"{folder}/{name}" for folder, name in SUMMARIES.items())

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from icd_lightning.evaluation.benchmark import Settings
 from icd_lightning.evaluation.benchmarks.inversion import TABLE_2, TO_NOISE_AND_BACK
@@ -21,8 +20,10 @@ from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.results import AGAIN, Results, named_folders, read_runs, read_summary
+from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
+from icd_lightning.files import read_yaml
 
 ROWS = {  # whose students, and what they have that the row before in the ordering has not; there is no D
     "A": ("fCD2, CD2", ""),
@@ -71,11 +72,15 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
         file = folder / f"{letter}.yaml"
         if not file.is_file():
             raise FileNotFoundError(f"no ablation {letter}: there is no {file}; run this in the repository")
-        changes = dict(yaml.safe_load(file.read_text())["model"]["init_args"])
-        decoding = changes.pop("decoding")
+        content = read_yaml(file)
+        try:
+            changes = dict(content["model"]["init_args"])
+            decoding, ends = changes.pop("decoding"), tuple(changes["boundaries"]["boundary_timesteps"])
+            tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} must say boundaries and decoding of model.init_args ({error!r})") from error
         students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
-        tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
-        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]["boundary_timesteps"]))
+        ablations[letter] = Ablation(letter, students, tau, ends)
     return ablations
 
 
@@ -208,6 +213,11 @@ def read_examples(folder: Path) -> dict[str, Example]:
     data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
     settings = Settings("inversion", data=data, images=images, count=facts["pictures"])
     return {example.key: example for example in read_data(settings).examples}
+
+
+def check_measured(models: Models, settings: Settings, root: Path) -> None:
+    """ValueError or FileNotFoundError, before any training, for pictures or metrics that there are not."""
+    Scoring.choose(settings.metrics, TO_NOISE_AND_BACK, Suite(settings, models, root).data, models.device)
 
 
 def measure_study(study: AblationStudy, models: Models, settings: Settings, root: Path) -> AblationStudy:
