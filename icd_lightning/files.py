@@ -137,12 +137,18 @@ def read_csv(file: Path) -> Iterator[dict[str, str]]:
 def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object; ValueError that says of `what` the text is."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def _integer(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text)} digits, {text[:9]}...")  # no float could hold it
+    return int(text)
 
 
 def read_yaml(file: Path) -> Any:
