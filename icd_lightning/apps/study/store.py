@@ -123,14 +123,9 @@ class Store:
             (state,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
             if application != FORMAT or state != "ok":
                 raise sqlite3.DatabaseError(state if application == FORMAT else "not a study's")
-            for table in ("tasks", "assessors", "votes"):
-                self.connection.execute(f"SELECT 1 FROM {table}").fetchone()
-            told = dict(self.connection.execute("SELECT name, value FROM settings"))
-            self.settings = {name: told[name] for name in ("title", "seed", "votes", "check_share")}
-            self.wanted, self.check_share = int(self.settings["votes"]), float(self.settings["check_share"])
-            if not (self.wanted >= 1 and 0 <= self.check_share < 1):
-                raise ValueError(f"votes {self.wanted}, check_share {self.check_share}")
             self.connection.execute("PRAGMA journal_mode = WAL")  # reports read while votes are written
+            self.settings = dict(self.connection.execute("SELECT name, value FROM settings"))
+            self.wanted, self.check_share = int(self.settings["votes"]), float(self.settings["check_share"])
         except (sqlite3.DatabaseError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.file} cannot be read as a study ({error}): bring back a copy of it, or save what can be read "
