@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
 
 from icd_lightning.commands.evaluate import names
 from icd_lightning.commands.weights import Weights
+from icd_lightning.editing.limits import check_guidance_scale, check_seed
 
 log = logging.getLogger(__name__)
-
-Number = TypeVar("Number", int, float)
 
 
 def ablations(
@@ -26,7 +27,7 @@ def ablations(
     guided_unet: str | None = None,
     train_data: str = "data/shapes/train",
     val_data: str = "data/shapes/val",
-    steps: int | None = None,
+    steps: PositiveInt | None = None,
     data: str | None = None,
     images: str | None = None,
     count: int | None = 128,
@@ -60,12 +61,13 @@ def ablations(
         batch_size: Pictures at once, when measuring.
         device: auto, cpu, cuda ... to measure on; where to train is the overlays' matter.
     """
-    numbers, scales = _numbers("seeds", seeds, int), _numbers("guidance_scales", guidance_scales, float)
+    numbers = _numbers("seeds", seeds, lambda text: check_seed(int(text)))
+    scales = _numbers("guidance_scales", guidance_scales, lambda text: check_guidance_scale(float(text)))
 
     import torch
 
     from icd_lightning.commands.fit import conf_files
-    from icd_lightning.evaluation.ablations.study import AblationStudy, measure_study, read_ablations
+    from icd_lightning.evaluation.ablations.study import AblationStudy, check_measured, measure_study, read_ablations
     from icd_lightning.evaluation.benchmark import Settings
     from icd_lightning.evaluation.methods import teacher_hash
 
@@ -77,6 +79,7 @@ def ablations(
     places = {name: Path(path) for name, path in (("data", data), ("images", images)) if path}
     inversion = Settings("inversion", metrics=names(metrics), count=count, batch_size=batch_size, **places)
     models, root = Weights(model, guided_unet, device=device).models(), results_of("ablations", model, out)
+    check_measured(models, inversion, root)
     rows, frozen, trainings = read_ablations(Path(conf) / "ablation"), teacher_hash(models.family), {}
     options = {"model.init_args.family.model": model, "model.init_args.family.guided_unet": guided_unet}
     options |= {"data.init_args.urls": train_data, "data.init_args.val_urls": val_data, "trainer.max_steps": steps}
@@ -136,8 +139,11 @@ def report(study: Any, root: Path, facts: dict[str, object]) -> None:
         log.info("%s", path)
 
 
-def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+def _numbers(name: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
     try:
-        return tuple(map(kind, text.split(",")))
-    except ValueError:
-        raise ValueError(f"{name} {text!r} must be numbers separated by commas") from None
+        numbers = tuple(map(read, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas ({error})") from None
+    if len(set(numbers)) < len(numbers):  # a training counted twice would agree with itself
+        raise ValueError(f"{name} {text} has a number twice: leave one out")
+    return numbers

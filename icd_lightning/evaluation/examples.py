@@ -28,7 +28,7 @@ from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
 from icd_lightning.evaluation.tables import csv_rows
-from icd_lightning.files import read_object
+from icd_lightning.files import inside, read_object
 from icd_lightning.progress import progress
 from icd_lightning.registry import Registry
 from icd_lightning.texts import wrong_with
@@ -160,7 +160,7 @@ def read_captions(file: Path, images: Path | None = None, count: int | None = No
     if file.suffix.lower() == ".json" and file.is_file():
         content = read_object(file)
         try:
-            names = {image["id"]: str(_inside(image["file_name"])) for image in content["images"]}
+            names = {image["id"]: str(inside(image["file_name"])) for image in content["images"]}
             notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
             first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
             captions += [(names[image], names[image], caption) for image, caption in first.items()]
@@ -215,18 +215,10 @@ def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Exam
             log.warning("%s: the mask leaves the picture and is cut there", where)
         decode_mask(runs, PIE_BENCH_SIDE)
         words = read_blended(entry.get("blended_word", ""), source, target, where)
-        picture = folder / "annotation_images" / _inside(entry["image_path"])
+        picture = folder / "annotation_images" / inside(entry["image_path"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"{where} is not as PIE-Bench's are ({error!r})") from error
     return Example(key, source, picture, target, kind, runs=runs, blended_words=words)
-
-
-def _inside(name: str) -> Path:
-    """A picture's name in annotations that somebody else wrote: relative, and of nothing outside of their folder."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} is not in the folder of its pictures")
-    return path
 
 
 def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
