@@ -67,9 +67,11 @@ def ablations(
     import torch
 
     from icd_lightning.commands.fit import conf_files
-    from icd_lightning.evaluation.ablations.study import AblationStudy, check_measured, measure_study, read_ablations
+    from icd_lightning.evaluation.ablations.study import AblationStudy, measure_study, read_ablations
     from icd_lightning.evaluation.benchmark import Settings
+    from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
     from icd_lightning.evaluation.methods import teacher_hash
+    from icd_lightning.evaluation.suite import Suite
 
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
         raise ValueError(
@@ -79,7 +81,7 @@ def ablations(
     places = {name: Path(path) for name, path in (("data", data), ("images", images)) if path}
     inversion = Settings("inversion", metrics=names(metrics), count=count, batch_size=batch_size, **places)
     models, root = Weights(model, guided_unet, device=device).models(), results_of("ablations", model, out)
-    check_measured(models, inversion, root)
+    Suite(inversion, models, root).scoring(TO_NOISE_AND_BACK)  # refuses before hours of training
     rows, frozen, trainings = read_ablations(Path(conf) / "ablation"), teacher_hash(models.family), {}
     options = {"model.init_args.family.model": model, "model.init_args.family.guided_unet": guided_unet}
     options |= {"data.init_args.urls": train_data, "data.init_args.val_urls": val_data, "trainer.max_steps": steps}

@@ -20,7 +20,6 @@ from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
 from icd_lightning.evaluation.results import AGAIN, Results, named_folders, read_runs, read_summary
-from icd_lightning.evaluation.scoring import Scoring
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
 from icd_lightning.files import read_yaml
@@ -213,11 +212,6 @@ def read_examples(folder: Path) -> dict[str, Example]:
     data, images = (Path(facts[name]) if name in facts else None for name in ("data", "images"))
     settings = Settings("inversion", data=data, images=images, count=facts["pictures"])
     return {example.key: example for example in read_data(settings).examples}
-
-
-def check_measured(models: Models, settings: Settings, root: Path) -> None:
-    """ValueError or FileNotFoundError, before any training, for pictures or metrics that there are not."""
-    Scoring.choose(settings.metrics, TO_NOISE_AND_BACK, Suite(settings, models, root).data, models.device)
 
 
 def measure_study(study: AblationStudy, models: Models, settings: Settings, root: Path) -> AblationStudy:
