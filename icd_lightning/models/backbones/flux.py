@@ -21,7 +21,6 @@ from icd_lightning.models.text import Conditioner, PooledConditioner, T5Conditio
 CHANNELS = 16
 """Of the latents of every FLUX.1 autoencoder, and of tiny's."""
 SCHNELL = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": False}
-GUIDANCE = "time_text_embed.guidance_embedder."
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Flux(Backbone):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
         *("norm.linear", "norm1.linear", "norm1_context.linear"),
     )
-    guidance_weight: ClassVar = f"{GUIDANCE}linear_1.weight"
+    guidance_weight: ClassVar = "time_text_embed.guidance_embedder.linear_1.weight"
     sample_size: ClassVar = 128  # as diffusers' FluxPipeline has it
 
     def predict(
@@ -64,7 +63,7 @@ class Flux(Backbone):
             embeds["prompt_embeds"],
             embeds["pooled_prompt_embeds"],
             t / 1000,  # it multiplies again
-            img_ids=_positions(rows, columns, x.device),
+            img_ids=positions(1, rows, columns, device=x.device),
             txt_ids=x.new_zeros(embeds["prompt_embeds"].shape[1], 3),
             guidance=w,
             return_dict=False,
@@ -74,7 +73,9 @@ class Flux(Backbone):
     def guidance_width(self, network: FluxTransformer2DModel) -> int | None:
         """256, if the network takes w."""
         return (
-            network.time_text_embed.guidance_embedder.linear_1.in_features if network.config.guidance_embeds else None
+            network.get_submodule(self.guidance_weight.removesuffix(".weight")).in_features
+            if network.config.guidance_embeds
+            else None
         )
 
     def is_guided(self, config: dict[str, Any]) -> bool:
@@ -96,9 +97,9 @@ class Flux(Backbone):
     def add_guidance_embedding(self, network: FluxTransformer2DModel, width: int = 256) -> FluxTransformer2DModel:
         """With an embedding that begins as the time's does, but for zeros in its last layer."""
         weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-        for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
-            like = weights[f"time_text_embed.timestep_embedder.{name}"]
-            weights[f"{GUIDANCE}{name}"] = like.clone() if name.startswith("linear_1") else torch.zeros_like(like)
+        for name in [name for name in weights if ".timestep_embedder." in name]:
+            like = weights[name].clone()
+            weights[name.replace("timestep", "guidance")] = like.zero_() if "linear_2" in name else like
         return self.with_weights(network, weights, guidance_embeds=True)
 
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
@@ -118,7 +119,6 @@ class Flux(Backbone):
         return packed // max(1, isqrt(packed // CHANNELS)) ** 2
 
 
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(0, row, column) of every patch, (rows columns, 3)."""
-    places = torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, rows, columns)))
-    return places.float()
+def positions(*counts: int, device: torch.device) -> Tensor:
+    """Of every token of a grid with so many along each axis, (tokens, axes)."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts)).float()
