@@ -10,9 +10,9 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -21,7 +21,7 @@ from icd_lightning.models.chat import build_chat_tokenizer
 WIDTH = 16
 QWEN = {
     **{"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 28, "head_dim": 8},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 FLUX2 = {
     **{"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2},
