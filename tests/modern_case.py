@@ -1,4 +1,4 @@
-"""FLUX.2-klein-base in diffusers' layout, narrow and random: its classes, and Qwen3 with a chat template."""
+"""FLUX.2-klein-base and Z-Image in diffusers' layout, narrow and random: their classes, Qwen3 with a chat template."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,16 @@ import icd_lightning  # noqa: F401 (before diffusers: it makes a CUDA torchvisio
 # isort: split
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from flux_case import VAE
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from icd_lightning.models.chat import build_chat_tokenizer
@@ -33,10 +37,18 @@ FLUX2_VAE = {
 }
 
 
+Z_IMAGE = {
+    **{"in_channels": 16, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+    **{"cap_feat_dim": WIDTH, "axes_dims": [4, 2, 2], "axes_lens": [256, 32, 32]},
+}
+
+
 def qwen() -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
-    """Of as many layers as are looked at."""
+    """Of as many layers as are looked at; hidden states are of the size of true ones."""
     tokenizer = build_chat_tokenizer()
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **QWEN)).eval(), tokenizer
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **QWEN)).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    return model, tokenizer
 
 
 def flux2_pipeline(**transformer: object) -> Flux2KleinPipeline:
@@ -47,6 +59,16 @@ def flux2_pipeline(**transformer: object) -> Flux2KleinPipeline:
     vae.bn.running_var.uniform_(0.5, 2.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return Flux2KleinPipeline(scheduler, vae, *qwen(), Flux2Transformer2DModel(**{**FLUX2, **transformer}))
+
+
+def z_image_pipeline() -> ZImagePipeline:
+    """Of random weights; what stands in the place of missing tokens differs from nothing."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(**Z_IMAGE)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return ZImagePipeline(scheduler, AutoencoderKL(**VAE), *qwen(), transformer)
 
 
 def write(pipeline: DiffusionPipeline, folder: Path, sample_size: int) -> Path:

@@ -20,6 +20,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -50,6 +51,7 @@ from icd_lightning.models.text import DualCLIPConditioner, unknown_words
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Transformer = FluxTransformer2DModel | Flux2Transformer2DModel | SD3Transformer2DModel | ZImageTransformer2DModel
 _PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
 """The students in a network, by its id: pipelines that share components share them too."""
 SUFFIXES = ("", "_2", "_3")
@@ -88,7 +90,7 @@ class StudentPipeline(DiffusionPipeline):
         tokenizer_2: CLIPTokenizer | T5Tokenizer | None = None,
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5Tokenizer | None = None,
-        transformer: FluxTransformer2DModel | Flux2Transformer2DModel | SD3Transformer2DModel | None = None,
+        transformer: Transformer | None = None,
         boundaries: list[int] | None = None,
         guidance_scale: float = EditingDefaults.guidance_scale,
         tau: float | None = None,

@@ -64,7 +64,7 @@ class Family:
     Args:
         model: "tiny" or "tiny_flow" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers'
             layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large,
-            flux_dev and flux2_klein: random weights of that architecture, for trials.
+            flux_dev, flux2_klein and z_image: random weights of that architecture, for trials.
         guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
             released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and

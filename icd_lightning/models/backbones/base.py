@@ -133,10 +133,12 @@ class Backbone(ABC):
 class Widened(Backbone):
     """One whose guidance embedding enters by a layer made wider for it: the class stays diffusers' own.
 
-    A subclass sets `width_key`, what its config calls the layer's usual input; `guidance_weight` is that layer's.
+    A subclass sets `width_key`, what its config calls the layer's usual input; `guidance_weight` is that layer's, and
+    `scale_weight` that of a norm before it.
     """
 
     width_key: ClassVar[str]
+    scale_weight: ClassVar[str | None] = None
 
     def entering(self, network: nn.Module, w: Tensor) -> Tensor:
         """What the layer is given of w (B,) beside its usual input, (B, W)."""
@@ -164,6 +166,8 @@ class Widened(Backbone):
         weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
         layer = weights[self.guidance_weight]
         weights[self.guidance_weight] = torch.cat([layer, layer.new_zeros(len(layer), width)], dim=1)
+        if self.scale_weight:
+            weights[self.scale_weight] = torch.cat([weights[self.scale_weight], layer.new_ones(width)])
         return self.with_weights(network, weights, **self.config_with_guidance(network.config, width))
 
     def fold_guidance_embedding(self, network: nn.Module, w: float) -> nn.Module:
@@ -171,10 +175,20 @@ class Widened(Backbone):
         weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
         width, layer = network.config[WIDTH], weights[self.guidance_weight]
         told = self.entering(network, layer.new_full((1,), w))[0]
+        if self.scale_weight:
+            told = told * weights[self.scale_weight][-width:]
+            weights[self.scale_weight] = weights[self.scale_weight][:-width].clone()
         weights[self.guidance_weight.replace("weight", "bias")] += layer[:, -width:] @ told
         weights[self.guidance_weight] = layer[:, :-width].contiguous()
         plain = network.config[self.width_key] - width
         return self.with_weights(network, weights, **{self.width_key: plain, WIDTH: None})
+
+
+def check_patches(x: Tensor, side: int) -> None:
+    """ValueError for latents (B, C, H, W) that are not whole patches with this side."""
+    height, width = x.shape[2:]
+    if height % side or width % side:
+        raise ValueError(f"latents of {height} x {width}: this network takes sides that are multiples of {side}")
 
 
 def text_side(

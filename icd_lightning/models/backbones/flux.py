@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, T5EncoderModel
 
-from icd_lightning.models.backbones.base import Backbone, text_side
+from icd_lightning.models.backbones.base import Backbone, check_patches, text_side
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import Conditioner, PooledConditioner, T5Conditioner
@@ -51,10 +51,8 @@ class Flux(Backbone):
         self, network: FluxTransformer2DModel, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None
     ) -> Tensor:
         """The velocity (B, C, H, W); ValueError for sides that are not whole patches."""
-        dtype, (_, channels, height, width) = self.weight(network).dtype, x.shape
-        patch = isqrt(network.config.in_channels // channels)
-        if height % patch or width % patch:
-            raise ValueError(f"latents of {height} x {width}: this network takes sides that are multiples of {patch}")
+        dtype, patch = self.weight(network).dtype, isqrt(network.config.in_channels // x.shape[1])
+        check_patches(x, patch)
         packed = pixel_unshuffle(x.to(dtype), patch)
         rows, columns = packed.shape[-2:]
         embeds = {name: part.to(dtype) for name, part in conditioning.embeds().items()}

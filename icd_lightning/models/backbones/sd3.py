@@ -11,7 +11,7 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from icd_lightning.models.backbones.base import Widened, text_side
+from icd_lightning.models.backbones.base import Widened, check_patches, text_side
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import Conditioner, T5Conditioner
@@ -42,9 +42,8 @@ class SD3(Widened):
         self, network: SD3Transformer2DModel, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None
     ) -> Tensor:
         """The velocity (B, C, H, W); ValueError for sides that are not whole patches."""
-        dtype, patch = self.weight(network).dtype, network.config.patch_size
-        if x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]}: this network takes sides that {patch} divides")
+        check_patches(x, network.config.patch_size)
+        dtype = self.weight(network).dtype
         embeds = {name: part.to(dtype) for name, part in conditioning.embeds().items()}
         pooled = embeds["pooled_prompt_embeds"]
         if w is not None:
