@@ -15,6 +15,7 @@ from training_case import scenes_data, trainer_for, write_scenes
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.commands.main import main
 from icd_lightning.diffusion import Boundaries, DDIMJump, Flow
+from icd_lightning.editing.limits import Injection
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.autoencoder import LatentAutoencoder
 from icd_lightning.models.backbones import Flux2
@@ -147,7 +148,10 @@ def test_students_are_trained_by_the_configuration_and_run_in_plain_diffusers(fa
         assert not torch.allclose(ours, before, atol=1e-3)
 
     pipe = InvertibleConsistencyPipeline.from_pretrained(family, **{d: str(tmp_path / d) for d in DIRECTIONS})
-    edited = pipe.edit(torch.rand(1, 3, 32, 32), "a star", "a red star", seed=0, output_type="pt").images
+    control = Injection(inject=1.0)
+    edited = pipe.edit(
+        torch.rand(1, 3, 32, 32), "a star", "a red star", control=control, seed=0, output_type="pt"
+    ).images
     pipe.save_pretrained(tmp_path / "saved")
     again = InvertibleConsistencyPipeline.from_pretrained(Family(str(tmp_path / "saved"), backbone=Flux2(LENGTH)))
     x = noise()[:1]
