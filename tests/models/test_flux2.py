@@ -158,6 +158,7 @@ def test_students_are_trained_by_the_configuration_and_run_in_plain_diffusers(fa
     picture = pipe("a red star", latents=x, output_type="pt").images
     torch.testing.assert_close(again("a red star", latents=x, output_type="pt").images, picture)
     assert edited.shape == (1, 3, 32, 32)
+    assert not torch.equal(edited, borrowing)
 
 
 def test_students_adapt_every_layer_of_the_blocks_and_what_modulates_them():
