@@ -148,10 +148,10 @@ def test_students_are_trained_by_the_configuration_and_run_in_plain_diffusers(fa
         assert not torch.allclose(ours, before, atol=1e-3)
 
     pipe = InvertibleConsistencyPipeline.from_pretrained(family, **{d: str(tmp_path / d) for d in DIRECTIONS})
-    control = Injection(inject=1.0)
-    edited = pipe.edit(
-        torch.rand(1, 3, 32, 32), "a star", "a red star", control=control, seed=0, output_type="pt"
-    ).images
+    told = torch.rand(1, 3, 32, 32), "a star", "a red star"
+    edited, borrowing = (
+        pipe.edit(*told, control=control, seed=0, output_type="pt").images for control in (None, Injection(inject=1.0))
+    )
     pipe.save_pretrained(tmp_path / "saved")
     again = InvertibleConsistencyPipeline.from_pretrained(Family(str(tmp_path / "saved"), backbone=Flux2(LENGTH)))
     x = noise()[:1]
