@@ -123,7 +123,7 @@ def test_students_are_trained_by_the_configuration_and_run_in_plain_diffusers(fa
         "model.init_args.family.trained_at": 32,
         "model.init_args.family.backbone": "icd_lightning.models.backbones.Flux2",
         "model.init_args.family.backbone.init_args.max_sequence_length": LENGTH,
-        "model.init_args.optimizer": "{lr: 1.0e-2, warmup_steps: 0}",
+        "model.init_args.optimizer": "{lr: 0.1, warmup_steps: 0}",
         "data.init_args": f"{{urls: {scenes}, batch_size: 2, resolution: 32, num_workers: 0}}",
         "trainer": f"{{default_root_dir: {tmp_path}, precision: 32-true, accelerator: cpu, devices: 1, max_steps: 2}}",
     }
