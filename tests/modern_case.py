@@ -18,10 +18,17 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from flux_case import VAE
+from training_case import scenes_data, trainer_for
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from icd_lightning.callbacks.export import ExportWeights
+from icd_lightning.commands.main import main
 from icd_lightning.models.chat import build_chat_tokenizer
+from icd_lightning.models.family import Family
+from icd_lightning.tasks.base import OptimizerSettings
+from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 
+CONF = Path(__file__).parents[1] / "conf"
 WIDTH = 16
 QWEN = {
     **{"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 28, "head_dim": 8},
@@ -69,6 +76,31 @@ def z_image_pipeline() -> ZImagePipeline:
         torch.nn.init.normal_(token)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
     return ZImagePipeline(scheduler, AutoencoderKL(**VAE), *qwen(), transformer)
+
+
+def stage_one(pipeline: DiffusionPipeline, folder: Path, scenes: Path, **family: object) -> Family:
+    """A pipeline's parts, where `Family` finds them, and what two steps of stage 1 make of them."""
+    made = Family(str(write(pipeline, folder, 16)), **family)
+    task = GuidanceDistillation(made, (1.0, 3.0), optimizer=OptimizerSettings(lr=1e-2, warmup_steps=0))
+    trainer_for(folder, max_steps=2, callbacks=[ExportWeights()]).fit(task, datamodule=scenes_data(scenes))
+    return made
+
+
+def stage_two(name: str, family: Family, scenes: Path, folder: Path) -> None:
+    """Two steps by a model's configuration, in float32."""
+    backbone = type(family.architecture).__name__
+    settings = {
+        "model.init_args.family.model": family.model,
+        "model.init_args.family.precision": "float32",
+        "model.init_args.family.trained_at": 32,
+        "model.init_args.family.backbone": f"icd_lightning.models.backbones.{backbone}",
+        "model.init_args.family.backbone.init_args.max_sequence_length": family.architecture.max_sequence_length,
+        "model.init_args.optimizer": "{lr: 0.1, warmup_steps: 0}",
+        "data.init_args": f"{{urls: {scenes}, batch_size: 2, resolution: 32, num_workers: 0}}",
+        "trainer": f"{{default_root_dir: {folder}, precision: 32-true, accelerator: cpu, devices: 1, max_steps: 2}}",
+    }
+    configs = [word for one in ("base", f"model/{name}") for word in ("--config", str(CONF / f"{one}.yaml"))]
+    main(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
 
 
 def write(pipeline: DiffusionPipeline, folder: Path, sample_size: int) -> Path:

@@ -8,12 +8,10 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from modern_case import flux2_pipeline, write
+from modern_case import flux2_pipeline, stage_one, stage_two, write
 from torch import nn
-from training_case import scenes_data, trainer_for, write_scenes
+from training_case import write_scenes
 
-from icd_lightning.callbacks.export import ExportWeights
-from icd_lightning.commands.main import main
 from icd_lightning.diffusion import Boundaries, DDIMJump, Flow
 from icd_lightning.editing.limits import Injection
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
@@ -23,12 +21,9 @@ from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
-from icd_lightning.tasks.base import OptimizerSettings
-from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
-CONF = Path(__file__).parents[2] / "conf"
 PROMPTS = ["a red star", "a green ring"]
 START, END = (torch.full((2,), t) for t in (999, 0))
 LENGTH, W = 64, 3.0
@@ -41,12 +36,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, scenes) -> Family:
-    """Random weights, and what two steps of stage 1 make of them."""
-    folder = write(flux2_pipeline(), tmp_path_factory.mktemp("flux2"), 16)
-    family = Family(str(folder), backbone=Flux2(LENGTH), trained_at=32)
-    task = GuidanceDistillation(family, (1.0, W), optimizer=OptimizerSettings(lr=1e-2, warmup_steps=0))
-    trainer_for(folder, max_steps=2, callbacks=[ExportWeights()]).fit(task, datamodule=scenes_data(scenes))
-    return family
+    return stage_one(flux2_pipeline(), tmp_path_factory.mktemp("flux2"), scenes, backbone=Flux2(LENGTH), trained_at=32)
 
 
 def noise(columns: int = 4) -> torch.Tensor:
@@ -117,18 +107,7 @@ def test_a_guidance_embedding_begins_as_nothing_and_is_then_told_w(family):
 
 
 def test_students_are_trained_by_the_configuration_and_run_in_plain_diffusers(family, scenes, tmp_path):
-    settings = {
-        "model.init_args.family.model": family.model,
-        "model.init_args.family.precision": "float32",
-        "model.init_args.family.trained_at": 32,
-        "model.init_args.family.backbone": "icd_lightning.models.backbones.Flux2",
-        "model.init_args.family.backbone.init_args.max_sequence_length": LENGTH,
-        "model.init_args.optimizer": "{lr: 0.1, warmup_steps: 0}",
-        "data.init_args": f"{{urls: {scenes}, batch_size: 2, resolution: 32, num_workers: 0}}",
-        "trainer": f"{{default_root_dir: {tmp_path}, precision: 32-true, accelerator: cpu, devices: 1, max_steps: 2}}",
-    }
-    configs = [word for name in ("base", "model/flux2_klein") for word in ("--config", str(CONF / f"{name}.yaml"))]
-    main(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
+    stage_two("flux2_klein", family, scenes, tmp_path)
     prompts = family.load_conditioner()
     files = [StudentFile.read(tmp_path / direction) for direction in DIRECTIONS]
     lora = LoraSettings(files[0].rank, files[0].alpha)

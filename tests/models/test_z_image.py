@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
-from modern_case import write, z_image_pipeline
+from modern_case import stage_one, stage_two, z_image_pipeline
 from torch import nn
-from training_case import scenes_data, trainer_for, write_scenes
+from training_case import write_scenes
 
-from icd_lightning.callbacks.export import ExportWeights
-from icd_lightning.commands.main import main
 from icd_lightning.diffusion import DDIMJump, Flow
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.backbones import ZImage
@@ -19,12 +17,9 @@ from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
-from icd_lightning.tasks.base import OptimizerSettings
-from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::UserWarning:torch")
 
-CONF = Path(__file__).parents[2] / "conf"
 LENGTH, W = 96, 3.0
 BACKBONE = ZImage(LENGTH)
 PROMPTS = ["a red star", "a large green ring left of a small blue circle"]  # 37 and 73 tokens: 64 and 96 in the network
@@ -38,12 +33,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, scenes) -> Family:
-    """Random weights, and what two steps of stage 1 make of them."""
-    folder = write(z_image_pipeline(), tmp_path_factory.mktemp("z_image"), 16)
-    family = Family(str(folder), backbone=BACKBONE)
-    task = GuidanceDistillation(family, (1.0, W), optimizer=OptimizerSettings(lr=1e-2, warmup_steps=0))
-    trainer_for(folder, max_steps=2, callbacks=[ExportWeights()]).fit(task, datamodule=scenes_data(scenes))
-    return family
+    return stage_one(z_image_pipeline(), tmp_path_factory.mktemp("z_image"), scenes, backbone=BACKBONE)
 
 
 def noise() -> torch.Tensor:
@@ -97,17 +87,7 @@ def test_a_guidance_embedding_begins_as_nothing_is_then_told_w_and_folds_into_a_
 
 
 def test_students_are_trained_by_the_configuration_and_run_in_the_plain_pipeline(family, scenes, tmp_path):
-    settings = {
-        "model.init_args.family.model": family.model,
-        "model.init_args.family.precision": "float32",
-        "model.init_args.family.backbone": "icd_lightning.models.backbones.ZImage",
-        "model.init_args.family.backbone.init_args.max_sequence_length": LENGTH,
-        "model.init_args.optimizer": "{lr: 1.0e-2, warmup_steps: 0}",
-        "data.init_args": f"{{urls: {scenes}, batch_size: 2, resolution: 32, num_workers: 0}}",
-        "trainer": f"{{default_root_dir: {tmp_path}, precision: 32-true, accelerator: cpu, devices: 1, max_steps: 2}}",
-    }
-    configs = [word for name in ("base", "model/z_image") for word in ("--config", str(CONF / f"{name}.yaml"))]
-    main(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
+    stage_two("z_image", family, scenes, tmp_path)
     files = {direction: str(tmp_path / direction) for direction in DIRECTIONS}
     read = StudentFile.read(tmp_path / "forward")
     guided, prompts = family.load_model(guided=True), family.load_conditioner()(PROMPTS)
