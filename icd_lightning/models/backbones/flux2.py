@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from transformers import Qwen3Model
 
@@ -71,6 +70,8 @@ class Flux2(Flux):
 
     def scheduler(self, config: dict[str, Any], tokens: int) -> dict[str, Any]:
         """With the shift of diffusers' pipeline, which depends on the number of steps too: the solver's, 50."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # which imports a Mistral
+
         mu = compute_empirical_mu(tokens, Boundaries.num_solver_steps)
         return {**config, "base_shift": mu, "max_shift": mu}
 
