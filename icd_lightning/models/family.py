@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 from torch import nn
 
 from icd_lightning.diffusion import Direction, Process
 from icd_lightning.files import read_object
 from icd_lightning.models.archives import fetched
-from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
+from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of, latent_channels_of, patch_of
 from icd_lightning.models.backbones import TRANSFORMERS, Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.overlay import open_model
@@ -29,7 +29,7 @@ from icd_lightning.models.student_file import WEIGHTS_NAME
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 from icd_lightning.models.weights import told_of
 
-AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+AUTOENCODERS: dict[str, type] = {one.__name__: one for one in (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2)}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|FLUX\.2-klein(?!-base)|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
@@ -63,8 +63,8 @@ class Family:
 
     Args:
         model: "tiny" or "tiny_flow" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers'
-            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large and
-            flux_dev: random weights of that architecture, for trials.
+            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large,
+            flux_dev, flux2_klein and z_image: random weights of that architecture, for trials.
         guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
             released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
@@ -205,13 +205,15 @@ class Family:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
         try:
             config = {**self.source.config("scheduler"), **changes}
-            return Process.from_config(config, self._tokens() if config.get("use_dynamic_shifting") else None)
+            tokens = self._tokens() if config.get("use_dynamic_shifting") else None
+            return Process.from_config(self.architecture.scheduler(config, tokens) if tokens else config, tokens)
         except ValueError as error:
             raise ValueError(f"{self.model}/scheduler: {error}") from error
 
     def _tokens(self) -> int:
-        """Patches of 2 x 2 latents in a picture."""
-        return (self.resolution // downsampling_of(self._autoencoder_config()) // 2) ** 2
+        """Patches in a picture, of 2 x 2 of what an autoencoder's network makes."""
+        config = self._autoencoder_config()
+        return (self.resolution * patch_of(config) // downsampling_of(config) // 2) ** 2
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
@@ -252,8 +254,8 @@ class Family:
 
     def _check_channels(self, network: nn.Module) -> None:
         """Refuse networks that are fed more than latents, such as those for inpainting."""
-        taken, latent = self.architecture.latent_channels(network), self._autoencoder_config().get("latent_channels")
-        if latent is not None and taken != latent:
+        taken, config = self.architecture.latent_channels(network), self._autoencoder_config()
+        if "latent_channels" in config and taken != (latent := latent_channels_of(config)):
             raise ValueError(
                 f"the {self.architecture.part} of {self.model} takes {taken} channels, and its latents have {latent}: "
                 "it is made for more than pictures from prompts (inpainting, depth, ...); take the plain model instead"
