@@ -84,6 +84,19 @@ def check_place(path: Path) -> None:
         raise OSError(f"cannot write {path} into {folder}: {reason}, name another place")
 
 
+def as_seen_here(value: T) -> T | str:
+    """The path of what is there, from the working folder, however it was spelt; anything else as it is."""
+    return os.path.relpath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
+def inside(name: str) -> Path:
+    """A name in a file that somebody else wrote: relative; ValueError for one that leads out of the file's folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} is not in the folder of what names it")
+    return path
+
+
 def check_file(file: Path) -> None:
     """FileNotFoundError unless this is a file: a pipe would be waited for, and some devices have no end."""
     if not file.is_file():
@@ -127,12 +140,18 @@ def read_csv(file: Path) -> Iterator[dict[str, str]]:
 def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object; ValueError that says of `what` the text is."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def _integer(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text)} digits, {text[:9]}...")  # no float could hold it
+    return int(text)
 
 
 def read_yaml(file: Path) -> Any:

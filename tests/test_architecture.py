@@ -103,7 +103,7 @@ def test_architectures_are_known_in_one_place():
     """Who trains, samples or edits does not ask what kind of network it is."""
     users = {name for name, path in MODULES.items() if any(ARCHITECTURE.search(found) for found in imports(path))}
     signature = "editing/loading.py"  # of diffusers' `from_pipe`, which hands over parts of the types it names
-    backbones = {f"models/backbones/{name}.py" for name in ("flux", "sd3", "unet")}
+    backbones = {f"models/backbones/{name}.py" for name in ("flux", "flux2", "sd3", "unet", "z_image")}
     assert {name for name in users if not name.startswith("tiny/")} == {*backbones, signature}
 
 

@@ -23,7 +23,7 @@ CONF = Path(__file__).parents[1] / "conf"
 TINY, SD15, SDXL = (("base", f"model/{family}") for family in ("tiny", "sd15", "sdxl"))
 FEW_LAYERS = "--model.init_args.students.init_args.lora.target_modules=[to_q]"  # to adapt all takes half a second
 ONE_DEVICE = ("--trainer.devices=1", "--trainer.strategy=auto")
-SD3 = ("sd3", "sd35_medium")
+SD3 = ("sd3", "sd35_medium", "flux2_klein", "z_image")
 WHOLES = {  # what is composed of which files, and the task that comes out
     "tiny": ((*TINY, "experiment/tiny"), InvertibleConsistencyDistillation),
     "demo": ((*TINY, "experiment/demo"), InvertibleConsistencyDistillation),
@@ -55,7 +55,10 @@ WHOLES = {  # what is composed of which files, and the task that comes out
         ("base", "model/sd3", "task/guidance_distillation", "experiment/sd3_guidance", "trainer/fsdp"),
         GuidanceDistillation,
     ),
-    "sd3, random": (("base", "model/sd3", "model/sd3_random"), InvertibleConsistencyDistillation),
+    **{
+        f"{name}, random": (("base", f"model/{name}", f"model/{name}_random"), InvertibleConsistencyDistillation)
+        for name in ("sd3", "flux2_klein", "z_image")
+    },
     "flux": (("base", "model/flux_dev", "experiment/flux_dev"), InvertibleConsistencyDistillation),
     "flux, random": (("base", "model/flux_dev", "model/flux_dev_random"), InvertibleConsistencyDistillation),
     "tiny weights, guidance": (("tiny/base", "tiny/guidance"), GuidanceDistillation),
@@ -151,7 +154,7 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
         options.append(f"--model.init_args.family.model={random_family}")
     if task_class is InvertibleConsistencyDistillation:
         options.append(FEW_LAYERS)
-    if whole == "sd3, random":  # which names its own stage 1
+    if whole.endswith(", random"):  # which names its own stage 1
         options.append("--model.init_args.family.guided_unet=unet_guided")
     if whole in GLOBAL_BATCHES:
         composed = compose(cli, names, *options)
@@ -166,7 +169,7 @@ def test_every_configuration_builds_on_a_random_family(cli, random_family, tmp_p
     assert {"TrainingProgress", "ExportWeights"} <= {type(callback).__name__ for callback in trainer.callbacks}
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev", "flux2_klein", "z_image"])
 def test_a_random_model_brings_stage_one_whatever_make_names_before(cli, name):
     guided = () if name == "flux_dev" else (f"--model.init_args.family.guided_unet=outputs/guidance-{name}",)
     after = ("--config", str(CONF / f"model/{name}_random.yaml"))  # as ARGS of make

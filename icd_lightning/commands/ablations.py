@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
 
 from icd_lightning.commands.evaluate import names
 from icd_lightning.commands.weights import Weights
+from icd_lightning.editing.limits import check_guidance_scale, check_seed
 
 log = logging.getLogger(__name__)
-
-Number = TypeVar("Number", int, float)
 
 
 def ablations(
@@ -26,7 +27,7 @@ def ablations(
     guided_unet: str | None = None,
     train_data: str = "data/shapes/train",
     val_data: str = "data/shapes/val",
-    steps: int | None = None,
+    steps: PositiveInt | None = None,
     data: str | None = None,
     images: str | None = None,
     count: int | None = 128,
@@ -60,14 +61,17 @@ def ablations(
         batch_size: Pictures at once, when measuring.
         device: auto, cpu, cuda ... to measure on; where to train is the overlays' matter.
     """
-    numbers, scales = _numbers("seeds", seeds, int), _numbers("guidance_scales", guidance_scales, float)
+    numbers = _numbers("seeds", seeds, lambda text: check_seed(int(text)))
+    scales = _numbers("guidance_scales", guidance_scales, lambda text: check_guidance_scale(float(text)))
 
     import torch
 
     from icd_lightning.commands.fit import conf_files
     from icd_lightning.evaluation.ablations.study import AblationStudy, measure_study, read_ablations
     from icd_lightning.evaluation.benchmark import Settings
+    from icd_lightning.evaluation.benchmarks.inversion import TO_NOISE_AND_BACK
     from icd_lightning.evaluation.methods import teacher_hash
+    from icd_lightning.evaluation.suite import Suite
 
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:  # one training after another starts ranks anew
         raise ValueError(
@@ -77,6 +81,7 @@ def ablations(
     places = {name: Path(path) for name, path in (("data", data), ("images", images)) if path}
     inversion = Settings("inversion", metrics=names(metrics), count=count, batch_size=batch_size, **places)
     models, root = Weights(model, guided_unet, device=device).models(), results_of("ablations", model, out)
+    Suite(inversion, models, root).scoring(TO_NOISE_AND_BACK)  # refuses before hours of training
     rows, frozen, trainings = read_ablations(Path(conf) / "ablation"), teacher_hash(models.family), {}
     options = {"model.init_args.family.model": model, "model.init_args.family.guided_unet": guided_unet}
     options |= {"data.init_args.urls": train_data, "data.init_args.val_urls": val_data, "trainer.max_steps": steps}
@@ -110,10 +115,11 @@ def train(root: Path, name: str, files: Sequence[Path], options: dict[str, objec
     import json
 
     from icd_lightning.commands import fit
+    from icd_lightning.files import as_seen_here
     from icd_lightning.models.student_file import WEIGHTS_NAME
     from icd_lightning.models.students import DIRECTIONS
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: as_seen_here(value) for key, value in options.items() if value is not None}
     depends = [weights, given, *(file.read_text() for file in files)]
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     folder = root / "trainings" / f"{name}-{digest[:8]}"
@@ -134,8 +140,11 @@ def report(study: Any, root: Path, facts: dict[str, object]) -> None:
         log.info("%s", path)
 
 
-def _numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+def _numbers(name: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
     try:
-        return tuple(map(kind, text.split(",")))
-    except ValueError:
-        raise ValueError(f"{name} {text!r} must be numbers separated by commas") from None
+        numbers = tuple(map(read, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas ({error})") from None
+    if len(set(numbers)) < len(numbers):  # a training counted twice would agree with itself
+        raise ValueError(f"{name} {text} has a number twice: leave one out")
+    return numbers

@@ -7,7 +7,7 @@ Train. Configurations are laid one over the other, each holding only what it cha
 
   conf/base.yaml            both students at once, by the paper's recipe: what comes first in every training of stage 2
   conf/model/               the networks, and what suits them: tiny (shipped), tiny_flow, sd15, sdxl, sd3, sd35_medium,
-                            flux_dev
+                            flux_dev, flux2_klein, z_image
   conf/experiment/          length, batch and folder: demo, tiny, tiny_flow, sd15_paper, sdxl_paper, flux_dev; and
                             sd15_guidance, sdxl_guidance of stage 1
   conf/trainer/             how devices share the work: single, ddp, fsdp; and compile. docs/gpus.md tells more

@@ -110,7 +110,8 @@ def memory(*models: str) -> None:
     weight with its gradient and AdamW's averages. Activations come on top.
 
     Args:
-        models: sd15, sdxl, sd3, sd35_large, flux_dev, or folders in diffusers' layout; by default the former.
+        models: sd15, sdxl, sd3, sd35_large, flux_dev, flux2_klein, z_image, or folders in diffusers' layout; by
+            default the former.
     """
     from icd_lightning.models.sources import architecture
 

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse.typing import PositiveInt
+
 log = logging.getLogger(__name__)
 
 
@@ -16,9 +18,9 @@ def demo(
     out: str | None = None,
     conf: str = "conf",
     model: str = "tiny",
-    train_count: int = 4096,
-    eval_count: int = 64,
-    steps: int | None = None,
+    train_count: PositiveInt = 4096,
+    eval_count: PositiveInt = 64,
+    steps: PositiveInt | None = None,
 ) -> None:
     """Write shards, measure the untrained students and DDIM-50, train both students, measure again, draw a report.
 
@@ -109,7 +111,7 @@ def jumps(
     model: str = "tiny",
     train_data: str = "data/shapes/train",
     val_data: str = "data/shapes/val",
-    steps: int | None = None,
+    steps: PositiveInt | None = None,
     count: int = 256,
 ) -> None:
     """Train students of 1, 2, 3 and 4 jumps each way and measure them beside the same jumps untrained.

@@ -75,6 +75,11 @@ class GuidanceSchedule(ABC):
         strength = self.strength(t.float())
         return (1 - strength) + strength * self.guidance_scale
 
+    @property
+    def highest(self) -> float:
+        """The fraction of T above which nothing is guided: tau, tau2 or hi; 1 of a schedule without limits."""
+        return max((getattr(self, name) for name in self.limits), default=1.0)
+
     def at(self, t: int) -> float:
         """The guidance scale at one timestep."""
         return float(self(torch.tensor([t])))

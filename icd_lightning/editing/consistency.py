@@ -54,6 +54,7 @@ class InvertibleConsistency(EditingMethod):
         *,
         merge: bool = False,
     ) -> None:
+        boundaries.check_process(students.process)
         self.students = self.network = students
         self.autoencoder, self.conditioner = autoencoder, conditioner
         self.process, self.boundaries = students.process, boundaries

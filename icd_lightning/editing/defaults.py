@@ -22,7 +22,7 @@ def suitable_tau(boundaries: Boundaries) -> float:
 
 
 def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[str, Any]:
-    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, SDXL by swapping the prompt.
+    """What the model's folder says, or the paper: SD1.5 by Prompt-to-Prompt at w 20, others by swapping the prompt.
 
     tau is for students of these boundaries, by default the paper's four.
     """
@@ -34,7 +34,8 @@ def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[st
     tau = suitable_tau(boundaries or Boundaries.uniform(4))
     paper: dict[str, Any] = {"guidance_scale": EditingDefaults.guidance_scale, "tau": tau}
     by_attention = {"edit_guidance_scale": P2P_GUIDANCE_SCALE, "attention_control": True}
-    return paper if source.has("text_encoder_2") else {**paper, **by_attention}
+    others = any(map(source.has, ("text_encoder_2", "transformer")))  # SDXL, and all that are no UNets
+    return paper if others else {**paper, **by_attention}
 
 
 def _checked(told: dict[str, Any], model: str) -> dict[str, Any]:

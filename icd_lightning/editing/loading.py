@@ -12,15 +12,27 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 from typing_extensions import Self
 
 from icd_lightning.diffusion import VP, Boundaries, Flow, Process
@@ -37,6 +49,7 @@ from icd_lightning.models.student_file import write_diffusers
 from icd_lightning.models.students import DIRECTIONS, LoraStudents
 from icd_lightning.models.text import DualCLIPConditioner, unknown_words
 
+Transformer = FluxTransformer2DModel | Flux2Transformer2DModel | SD3Transformer2DModel | ZImageTransformer2DModel
 _PLANTED: WeakValueDictionary[int, LoraStudents] = WeakValueDictionary()
 """The students in a network, by its id: pipelines that share components share them too."""
 SUFFIXES = ("", "_2", "_3")  # of the names of text encoders and tokenizers
@@ -65,16 +78,16 @@ class StudentPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderDC,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
+        vae: AutoencoderKL | AutoencoderDC | AutoencoderKLFlux2,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection | Qwen3ForCausalLM | Qwen3Model,
+        tokenizer: CLIPTokenizer | Qwen2Tokenizer,
         unet: UNet2DConditionModel | None,  # `from_pipe` of diffusers hands over parts of exactly these types
         scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
         text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel | None = None,
         tokenizer_2: CLIPTokenizer | T5Tokenizer | None = None,
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5Tokenizer | None = None,
-        transformer: FluxTransformer2DModel | SD3Transformer2DModel | None = None,
+        transformer: Transformer | None = None,
         boundaries: list[int] | None = None,
         guidance_scale: float = EditingDefaults.guidance_scale,
         tau: float | None = None,

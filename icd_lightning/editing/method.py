@@ -185,14 +185,14 @@ class EditingMethod(PictureMethod):
     ) -> PromptSwap:
         """The network bound to the target prompts, but while t > swap_tau T to the source's, unguided.
 
-        By default swap_tau is the guidance's tau, or 1, never, where it has none. Pooled embeddings are the target's
+        By default swap_tau is where guidance ends: its tau, tau2 or hi; 1 is never. Pooled embeddings are the target's
         throughout, as in the paper's script for SDXL.
         """
         source: Any = self.denoiser(source_prompts, UNGUIDED)
         target: Any = self.denoiser(target_prompts, guidance)
         told = {name: value for name, value in target.conditioning.tensors.items() if name == "pooled_prompt_embeds"}
         source = replace(source, conditioning=source.conditioning.replace(**told))
-        swap_tau = getattr(guidance, "tau", 1.0) if swap_tau is None else swap_tau
+        swap_tau = guidance.highest if swap_tau is None else swap_tau
         return PromptSwap(source, target, swap_tau, self.process.num_train_timesteps)
 
     @torch.no_grad()

@@ -137,8 +137,8 @@ class InvertibleConsistencyPipeline(StudentPipeline):
             image: see `invert`; None where `latents` are given.
             control: a `PromptToPrompt`, on a transformer an `Injection`, or one for each edit; None swaps the prompt;
                 "auto" does as the family is best edited, by its default settings.
-            swap_tau: without control, follow the source prompt while t > swap_tau T; by default the guidance's tau, and
-                never where it has none. Given, it asks for this way to edit.
+            swap_tau: without control, follow the source prompt while t > swap_tau T; by default where
+                guidance ends, its tau, tau2 or hi. Given, it asks for this way to edit.
             latents: noise (B, C, h, w) that `invert` returned for the source prompts.
             guidance_scale, tau, guidance, output_type, callback_on_step_end: see `generate`. With control, latents in
                 callbacks are (2 B, C, h, w): all sources, then all targets.

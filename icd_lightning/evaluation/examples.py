@@ -10,7 +10,7 @@ import ast
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
@@ -27,7 +27,8 @@ from icd_lightning.data.images import read_picture, resize_and_crop, to_images
 from icd_lightning.data.manifest import sha256
 from icd_lightning.editing.prompt_to_prompt import BlendedWords
 from icd_lightning.editing.prompt_to_prompt.alignment import PromptTokens
-from icd_lightning.files import read_object
+from icd_lightning.files import inside, read_object
+from icd_lightning.progress import progress
 from icd_lightning.registry import Registry
 from icd_lightning.texts import csv_rows, wrong_with
 
@@ -124,6 +125,10 @@ class DataSet:
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scorers: Mapping[str, Any] = field(default_factory=dict)
 
+    def score_side(self, resolution: int) -> int:
+        """Pixels of a side of what is scored, of results of this resolution; of photographs at most 512."""
+        return min(resolution, PHOTOGRAPH_SIDE) if self.photographs else resolution
+
 
 DATA_SETS = Registry("data set", "icd_lightning.data_sets", {})
 """Functions of a number of examples, or None, that give a `DataSet`; scenes is measured on where nobody says."""
@@ -148,7 +153,7 @@ def read_captions(file: Path, images: Path | None = None, count: int | None = No
     if file.suffix.lower() == ".json" and file.is_file():
         content = read_object(file)
         try:
-            names = {image["id"]: str(_inside(image["file_name"])) for image in content["images"]}
+            names = {image["id"]: str(inside(image["file_name"])) for image in content["images"]}
             notes = sorted(content["annotations"], key=lambda note: note["id"], reverse=True)
             first = {note["image_id"]: note["caption"].strip() for note in notes}  # the least id is written last
             captions += [(names[image], names[image], caption) for image, caption in first.items()]
@@ -203,18 +208,10 @@ def _pie_bench_example(folder: Path, key: str, entry: Mapping[str, Any]) -> Exam
             log.warning("%s: the mask leaves the picture and is cut there", where)
         decode_mask(runs, PIE_BENCH_SIDE)
         words = read_blended(entry.get("blended_word", ""), source, target, where)
-        picture = folder / "annotation_images" / _inside(entry["image_path"])
+        picture = folder / "annotation_images" / inside(entry["image_path"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"{where} is not as PIE-Bench's are ({error!r})") from error
     return Example(key, source, picture, target, kind, runs=runs, blended_words=words)
-
-
-def _inside(name: str) -> Path:
-    """A picture's name in annotations that somebody else wrote: relative, and of nothing outside of their folder."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} is not in the folder of its pictures")
-    return path
 
 
 def decode_mask(runs: Sequence[int], side: int) -> NDArray[np.bool_]:
@@ -264,4 +261,20 @@ def _data_set(examples: list[Example], place: Path, file: Path, count: int | Non
                 f"{file} names {example.picture}, which is not there; give the pictures' folder by --images"
             )
     chosen = examples[:count]
+    _check_pictures({example.picture for example in chosen if isinstance(example.picture, Path)}, file)
     return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(file))
+
+
+def _check_pictures(pictures: Collection[Path], file: Path) -> None:
+    """ValueError if some cannot be read: figures are of all pictures, and the last of them may be hours away."""
+    wrong = []
+    for picture in progress(sorted(pictures), "looking at pictures", len(pictures)):
+        try:
+            read_picture(picture)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(
+            f"{file} names {len(wrong)} of {len(pictures)} pictures that cannot be used, such as {wrong[0]}: copy them "
+            "again, or take them out of it"
+        )

@@ -21,6 +21,7 @@ from icd_lightning.editing.defaults import defaults_of, edits_by_attention
 from icd_lightning.editing.limits import Injection, PromptToPrompt
 from icd_lightning.editing.method import PictureMethod
 from icd_lightning.editing.methods import LOADED, METHODS, build, class_of, says_guidance
+from icd_lightning.files import as_seen_here
 from icd_lightning.models.family import Family, parse_style
 from icd_lightning.models.student_file import weights_file
 from icd_lightning.registry import typed
@@ -108,7 +109,8 @@ class Models:
         """All of the models that the method's figures depend on."""
         cls, entry = type(method), METHODS.find(name)
         depends = {"method": f"{cls.__module__}.{cls.__qualname__}", "version": getattr(cls, "version", 1)}
-        depends |= {"settings": dict(entry.init_args), "family": asdict(self.family)}
+        family = {name: as_seen_here(value) for name, value in asdict(self.family).items()}
+        depends |= {"settings": dict(entry.init_args), "family": family}
         depends |= {"weights": teacher_hash(self.family), "boundaries": getattr(method, "boundaries", None)}
         if method.uses_students:
             paths = {"forward": self.forward, "reverse": self.reverse}

@@ -20,7 +20,7 @@ from icd_lightning.evaluation.decodings import Options
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.evaluation.statistics import Estimate, bootstrap
-from icd_lightning.files import check_file, read_object
+from icd_lightning.files import check_file, inside, read_object
 
 ALL = "all"
 CONFIG, ROWS, MEANS = "config.json", "rows.parquet", "results.json"
@@ -45,10 +45,11 @@ class Results:
         check_file(folder / ROWS)
         try:
             frame = pd.read_parquet(folder / ROWS)
+            frame.drop(columns=list(NOT_MEASURED)).iloc[0].astype(float)  # all columns, a row, numbers in it
             of_sets = [score for score in next(iter(means.values()))[ALL] if score not in frame]
             scores = {score: {decoding: kinds[ALL][score] for decoding, kinds in means.items()} for score in of_sets}
             styles = {column: Style(**style) for column, style in config.get("columns", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(f"{folder} does not hold what a run leaves ({error!r}): run it again") from error
         return cls(name, frame, scores, folder, config.get("options", {}), styles)
 
@@ -128,6 +129,7 @@ MADE_BY = {
     "generation.json": "icd eval --benchmark generation --grid 'tau1=0.2,0.4,0.6,0.8,1 tau2=0.4,0.6,0.8,1'",
 }
 """The commands whose summaries the notebooks read."""
+AGAIN = "make it again; what was measured before is reused"
 
 
 def places(folders: Mapping[str, Path], root: Path) -> dict[str, str]:
@@ -144,13 +146,20 @@ def read_summary(file: Path) -> dict[str, Any]:
             "ICD_RESULTS set to that folder"
         )
     try:
-        summary = read_object(file)
+        return read_object(file)
     except ValueError as error:
-        raise ValueError(f"{error}: make it again; what was measured before is reused") from error
-    if "runs" not in summary:
-        raise ValueError(f"{file} does not name its runs: make it again; what was measured before is reused")
-    return summary
+        raise ValueError(f"{error}: {AGAIN}") from error
+
+
+def named_folders(file: Path, key: str) -> dict[str, Path]:
+    """Folders that a summary names under this key, by name; ValueError unless they are in its own."""
+    summary = read_summary(file)
+    try:
+        return {name: file.parent / inside(place) for name, place in summary[key].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} does not name its {key}: {AGAIN}") from error
 
 
 def read_runs(file: Path) -> dict[str, Results]:
-    return {name: Results.read(name, file.parent / place) for name, place in read_summary(file)["runs"].items()}
+    """The runs that a summary was made of, by name."""
+    return {name: Results.read(name, folder) for name, folder in named_folders(file, "runs").items()}

@@ -38,7 +38,7 @@ from icd_lightning.data.images import save_png, to_pictures
 from icd_lightning.editing.pictures import NOT_FINITE_REMEDY
 from icd_lightning.evaluation.benchmark import Outcome
 from icd_lightning.evaluation.decodings import Options
-from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example, stack
+from icd_lightning.evaluation.examples import DataSet, Example, stack
 from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, Results, is_made_of, picture_path, read_results, slug
 from icd_lightning.evaluation.scoring import Scoring, score_set
 from icd_lightning.files import read_object, write_json, write_whole
@@ -89,8 +89,8 @@ class Run:
 
     @property
     def score_resolution(self) -> int:
-        """Pixels of a side of the pictures that are scored, and of their originals; of photographs at most 512."""
-        return min(self.resolution, PHOTOGRAPH_SIDE) if self.data.photographs else self.resolution
+        """Pixels of a side of the pictures that are scored, and of their originals."""
+        return self.data.score_side(self.resolution)
 
     def version(self, name: str) -> str:
         """Of scores by this name: what they depend on, beside the pictures."""

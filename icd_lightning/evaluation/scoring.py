@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from icd_lightning.evaluation.examples import DataSet, Example
+from icd_lightning.evaluation.examples import PHOTOGRAPH_SIDE, DataSet, Example
 from icd_lightning.evaluation.report import Style
 from icd_lightning.metrics.base import PerImage, PictureMetric
 from icd_lightning.metrics.reconstruction import LatentNLL
@@ -69,14 +69,23 @@ class Scoring:
 
     @classmethod
     def choose(
-        cls, names: Sequence[str] | None, task: Task, data: DataSet, device: torch.device | str = "cpu"
+        cls,
+        names: Sequence[str] | None,
+        task: Task,
+        data: DataSet,
+        side: int = PHOTOGRAPH_SIDE,
+        device: torch.device | str = "cpu",
     ) -> Scoring:
-        """By name; by default what suits the examples and what is done to them. A missing network is an error here."""
+        """By name; by default what suits the examples and what is done to them.
+
+        A missing network is an error here, and so are pictures too small for a metric, of `side` pixels.
+        """
         names = names or data.metrics.get(task.name) or task.metrics
         others = [name for name in names if name not in data.scorers]
         metrics = build_metrics(others) if others else {}
         for name, metric in metrics.items():
             _check(name, metric, task, data)
+            metric.check_side(side)
         # the likelihood of noise is recorded while it is there
         metrics = {n: m.to(device) for n, m in metrics.items() if not isinstance(m, LatentNLL)}
         scorers = {n: ByMetric(n, m, task.edits) for n, m in metrics.items() if isinstance(m, PerImage)}

@@ -79,7 +79,7 @@ class Suite:
         return Measured(self.settings, self.data, self.perform(*self.tasks), self.out)
 
     def perform(self, *tasks: Task) -> dict[str, list[Results]]:
-        scorings = [Scoring.choose(self.settings.metrics, task, self.data, self.models.device) for task in tasks]
+        scorings = [self.scoring(task) for task in tasks]
         names = {task.name: task.methods or self.methods for task in tasks}
         every = dict.fromkeys(name for each in names.values() for name in each)
         labels = labels_of(list(every))
@@ -90,6 +90,11 @@ class Suite:
                 if name in names[task.name]:
                     results[task.name].append(self._perform(task, name, method, labels[name], scoring))
         return results
+
+    def scoring(self, task: Task) -> Scoring:
+        """How results of a task are scored; ValueError or FileNotFoundError for data or metrics that there are not."""
+        side, device = self.data.score_side(self.models.family.resolution), self.models.device
+        return Scoring.choose(self.settings.metrics, task, self.data, side, device)
 
     def _perform(self, task: Task, name: str, method: PictureMethod, label: str, scoring: Scoring) -> Results:
         settings = self.settings

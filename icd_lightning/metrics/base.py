@@ -27,7 +27,8 @@ class PictureMetric(Metric):
 
     Tables and caches go by what a class states of its values. higher_is_better: None where neither is better. version:
     to be raised when equal pictures get another value. digits: decimals in print, None for three digits in all; factor:
-    what values are multiplied by in print, 100 for shares. label: what figures call it.
+    what values are multiplied by in print, 100 for shares. label: what figures call it. least: pixels that a side of
+    pictures must have, of the window or the network that goes over them.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("images", "reference")
@@ -35,6 +36,7 @@ class PictureMetric(Metric):
     version: ClassVar[int] = 1
     digits: ClassVar[int | None] = None
     factor: ClassVar[float] = 1.0
+    least: ClassVar[int] = 1
     full_state_update = False
 
     def update(
@@ -51,6 +53,14 @@ class PictureMetric(Metric):
     @abstractmethod
     def take(self, *inputs: Any) -> None:
         """Take in what `needs` names, in its order."""
+
+    def check_side(self, pixels: int) -> None:
+        """ValueError for pictures with so short a side."""
+        if pixels < self.least:
+            raise ValueError(
+                f"{type(self).__name__} is of pictures of {self.least} pixels a side and more, and got a side of "
+                f"{pixels}: take larger ones, or another metric"
+            )
 
     def train(self, mode: bool = True) -> PictureMetric:
         """Stay in evaluation mode: LPIPS, for one, holds dropout."""
@@ -69,6 +79,7 @@ class PictureMetric(Metric):
         sizes = {tuple(inputs[need].shape[-2:]) for need in ("images", "reference", "masks") if need in inputs}
         if len(sizes) > 1:
             raise ValueError(f"{name} got pictures of different sizes, {sorted(sizes)}: resize or crop them first")
+        self.check_side(min((side for size in sizes for side in size), default=self.least))
         return list(inputs.values())
 
 

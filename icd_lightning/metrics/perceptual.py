@@ -59,7 +59,7 @@ class LPIPS(PerImage):
 class SqueezeLPIPS(LPIPS):
     """LPIPS as PIE-Bench has it: with SqueezeNet, of pictures at their own size."""
 
-    net, version = "squeeze", 1
+    net, version, least = "squeeze", 1, 17
 
     def prepared(self, images: Tensor) -> Tensor:
         return quantize(images) / 127.5 - 1

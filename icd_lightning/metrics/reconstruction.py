@@ -47,7 +47,7 @@ class MSE(PerImage):
 class SSIM(PerImage):
     """Structural similarity (Wang et al., 2004), Gaussian window of 11 pixels, on 8-bit values."""
 
-    higher_is_better = True
+    higher_is_better, least = True, 11
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return structural_similarity_index_measure(
@@ -80,6 +80,9 @@ class Within(PerImage):
         self.metric, self.edited = metric, edited
         self.needs = (*metric.needs, "masks")
         vars(self).update({fact: getattr(metric, fact) for fact in FACTS})  # torchmetrics' setattr refuses some
+
+    def check_side(self, pixels: int) -> None:
+        self.metric.check_side(pixels)
 
     def values(self, *inputs: Any) -> Tensor:
         *inputs, masks = inputs

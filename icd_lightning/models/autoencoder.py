@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from icd_lightning.models.weights import fingerprint
 
@@ -20,13 +21,15 @@ class LatentAutoencoder(nn.Module):
 
     Takes any class with `encode`, `decode` and `config`: AutoencoderKL (SD1.5, SDXL) has a posterior, AutoencoderDC
     (tiny) is deterministic. The scaling factor, and a shift where there is one, come from the autoencoder's config.
+    AutoencoderKLFlux2 scales patches of its latents, 2 x 2, each channel by the running statistics of its `bn`: the
+    patches are the latents here.
     Calls build no graph, except with `gradients=True`: then gradients reach what is given, never the weights.
     """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
-        self.latent_channels = int(vae.config["latent_channels"])
+        self.latent_channels, self.patch = latent_channels_of(vae.config), patch_of(vae.config)
         self.downsampling = downsampling_of(vae.config)
         self.scaling_factor = vae.config.get("scaling_factor", 1.0)
         self.shift_factor = vae.config.get("shift_factor", None) or 0.0
@@ -36,6 +39,11 @@ class LatentAutoencoder(nn.Module):
                 f"scaling_factor {self.scaling_factor} or shift_factor {self.shift_factor} of the autoencoder's config "
                 "is no number that latents can be scaled with"
             )
+        bn = getattr(vae, "bn", None)
+        if bn is not None and not (
+            bn.running_mean.is_meta or all(one.isfinite().all() for one in self._scaling(bn.running_mean))
+        ):
+            raise ValueError("running_mean or running_var of the autoencoder's bn is nothing to scale latents with")
 
     def train(self, mode: bool = True) -> LatentAutoencoder:
         """Stay in evaluation mode: a frozen network has no other."""
@@ -64,7 +72,7 @@ class LatentAutoencoder(nn.Module):
         with _running(images, gradients):
             encoded = self.vae.encode(images.to(self.vae.dtype))
         moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
-        return moments.to(images.dtype)
+        return pixel_unshuffle(moments, self.patch).to(images.dtype)  # all channels of the mean stay before the others
 
     def sample(self, moments: Tensor, *, normal: Callable[..., Tensor] | None = None) -> Tensor:
         """Return scaled latents (B, C, h, w) for what `moments` returned.
@@ -82,20 +90,39 @@ class LatentAutoencoder(nn.Module):
             latents = moments
         else:
             raise ValueError(f"moments of {moments.shape[1]} channels: the autoencoder has {self.latent_channels}")
-        return (latents - self.shift_factor) * self.scaling_factor
+        shift, factor = self._scaling(latents)
+        return (latents - shift) * factor
 
     def decode(self, latents: Tensor, *, gradients: bool = False) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, h f, w f), clamped to [-1, 1]."""
         with _running(latents, gradients):
-            unscaled = latents / self.scaling_factor + self.shift_factor
+            shift, factor = self._scaling(latents)
+            unscaled = pixel_shuffle(latents / factor + shift, self.patch)
             images = self.vae.decode(unscaled.to(self.vae.dtype)).sample
             return images.clamp(-1, 1).to(latents.dtype)
+
+    def _scaling(self, like: Tensor) -> tuple[Any, Any]:
+        """Shift and factor of all latents, or of each channel (1, C, 1, 1)."""
+        if (bn := getattr(self.vae, "bn", None)) is None:
+            return self.shift_factor, self.scaling_factor
+        shift, factor = bn.running_mean, (bn.running_var.float() + bn.eps).rsqrt()
+        return shift.view(1, -1, 1, 1).to(like), factor.view(1, -1, 1, 1).to(like)
+
+
+def patch_of(config: Mapping[str, Any]) -> int:
+    """Side of the patches that are one latent each, of the autoencoder with this config."""
+    return int((config.get("patch_size") or [1])[0])
+
+
+def latent_channels_of(config: Mapping[str, Any]) -> int:
+    """C of the latents of the autoencoder with this config."""
+    return int(config["latent_channels"]) * patch_of(config) ** 2
 
 
 def downsampling_of(config: Mapping[str, Any]) -> int:
     """Pixels per latent, along each side, of the autoencoder with this config."""
     stages = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    return int(2 ** (len(stages) - 1))
+    return int(2 ** (len(stages) - 1)) * patch_of(config)
 
 
 @contextmanager

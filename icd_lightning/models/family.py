@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 from torch import nn
 
 from icd_lightning.diffusion import Direction, Process
 from icd_lightning.files import read_object
 from icd_lightning.models.archives import fetched
-from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of
+from icd_lightning.models.autoencoder import LatentAutoencoder, downsampling_of, latent_channels_of, patch_of
 from icd_lightning.models.backbones import TRANSFORMERS, Backbone, UNet
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.overlay import open_model
@@ -29,7 +29,7 @@ from icd_lightning.models.student_file import WEIGHTS_NAME
 from icd_lightning.models.text import Conditioner, DualCLIPConditioner
 from icd_lightning.models.weights import told_of
 
-AUTOENCODERS: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+AUTOENCODERS: dict[str, type] = {one.__name__: one for one in (AutoencoderKL, AutoencoderDC, AutoencoderKLFlux2)}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DISTRIBUTION_MATCHED = r"FLUX\.1-schnell|FLUX\.2-klein(?!-base)|Z-Image-Turbo|stable-diffusion-3\.5-large-turbo"
@@ -63,8 +63,8 @@ class Family:
 
     Args:
         model: "tiny" or "tiny_flow" (shipped), a released one such as "icd-sd15" (`icd models`), a folder in diffusers'
-            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large and
-            flux_dev: random weights of that architecture, for trials.
+            layout, a single .safetensors or .ckpt file, a hub id, or "random:sd15", likewise sdxl, sd3, sd35_large,
+            flux_dev, flux2_klein and z_image: random weights of that architecture, for trials.
         guided_unet: the guidance-distilled UNet of stage 1: the folder of a run of stage 1 or of its UNet, a file, a
             released one such as "sd15-cfg-distill", or a folder inside the model's.
         vae: another autoencoder in place of the model's own, a folder or a hub id: SDXL's own gives NaN in float16 and
@@ -173,6 +173,20 @@ class Family:
             )
         return size * downsampling_of(self._autoencoder_config())
 
+    def check_side(self, pixels: int) -> None:
+        """Compare the side of pictures to train on with trained_at, or else with the model's own.
+
+        Another than trained_at is a ValueError, and so is another than the model's where the shift of its flow goes by
+        it; else it may be meant, and is told of.
+        """
+        if not self.source.has(self.architecture.part) or pixels == self.resolution:
+            return
+        ours = f"{self.model} is of" if self.trained_at is None else "family.trained_at is"
+        text = f"data are of {pixels} pixels a side, {ours} {self.resolution}: give family.trained_at {pixels}"
+        if self.trained_at is not None or self.source.config("scheduler").get("use_dynamic_shifting"):
+            raise ValueError(f"{text}, or data of {self.resolution}")
+        log.warning("%s, and --trained_at where the students are used", text)
+
     def check(self) -> None:
         """Say at once, not after minutes of loading, that stage 2 would miss the model or its guided UNet."""
         self._guided_network()
@@ -191,13 +205,15 @@ class Family:
         changes = {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
         try:
             config = {**self.source.config("scheduler"), **changes}
-            return Process.from_config(config, self._tokens() if config.get("use_dynamic_shifting") else None)
+            tokens = self._tokens() if config.get("use_dynamic_shifting") else None
+            return Process.from_config(self.architecture.scheduler(config, tokens) if tokens else config, tokens)
         except ValueError as error:
             raise ValueError(f"{self.model}/scheduler: {error}") from error
 
     def _tokens(self) -> int:
-        """Patches of 2 x 2 latents in a picture."""
-        return (self.resolution // downsampling_of(self._autoencoder_config()) // 2) ** 2
+        """Patches in a picture, of 2 x 2 of what an autoencoder's network makes."""
+        config = self._autoencoder_config()
+        return (self.resolution * patch_of(config) // downsampling_of(config) // 2) ** 2
 
     def load_autoencoder(self) -> LatentAutoencoder:
         if self.vae is not None:
@@ -238,8 +254,8 @@ class Family:
 
     def _check_channels(self, network: nn.Module) -> None:
         """Refuse networks that are fed more than latents, such as those for inpainting."""
-        taken, latent = self.architecture.latent_channels(network), self._autoencoder_config().get("latent_channels")
-        if latent is not None and taken != latent:
+        taken, config = self.architecture.latent_channels(network), self._autoencoder_config()
+        if "latent_channels" in config and taken != (latent := latent_channels_of(config)):
             raise ValueError(
                 f"the {self.architecture.part} of {self.model} takes {taken} channels, and its latents have {latent}: "
                 "it is made for more than pictures from prompts (inpainting, depth, ...); take the plain model instead"

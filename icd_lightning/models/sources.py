@@ -22,10 +22,11 @@ import torch
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, PreTrainedModel, Qwen2Tokenizer, Qwen3Model, T5EncoderModel, T5Tokenizer
 from transformers.modeling_utils import local_torch_dtype
 
 from icd_lightning.files import read_object
+from icd_lightning.models.chat import build_chat_tokenizer
 from icd_lightning.models.released import SHIPPED
 from icd_lightning.models.text import build_t5_tokenizer, build_tokenizer
 from icd_lightning.models.weights import first_line, refuse_missing, refuse_not_finite, told_of
@@ -42,8 +43,11 @@ SINGLE_FILES = {  # a key by which a single file is known to be of one of our ar
     "sd15": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
 }
 
+BUILDERS = {T5Tokenizer: build_t5_tokenizer, Qwen2Tokenizer: build_chat_tokenizer}
+"""Of tokenizers of random models."""
+
 Result = TypeVar("Result")
-Tokenizer = CLIPTokenizer | T5Tokenizer
+Tokenizer = CLIPTokenizer | T5Tokenizer | Qwen2Tokenizer
 
 
 def shipped(name: str = "tiny") -> Path:
@@ -318,7 +322,7 @@ class Random(Source):
             torch.manual_seed(zlib.crc32(part.encode()))
             if not issubclass(cls, PreTrainedModel):
                 return cls.from_config(config)
-            if issubclass(cls, T5EncoderModel):
+            if issubclass(cls, (T5EncoderModel, Qwen3Model)):
                 return cls(cls.config_class(**config))
             tokenizer = self.tokenizer(part.replace("text_encoder", "tokenizer"))
             special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -326,8 +330,8 @@ class Random(Source):
 
     def tokenizer(self, part: str, cls: type[Tokenizer] = CLIPTokenizer) -> Tokenizer:
         """One that knows bytes alone, which any text encoder's vocabulary has room for."""
-        if cls is T5Tokenizer:
-            return build_t5_tokenizer()
+        if cls in BUILDERS:
+            return BUILDERS[cls]()
         length = self.config(part.replace("tokenizer", "text_encoder"))["max_position_embeddings"]
         return _padded(build_tokenizer((), length), part)
 

@@ -112,7 +112,7 @@ class StudentFile:
     def boundaries(self) -> list[int] | None:
         """As the file says, or the name of a released one: of a forward model that is where its jumps begin."""
         if (ends := self.about.get("boundaries")) is not None:
-            if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
+            if not isinstance(ends, list) or not all(type(end) is int for end in ends):
                 raise ValueError(f"{self.path} says boundaries {ends!r}: they are a list of timesteps")
             return ends
         if (numbers := re.search(r"(?:_\d+)+$", self.path.stem)) is None:
@@ -126,7 +126,9 @@ class StudentFile:
     @property
     def start_timestep(self) -> int:
         """Where the forward model begins, slightly noised: as the file says, or as all released ones."""
-        return self.about.get("start_timestep", START)
+        if type(start := self.about.get("start_timestep", START)) is not int:
+            raise ValueError(f"{self.path} says start_timestep {start!r}: it is a whole number, such as {START}")
+        return start
 
     def fitted(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by the names expected; ValueError if any is missing, too many, or of another shape."""

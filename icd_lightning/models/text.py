@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import BatchEncoding, CLIPTokenizer, T5Tokenizer
 
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.weights import fingerprint
@@ -74,6 +74,9 @@ class TextSide(nn.Module):
         max_length: tokens that a prompt is cut to; None: as many as the encoder has positions, which T5 does not have.
     """
 
+    ends: int = 1
+    """Special tokens behind a prompt."""
+
     def __init__(self, tokenizer: Any, text_encoder: nn.Module, max_length: int | None = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -91,20 +94,19 @@ class TextSide(nn.Module):
         self.reports_cuts = True
         self._reported: set[str] = set()
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged, once."""
+    def tokenize(self, prompts: Sequence[str]) -> BatchEncoding:
+        """`input_ids` (B, L), padded to L; a prompt that is too long is cut, and what is cut is logged, once."""
         for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True):
             if self.reports_cuts and len(ids) > self.max_length:
-                self._report(prompt, self.tokenizer.decode(ids[self.max_length - 1 : -1]))
-        padded = self.tokenizer(
+                self._report(prompt, self.tokenizer.decode(ids[self.max_length - self.ends : -self.ends]))
+        return self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
-        return padded.input_ids
 
     def encode(self, prompts: Sequence[str], **options: Any) -> Any:
         """The text encoder's output for B prompts; gradients reach the encoder where it is trainable."""
         device = next(self.text_encoder.parameters()).device
-        return self.text_encoder(self.tokenize(prompts).to(device), **options)
+        return self.text_encoder(self.tokenize(prompts).input_ids.to(device), **options)
 
     def _report(self, prompt: str, lost: str) -> None:
         if prompt in self._reported or len(self._reported) >= MAX_REPORTS:

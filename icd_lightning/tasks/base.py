@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from icd_lightning.data.batch import Batch
-from icd_lightning.data.decoding import EMBEDS, collate
+from icd_lightning.data.decoding import EMBEDS, Sample, collate
 from icd_lightning.diffusion import Draws
 from icd_lightning.models.conditioning import Conditioning, Framing
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.sharding import shard
+from icd_lightning.models.text import Conditioner
 from icd_lightning.models.weights import check_fit, not_finite
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,11 @@ def _check_made_by(batch: Batch, part: str, ours: str, near: str) -> None:
         )
 
 
+def _embeds(batch: Batch) -> dict[str, Tensor]:
+    """The embeddings that the data hold, by name."""
+    return {name: values for name in EMBEDS if (values := getattr(batch, name)) is not None}
+
+
 class Task(lightning.LightningModule):
     """A LightningModule with one AdamW. Subclasses name their networks, parameter groups and loss."""
 
@@ -163,9 +169,17 @@ class Task(lightning.LightningModule):
             # each process has frozen weights of its own; DDP would send them at the start, and buffers at every step
             frozen = dict([*self.named_parameters(), *self.named_buffers()]).keys() - self.trained_parameters().keys()
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
-        for sample in getattr(self.trainer.datamodule, "examples", ()):
-            if sample.moments is not None and hasattr(self, "autoencoder"):
+        if hasattr(self, "family") and hasattr(self.trainer.datamodule, "decoder"):
+            self._look_at(self.trainer.datamodule.examples, self.trainer.datamodule.decoder.resolution)
+
+    def _look_at(self, examples: Sequence[Sample], pixels: int) -> None:
+        """Refuse data that do not fit; let go of the text side where they hold all that it would be asked for."""
+        self.family.check_side(pixels)
+        for sample in examples:
+            if sample.moments is not None:
                 self.check_encoded(collate([sample]), sample.name)
+        if examples and all(sample.text for sample in examples):
+            vars(self).pop("_text_side", None)  # `check_encoded` read it; a prompt to encode would have it read again
 
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
@@ -266,6 +280,32 @@ class Task(lightning.LightningModule):
         # not total_batch_idx: that counts a batch twice which was interrupted and is trained on again after a resume
         return self._draws(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
+    @property
+    def conditioner(self) -> Conditioner:
+        """The family's frozen text side, read when it is first asked for, on this device; no part of the module."""
+        return self._text_side.to(self.device)
+
+    @cached_property
+    def _text_side(self) -> Conditioner:
+        with torch.inference_mode(False):  # a validation may be the first to ask
+            return self.family.load_conditioner()
+
+    @cached_property
+    def _text_encoder(self) -> str:
+        return self.conditioner.fingerprint
+
+    @cached_property
+    def _no_prompt(self) -> Conditioning:
+        with torch.inference_mode(False):
+            return self.conditioner.unconditional(1)
+
+    def unconditional(self, framing: Framing) -> Conditioning:
+        """What stands for no prompt beside pictures framed so; encoded once, and kept without the text side."""
+        empty = self._no_prompt.repeat(len(framing.metadata)).tensors
+        if "time_ids" in empty:
+            empty["time_ids"] = framing.time_ids()
+        return Conditioning(**{name: values.to(self.device) for name, values in empty.items()})
+
     def check_encoded(self, batch: Batch, near: str) -> None:
         """ValueError unless what the data hold of a batch is what this family's own encoders give."""
         _check_made_by(batch, "autoencoder", self.autoencoder.fingerprint, near)
@@ -278,18 +318,15 @@ class Task(lightning.LightningModule):
                 f"have {channels} or {2 * channels} channels, and their sides are {factor} times smaller: {AGAIN}"
             )
         if batch.prompt_embeds is not None:
-            _check_made_by(batch, "text_encoder", self.conditioner.fingerprint, near)
-            held = {name: list(values.shape[1:]) for name in EMBEDS if (values := getattr(batch, name)) is not None}
-            if held != self._embeds:
+            _check_made_by(batch, "text_encoder", self._text_encoder, near)
+            held, given = (
+                {name: list(values.shape[1:]) for name, values in embeds.items()}
+                for embeds in (_embeds(batch), self._no_prompt.embeds())
+            )
+            if held != given:
                 raise ValueError(
-                    f"{near}: the data's embeddings are {held}, and this family's text encoder gives {self._embeds}: "
-                    f"{AGAIN}"
+                    f"{near}: the data's embeddings are {held}, and this family's text encoder gives {given}: {AGAIN}"
                 )
-
-    @cached_property
-    def _embeds(self) -> dict[str, list[int]]:
-        """The shapes of what the text side makes of a caption, by name."""
-        return {name: list(values.shape[1:]) for name, values in self.conditioner.unconditional(1).embeds().items()}
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Latents (B, C, h, w) to train on: encoded from the batch's images, or drawn from moments encoded before."""
@@ -302,15 +339,12 @@ class Task(lightning.LightningModule):
         """Of the batch's captions: encoded, or as they were encoded before; one left empty is no prompt."""
         if batch.prompt_embeds is None:
             return self.conditioner(batch.captions, framing)
-        tensors = {"prompt_embeds": batch.prompt_embeds}
-        if batch.pooled_prompt_embeds is not None:
-            ids = framing.time_ids().to(batch.prompt_embeds.device)
-            tensors |= {"pooled_prompt_embeds": batch.pooled_prompt_embeds, "time_ids": ids}
-        encoded = Conditioning(**tensors)
+        empty = self.unconditional(framing)
+        encoded = empty.replace(**_embeds(batch))
         if all(batch.captions):
             return encoded
         captioned = torch.tensor([caption != "" for caption in batch.captions], device=batch.prompt_embeds.device)
-        return encoded.where(captioned, self.conditioner.unconditional(len(captioned), framing))
+        return encoded.where(captioned, empty)
 
     def encoded(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning, Framing]:
         """The latents (B, C, h, w), the conditioning of the captions, and how the pictures are framed."""

@@ -53,7 +53,6 @@ class GuidanceDistillation(Task):
                 "beside its teacher: leave it out here, and give it to stage 2"
             )
         self.autoencoder = family.load_autoencoder()
-        self.conditioner = family.load_conditioner()
         # small steps need float32, and the student begins as the teacher was saved, not as it is rounded to run
         teacher = replace(family, precision="float32").load_model(guided=False)
         self._teacher = fingerprint(teacher.network, most=4096)
@@ -84,7 +83,7 @@ class GuidanceDistillation(Task):
     def loss(self, batch: Batch, w: Tensor, draws: Draws) -> Tensor:
         """Squared error against the guided teacher at guidance scales w (B,) and uniform timesteps, (B,)."""
         latents, conditioning, framing = self.encoded(batch, draws)
-        unconditional = self.conditioner.unconditional(len(latents), framing)
+        unconditional = self.unconditional(framing)
         t = draws.integers(len(latents), self.process.num_train_timesteps)
         data = NoisedData(latents, draws.normal(*latents.shape), self.process)
         teacher, student = (model.denoiser(conditioning, w, unconditional) for model in self.diffusion_models())

@@ -99,7 +99,6 @@ class InvertibleConsistencyDistillation(Task):
         self.family, self.boundaries, self.decoding = family, boundaries, decoding
         family.check()
         self.autoencoder = family.load_autoencoder()
-        self.conditioner = family.load_conditioner()
         teacher = family.load_model(guided=True)
         self._teacher = fingerprint(teacher.network, most=4096)
         self.students = students(teacher)

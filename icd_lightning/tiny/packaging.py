@@ -44,6 +44,8 @@ RECIPES = {  # by the names that `Family` knows
 def package_family(source: Path, out: Path, max_megabytes: float, name: str = "tiny") -> float:
     """Write the family's folder, every file whole, over the one before; return its size in MB (10^6 bytes)."""
     recipe = RECIPES[name]
+    if out.is_dir() and any(out.iterdir()) and not ((out / "icd.json").is_file() and (out / "training").is_dir()):
+        raise ValueError(f"{out} holds other things than a family, which would be removed: name another --out")
     parts = {part: source / "model" / part for part in recipe.parts}
     parts |= {f"students/{direction}": source / "students" / direction for direction in DIRECTIONS}
     files = [source / "students" / direction / "icd.json" for direction in DIRECTIONS]

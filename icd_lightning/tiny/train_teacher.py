@@ -16,7 +16,7 @@ from icd_lightning.files import write_json
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.family import Family
-from icd_lightning.models.text import CLIPConditioner, build_tokenizer
+from icd_lightning.models.text import CLIPConditioner, Conditioner, build_tokenizer
 from icd_lightning.tasks.base import OptimizerSettings, Task, check_guidance_scales, check_not_negative, drop_captions
 from icd_lightning.tiny.scenes import vocabulary
 
@@ -61,8 +61,13 @@ class TeacherTraining(Task):
         self.balance = check_not_negative("balance", balance)
         torch.manual_seed(seed)
         self.trains_text = text_encoder is not None
-        self.conditioner = family.load_conditioner() if text_encoder is None else _new_text_side(text_encoder)
+        self.text_side = family.load_conditioner() if text_encoder is None else _new_text_side(text_encoder)
         self.network = family.architecture.network_class.from_config(network)
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """Trained with the network, or frozen."""
+        return self.text_side
 
     def diffusion_models(self) -> list[DiffusionModel]:
         return [DiffusionModel(self.network, self.process, self.family.architecture)]

@@ -76,6 +76,12 @@ def test_version(capsys):
     assert outcome(capsys, "--version") == (0, f"icd {__version__}\n", "")
 
 
+def test_the_package_is_started_as_a_module_too():
+    command = [sys.executable, "-m", "icd_lightning", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"icd {__version__}\n", "")
+
+
 def test_a_group_lists_its_commands(capsys):
     code, out, _ = outcome(capsys, "data")
     assert code == 0

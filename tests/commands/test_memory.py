@@ -52,4 +52,7 @@ def test_a_folder_is_counted_and_what_is_no_model_is_refused_before_anything_is_
         main(["memory", str(flow_layouts["sd3"]), "nowhere"])
     told = capsys.readouterr()
     assert not told.out
-    assert "icd: error: no model 'random:nowhere': there is no architecture nowhere: flux_dev, sd15, sd3," in told.err
+    assert (
+        "icd: error: no model 'random:nowhere': there is no architecture nowhere: flux2_klein, flux_dev, sd15, sd3,"
+        in told.err
+    )

@@ -34,7 +34,7 @@ def test_a_whole_network_is_trained_in_parts_and_exported_whole(random_family, t
         "data.init_args.val_batch_size": 2,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
-    command += ["icd_lightning.commands.main", "fit"]
+    command += ["icd_lightning", "fit"]
     command += [word for name in names for word in ("--config", str(CONF / f"{name}.yaml"))]
     command += [f"--{key}={value}" for key, value in settings.items()]
     done = subprocess.run(

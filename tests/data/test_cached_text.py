@@ -1,5 +1,6 @@
 """Captions encoded once: training on what was kept is training on the captions."""
 
+import gc
 import json
 import shutil
 from io import BytesIO
@@ -23,6 +24,7 @@ from icd_lightning.data.shards import write_shards
 from icd_lightning.data.tally import NothingToReadError
 from icd_lightning.data.tars import MOMENTS, TEXT
 from icd_lightning.models.family import Family
+from icd_lightning.models.text import TextSide
 from icd_lightning.models.weights import fingerprint
 from icd_lightning.tasks.base import OptimizerSettings
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
@@ -161,22 +163,43 @@ def stage_two(family: Path, dropout: float = 0.5):
 
 def trained(task, folder: Path, tmp_path: Path) -> tuple[list[float], set[str]]:
     """The losses of four steps, and every prompt that was encoded."""
-    prompts, losses = set(), Losses()
-    task.conditioner.register_forward_pre_hook(lambda module, args: prompts.update(args[0]))
-    trainer_for(tmp_path, callbacks=[losses], max_steps=4).fit(task, datamodule=scenes_data(folder))
+    prompts, losses, load_conditioner = set(), Losses(), Family.load_conditioner
+
+    def heard(family):
+        conditioner = load_conditioner(family)
+        conditioner.register_forward_pre_hook(lambda module, args: prompts.update(args[0]))
+        return conditioner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Family, "load_conditioner", heard)
+        trainer_for(tmp_path, callbacks=[losses], max_steps=4).fit(task, datamodule=scenes_data(folder))
     return losses.values, prompts
 
 
-@pytest.mark.parametrize("task", [pytest.param(stage_one, marks=pytest.mark.slow), stage_two])
-@pytest.mark.parametrize("name", ["tiny", "sdxl"])
+def text_encoders() -> int:
+    """How many are in memory."""
+    gc.collect()
+    return sum(isinstance(one, TextSide) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [(name, stage_two) for name in ("tiny", "sdxl", "flux")]
+    + [pytest.param(name, stage_one, marks=pytest.mark.slow) for name in ("tiny", "sdxl", "sd3")],
+)
 def test_training_on_kept_embeddings_is_training_on_captions(sets, families, tmp_path, name, task):
-    (live, encoded), (kept, again) = (
-        trained(task(families[name]), sets[name][kind], tmp_path) for kind in ("latents", "text")
-    )
+    """And no text encoder stays in memory for it; one that a callback asks for afterwards is read again."""
+    before, tasks = text_encoders(), [task(families[name]) for _ in range(2)]
+    kept, again = trained(tasks[0], sets[name]["text"], tmp_path)
+    assert text_encoders() == before
+    live, encoded = trained(tasks[1], sets[name]["latents"], tmp_path)
+    assert text_encoders() > before
     assert kept == pytest.approx(live, rel=CLOSE)
     assert len(set(kept)) == 4
     assert len(encoded) > 2
     assert again <= {""}
+    told = [task.conditioner(["a star"]).tensors["prompt_embeds"] for task in tasks]
+    assert torch.equal(*told)
 
 
 def test_dropped_captions_matter(sets, families, tmp_path):

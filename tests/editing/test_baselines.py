@@ -10,7 +10,7 @@ import torch
 from often_case import often
 from safetensors.torch import load_file, save_file
 
-from icd_lightning.diffusion import Step, StepGuidance
+from icd_lightning.diffusion import CADSGuidance, IntervalGuidance, Step, StepGuidance
 from icd_lightning.editing.baselines.ddim import DDIMInversion, DDIMPromptToPrompt
 from icd_lightning.editing.baselines.edit_friendly import EditFriendlyInversion
 from icd_lightning.editing.baselines.fireflow import FireFlow
@@ -215,9 +215,14 @@ def test_ddim_swaps_no_prompt_under_constant_guidance(family, images):
     assert sum(step.nfe for step in steps) == 15
     noise = method.invert(images, SOURCES)
     assert torch.equal(edited, method.generate(TARGETS, noise, guidance=method.guidance))
-    for guidance, swap_tau in ((dynamic.guidance, 0.7), (StepGuidance(3.0), 1.0)):
-        usual = dynamic.edit(images, SOURCES, TARGETS, guidance=guidance)
-        assert torch.equal(usual, dynamic.edit(images, SOURCES, TARGETS, guidance=guidance, swap_tau=swap_tau))
+    usual = dynamic.edit(images, SOURCES, TARGETS, guidance=dynamic.guidance)
+    assert torch.equal(usual, dynamic.edit(images, SOURCES, TARGETS, guidance=dynamic.guidance, swap_tau=0.7))
+
+
+@pytest.mark.parametrize("guidance", [StepGuidance(3.0, 0.7), CADSGuidance(3, 0.3, 0.7), IntervalGuidance(3, 0.2, 0.7)])
+def test_prompts_are_swapped_where_guidance_ends(family, guidance):
+    method = DDIMInversion(family, num_inference_steps=5)
+    assert method.swapping(SOURCES, TARGETS, guidance=guidance, swap_tau=None).tau == 0.7
 
 
 def test_a_swap_of_prompts_leaves_the_pooled_one_the_targets(layouts):

@@ -114,6 +114,13 @@ def test_a_sample_stops_for_itself(parts, latents):
             close(together[i : i + 1], one, atol=2e-3)
 
 
+def test_later_steps_are_fitted_less_closely(parts, latents):
+    optimization = NullTextOptimization(inner_steps=3, tolerance=0.0, tolerance_growth=1e3)  # none, then a lot
+    method, steps = NullTextInversion(parts, num_inference_steps=3, optimization=optimization), list[Step]()
+    method.invert_latents(latents, SOURCE, on_step=steps.append)
+    assert [step.nfe - 2 for step in steps[3:]] == [3, 1, 1]
+
+
 # DDIM with Prompt-to-Prompt
 
 

@@ -9,6 +9,7 @@ import pytest
 from results_case import by_rows
 
 from icd_lightning.commands.ablations import ablations
+from icd_lightning.commands.main import main
 from icd_lightning.evaluation.ablations.study import AblationStudy, Comparison, Row, read_ablations
 from icd_lightning.evaluation.ablations.tables import place_of_e, table_2, verdict_table, write_study
 from icd_lightning.evaluation.benchmarks.inversion import TABLE_2
@@ -76,6 +77,35 @@ def test_six_trainings_serve_ten_rows():
 def test_missing_rows_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no ablation A: there is no"):
         read_ablations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "model: {init_args: {decoding: 3}}", "model: 'x", "a: !!python/name:os.system"]
+)
+def test_an_ablation_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "A.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/A.yaml"):
+        read_ablations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("seeds", "0,1,0", "seeds 0,1,0 has a number twice"),
+        ("seeds", "-1", "seed -1 must be 0 or more"),
+        ("seeds", "", "seeds is empty"),
+        ("guidance_scales", "3,nan", "guidance_scale nan must be 1"),
+        ("guidance_scales", "3,3.0", "has a number twice"),
+        ("metrics", "nope", "nope"),
+        ("data", "nowhere.csv", "nowhere.csv"),
+        ("steps", "-1", "steps"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_training(tmp_path, capsys, option, value, complaint):
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablations", "--conf", str(CONF), "--out", str(tmp_path / "study"), f"--{option}={value}"])
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_papers_orderings_are_found_where_they_are():
@@ -178,7 +208,7 @@ def test_a_difference_beyond_the_scatter_of_trainings_is_found():
 
 
 @pytest.mark.slow
-def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_family, tmp_path, capsys, caplog):
+def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_family, tmp_path, monkeypatch):
     from training_case import write_scenes
 
     scenes = str(write_scenes(tmp_path / "scenes"))
@@ -194,6 +224,8 @@ def test_a_miniature_study_runs_and_a_second_call_has_nothing_to_do(random_famil
     trained = sorted((tmp_path / "study" / "trainings").iterdir())
     assert [folder.name.rsplit("-", 1)[0] for folder in trained] == [f"{letter}-0" for letter in "ABCEFG"]
     times = [(folder / "forward").stat().st_mtime for folder in trained]
-    ablations(**options)
+    monkeypatch.chdir(tmp_path)
+    ablations(**options | {"out": "./study", "train_data": "scenes", "val_data": "./scenes"})  # spelt otherwise
     assert [(folder / "forward").stat().st_mtime for folder in trained] == times
+    assert sorted((tmp_path / "study" / "trainings").iterdir()) == trained
     assert (tmp_path / "study" / "table2.md").read_text() == table

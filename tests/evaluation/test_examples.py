@@ -142,6 +142,23 @@ def test_coco_gives_each_pictures_first_caption(tmp_path):
     assert examples[0].array(32).shape == (32, 32, 3)
 
 
+def test_pictures_that_cannot_be_read_are_told_of_before_any_work(tmp_path, pie_bench):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    for name, cut in (("b", 500), ("c", 0)):
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / f"{name}.png").read_bytes()[:cut])
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,a cat\nb.png,a dog\nc.png,a cow\n")
+    (tmp_path / "edits.csv").write_text("image,source,target\na.png,cat,dog\nb.png,dog,cat\nb.png,dog,cow\n")
+    with pytest.raises(ValueError, match=r"captions.csv names 2 of 3 pictures .* such as .*b.png cannot be read .*: c"):
+        read_captions(tmp_path / "captions.csv")
+    with pytest.raises(ValueError, match=r"edits.csv names 1 of 2 pictures that cannot be used, such as .*b.png"):
+        read_coco_edits(tmp_path / "edits.csv")
+    assert len(read_captions(tmp_path / "captions.csv", count=1).examples) == 1  # the others are not asked for
+    (pie_bench({"1": entry("1.jpg")}) / "annotation_images" / "1.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"mapping_file.json names 1 of 1 pictures .*/1.jpg"):
+        read_pie_bench(tmp_path)
+
+
 def test_a_csv_of_captions_needs_no_pictures(tmp_path):
     (tmp_path / "prompts.csv").write_text('caption\n"a cat, on a bench"\na dog\n')
     examples = read_captions(tmp_path / "prompts.csv").examples

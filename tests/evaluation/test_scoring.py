@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from metrics_case import noisy
 
 from icd_lightning.data.images import to_images
 from icd_lightning.evaluation.benchmark import BENCHMARKS, Benchmark
@@ -167,6 +168,18 @@ def test_the_defaults_suit_the_examples_and_styles_are_the_metrics_own():
 def test_what_cannot_be_scored_is_said_before_anything_is_measured(name, task, data, message):
     with pytest.raises(ValueError, match=message):
         Scoring.choose([name], task, data)
+
+
+@pytest.mark.parametrize("name", ["ssim", "ssim-unedited"])
+def test_pictures_smaller_than_a_window_are_refused_before_anything_is_measured(name):
+    told = r"SSIM is of pictures of 11 pixels a side and more, and got a side of 10: take larger ones"
+    with pytest.raises(ValueError, match=told):
+        Scoring.choose([name], EDITING, EDITS, 10)
+    metric = Scoring.choose([name], EDITING, EDITS, 11).scorers[name].metric
+    masks = torch.zeros(2, 1, 11, 20)
+    assert metric.per_image(*noisy(2, size=(11, 20)), masks=masks).isfinite().all()
+    with pytest.raises(ValueError, match=told):
+        metric.update(*noisy(2, size=(10, 20)), masks=masks[..., :10, :])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS.entries)

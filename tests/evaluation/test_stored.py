@@ -1,5 +1,8 @@
 """What was written comes back: runs, studies, logs; and what ships of them says the same."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from results_case import PICTURES, by_rows, write_ablations, write_generation, write_guidance, write_outputs
@@ -17,6 +20,7 @@ from icd_lightning.evaluation.ablations.tables import (
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
 from icd_lightning.evaluation.results import read_runs
 from icd_lightning.evaluation.shipping import condense
+from icd_lightning.files import read_object
 
 
 def as_plain(run):
@@ -87,6 +91,61 @@ def test_what_ships_says_the_same_in_little_room(outputs, tmp_path):
 
 def _pictures(first, second):
     return zip(first[1], second[1], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"runs": ["A-0"]}, "does not name its runs: make it again"),
+        ({"runs": {"A-0": 5}}, "does not name its runs"),
+        ({"trainings": {"A-0": "../../elsewhere"}}, "does not name its trainings"),
+        ({"trainings": {"A-0": "/elsewhere"}}, "does not name its trainings"),
+        ({"trainings": None}, "does not name its trainings"),
+        ({"ablations": []}, "does not hold what a study leaves"),
+        ({"ablations": [1]}, "does not hold what a study leaves"),
+        ({"seeds": [7]}, "does not hold what a study leaves .*A-7"),
+        ({"seeds": []}, "does not hold what a study leaves"),
+        ({"guidance_scales": None}, "does not hold what a study leaves"),
+        ({"guidance_scales": [4.0]}, "does not hold what a study leaves"),
+    ],
+)
+def test_a_study_whose_summary_lies_is_refused_and_nothing_is_copied(outputs, tmp_path, change, complaint):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    file = tmp_path / "outputs" / "ablations" / "table2.json"
+    file.write_text(json.dumps(read_object(file) | change))
+    with pytest.raises(ValueError, match=complaint):
+        condense(tmp_path / "outputs", tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda frame: frame.drop(columns="decoding"),
+        lambda frame: frame.drop(columns="psnr"),
+        lambda frame: frame.assign(psnr="x"),
+        lambda frame: frame.iloc[:0],
+        lambda frame: frame.iloc[:5],
+        lambda frame: frame.assign(image="../../../../elsewhere.png"),
+    ],
+)
+def test_a_study_whose_rows_lie_is_refused_and_nothing_is_copied(outputs, tmp_path, change):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    (tmp_path / "elsewhere.png").touch()
+    run = read_study(tmp_path / "outputs" / "ablations").runs["A-0"]
+    change(run.frame).to_parquet(run.folder / "rows.parquet")
+    with pytest.raises(ValueError, match=r"does not hold what a|is not in the folder"):
+        condense(tmp_path / "outputs", tmp_path / "kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "elsewhere.png"}
+
+
+def test_results_that_lack_a_picture_are_not_copied_by_halves(outputs, tmp_path):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    for picture in (tmp_path / "outputs").rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(FileNotFoundError, match=r"ablations/runs/.*png"):
+        condense(tmp_path / "outputs", tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
 def test_shipped_results_are_not_mixed_with_others(outputs, tmp_path):

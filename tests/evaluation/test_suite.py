@@ -14,7 +14,7 @@ from icd_lightning.diffusion import StepGuidance
 from icd_lightning.editing.baselines.base import Baseline
 from icd_lightning.editing.consistency import AttentionControlled, InvertibleConsistency
 from icd_lightning.editing.methods import class_of
-from icd_lightning.evaluation import runs, summaries
+from icd_lightning.evaluation import summaries
 from icd_lightning.evaluation.benchmark import Benchmark, Outcome, Settings, Task
 from icd_lightning.evaluation.benchmarks import guidance as guidance_benchmark
 from icd_lightning.evaluation.decodings import parse_grid
@@ -172,6 +172,15 @@ def test_figures_depend_on_the_students_of_methods_that_use_them_and_on_a_method
     assert models.determinants("ddim", loaded["ddim"]) != second["ddim"]
 
 
+def test_figures_do_not_depend_on_how_a_place_is_spelt(random_family, monkeypatch):
+    monkeypatch.chdir(random_family.parent)
+    name, students = random_family.name, {part: f"{random_family}/students/{part}" for part in ("forward", "reverse")}
+    spellings = (str(random_family), name, f"./{name}/", f"{name}/../{name}")
+    models = [Models(Family(spelling, guided_unet=f"{spelling}/unet_guided"), **students) for spelling in spellings]
+    method = models[0].load("ddim")
+    assert len({repr(one.determinants("ddim", method)) for one in models}) == 1
+
+
 # Whole benchmarks
 
 
@@ -283,7 +292,7 @@ def test_coco_edits_are_measured(random_family, tmp_path):
 
 
 def test_photographs_are_scored_at_one_size_however_large_the_results_are(random_family, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PHOTOGRAPH_SIDE", 32)  # of results of 64
+    monkeypatch.setattr("icd_lightning.evaluation.examples.PHOTOGRAPH_SIDE", 32)  # of results of 64
     write_picture(tmp_path)
     (tmp_path / "a.csv").write_text("image,caption\na.png,a red circle\n")
     settings = {"data": tmp_path / "a.csv", "grid": parse_grid("tau=1"), "metrics": ("psnr",)}

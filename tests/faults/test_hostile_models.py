@@ -88,11 +88,20 @@ DAMAGE = {
     "without all tensors": changed(lambda tensors, _: tensors.clear()),
 }
 VALUES = {
-    "icd.json": [{"guidance_scale": "3"}, {"guidance_scale": None}, {"guidance_scale": -1}, {"tau": "x"}, {"tau": 7}],
+    "icd.json": [
+        {"guidance_scale": 10**400},
+        {"guidance_scale": "3"},
+        {"guidance_scale": None},
+        {"guidance_scale": -1},
+        {"tau": "x"},
+        {"tau": 7},
+    ],
     "scheduler/scheduler_config.json": [
         {"num_train_timesteps": "x"},
         {"num_train_timesteps": 0},
         {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": 10},
+        {"num_train_timesteps": 2000},
         {"beta_start": "a"},
         {"beta_end": 5},
         {"beta_start": float("nan")},
@@ -135,6 +144,10 @@ STUDENT_VALUES = [
     {"rank": 8},
     {"boundaries": 7},
     {"boundaries": [0]},
+    {"boundaries": [False, True]},
+    {"start_timestep": True},
+    {"start_timestep": "x"},
+    {"alpha": 10**400},
     {"boundaries": [0, "a"]},
     {"boundaries": [0, 5000]},
     {"boundaries": [999, 0]},

@@ -111,6 +111,13 @@ def test_squeeze_lpips_is_the_lpips_package_s_and_torchmetrics_s(squeeze, monkey
     torch.testing.assert_close(found, theirs(*inputs).flatten(), rtol=1e-4, atol=1e-6)
 
 
+def test_squeeze_lpips_is_of_pictures_that_its_network_has_a_pixel_left_of(squeeze):
+    metric = SqueezeLPIPS(weights_of(squeeze))
+    assert metric.per_image(*noisy(2, size=(17, 17))).isfinite().all()
+    with pytest.raises(ValueError, match=r"SqueezeLPIPS is of pictures of 17 pixels .* got a side of 16"):
+        metric.per_image(*noisy(2, size=(16, 17)))
+
+
 def test_what_lies_outside_the_mask_is_black_to_lpips(squeeze):
     images, reference = noisy(1, size=(64, 64))
     masks = torch.zeros(1, 1, 64, 64)

@@ -152,5 +152,12 @@ def test_flux_devs_flow_is_shifted_by_the_size_it_is_trained_at():
     family = Family("random:flux_dev")
     assert family.resolution == 1024
     assert family.load_process().settings["shift"] == pytest.approx(exp(1.15))
-    assert Family("random:flux_dev", trained_at=512).load_process().settings["shift"] == pytest.approx(exp(0.63))
+    smaller = Family("random:flux_dev", trained_at=512)
+    assert smaller.load_process().settings["shift"] == pytest.approx(exp(0.63))
+    family.check_side(1024)
+    smaller.check_side(512)
+    with pytest.raises(
+        ValueError, match=r"of 512 pixels a side, random:flux_dev is of 1024: give family.trained_at 512"
+    ):
+        family.check_side(512)
     family.check()

@@ -88,7 +88,7 @@ def test_a_guided_network_loads_back_from_a_folder_and_from_a_file(family, told,
 
 
 def test_sides_that_are_not_whole_patches_are_refused(family, told):
-    with pytest.raises(ValueError, match="latents of 8 x 7: this network takes sides that 2 divides"):
+    with pytest.raises(ValueError, match="latents of 8 x 7: this network takes sides that are multiples of 2"):
         family.load_model(guided=False).predict(told[0][..., :7], *told[1:], None)
 
 

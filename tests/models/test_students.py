@@ -172,6 +172,18 @@ def test_a_teacher_without_guidance_embedding_is_refused(kind):
         kind(tiny_model(tiny_unet(time_cond_proj_dim=None)))
 
 
+def test_copies_of_a_teacher_in_fewer_bits_are_refused():
+    class InFewerBits(torch.Tensor):
+        """As torchao's tensors, of a class of its own."""
+
+    model = tiny_model()
+    layer = model.network.time_embedding.linear_1
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(InFewerBits), requires_grad=False)
+    with pytest.raises(ValueError, match=r"leave out family.quantization, or take LoraStudents"):
+        FullStudents(model)
+    LoraStudents(model)
+
+
 def test_the_guidance_embedding_cannot_be_left_out(students, batch):
     with pytest.raises(ValueError, match="timestep_cond"):
         students.network(batch["x"], batch["t"], batch["prompt_embeds"])

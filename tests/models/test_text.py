@@ -66,7 +66,7 @@ def test_special_tokens_are_those_of_the_tokenizer(words):
     """Another vocabulary has other ids, and none of them is a constant of the code."""
     conditioner = build_conditioner(words)
     tokenizer = conditioner.tokenizer
-    ids = conditioner.tokenize(["red ring", ""])
+    ids = conditioner.tokenize(["red ring", ""]).input_ids
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert (start, end) == (len(tokenizer) - 2, len(tokenizer) - 1)
     assert ids[:, 0].tolist() == [start, start]
@@ -83,7 +83,7 @@ def test_a_prompt_that_is_cut_is_logged_once_with_what_is_lost(caplog):
     words = ["red"] * 20 + ["star", "ring", "cross", "circle"]
     fits, cut = " ".join(words[:22]), " ".join(words)
     for _ in range(2):
-        ids = conditioner.tokenize([fits, cut])
+        ids = conditioner.tokenize([fits, cut]).input_ids
         assert torch.equal(ids[0], ids[1])
         assert ids.shape == (2, LENGTH)
     assert reports(caplog) == [f"prompt {cut!r} is longer than {LENGTH} tokens; cut: 'cross circle'"]

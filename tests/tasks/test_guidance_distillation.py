@@ -89,6 +89,22 @@ def test_what_stage_one_cannot_train_is_refused(random_family):
         GuidanceDistillation(Family(str(random_family), quantization="int8"))
 
 
+@pytest.mark.parametrize(("trained_at", "pixels"), [(None, 64), (32, 32), (None, 32), (64, 32)])
+def test_data_of_another_size_than_the_familys_are_told_of_or_refused(
+    random_family, scenes, tmp_path, caplog, trained_at, pixels
+):
+    """They may be meant, unless trained_at says another."""
+    task = GuidanceDistillation(Family(str(random_family), trained_at=trained_at))
+    trainer, data = trainer_for(tmp_path, max_steps=0), scenes_data(scenes, resolution=pixels)
+    if trained_at == 64:
+        with pytest.raises(ValueError, match=r"of 32 pixels .* is 64: give family.trained_at 32, or data of 64"):
+            trainer.fit(task, datamodule=data)
+        return
+    trainer.fit(task, datamodule=data)
+    told = [record.getMessage() for record in caplog.records if "pixels a side" in record.getMessage()]
+    assert len(told) == ((trained_at, pixels) == (None, 32))
+
+
 def test_validation_logs_an_error_for_each_scale(random_family, scenes, tmp_path, batch):
     task = stage_one(random_family)
     trainer, data = trainer_for(tmp_path, limit_val_batches=2), scenes_data(scenes, val_urls=str(scenes))

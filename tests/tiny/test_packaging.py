@@ -40,6 +40,14 @@ def test_a_new_family_takes_the_place_of_the_old_but_for_what_people_wrote(tmp_p
     assert json.loads((tmp_path / "family/students/forward/icd.json").read_text()) == {"family": "tiny"}
 
 
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    trained = write_trainings(tmp_path / "trained", "x")
+    with pytest.raises(ValueError, match=f"{trained} holds other things than a family.*name another --out"):
+        package_family(trained, trained, 1.0)
+    package_family(trained, tmp_path / "another", 1.0)
+    assert files(trained / "students" / "forward")["weights.txt"] == "x"
+
+
 def test_a_family_that_lacks_parts_keeps_what_says_whose_they_are(tmp_path):
     trained = write_trainings(tmp_path / "tiny-flow-weights", "{}", "tiny_flow")
     package_family(trained, tmp_path / "family", 1.0, "tiny_flow")

@@ -13,16 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from icd_lightning.evaluation.benchmark import Settings
 from icd_lightning.evaluation.benchmarks.inversion import TABLE_2, TO_NOISE_AND_BACK
 from icd_lightning.evaluation.decodings import UNGUIDED, Decoding, steps
 from icd_lightning.evaluation.examples import Example, read_data
 from icd_lightning.evaluation.methods import Models
-from icd_lightning.evaluation.results import Results, read_runs, read_summary
+from icd_lightning.evaluation.results import AGAIN, Results, named_folders, read_runs, read_summary
 from icd_lightning.evaluation.statistics import Estimate, bootstrap, bootstrap_trainings
 from icd_lightning.evaluation.suite import Suite
+from icd_lightning.files import read_yaml
 
 ROWS = {  # whose students, and what they have that the row before in the ordering has not; there is no D
     "A": ("fCD2, CD2", ""),
@@ -69,11 +69,15 @@ def read_ablations(folder: Path) -> dict[str, Ablation]:
         file = folder / f"{letter}.yaml"
         if not file.is_file():
             raise FileNotFoundError(f"no ablation {letter}: there is no {file}; run this in the repository")
-        changes = dict(yaml.safe_load(file.read_text())["model"]["init_args"])
-        decoding = changes.pop("decoding")
+        content = read_yaml(file)
+        try:
+            changes = dict(content["model"]["init_args"])
+            decoding, ends = changes.pop("decoding"), tuple(changes["boundaries"]["boundary_timesteps"])
+            tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} must say boundaries and decoding of model.init_args ({error!r})") from error
         students = trainings.setdefault(json.dumps(changes, sort_keys=True), letter)
-        tau = None if decoding.get("guidance_scale") == 1.0 else float(decoding["tau"])
-        ablations[letter] = Ablation(letter, students, tau, tuple(changes["boundaries"]["boundary_timesteps"]))
+        ablations[letter] = Ablation(letter, students, tau, ends)
     return ablations
 
 
@@ -179,10 +183,18 @@ class AblationStudy:
 
 def read_study(folder: Path) -> AblationStudy:
     """The study that `icd ablations` wrote to its folder, or the part of it that ships."""
-    record, runs = read_summary(folder / TABLE_2_JSON), read_runs(folder / TABLE_2_JSON)
-    rows = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
-    trainings = {name: folder / place for name, place in record["trainings"].items()}
-    return AblationStudy({row.letter: row for row in rows}, record["guidance_scales"], record["seeds"], runs, trainings)
+    file = folder / TABLE_2_JSON
+    record, runs, trainings = read_summary(file), read_runs(file), named_folders(file, "trainings")
+    try:
+        told = [Ablation(**{**row, "boundaries": tuple(row["boundaries"])}) for row in record["ablations"]]
+        rows = {row.letter: row for row in told}
+        study = AblationStudy(rows, record["guidance_scales"], record["seeds"], runs, trainings)
+        scales = {True: study.guidance_scales, False: (1.0,)}
+        every = [study.row(letter, w) for letter in ROWS for w in scales[rows[letter].guided]]
+        np.array([row.values() for row in every])[:, 0, 0]  # all are there, and of equal sizes
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold what a study leaves ({error!r}): {AGAIN}") from error
+    return study
 
 
 def read_examples(folder: Path) -> dict[str, Example]:

@@ -4,10 +4,12 @@ from torch import nn
 
 from icd_lightning.models.backbones.base import Backbone
 from icd_lightning.models.backbones.flux import Flux
+from icd_lightning.models.backbones.flux2 import Flux2
 from icd_lightning.models.backbones.sd3 import SD3
 from icd_lightning.models.backbones.unet import UNet
+from icd_lightning.models.backbones.z_image import ZImage
 
-TRANSFORMERS: dict[str, type[Backbone]] = {one.network_class.__name__: one for one in (Flux, SD3)}
+TRANSFORMERS: dict[str, type[Backbone]] = {one.network_class.__name__: one for one in (Flux, Flux2, SD3, ZImage)}
 """Those of a model's `transformer`, by its class in diffusers."""
 
 
@@ -16,4 +18,4 @@ def backbone_of(network: nn.Module) -> Backbone:
     return TRANSFORMERS.get(type(network).__name__, UNet)()
 
 
-__all__ = ["SD3", "TRANSFORMERS", "Backbone", "Flux", "UNet", "backbone_of"]
+__all__ = ["SD3", "TRANSFORMERS", "Backbone", "Flux", "Flux2", "UNet", "ZImage", "backbone_of"]

@@ -9,12 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer, Qwen3Model, T5EncoderModel, T5Tokenizer
 
+from icd_lightning.diffusion import guidance_embedding
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import Conditioner, TextSide
 from icd_lightning.models.weights import check_fit, read_weights
+
+TOKENIZERS = {T5EncoderModel: T5Tokenizer, Qwen3Model: Qwen2Tokenizer}
+"""Of text encoders but CLIP."""
+WIDTH = "_guidance_dim"
+"""Of a guidance embedding, in the config; diffusers keeps what begins with _ and asks nothing of it."""
 
 
 class Backbone(ABC):
@@ -77,6 +83,10 @@ class Backbone(ABC):
         """Merge a style's LoRA, `scale` times, into the network for good; ValueError for a file that fits no layer."""
         raise ValueError(f"style {file} cannot be merged: styles are of UNets, this is a {type(network).__name__}")
 
+    def scheduler(self, config: dict[str, Any], tokens: int) -> dict[str, Any]:
+        """The config of a scheduler whose shift depends on a picture's tokens, as `Process.from_config` reads it."""
+        return config
+
     def latent_channels(self, network: nn.Module) -> int:
         """C of the latents that the network takes; another number than its input's where it packs them."""
         return int(network.config["in_channels"])
@@ -120,10 +130,71 @@ class Backbone(ABC):
         return self.from_weights(self.config_with_guidance(config, width), weights, file)
 
 
+class Widened(Backbone):
+    """One whose guidance embedding enters by a layer made wider for it: the class stays diffusers' own.
+
+    A subclass sets `width_key`, what its config calls the layer's usual input; `guidance_weight` is that layer's, and
+    `scale_weight` that of a norm before it.
+    """
+
+    width_key: ClassVar[str]
+    scale_weight: ClassVar[str | None] = None
+
+    def entering(self, network: nn.Module, w: Tensor) -> Tensor:
+        """What the layer is given of w (B,) beside its usual input, (B, W)."""
+        return guidance_embedding(w, dim=network.config[WIDTH]).to(self.weight(network).dtype)
+
+    def guidance_width(self, network: nn.Module) -> int | None:
+        """As its config says."""
+        return network.config.get(WIDTH)
+
+    def is_guided(self, config: Mapping[str, Any]) -> bool:
+        """Whether the embedding is there, as in what stage 1 left."""
+        return bool(config.get(WIDTH))
+
+    def width_in(self, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
+        """By how much the layer is wider than in the plain network."""
+        layer = weights.get(self.guidance_weight)
+        return 0 if layer is None else layer.shape[1] - config[self.width_key]
+
+    def config_with_guidance(self, config: dict[str, Any], width: int) -> dict[str, Any]:
+        """With a wider layer."""
+        return {**config, self.width_key: config[self.width_key] + width, WIDTH: width}
+
+    def add_guidance_embedding(self, network: nn.Module, width: int = 512) -> nn.Module:
+        """With columns of zeros beside those of the layer's usual input."""
+        weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+        layer = weights[self.guidance_weight]
+        weights[self.guidance_weight] = torch.cat([layer, layer.new_zeros(len(layer), width)], dim=1)
+        if self.scale_weight:
+            weights[self.scale_weight] = torch.cat([weights[self.scale_weight], layer.new_ones(width)])
+        return self.with_weights(network, weights, **self.config_with_guidance(network.config, width))
+
+    def fold_guidance_embedding(self, network: nn.Module, w: float) -> nn.Module:
+        """A copy without guidance embedding that is what the network was at this w: w becomes part of a bias."""
+        weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
+        width, layer = network.config[WIDTH], weights[self.guidance_weight]
+        told = self.entering(network, layer.new_full((1,), w))[0]
+        if self.scale_weight:
+            told = told * weights[self.scale_weight][-width:]
+            weights[self.scale_weight] = weights[self.scale_weight][:-width].clone()
+        weights[self.guidance_weight.replace("weight", "bias")] += layer[:, -width:] @ told
+        weights[self.guidance_weight] = layer[:, :-width].contiguous()
+        plain = network.config[self.width_key] - width
+        return self.with_weights(network, weights, **{self.width_key: plain, WIDTH: None})
+
+
+def check_patches(x: Tensor, side: int) -> None:
+    """ValueError for latents (B, C, H, W) that are not whole patches with this side."""
+    height, width = x.shape[2:]
+    if height % side or width % side:
+        raise ValueError(f"latents of {height} x {width}: this network takes sides that are multiples of {side}")
+
+
 def text_side(
     source: Source, number: str, cls: type[nn.Module], dtype: torch.dtype, max_length: int | None = None
 ) -> TextSide:
-    """The frozen text encoder of this class in `text_encoder{number}`; with a max_length it is T5, see `TextSide`."""
+    """The frozen text encoder of this class in `text_encoder{number}`, see `TextSide`."""
     encoder = source.network(f"text_encoder{number}", cls, dtype).requires_grad_(False).eval()
-    tokenizer = source.tokenizer(f"tokenizer{number}", T5Tokenizer if max_length else CLIPTokenizer)
+    tokenizer = source.tokenizer(f"tokenizer{number}", TOKENIZERS.get(cls, CLIPTokenizer))
     return TextSide(tokenizer, encoder, max_length)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, T5EncoderModel
 
-from icd_lightning.models.backbones.base import Backbone, text_side
+from icd_lightning.models.backbones.base import Backbone, check_patches, text_side
 from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.sources import Source
 from icd_lightning.models.text import Conditioner, PooledConditioner, T5Conditioner
@@ -21,7 +21,6 @@ from icd_lightning.models.text import Conditioner, PooledConditioner, T5Conditio
 CHANNELS = 16
 """Of the latents of every FLUX.1 autoencoder, and of tiny's."""
 SCHNELL = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": False}
-GUIDANCE = "time_text_embed.guidance_embedder."
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,15 @@ class Flux(Backbone):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
         *("norm.linear", "norm1.linear", "norm1_context.linear"),
     )
-    guidance_weight: ClassVar = f"{GUIDANCE}linear_1.weight"
+    guidance_weight: ClassVar = "time_text_embed.guidance_embedder.linear_1.weight"
     sample_size: ClassVar = 128  # as diffusers' FluxPipeline has it
 
     def predict(
         self, network: FluxTransformer2DModel, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None
     ) -> Tensor:
         """The velocity (B, C, H, W); ValueError for sides that are not whole patches."""
-        dtype, (_, channels, height, width) = self.weight(network).dtype, x.shape
-        patch = isqrt(network.config.in_channels // channels)
-        if height % patch or width % patch:
-            raise ValueError(f"latents of {height} x {width}: this network takes sides that are multiples of {patch}")
+        dtype, patch = self.weight(network).dtype, isqrt(network.config.in_channels // x.shape[1])
+        check_patches(x, patch)
         packed = pixel_unshuffle(x.to(dtype), patch)
         rows, columns = packed.shape[-2:]
         embeds = {name: part.to(dtype) for name, part in conditioning.embeds().items()}
@@ -64,7 +61,7 @@ class Flux(Backbone):
             embeds["prompt_embeds"],
             embeds["pooled_prompt_embeds"],
             t / 1000,  # it multiplies again
-            img_ids=_positions(rows, columns, x.device),
+            img_ids=positions(1, rows, columns, device=x.device),
             txt_ids=x.new_zeros(embeds["prompt_embeds"].shape[1], 3),
             guidance=w,
             return_dict=False,
@@ -74,7 +71,9 @@ class Flux(Backbone):
     def guidance_width(self, network: FluxTransformer2DModel) -> int | None:
         """256, if the network takes w."""
         return (
-            network.time_text_embed.guidance_embedder.linear_1.in_features if network.config.guidance_embeds else None
+            network.get_submodule(self.guidance_weight.removesuffix(".weight")).in_features
+            if network.config.guidance_embeds
+            else None
         )
 
     def is_guided(self, config: dict[str, Any]) -> bool:
@@ -96,9 +95,9 @@ class Flux(Backbone):
     def add_guidance_embedding(self, network: FluxTransformer2DModel, width: int = 256) -> FluxTransformer2DModel:
         """With an embedding that begins as the time's does, but for zeros in its last layer."""
         weights = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-        for name in ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"):
-            like = weights[f"time_text_embed.timestep_embedder.{name}"]
-            weights[f"{GUIDANCE}{name}"] = like.clone() if name.startswith("linear_1") else torch.zeros_like(like)
+        for name in [name for name in weights if ".timestep_embedder." in name]:
+            like = weights[name].clone()
+            weights[name.replace("timestep", "guidance")] = like.zero_() if "linear_2" in name else like
         return self.with_weights(network, weights, guidance_embeds=True)
 
     def conditioner(self, source: Source, dtype: torch.dtype) -> Conditioner:
@@ -118,7 +117,6 @@ class Flux(Backbone):
         return packed // max(1, isqrt(packed // CHANNELS)) ** 2
 
 
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(0, row, column) of every patch, (rows columns, 3)."""
-    places = torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, rows, columns)))
-    return places.float()
+def positions(*counts: int, device: torch.device) -> Tensor:
+    """Of every token of a grid with so many along each axis, (tokens, axes)."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts)).float()

@@ -22,12 +22,17 @@ class FullStudents(Students):
     """Both students as copies of the teacher's network: three times its memory, and everything is trained.
 
     Args:
-        teacher: the model of guidance distillation (stage 1).
+        teacher: the model of guidance distillation (stage 1), not quantized.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
     """
 
     def __init__(self, teacher: DiffusionModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__(teacher)
+        if any(type(weight.data) is not Tensor for weight in self.network.parameters()):  # torchao's own kinds
+            raise ValueError(
+                "FullStudents trains copies of the teacher, whose weights are kept in fewer bits: leave out "
+                "family.quantization, or take LoraStudents, adapters on the frozen base"
+            )
         copies = {direction: copy.deepcopy(self.network).float().requires_grad_(True) for direction in DIRECTIONS}
         self.copies = nn.ModuleDict({f"{d}_model": network for d, network in copies.items()})  # `forward` is no key
         self.models: dict[Role, DiffusionModel] = {"teacher": teacher}

@@ -93,13 +93,17 @@ class LoraStudents(Students):
                 self.load(direction, StudentFile.read(path, alpha=lora.alpha))
 
     def _plant(self, targets: tuple[str, ...]) -> None:
-        names = [name for name, _ in self.network.named_modules()]
-        if not any(name == target or name.endswith(f".{target}") for name in names for target in targets):
+        modules = dict(self.network.named_modules())
+        named = [name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)]
+        bare = [name for name in named if not any(True for _ in modules[name].parameters(recurse=False))]  # no layers
+        if len(named) == len(bare):
             raise ValueError(
                 f"no layer of {type(self.network).__name__} is named like the LoRA target_modules {', '.join(targets)}"
-                f": name some of its layers, for example {next((name for name in reversed(names) if name), 'none')}"
+                f": name some of its layers, for example {next((name for name in reversed(modules) if name), 'none')}"
             )
-        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(targets))
+        config = LoraConfig(
+            r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=list(targets), exclude_modules=bare or None
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
             for adapter in ADAPTERS.values():
