@@ -26,6 +26,7 @@ from icd_lightning.data.images import to_images
 from icd_lightning.diffusion import Boundaries, Direction, Process
 from icd_lightning.editing.consistency import InvertibleConsistency, Untrained
 from icd_lightning.editing.method import Clock, PictureMethod
+from icd_lightning.editing.methods import class_of
 from icd_lightning.editing.prompt_to_prompt import PromptToPrompt
 from icd_lightning.editing.prompt_to_prompt.attention import Grid, choose_layers
 from icd_lightning.evaluation.examples import Example, stack
@@ -77,7 +78,7 @@ class WithStudents(Models):
 
     def load(self, name: str, **settings: float) -> PictureMethod:
         """With the family's own, or else new ones for the paper's four segments; they take as long."""
-        cls = self.method_class(name)
+        cls = class_of(name, self.family)
         if self.family.source.folder is not None or not issubclass(cls, InvertibleConsistency):
             return super().load(name, **settings)
         new = Untrained.of_teacher(self.family, Boundaries.uniform(4))

@@ -82,7 +82,9 @@ def stage_one(pipeline: DiffusionPipeline, folder: Path, scenes: Path, **family:
     """A pipeline's parts, where `Family` finds them, and what two steps of stage 1 make of them."""
     made = Family(str(write(pipeline, folder, 16)), **family)
     task = GuidanceDistillation(made, (1.0, 3.0), optimizer=OptimizerSettings(lr=1e-2, warmup_steps=0))
-    trainer_for(folder, max_steps=2, callbacks=[ExportWeights()]).fit(task, datamodule=scenes_data(scenes))
+    trainer_for(folder, max_steps=2, callbacks=[ExportWeights()]).fit(
+        task, datamodule=scenes_data(scenes, resolution=made.resolution)
+    )
     return made
 
 

@@ -110,7 +110,10 @@ def test_a_group_lists_its_commands(capsys):
         ("eval --count", "argument --count: expected one argument"),
         ("ablations --seeds 0,x", "seeds '0,x' must be numbers separated by commas"),
         ("eval --model nowhere --out README.md", "README.md: that is a file, name another place"),
-        ("demo --steps x", "steps: Expected a int; Given value: x"),
+        (
+            "demo --steps x",
+            "steps: Not of type PositiveInt: invalid literal for int()",
+        ),
         ("data describe", "urls [] name no shards"),
         ("data describe nowhere", "nowhere"),
         ("fit --config nowhere.yaml", "nowhere.yaml"),
