@@ -180,6 +180,8 @@ class Task(lightning.LightningModule):
                 self.check_encoded(collate([sample]), sample.name)
         if examples and all(sample.text for sample in examples):
             vars(self).pop("_text_side", None)  # `check_encoded` read it; a prompt to encode would have it read again
+        else:
+            _ = self.conditioner  # what is wrong with it is told of before the training begins
 
     def configure_model(self) -> None:
         """Under ShardedStrategy, spread the networks over its devices."""
@@ -283,12 +285,12 @@ class Task(lightning.LightningModule):
     @property
     def conditioner(self) -> Conditioner:
         """The family's frozen text side, read when it is first asked for, on this device; no part of the module."""
-        return self._text_side.to(self.device)
+        with torch.inference_mode(False):  # a validation may be the first to ask, also after the device has changed
+            return self._text_side.to(self.device)
 
     @cached_property
     def _text_side(self) -> Conditioner:
-        with torch.inference_mode(False):  # a validation may be the first to ask
-            return self.family.load_conditioner()
+        return self.family.load_conditioner()
 
     @cached_property
     def _text_encoder(self) -> str:
@@ -301,10 +303,9 @@ class Task(lightning.LightningModule):
 
     def unconditional(self, framing: Framing) -> Conditioning:
         """What stands for no prompt beside pictures framed so; encoded once, and kept without the text side."""
-        empty = self._no_prompt.repeat(len(framing.metadata)).tensors
-        if "time_ids" in empty:
-            empty["time_ids"] = framing.time_ids()
-        return Conditioning(**{name: values.to(self.device) for name, values in empty.items()})
+        one = {name: values.to(self.device) for name, values in self._no_prompt.tensors.items()}
+        empty = Conditioning(**one).repeat(len(framing.metadata))  # on the device: from the host goes a single one
+        return empty.replace(time_ids=framing.time_ids().to(self.device)) if "time_ids" in one else empty
 
     def check_encoded(self, batch: Batch, near: str) -> None:
         """ValueError unless what the data hold of a batch is what this family's own encoders give."""

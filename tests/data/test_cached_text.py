@@ -202,6 +202,22 @@ def test_training_on_kept_embeddings_is_training_on_captions(sets, families, tmp
     assert torch.equal(*told)
 
 
+def test_a_text_side_that_captions_need_is_read_before_the_training_begins(sets, families, tmp_path):
+    family = shutil.copytree(families["tiny"], tmp_path / "family")
+    shutil.rmtree(family / "text_encoder")
+    trainer, data = trainer_for(tmp_path, max_steps=0), scenes_data(sets["tiny"]["latents"])
+    with pytest.raises((ValueError, OSError), match="text_encoder"):
+        trainer.fit(stage_two(family), datamodule=data)
+
+
+def test_a_text_side_that_a_validation_asks_for_first_is_as_good_to_train_with(families, monkeypatch):
+    task = stage_two(families["tiny"])
+    monkeypatch.setattr(type(task), "device", torch.device("meta"))  # whichever it is moved to
+    with torch.inference_mode():
+        encoder = task.conditioner
+    assert all(weight.is_meta and not weight.is_inference() for weight in encoder.parameters())
+
+
 def test_dropped_captions_matter(sets, families, tmp_path):
     told, untold = (
         trained(stage_two(families["tiny"], dropout), sets["tiny"]["text"], tmp_path)[0] for dropout in (0.0, 0.9)
