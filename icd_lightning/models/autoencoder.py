@@ -110,13 +110,21 @@ class LatentAutoencoder(nn.Module):
 
 
 def patch_of(config: Mapping[str, Any]) -> int:
-    """Side of the patches that are one latent each, of the autoencoder with this config."""
-    return int((config.get("patch_size") or [1])[0])
+    """Side of the patches that are one latent each, of the autoencoder with this config; ValueError for no square."""
+    match config.get("patch_size"):
+        case None:
+            return 1
+        case [int(side), int(other)] if 1 <= side == other <= 64:
+            return side
+        case wrong:
+            raise ValueError(f"patch_size {wrong!r} of the autoencoder's config must be a square such as [2, 2]")
 
 
 def latent_channels_of(config: Mapping[str, Any]) -> int:
-    """C of the latents of the autoencoder with this config."""
-    return int(config["latent_channels"]) * patch_of(config) ** 2
+    """C of the latents of the autoencoder with this config; ValueError for no number."""
+    if type(channels := config["latent_channels"]) is not int:
+        raise ValueError(f"latent_channels {channels!r} of the autoencoder's config must be a whole number")
+    return channels * patch_of(config) ** 2
 
 
 def downsampling_of(config: Mapping[str, Any]) -> int:

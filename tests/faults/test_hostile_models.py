@@ -127,6 +127,7 @@ VALUES = {
         {"encoder_block_out_channels": [7, 13]},
         {"scaling_factor": float("nan")},
         {"scaling_factor": 0},
+        *({"patch_size": value} for value in (2, [], [0, 0], ["2", "2"], [2, 1])),
     ],
     "text_encoder/config.json": [{"hidden_size": "big"}, {"num_attention_heads": 0}, {"vocab_size": 3}],
     "tokenizer/tokenizer_config.json": [
