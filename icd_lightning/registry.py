@@ -99,6 +99,7 @@ class Registry:
 
 
 def read_entry(file: Path) -> Entry:
+    """The entry in a YAML file; ValueError for any other content."""
     try:
         entry = Entry(**read_yaml(file))
     except (OSError, ValueError, TypeError) as error:

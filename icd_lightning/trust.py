@@ -41,6 +41,7 @@ def begin(*, trusted: bool) -> None:
 
 
 def check_class(class_path: str, file: object) -> None:
+    """ValueError if a file names a class that it may not."""
     if _distrusting and not any(f"{class_path}.".startswith(f"{package}.") for package in packages()):
         raise ValueError(f"{file} names {class_path}, which is not of {', '.join(packages())}: {REMEDY}")
 

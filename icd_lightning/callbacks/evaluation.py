@@ -98,6 +98,7 @@ class StudentEvaluation(lightning.Callback):
 
 
 def check_students(callback: lightning.Callback, task: lightning.LightningModule) -> None:
+    """ValueError for a task without students."""
     if not isinstance(task, InvertibleConsistencyDistillation):
         raise ValueError(
             f"{type(callback).__name__} needs both students, and {type(task).__name__} has none: "

@@ -117,6 +117,7 @@ Size = tuple[int | None, int | None]  # height and width of the result in pixels
 
 
 def check_size(height: int | None, width: int | None) -> Size:
+    """The size, or ValueError."""
     for name, value in (("height", height), ("width", width)):
         if value is not None and not 1 <= value <= MOST_PIXELS:
             raise ValueError(f"{name} {value} must be 1 or more, and at most {MOST_PIXELS}")

@@ -130,6 +130,7 @@ class Session:
         return picture, cost, float(psnr(back, images))
 
     def noise(self, seeds: Sequence[int], size: Size) -> Tensor:
+        """Noise (B, C, h, w) of these seeds."""
         return seeded_noise(self.method.latent_shape(len(seeds), *self.size(size)), seeds)
 
     def generate(self, prompts: list[str], noise: Tensor, settings: EditSettings) -> Iterator[Made]:

@@ -39,6 +39,7 @@ class Places(NamedTuple):
     sizes: tuple[tuple[int, int], ...]  # (height, width) of each form
 
     def of(self, sample: int) -> tuple[str, int, int]:
+        """(url, offset, length) of a sample."""
         url = self.urls[int(np.searchsorted(self.bounds, sample, side="right")) - 1]
         return url, int(self.offset[sample]), int(self.length[sample])
 

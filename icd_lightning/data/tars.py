@@ -76,6 +76,7 @@ class BoundedHeader(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> BoundedHeader:
+        """As of any tar; HeaderError for a header of a megabyte and more."""
         header = super().frombuf(buf, encoding, errors)
         if not (header.isreg() or header.size < 1 << 20):
             raise tarfile.HeaderError(f"a header claims {header.size:,} bytes")
@@ -141,7 +142,10 @@ def index_shard(path: str | Path) -> tuple[list[Entry], str | None]:
 
 
 def scan_shard(path: Path, visit: Callable[[tarfile.TarFile, str, dict[str, tarfile.TarInfo]], None]) -> str | None:
-    """Visit (tar, key, members by extension) of each sample of a local tar; return what is damaged, if anything."""
+    """Visit (tar, key, members by extension) of each sample of a local tar; return what is damaged, if anything.
+
+    ValueError for a tar that is compressed or not sorted by name.
+    """
     _refuse_compressed(path)
     count, visiting = 0, False
     try:

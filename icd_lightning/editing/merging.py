@@ -127,6 +127,7 @@ class MergedStudents:
 
 
 def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
     module = torch.get_device_module(device)
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else psutil.virtual_memory().available
 

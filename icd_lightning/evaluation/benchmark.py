@@ -91,6 +91,7 @@ class Bench:
     device: torch.device = CPU
 
     def images(self, batch: Sequence[Example]) -> Tensor:
+        """The batch's pictures (B, 3, R, R)."""
         return stack(batch, self.resolution).to(self.device)
 
     def seeds(self, batch: Sequence[Example]) -> list[int]:

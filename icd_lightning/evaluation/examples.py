@@ -107,6 +107,7 @@ class Example:
 
 
 def stack(examples: Sequence[Example], resolution: int) -> Tensor:
+    """The examples' pictures, (B, 3, R, R) in [-1, 1]."""
     return to_images([example.array(resolution) for example in examples])
 
 

@@ -98,6 +98,7 @@ class Run:
         return f"{name} {scorer.version} at {self.score_resolution}"
 
     def originals(self, batch: Sequence[Example]) -> Tensor | None:
+        """To compare results with, (B, 3, R, R); None of captions alone."""
         return None if batch[0].picture is None else stack(batch, self.score_resolution)
 
     def gather(

@@ -59,6 +59,7 @@ class FrechetDistance(PictureMetric):
         return images
 
     def features(self, images: Tensor) -> Tensor:
+        """Features (B, F)."""
         return self.network(self.prepared(images))
 
     def take(self, *inputs: Tensor) -> None:
@@ -114,6 +115,7 @@ class FID(FrechetDistance):
         super().__init__(inception_2015(load_weights(find_file(INCEPTION_URL))), NUM_FEATURES, reference_stats)
 
     def prepared(self, images: Tensor) -> Tensor:
+        """Pixels in [-1, 1] (B, 3, 299, 299)."""
         squares = pillow_squares(images, 256, InterpolationMode.LANCZOS) / 255
         return 2 * interpolate(squares, [INCEPTION_SIZE] * 2, mode="bilinear", align_corners=False) - 1
 

@@ -27,6 +27,7 @@ BENCHMARK = replace(TOUR, tasks=(*_RETURNED, replace(_GENERATED, metrics=("attri
 
 
 def measured_as(count: int) -> Settings:
+    """On so many held-out pictures; ValueError for a count that cannot be."""
     return Settings(f"{__name__}.BENCHMARK", methods=("untrained", "icd"), count=count)
 
 

@@ -87,7 +87,10 @@ def label_tensor(scenes: Sequence[Scene]) -> Tensor:
 
 
 def caption_labels(caption: str) -> Tensor:
-    """What a caption says, long (len(LABELS),): ABSENT for what it leaves open; no word for a texture means plain."""
+    """What a caption says, long (len(LABELS),): ABSENT for what it leaves open; no word for a texture means plain.
+
+    ValueError for a caption that is none of the tiny world's.
+    """
     objects, _, background = caption.lower().partition(" on ")
     relation = next((name for name in RELATIONS if f" {name} " in objects), None)
     layout = "single" if relation is None else "vertical" if RELATIONS[relation][0] == 0 else "horizontal"

@@ -117,6 +117,7 @@ class Scene:
         return f"{first} on {_with_article(self.background.words())}"
 
     def draw(self, size: int = 64) -> NDArray[np.uint8]:
+        """The picture, uint8 (size, size, 3)."""
         from icd_lightning.tiny.rendering import render
 
         return render(self, size)

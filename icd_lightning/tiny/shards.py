@@ -19,7 +19,10 @@ LEAST = {"count": 1, "shard_size": 1, "size": 8, "seed": 0}
 def write_scenes(
     out: str, settings: dict[str, Any], *, overwrite: bool, num_workers: int | None
 ) -> tuple[Manifest, bool]:
-    """Write scenes 0 to `count` of the world `seed`, unless `out` holds just these; also return whether it was done."""
+    """Write scenes 0 to `count` of the world `seed`, unless `out` holds just these; also return whether it was done.
+
+    settings: count, shard_size, format, seed and size of `icd data shapes`.
+    """
     for name, minimum in LEAST.items():
         if settings[name] < minimum:
             raise ValueError(f"{name} {settings[name]} must be at least {minimum}")

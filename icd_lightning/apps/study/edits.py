@@ -51,6 +51,7 @@ class PictureFile:
     file: Path
 
     def draw(self, size: int) -> NDArray[np.uint8]:
+        """uint8 (size, size, 3), the centre of the file's."""
         return np.asarray(resize_and_crop(read_picture(self.file), size)[0])
 
 

@@ -20,7 +20,10 @@ CONTROL = PromptToPrompt(cross_replace=0.4, self_replace=0.6, amplify=1.0, blend
 
 
 class EditFriendlyInversion(Baseline):
-    """One evaluation for each step taken, num_inference_steps - skip, and three back: the target's is guided."""
+    """One evaluation for each step taken, num_inference_steps - skip, and three back: the target's is guided.
+
+    Raises ValueError for a skip that leaves no steps.
+    """
 
     needs = VP
 

@@ -26,6 +26,8 @@ class FlowEdit(FlowBaseline):
 
     Set as the authors set FLUX.1-dev; for SD3 they take 50 steps, skip 17, w 3.5 of the source and 13.5. `num_noises`
     is their n_avg. Their last steps without the source, off there, are left out.
+
+    Raises ValueError for a skip that leaves no steps, for no noise, and for several where attention is borrowed.
     """
 
     def __init__(

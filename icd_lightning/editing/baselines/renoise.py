@@ -48,6 +48,7 @@ class Sampler:
 
     @property
     def steps(self) -> list[tuple[int, int]]:
+        """(t, s) on the way down."""
         if self.kind == "jumps":
             return falling(self.timesteps)
         if self.kind == "lcm":

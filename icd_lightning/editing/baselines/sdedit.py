@@ -13,7 +13,10 @@ from icd_lightning.editing.method import Seed, seeded_noise
 
 
 class SDEdit(DDIMBaseline):
-    """Two evaluations for each step of the part, `strength`, that is noised: 0 returns the picture, 1 ignores it."""
+    """Two evaluations for each step of the part, `strength`, that is noised: 0 returns the picture, 1 ignores it.
+
+    Raises ValueError for a strength outside [0, 1].
+    """
 
     needs, reads_source = Process, False
 

@@ -175,6 +175,7 @@ class Pair:
         return found.mapper * (found.aligned * factors), (1 - found.aligned) * factors
 
     def factors(self, length: int) -> Tensor:
+        """The factor (L,) of the attention to each of the target's tokens."""
         amplify, factors = self.settings.amplify, torch.ones(length)
         if isinstance(amplify, Mapping):
             for words, factor in amplify.items():

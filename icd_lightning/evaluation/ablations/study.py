@@ -92,9 +92,11 @@ class Row:
     part: str = ""
 
     def values(self, column: str = "psnr") -> np.ndarray:
+        """A column, (trainings, pictures)."""
         return np.array([run.values(column, self.decoding) for run in self.runs])
 
     def pictures(self, column: str = "psnr") -> np.ndarray:
+        """A column's means over trainings, (pictures,)."""
         return self.values(column).mean(0)
 
     def mean(self, column: str = "psnr") -> Estimate:

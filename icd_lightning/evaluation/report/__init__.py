@@ -165,7 +165,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars of a whole in two parts and what lies between them: (label, (first, between, second)), shares of 1."""
+    """Bars of a whole in two parts and what lies between them: (label, (first, between, second)), shares of 1.
+
+    In labels a newline starts a second, quieter line.
+    """
 
     title: str
     note: str

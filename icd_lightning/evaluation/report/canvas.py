@@ -88,6 +88,7 @@ class Canvas:
         return y
 
     def box(self, box: tuple[float, float, float, float], color: str, radius: float, *, zorder: float = -1) -> None:
+        """Fill a rounded rectangle (left, top, right, bottom)."""
         self.axes.add_patch(_rounded(box, radius, facecolor=COLORS.get(color, color), zorder=zorder))
 
     def rule(self, x: float, y: float, width: float, color: str = "rule", thickness: float = 2) -> None:
@@ -117,6 +118,7 @@ class Canvas:
         return buffer.getvalue()
 
     def pixels(self, *, scale: float = 1) -> Picture:
+        """The picture as uint8 (H, W, 3)."""
         return np.asarray(Image.open(BytesIO(self.png(scale=scale))).convert("RGB"))
 
     def _repr_png_(self) -> bytes:

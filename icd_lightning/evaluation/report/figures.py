@@ -125,6 +125,7 @@ class Font(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, font: Font) -> float:
+    """Of a line of text, in pixels."""
     properties = FontProperties(family=FAMILY, size=font.size, weight=font.weight)
     return text_to_path.get_text_width_height_descent(text, properties, ismath=False)[0]
 
