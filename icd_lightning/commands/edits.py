@@ -53,7 +53,7 @@ class EditSettings(Weights):
             both have as many words.
         blend_threshold: Attended to is what has more than this share of the strongest attention.
         blend_from: Share of the steps after which blending begins.
-        inject: Share of the steps with the source's keys and values, where the network is a transformer (FLUX.1, SD3):
+        inject: Share of the steps with the source's keys and values, where the network is a transformer (FLUX, SD3):
             more keeps more of the picture. This and the next two ask for attention control.
         blocks_from: These are shared in blocks from this part of the transformer's depth, 0 to 1, on.
         blocks_to: And up to this one.

@@ -103,8 +103,8 @@ class InjectionControl(AttentionControl):
         layers = joint_layers(network)
         if not layers or any(getattr(network.get_submodule(name), "fused_projections", False) for name in layers):
             raise ValueError(
-                f"keys and values are borrowed in joint attention with projections of its own (FLUX.1, SD3), which "
-                f"{type(network).__name__} has not: borrow by PromptToPrompt, or nothing"
+                f"keys and values are borrowed in joint attention with projections of its own (FLUX, SD3), which "
+                f"{type(network).__name__} has not: borrow by PromptToPrompt on a UNet, else swap the prompt (icd_swap)"
             )
         chosen: list[list[int]] = [[] for _ in layers]
         for edit, pair in enumerate(self.pairs):

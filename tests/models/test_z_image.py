@@ -11,6 +11,7 @@ from torch import nn
 from training_case import write_scenes
 
 from icd_lightning.diffusion import DDIMJump, Flow
+from icd_lightning.editing.limits import Injection, PromptToPrompt
 from icd_lightning.editing.pipeline import InvertibleConsistencyPipeline
 from icd_lightning.models.backbones import ZImage
 from icd_lightning.models.diffusion_model import DiffusionModel
@@ -105,6 +106,9 @@ def test_students_are_trained_by_the_configuration_and_run_in_the_plain_pipeline
 
     pipe = InvertibleConsistencyPipeline.from_pretrained(family, **files)
     edited = pipe.edit(torch.rand(1, 3, 32, 32), "a star", "a red star", seed=0, output_type="pt").images
+    for control in (Injection(), PromptToPrompt()):  # text and picture attend together there, by the same projections
+        with pytest.raises(ValueError, match=r"else swap the prompt \(icd_swap\)"):
+            pipe.edit(torch.rand(1, 3, 32, 32), "a star", "a red star", control=control)
     pipe.save_pretrained(tmp_path / "saved")
     again = InvertibleConsistencyPipeline.from_pretrained(Family(str(tmp_path / "saved"), backbone=BACKBONE))
     picture = pipe("a red star", latents=noise()[:1], output_type="pt").images

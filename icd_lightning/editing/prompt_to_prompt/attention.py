@@ -157,7 +157,7 @@ def choose_layers(network: nn.Module, size: Grid) -> Layers:
     if "block_out_channels" not in network.config:
         raise ValueError(
             f"Prompt-to-Prompt changes the cross-attention of a UNet, which {type(network).__name__} does not have: "
-            "borrow by an Injection, or nothing"
+            "borrow by an Injection on FLUX and SD3, else swap the prompt (icd_swap)"
         )
     last = len(network.config.block_out_channels) - 1
 
