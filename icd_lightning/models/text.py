@@ -84,6 +84,11 @@ class TextSide(nn.Module):
         self.max_length = max_length or int(text_encoder.config.max_position_embeddings)
         # what the tokenizer's file says of this may be another number, or none; P2P asks the tokenizer
         tokenizer.model_max_length = self.max_length
+        if (special := tokenizer.num_special_tokens_to_add()) >= self.max_length:
+            raise ValueError(
+                f"prompts of {self.max_length} tokens have no room for words beside {special} that stand around them: "
+                "give a greater max_sequence_length"
+            )
         last, known = max(tokenizer.get_vocab().values()), text_encoder.config.vocab_size
         if last >= known:
             raise ValueError(

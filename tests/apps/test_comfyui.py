@@ -144,9 +144,7 @@ def test_a_transformer_is_edited_by_injection_and_by_nothing_that_it_has_not(flo
     options = {"latents": inversion.noise.clone(), "output_type": "np", "control": Injection(**given)}
     expected = pipe.edit(None, "red star", "star", **options).images
     torch.testing.assert_close(edited, torch.from_numpy(expected).clamp(0, 1))
-    with pytest.raises(
-        ValueError, match=r"SD3Transformer2DModel does not have: borrow by an Injection on"
-    ):
+    with pytest.raises(ValueError, match=r"SD3Transformer2DModel does not have: borrow by an Injection on"):
         call("ICDEdit", **asked, edit_by="prompt_to_prompt")
 
 

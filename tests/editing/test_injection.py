@@ -151,9 +151,7 @@ def test_unconditional_rows_are_left_alone(parts):
 def test_a_control_of_another_kind_of_network_is_refused(parts, layouts):
     unet = UNet2DConditionModel.from_pretrained(layouts["sd15"], subfolder="unet")
     assert (usual_control(parts.model.network), usual_control(unet)) == (Injection(), PromptToPrompt())
-    with pytest.raises(
-        ValueError, match="which UNet2DConditionModel has not: borrow by PromptToPrompt on a"
-    ):
+    with pytest.raises(ValueError, match="which UNet2DConditionModel has not: borrow by PromptToPrompt on a"):
         control_of(parts, WHOLE).changes(unet)
     edits = (SOURCES, TARGETS, noise())
     control = PromptToPromptControl(PromptToPrompt(), *edits, tokenizer=parts.conditioner.tokenizer, num_steps=3)

@@ -62,3 +62,14 @@ def test_a_template_without_place_for_a_prompt_is_refused():
         side.tokenizer.chat_template = template
         with pytest.raises(ValueError, match="the chat template of the tokenizer cannot be loaded"):
             ChatConditioner(side, (-2,), thinking=True, padded=False)
+
+
+def test_prompts_that_the_template_leaves_no_room_for_are_refused():
+    fits, side = conditioner(-2, thinking=True, padded=False)
+    around = len(fits.tokenizer("").input_ids)
+    for length in (-3, around):
+        side.max_length = length
+        with pytest.raises(ValueError, match=f"prompts of {length} tokens have no room .* beside {around} that"):
+            ChatConditioner(side, (-2,), thinking=True, padded=False)
+    side.max_length = around + 1
+    assert ChatConditioner(side, (-2,), thinking=True, padded=False).tokenize(["a"]).input_ids.shape == (1, around + 1)
