@@ -25,6 +25,17 @@ def photograph(number: int, size: int = 96) -> Image.Image:
     return image.crop((left, top, left + 128, top + 128)).resize((size, size), Image.Resampling.LANCZOS)
 
 
+class OddError(OSError):
+    """As some libraries have: pickle makes it of its text alone, which it does not take."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+
+
+def fail_oddly(place: str) -> None:
+    raise OddError(place, "gone")
+
+
 def jpeg(image: Image.Image, quality: int = 90) -> bytes:
     stream = BytesIO()
     image.save(stream, "JPEG", quality=quality)

@@ -8,7 +8,7 @@ from io import BytesIO
 from operator import methodcaller
 
 import pytest
-from curation_case import RECIPE, curated, files_in, jpeg, pair, photograph
+from curation_case import RECIPE, curated, fail_oddly, files_in, jpeg, pair, photograph
 from PIL import Image, ImageEnhance
 from shards_case import cut_after, files_of, samples_of, write_files
 
@@ -280,7 +280,8 @@ def test_ray_comes_to_the_same_bytes_whoever_works_and_whenever_it_is_killed(raw
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_is_one_line(tmp_path):
+def test_an_error_of_a_worker_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers find what stands beside the tests
     with Engine(num_workers=1).started() as each:
         assert sorted(each(abs, [-1, 2])) == [1, 2]
         assert list(each(abs, [])) == []
@@ -288,6 +289,10 @@ def test_an_error_of_a_worker_is_one_line(tmp_path):
             list(each(int, ["1", "x"]))
         with pytest.raises(OSError, match="No such file"):
             list(each(os.stat, [str(tmp_path / "gone")]))
+        with pytest.raises(OSError, match=r"^here: gone$"):
+            list(each(fail_oddly, ["here"]))
+        with pytest.raises(OSError, match=r"^a process of Ray's ended \(WorkerCrashedError\): see that memory lasts"):
+            list(each(os._exit, [3]))
 
 
 @pytest.mark.slow

@@ -98,6 +98,11 @@ class Engine:
                 yield ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise OSError(
+                    f"a process of Ray's ended ({type(error).__name__}): see that memory lasts (fewer workers), and "
+                    "call again; what is done is kept"
+                ) from error
 
     def _room(self, resources: Mapping[str, float]) -> int:
         """How many workers Ray has room for; ValueError for none, for which it would wait for ever."""
@@ -124,7 +129,10 @@ def _loaded(work: bytes) -> Callable[[Any], Any]:
 
 
 def _worked(work: bytes, piece: Any) -> Any:
-    return _loaded(work)(piece)
+    try:
+        return _loaded(work)(piece)
+    except (ValueError, OSError) as error:  # of a class that can be made of its text, whatever the library's own takes
+        raise (ValueError if isinstance(error, ValueError) else OSError)(str(error)) from None
 
 
 def _check_address(address: str) -> None:
