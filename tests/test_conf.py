@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from often_case import often
 from training_case import write_scenes
 
@@ -271,3 +272,11 @@ def test_sd15_trains_a_half_precision_base(cli, random_family, tmp_path):
     assert task.students.network.conv_out.weight.dtype.itemsize == 2
     assert trainer.callback_metrics["reconstruction/psnr"] > 0
     assert (tmp_path / "forward").is_dir()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem.removesuffix("_random") for path in CONF.glob("model/*_random.yaml")))
+def test_data_have_the_size_that_a_model_is_trained_at(name, caplog):
+    whole = yaml.safe_load((CONF / f"model/{name}.yaml").read_text())
+    trained_at = whole["model"]["init_args"]["family"].get("trained_at")
+    Family(f"random:{name}", trained_at=trained_at).check_side(whole["data"]["init_args"]["resolution"])
+    assert not caplog.records
