@@ -85,8 +85,11 @@ def check_place(path: Path) -> None:
 
 
 def as_seen_here(value: T) -> T | str:
-    """The path of what is there, from the working folder, however it was spelt; anything else as it is."""
-    return os.path.relpath(value) if isinstance(value, str) and os.path.exists(value) else value
+    """The path of what is there, however it was spelt, from the working folder if it is in it; anything else as is."""
+    if not (isinstance(value, str) and os.path.exists(value)):
+        return value
+    place = Path(os.path.abspath(value))
+    return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
 
 
 def inside(name: str) -> Path:

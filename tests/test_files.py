@@ -6,7 +6,7 @@ from subprocess import run
 
 import pytest
 
-from icd_lightning.files import cache_folder, check_place, read_csv, read_object, read_yaml, write_whole
+from icd_lightning.files import as_seen_here, cache_folder, check_place, read_csv, read_object, read_yaml, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -131,3 +131,17 @@ def test_where_no_file_can_be_made_is_said_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="you may not write there, name another place"):
         check_place(tmp_path / "x.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_outside_of_the_working_folder_is_called_the_same_from_everywhere(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("data", "here", "there")]
+    for place in places:
+        place.mkdir()
+    seen = set()
+    for folder in places[1:]:
+        monkeypatch.chdir(folder)
+        seen |= {as_seen_here("../data"), as_seen_here(str(places[0]))}
+    assert seen == {str(places[0])}
+    monkeypatch.chdir(tmp_path)
+    assert {as_seen_here("./data"), as_seen_here(str(places[0]))} == {"data"}
+    assert as_seen_here("nowhere/") == "nowhere/"
