@@ -232,6 +232,22 @@ def test_a_mistake_is_one_line(command, tmp_path, capsys, what):
     assert said in error_of(capsys, command(tmp_path, option))
 
 
+@pytest.mark.parametrize("key", ["trainer", "model.init_args.losses", "model.init_args.students.init_args.lora"])
+def test_a_key_with_nothing_below_it_is_named(command, tmp_path, capsys, key):
+    overlay = tmp_path / "overlay.yaml"
+    lines = [f"{' ' * depth}{name}:\n" for depth, name in enumerate(key.split("."))]
+    overlay.write_text("".join([*lines, "seed_everything: 0\n"]))
+    assert f"{key} is null: leave it out" in error_of(capsys, command(tmp_path, f"--config={overlay}"))
+
+
+def test_bar_and_checkpoints_are_switched_off_by_one_word_each(command, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "icd_lightning")
+    off = ("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1")
+    main(command(tmp_path, *off, UNSEEN))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["forward", "kohya", "reverse"]
+    assert not [line for line in caplog.messages if "images/s" in line]
+
+
 def test_steps_after_each_loss_are_refused_before_ddp_starts_processes(command, tmp_path, capsys):
     options = ("--model.init_args.step_after=each_loss", "--trainer.strategy=ddp", "--trainer.devices=2")
     assert "take trainer.strategy ddp_find_unused_parameters_true" in error_of(capsys, command(tmp_path, *options))
