@@ -20,6 +20,7 @@ from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 ENDS = [0, 259, 519, 779, 999]
 ABOUT = {"boundaries": ENDS, "family": "tiny"}
+LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -63,7 +64,7 @@ def test_a_file_says_what_it_holds(students, tmp_path, form):
     write_both(students, tmp_path)
     file = read(tmp_path / form)
     assert (file.direction, file.boundaries, file.rank, file.alpha) == ("forward", ENDS, 4, 8)
-    process = {"prediction_type": "epsilon"}
+    process = {"prediction_type": "epsilon", **LEVELS}
     known = {"adapter": "fcd", "direction": "forward", "process": process}
     assert file.about == {"rank": 4, "alpha": 8, **known, **ABOUT}
     assert json.loads((tmp_path / "forward" / "icd.json").read_text()) == file.about
@@ -259,6 +260,9 @@ DAMAGES = {
     r"was trained for the process .*v_prediction.*, and this network's is .*epsilon": lambda tensors, header: (
         header.update(icd='{"process": {"prediction_type": "v_prediction"}}')
     ),
+    r"was trained for the process .*0\.02.*, and this network's is .*0\.012": lambda tensors, header: header.update(
+        icd=json.dumps({"process": {"prediction_type": "epsilon", **LEVELS, "beta_end": 0.02}})
+    ),
     "conv1.lora_A.weight is not finite": lambda tensors, header: tensors.update({FIRST: NAN}),
     r"rank 4 and alpha 64, the students 4 and 8: .*students\.init_args\.lora": lambda tensors, header: header.update(
         icd="{}", lora_adapter_metadata='{"unet.lora_alpha": 64}'
@@ -290,6 +294,14 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(students, empty
     with pytest.raises(ValueError, match=complaint):
         empty.load("reverse", read(damaged))
     assert same(weights(empty, "reverse"), before)
+
+
+def test_a_student_of_an_older_version_tells_no_betas(students, empty, tmp_path):
+    file = write_diffusers(students.file("reverse", {}), tmp_path / "reverse")
+    told = {"process": {"prediction_type": "epsilon"}}
+    older = edit(file, tmp_path / "older.safetensors", lambda tensors, header: header.update(icd=json.dumps(told)))
+    empty.load("reverse", read(older))
+    assert same(weights(empty, "reverse"), weights(students, "reverse"))
 
 
 def test_a_path_without_a_student_is_refused(tmp_path):
