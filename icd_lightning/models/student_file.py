@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.files import parse_object, read_object, replaced_folder, write_whole
-from icd_lightning.models.weights import check_fit, read_weights
+from icd_lightning.models.weights import check_fit, read_header, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +64,7 @@ class StudentFile:
         student too weak or too strong.
         """
         file = weights_file(path)
-        tensors = read_weights(file)
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+        tensors, header = read_weights(file), read_header(file)
         named = next(filter(None, map(PART.match, tensors)), None)
         part, kohya = (named["part"], named["kohya"]) if named else ("unet", None)
         options = parse_object(header.get("lora_adapter_metadata", "{}"), f"{file}: its header")

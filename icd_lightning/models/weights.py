@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,6 +42,16 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     if wrong := not_finite(weights.items()):
         raise ValueError(f"{file}: {wrong} is not finite, so these are no trained weights")
     return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """What a safetensors file says of its weights, none of them being read; ValueError if it is damaged or cut."""
+    try:
+        check_file(file)
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
 
 
 def read_pickled(file: Path, *, mmap: bool = False) -> Any:
