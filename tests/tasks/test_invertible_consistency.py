@@ -304,6 +304,7 @@ def test_losses_that_are_none_named_twice_or_for_another_student_are_refused(ran
         distillation(random_family, losses=Losses(others={"forward_cd": Consistency("forward")}))
     with pytest.raises(ValueError, match=r"losses\.reverse_cd trains forward: .* in losses\.others"):
         distillation(random_family, losses=Losses(reverse_cd=Consistency("forward")))
+    assert Losses(others=None).named().keys() == Losses().named().keys()
     distillation(random_family, losses=Losses(reverse_cd=None, others={"mine": Consistency("forward")}))
 
 
