@@ -185,7 +185,7 @@ class FitCommand(LightningCLI):
                 )
             return None
         try:
-            checkpoint = read_pickled(file, mmap=True)
+            checkpoint = read_pickled(file)
             held = {key: checkpoint.get(key, None if key in KEPT else kind()) for key, kind in (KEPT | TOLD).items()}
             if wrong := [key for key, kind in (KEPT | TOLD).items() if not isinstance(held[key], kind)]:
                 raise ValueError(f"{wrong[0]} {'is of another type' if wrong[0] in checkpoint else 'is missing'}")
@@ -294,6 +294,8 @@ def check_room(root: Path, task: torch.nn.Module) -> None:
             pass
     except OSError as error:
         raise OSError(f"cannot write to {root} ({error.strerror}): {remedy}") from error
+    if (config := root / "config.yaml").exists() and not config.is_file():
+        raise OSError(f"{config} is no file, and a run keeps its configuration there: {remedy}")
     trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     # weights and AdamW's two averages, in the last file, the one before it, and the one being written
     needed, free = 3 * 3 * 4 * trained, shutil.disk_usage(root).free

@@ -28,10 +28,7 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     """
     try:
         check_file(file)
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = read_pickled(file, mmap=zipfile.is_zipfile(file))
+        weights = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
@@ -54,10 +51,10 @@ def read_header(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
 
 
-def read_pickled(file: Path, *, mmap: bool = False) -> Any:
+def read_pickled(file: Path) -> Any:
     """What torch.save wrote, on the CPU, nothing in it being run; ValueError with the reason if it cannot be read."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle ends in KeyError, UnicodeDecodeError, AssertionError ...

@@ -338,6 +338,17 @@ def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, n
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_an_empty_checkpoint_is_no_question_of_how_it_was_saved(command, run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert "cannot be read as a checkpoint (EOFError)" in error_of(capsys, command(folder, ACCUMULATED))
+
+
+def test_a_folder_in_the_place_of_the_configuration_is_named_before_training(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").mkdir()
+    assert "config.yaml is no file, and a run keeps its configuration there" in error_of(capsys, command(tmp_path))
+
+
 def test_a_lost_last_checkpoint_is_not_begun_over_where_the_one_before_is_kept(command, run, tmp_path, capsys):
     last, kept = tmp_path / "checkpoints/last.ckpt", tmp_path / "checkpoints/before-last.ckpt"
     last.parent.mkdir()
