@@ -276,9 +276,8 @@ def nulls(config: Namespace, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}trainer"
     if "class_path" in config and "init_args" in config:
         taken = inspect.signature(resolve_name(config.class_path)).parameters
-        for name in taken.keys() & vars(config.init_args).keys():
-            may_be = taken[name].default is None or re.search("None|Optional|Any", str(taken[name].annotation))
-            if config.init_args[name] is None and not may_be:
+        for name in (name for name, value in vars(config.init_args).items() if value is None and name in taken):
+            if taken[name].default is not None and not re.search("None|Optional|Any", str(taken[name].annotation)):
                 yield f"{prefix}init_args.{name}"
     for name, value in vars(config).items():
         if isinstance(value, Namespace):
