@@ -82,8 +82,9 @@ def create(
         title: What the pages are called.
         overwrite: Replace a study that has no votes.
     """
-    from icd_lightning.apps.study.create import Plan, check_free, create_study
+    from icd_lightning.apps.study.create import check_free, create_study
     from icd_lightning.apps.study.edits import read_edits
+    from icd_lightning.apps.study.store import Plan
     from icd_lightning.commands.evaluate import names
 
     plan, folder = Plan(votes, check_share, seed, title), Path(out)
@@ -134,7 +135,7 @@ def report(study: str, *, out: str | None = None, min_passed: float = 0.75) -> N
     facts = {
         "study": study,
         "min_passed": f"{min_passed:g}",
-        **{name: outcome.settings[name] for name in ("votes", "check_share", "seed")},
+        **{name: str(value) for name, value in vars(outcome.plan).items() if name != "title"},
     }
     for path in write_outcome(outcome, folder, facts):
         log.info("%s", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -14,11 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import lightning
 import torch
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -128,7 +132,9 @@ class FitCommand(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Set what must be set before any network exists."""
+        """Set what must be set before any network exists; refuse parts that are null, for want of a line below them."""
+        if null := next(nulls(self.config[self.config.subcommand]), None):
+            raise ValueError(f"{null} is null: leave it out for what is usual, or give what belongs to it")
         torch.set_float32_matmul_precision(self.config[self.config.subcommand].float32_matmul_precision)
 
     def _parse_ckpt_path(self) -> None:
@@ -179,7 +185,7 @@ class FitCommand(LightningCLI):
                 )
             return None
         try:
-            checkpoint = read_pickled(file, mmap=True)
+            checkpoint = read_pickled(file)
             held = {key: checkpoint.get(key, None if key in KEPT else kind()) for key, kind in (KEPT | TOLD).items()}
             if wrong := [key for key, kind in (KEPT | TOLD).items() if not isinstance(held[key], kind)]:
                 raise ValueError(f"{wrong[0]} {'is of another type' if wrong[0] in checkpoint else 'is missing'}")
@@ -222,6 +228,10 @@ class FitCommand(LightningCLI):
         if given is not False and not any(isinstance(one, TensorBoardLogger) for one in others):
             root = self._get(self.config_init, "trainer.default_root_dir") or "outputs/run"
             kwargs["logger"] = [RunTensorBoard(root, name="", version=""), *others]
+        callbacks = self._get(self.config_init, "trainer.callbacks")
+        for switch, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+            if isinstance(callbacks, list) and self._get(self.config_init, f"trainer.{switch}") is False:
+                kwargs["callbacks"] = callbacks = [one for one in callbacks if not isinstance(one, kind)]
         for name in ("accumulate_grad_batches", "val_check_interval"):
             value = self._get(self.config_init, f"trainer.{name}")
             if isinstance(value, (int, float)) and not value > 0:
@@ -260,6 +270,20 @@ def _going_on() -> Iterator[None]:
         ) from error
 
 
+def nulls(config: Namespace, prefix: str = "") -> Iterator[str]:
+    """Keys of parts that are null and may not be, by the signature that they are an argument of."""
+    if "trainer" in config and config.trainer is None:
+        yield f"{prefix}trainer"
+    if "class_path" in config and "init_args" in config:
+        taken = inspect.signature(resolve_name(config.class_path)).parameters
+        for name in (name for name, value in vars(config.init_args).items() if value is None and name in taken):
+            if taken[name].default is not None and not re.search("None|Optional|Any", str(taken[name].annotation)):
+                yield f"{prefix}init_args.{name}"
+    for name, value in vars(config).items():
+        if isinstance(value, Namespace):
+            yield from nulls(value, f"{prefix}{name}.")
+
+
 def check_room(root: Path, task: torch.nn.Module) -> None:
     """OSError if a run cannot write to its folder, or its checkpoints find no room there."""
     remedy = "give another trainer.default_root_dir"
@@ -269,6 +293,8 @@ def check_room(root: Path, task: torch.nn.Module) -> None:
             pass
     except OSError as error:
         raise OSError(f"cannot write to {root} ({error.strerror}): {remedy}") from error
+    if (config := root / "config.yaml").exists() and not config.is_file():
+        raise OSError(f"{config} is no file, and a run keeps its configuration there: {remedy}")
     trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     # weights and AdamW's two averages, in the last file, the one before it, and the one being written
     needed, free = 3 * 3 * 4 * trained, shutil.disk_usage(root).free

@@ -118,7 +118,7 @@ def find_shards(urls: str | Sequence[str]) -> list[str]:
     from webdataset.shardlists import expand_urls  # a second to import
 
     shards: list[str] = []
-    for url in [urls] if isinstance(urls, str) else urls:
+    for url in filter(None, [urls] if isinstance(urls, str) else urls):
         url = os.path.expanduser(url.removeprefix("file://"))
         if os.path.isdir(url):
             shards += _in_folder(Path(url))

@@ -96,6 +96,10 @@ class Process(nn.Module, ABC):
                 raise ValueError(f"{key} {value!r} of a scheduler is no {expected.__name__}")
         return kind(**given)
 
+    def is_of(self, told: object) -> bool:
+        """Whether settings that a file tells are of this process; older files tell fewer of them."""
+        return isinstance(told, Mapping) and {**self.settings, **told} == self.settings
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Process":
         # The tables follow the module's device but never its precision: model.bfloat16() would leave 8 bits of them.
         super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
@@ -226,7 +230,8 @@ class VP(Process):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         super().__init__(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
         self.prediction_type = prediction_type
-        self.settings = {"prediction_type": prediction_type}
+        levels = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
+        self.settings = {"prediction_type": prediction_type, **levels}
 
     def target(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         if self.prediction_type == "epsilon":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +28,8 @@ def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[st
     tau is for students of these boundaries, by default the paper's four.
     """
     source = family.source
-    if source.index.keys() >= set(DEFAULTS):  # a pipeline's own
-        return _checked({name: source.index[name] for name in DEFAULTS}, family.model)
+    if told := told_by(source.index, f"{family.model}/model_index.json"):
+        return told
     if source.folder is not None and (source.folder / "icd.json").is_file():
         return asdict(family.load_defaults())
     tau = suitable_tau(boundaries or Boundaries.uniform(4))
@@ -38,13 +39,18 @@ def defaults_of(family: Family, boundaries: Boundaries | None = None) -> dict[st
     return paper if others else {**paper, **by_attention}
 
 
-def _checked(told: dict[str, Any], model: str) -> dict[str, Any]:
-    """What a pipeline's config says, which may be a stranger's."""
+def told_by(index: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a pipeline's config says, which may be a stranger's; nothing unless it says all."""
+    if not index.keys() >= set(DEFAULTS):
+        return {}
+    told = {name: index[name] for name in DEFAULTS}
     try:
+        if not isinstance(told["attention_control"], bool):
+            raise ValueError(f"attention_control {told['attention_control']!r} is neither true nor false")
         for scale in (told["guidance_scale"], told["edit_guidance_scale"]):
             EditingDefaults(scale, told["tau"], told["closed_vocabulary"])
     except ValueError as error:
-        raise ValueError(f"{model}/model_index.json says how the model is edited, and {error}") from error
+        raise ValueError(f"{place} says how the model is edited, and {error}") from error
     return told
 
 

@@ -13,14 +13,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from icd_lightning.diffusion import Direction
 from icd_lightning.editing.consistency import common_boundaries
-from icd_lightning.editing.defaults import DEFAULTS
+from icd_lightning.editing.defaults import told_by
 from icd_lightning.files import read_object, read_yaml
 from icd_lightning.models.cards import repository_card
 from icd_lightning.models.released import RELEASED
 from icd_lightning.models.sources import HUB_ID
 from icd_lightning.models.student_file import WEIGHTS_NAME, StudentFile
 from icd_lightning.models.students import DIRECTIONS
-from icd_lightning.models.weights import first_line
+from icd_lightning.models.weights import first_line, read_header
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Publication:
         if not HUB_ID.fullmatch(model) or Path(model).exists():
             raise ValueError(f"{folder} was trained on {model!r}, which is not on the hub: name its id by --base_model")
         said = read_object(index) if index.is_file() else {}
-        return cls(students, model, _guided(guided or folder), {name: said[name] for name in DEFAULTS if name in said})
+        return cls(students, model, _guided(guided or folder), told_by(said, str(index)))
 
     def files(self, repo: str) -> dict[str, Path | bytes]:
         """Content by its place in the repository of this name."""
@@ -111,7 +111,9 @@ def _guided(name: str | Path) -> str | Path:
     if name in RELEASED:
         return str(name)
     for folder in (Path(name), Path(name, "unet_guided")):
-        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and (files := list(folder.glob("*.safetensors"))):
+            for file in files:
+                read_header(file)  # whole, as far as it can be told without reading all
             return folder
     raise ValueError(
         f"no guidance-distilled UNet at {name}, which the students adapt: name its folder, with config.json and "

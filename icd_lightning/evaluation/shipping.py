@@ -9,7 +9,7 @@ from pathlib import Path
 from icd_lightning.evaluation.ablations.study import TABLE_2_JSON, UNGUIDED_ROWS, read_study
 from icd_lightning.evaluation.ablations.tables import result_files, telling
 from icd_lightning.evaluation.curves import read_scalars, thinned, write_scalars
-from icd_lightning.evaluation.results import CONFIG, MEANS, ROWS, read_runs
+from icd_lightning.evaluation.results import AGAIN, CONFIG, MEANS, ROWS, read_runs
 from icd_lightning.files import inside, replaced_folder
 
 SUMMARIES = {"ablations": TABLE_2_JSON, "eval-guidance": "guidance.json", "eval-generation": "generation.json"}
@@ -35,7 +35,9 @@ def _condense(source: Path, target: Path, known: Mapping[str, str]) -> None:
     if "ablations" in known:  # scalars of all trainings, and pictures of those that the notebook shows
         study = read_study(source / "ablations")
         for folder in study.trainings.values():
-            write_scalars(target / folder.relative_to(source), thinned(read_scalars(folder), POINTS))
+            if not (scalars := read_scalars(folder)):
+                raise FileNotFoundError(f"{folder} holds no scalars of a training: bring it back, or {AGAIN}")
+            write_scalars(target / folder.relative_to(source), thinned(scalars, POINTS))
         keys = telling(study)
         for letter in UNGUIDED_ROWS:
             folder = study.row(letter).runs[0].folder

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from icd_lightning.diffusion import Boundaries, Direction
 from icd_lightning.files import parse_object, read_object, replaced_folder, write_whole
-from icd_lightning.models.weights import check_fit, read_weights
+from icd_lightning.models.weights import check_fit, read_header, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +64,7 @@ class StudentFile:
         student too weak or too strong.
         """
         file = weights_file(path)
-        tensors = read_weights(file)
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
+        tensors, header = read_weights(file), read_header(file)
         named = next(filter(None, map(PART.match, tensors)), None)
         part, kohya = (named["part"], named["kohya"]) if named else ("unet", None)
         options = parse_object(header.get("lora_adapter_metadata", "{}"), f"{file}: its header")
@@ -96,7 +93,11 @@ class StudentFile:
         rank = _rank(weights, file)
         if about.get("rank", rank) != rank:
             raise ValueError(f"{file} says rank {about['rank']!r}, and its weights are of rank {rank}")
-        return cls(weights, rank, _alpha((*stated, alpha), file), about, targets, part, file)
+        alpha = _alpha((*stated, alpha), file)
+        if about.get("alpha", alpha) != alpha:
+            where = "beside its weights" if kohya else "as lora_alpha"
+            raise ValueError(f"{file} says alpha {about['alpha']!r}, and {alpha:g} {where}: write it anew")
+        return cls(weights, rank, alpha, about, targets, part, file)
 
     @property
     def direction(self) -> Direction | None:
@@ -207,15 +208,18 @@ def _beside(file: Path, name: str) -> dict[str, Any]:
 
 def _from_kohya(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], float]:
     """Weights with their pairs named as elsewhere, the dots of modules still missing, and their alpha."""
-    alphas = {float(value) for name, value in tensors.items() if name.endswith(".alpha")}
+    stated = {name.partition(".")[0]: value.tolist() for name, value in tensors.items() if name.endswith(".alpha")}
+    modules, alphas = {name.partition(".")[0] for name in tensors}, set(map(str, stated.values()))
     if len(alphas) != 1:
-        raise ValueError(f"{file} has the alphas {sorted(alphas)}: a student has one")
+        raise ValueError(f"{file} has the alphas {', '.join(sorted(alphas)) or 'of none'}: a student has one")
+    if lacking := modules - stated.keys():  # there kohya's scripts take the rank
+        raise ValueError(f"{file} has no alpha for {min(lacking)} and {len(lacking) - 1} more: a student has one")
     usual = {
         name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B."): value
         for name, value in tensors.items()
         if not name.endswith(".alpha")
     }
-    return usual, alphas.pop()
+    return usual, next(iter(stated.values()))
 
 
 def _kohya_name(name: str) -> str:
@@ -227,7 +231,7 @@ def _kohya_name(name: str) -> str:
 def _rank(weights: Mapping[str, Tensor], file: Path) -> int:
     ranks = {tuple(weight.shape[1:2]) for name, weight in weights.items() if name.endswith("lora_B.weight")}
     if len(ranks) != 1 or () in ranks:
-        stated = sorted(rank[0] if rank else "none" for rank in ranks)
+        stated = sorted(str(*rank) or "none" for rank in ranks)
         raise ValueError(f"{file} is no student: it should hold LoRA weights of one rank, it has ranks {stated}")
     return next(iter(ranks))[0]
 

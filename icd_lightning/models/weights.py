@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icd_lightning.files import check_file
 from icd_lightning.progress import without_bars
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -26,23 +28,33 @@ def read_weights(file: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     """
     try:
         check_file(file)
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = read_pickled(file, mmap=zipfile.is_zipfile(file))
+        weights = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{file} holds something else than one network's state dict, a dict of tensors by name")
+    for name, weight in weights.items():
+        if weight.is_complex() or (weight.is_floating_point() and weight.dtype not in FLOATS):
+            raise ValueError(f"{file}: {name} is of {weight.dtype}: convert it to one of {', '.join(map(str, FLOATS))}")
     if wrong := not_finite(weights.items()):
         raise ValueError(f"{file}: {wrong} is not finite, so these are no trained weights")
     return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
-def read_pickled(file: Path, *, mmap: bool = False) -> Any:
+def read_header(file: Path) -> dict[str, str]:
+    """What a safetensors file says of its weights, none of them being read; ValueError if it is damaged or cut."""
+    try:
+        check_file(file)
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as a file of weights ({first_line(error)})") from error
+
+
+def read_pickled(file: Path) -> Any:
     """What torch.save wrote, on the CPU, nothing in it being run; ValueError with the reason if it cannot be read."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle ends in KeyError, UnicodeDecodeError, AssertionError ...
@@ -50,17 +62,23 @@ def read_pickled(file: Path, *, mmap: bool = False) -> Any:
 
 
 def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path | str, what: str) -> None:
-    """Raise ValueError unless these weights of a file have the names and shapes expected, of `what`."""
+    """Raise ValueError unless these weights of a file have the names, shapes and kinds expected, of `what`."""
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    other = {name for name in expected.keys() & weights.keys() if weights[name].shape != expected[name].shape}
+    both = expected.keys() & weights.keys()
+    other = {name for name in both if _kind(weights[name]) != _kind(expected[name])}
     if wrong := [*sorted(missing), *sorted(unknown), *sorted(other)]:
         first, shapes = wrong[0], ""
         if first in other:
-            shapes = f" of {tuple(weights[first].shape)} in the place of {tuple(expected[first].shape)}"
+            shapes = f" of {_kind(weights[first])} in the place of {_kind(expected[first])}"
         raise ValueError(
             f"{file} is not of {what}: {len(missing)} weights missing, {len(unknown)} unknown, "
-            f"{len(other)} of another shape, for example {first}{shapes}"
+            f"{len(other)} of another shape or type, for example {first}{shapes}"
         )
+
+
+def _kind(weight: Tensor) -> str:
+    """Its shape, and its type unless it is one of floats, any of which is as good."""
+    return f"{tuple(weight.shape)}{'' if weight.is_floating_point() else f' {weight.dtype}'}"
 
 
 def refuse_missing(names: list[str], where: str) -> None:

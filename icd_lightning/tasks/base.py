@@ -385,6 +385,8 @@ class Task(lightning.LightningModule):
         """ValueError if the checkpoint was trained for something else; a changed optimizer is told of."""
         ours = self.recipe()
         saved = {**ours, **checkpoint.get("recipe", {})}
+        if "process" in ours and self.process.is_of(saved["process"]):  # older checkpoints tell less of it
+            saved["process"] = ours["process"]
         if other := [f"{name} {saved[name]} (here {ours[name]})" for name in ours if saved[name] != ours[name]]:
             raise ValueError(
                 f"the checkpoint of this run was trained with {', '.join(other)}: give this training another "

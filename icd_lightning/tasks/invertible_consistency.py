@@ -49,12 +49,13 @@ class Losses:
     def named(self) -> dict[str, Loss]:
         """Those that there are; ValueError for none, and for one whose name says another student."""
         usual = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "others"}
-        if twice := usual.keys() & self.others.keys():
+        others = self.others or {}  # null in a configuration that has nothing below the key
+        if twice := usual.keys() & others.keys():
             raise ValueError(f"losses.others names {min(twice)}, a usual loss: give it another name")
         for name, loss in usual.items():
             if loss is not None and loss.trains != name.partition("_")[0]:
                 raise ValueError(f"losses.{name} trains {loss.trains}: give it a name of its own in losses.others")
-        named = {name: loss for name, loss in {**usual, **self.others}.items() if loss is not None}
+        named = {name: loss for name, loss in {**usual, **others}.items() if loss is not None}
         if not named:
             raise ValueError("losses are all null: a training needs one at least")
         return named

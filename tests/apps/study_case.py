@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from icd_lightning.apps.listening import listen
-from icd_lightning.apps.study.create import Plan, create_study
+from icd_lightning.apps.study.create import create_study
 from icd_lightning.apps.study.edits import read_edits
 from icd_lightning.apps.study.server import server
-from icd_lightning.apps.study.store import Store
+from icd_lightning.apps.study.store import Plan, Store
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import save_png
 

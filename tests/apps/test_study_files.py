@@ -3,6 +3,7 @@
 import re
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 from study_case import COLORS, PROMPT, Assessor, make_study, method_in, served, solid, told, write_edits
 
-from icd_lightning.apps.study.create import Plan, create_study
+from icd_lightning.apps.study.create import create_study
 from icd_lightning.apps.study.edits import read_edits
-from icd_lightning.apps.study.store import FILE, Store
+from icd_lightning.apps.study.store import FILE, Plan, Store
 from icd_lightning.commands.main import main
 from icd_lightning.data.images import save_png
 from icd_lightning.evaluation.benchmark import Measured, Outcome, Settings
@@ -125,7 +126,7 @@ def test_what_icd_eval_wrote_becomes_a_study(tmp_path):
     more = write_eval(tmp_path / "more", "tiny_edit", data, {"npi": 0.5})
     main(["study", "create", *map(str, (out, more)), "--out", str(tmp_path / "study"), "--methods", "npi,icd"])
     store, pairs = Store(tmp_path / "study"), [task for task in tasks_of(tmp_path / "study") if task["b"]]
-    assert (store.settings["title"], store.settings["votes"]) == ("Which edit is better?", "3")
+    assert store.plan == Plan()
     store.close()
     assert {(task["a"], task["b"]) for task in pairs} == {("npi", "icd")}
     assert {(t["prompt"], t["kind"]) for t in pairs} == {(one.target, one.kind) for one in data.examples}
@@ -285,6 +286,27 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path, capsys, how, command):
     assert f"{study / FILE} cannot be read as a study" in line
     assert "bring back a copy of it" in line
     assert (study / FILE).read_bytes() == before
+
+
+SPOILT = {
+    "title": "DELETE FROM settings WHERE name = 'title'",
+    "seed": "DELETE FROM settings WHERE name = 'seed'",
+    "votes -1": "UPDATE settings SET value = '-1' WHERE name = 'votes'",
+    "check_share nan": "UPDATE settings SET value = 'nan' WHERE name = 'check_share'",
+    "assessors.joined": "DROP TABLE assessors",
+    "votes.voted": "ALTER TABLE votes DROP COLUMN voted",
+}
+
+
+@pytest.mark.parametrize("lacking", SPOILT)
+@pytest.mark.parametrize("command", ["serve", "report"])
+def test_a_study_of_another_shape_is_named(tmp_path, capsys, command, lacking):
+    study = make_study(tmp_path)
+    with closing(sqlite3.connect(study / FILE)) as connection, connection:
+        connection.execute(SPOILT[lacking])
+    line = told(capsys, command, study)
+    assert f"{study / FILE} cannot be read as a study" in line
+    assert lacking in line
 
 
 @pytest.mark.parametrize("command", ["serve", "report"])

@@ -232,6 +232,22 @@ def test_a_mistake_is_one_line(command, tmp_path, capsys, what):
     assert said in error_of(capsys, command(tmp_path, option))
 
 
+@pytest.mark.parametrize("key", ["trainer", "model.init_args.losses", "model.init_args.students.init_args.lora"])
+def test_a_key_with_nothing_below_it_is_named(command, tmp_path, capsys, key):
+    overlay = tmp_path / "overlay.yaml"
+    lines = [f"{' ' * depth}{name}:\n" for depth, name in enumerate(key.split("."))]
+    overlay.write_text("".join([*lines, "seed_everything: 0\n"]))
+    assert f"{key} is null: leave it out" in error_of(capsys, command(tmp_path, f"--config={overlay}"))
+
+
+def test_bar_and_checkpoints_are_switched_off_by_one_word_each(command, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "icd_lightning")
+    off = ("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1")
+    main(command(tmp_path, *off, UNSEEN))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["forward", "kohya", "reverse"]
+    assert not [line for line in caplog.messages if "images/s" in line]
+
+
 def test_steps_after_each_loss_are_refused_before_ddp_starts_processes(command, tmp_path, capsys):
     options = ("--model.init_args.step_after=each_loss", "--trainer.strategy=ddp", "--trainer.devices=2")
     assert "take trainer.strategy ddp_find_unused_parameters_true" in error_of(capsys, command(tmp_path, *options))
@@ -320,6 +336,17 @@ def test_a_damaged_checkpoint_is_named(command, run, tmp_path, capsys, action, n
     error = error_of(capsys, [action, *command(tmp_path, *([f"--ckpt_path={file}"] if named else []))[1:]])
     assert f"icd: error: {file} cannot be read as a checkpoint" in error
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_an_empty_checkpoint_is_no_question_of_how_it_was_saved(command, run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert "cannot be read as a checkpoint (EOFError)" in error_of(capsys, command(folder, ACCUMULATED))
+
+
+def test_a_folder_in_the_place_of_the_configuration_is_named_before_training(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").mkdir()
+    assert "config.yaml is no file, and a run keeps its configuration there" in error_of(capsys, command(tmp_path))
 
 
 def test_a_lost_last_checkpoint_is_not_begun_over_where_the_one_before_is_kept(command, run, tmp_path, capsys):

@@ -224,9 +224,24 @@ def with_odd_config(folder: Path) -> None:
     (folder / "config.yaml").write_text("model: {init_args: {family: {model: [1], guided_unet: {a: 1}}}}")
 
 
+def with_cut_weights(folder: Path) -> None:
+    unet = folder / "unet_guided"
+    unet.mkdir()
+    (unet / "config.json").write_text("{}")
+    (unet / "diffusion_pytorch_model.safetensors").touch()
+    (folder / "config.yaml").write_text(f"model: {{init_args: {{family: {{model: {BASE}, guided_unet: {folder}}}}}}}")
+
+
+def with_odd_defaults(folder: Path) -> None:
+    told = {"guidance_scale": 8, "tau": "x", "edit_guidance_scale": 8, "attention_control": True}
+    (folder / "model_index.json").write_text(json.dumps({**told, "closed_vocabulary": False}))
+
+
 @pytest.mark.parametrize(
     ("change", "args", "message"),
     [
+        (with_cut_weights, (), "unet_guided/diffusion_pytorch_model.safetensors cannot be read as a file of weights"),
+        (with_odd_defaults, ("--base_model", BASE), "model_index.json says how the model is edited, and tau 'x' is no"),
         (without_reverse, (), "no student at .*reverse"),
         (twice_forward, (), "is no reverse model"),
         (without_config, (), "'random', which is not on the hub: name its id by --base_model"),
@@ -240,7 +255,18 @@ def with_odd_config(folder: Path) -> None:
             r"cannot be written on http://127\.0\.0\.1:9 .*--endpoint or HF_ENDPOINT",
         ),
     ],
-    ids=["a student lacks", "twice the same", "no configuration", "names", "no UNet", "base", "guided", "endpoint"],
+    ids=[
+        "cut",
+        "defaults",
+        "a student lacks",
+        "twice the same",
+        "no configuration",
+        "names",
+        "no UNet",
+        "base",
+        "guided",
+        "endpoint",
+    ],
 )
 def test_a_push_that_cannot_be_is_one_line_and_uploads_nothing(hub, run, tmp_path, capsys, change, args, message):
     folder = Path(shutil.copytree(run, tmp_path / "run"))

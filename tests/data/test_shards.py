@@ -131,8 +131,9 @@ def test_missing_and_repeated_shards_are_named(shards, tmp_path):
         find_shards(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no file matches .*/x\*.tar"):
         find_shards(str(shards / "x*.tar"))
-    with pytest.raises(ValueError, match="name no shards"):
-        find_shards([])
+    for nothing in ([], "", [""]):
+        with pytest.raises(ValueError, match="name no shards"):
+            find_shards(nothing)
     with pytest.raises(ValueError, match=r"00000.tar 2 times"):
         find_shards([str(shards), str(shards / "00000.tar")])
     (shards / "00004.tar").unlink()

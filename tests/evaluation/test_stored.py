@@ -148,6 +148,15 @@ def test_results_that_lack_a_picture_are_not_copied_by_halves(outputs, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+def test_a_training_that_is_gone_is_named(outputs, tmp_path):
+    shutil.copytree(outputs, tmp_path / "outputs")
+    training = read_study(tmp_path / "outputs" / "ablations").trainings["A-0"]
+    shutil.rmtree(training)
+    with pytest.raises(FileNotFoundError, match=f"{training} holds no scalars of a training: bring it back"):
+        condense(tmp_path / "outputs", tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
 def test_shipped_results_are_not_mixed_with_others(outputs, tmp_path):
     condense(outputs, tmp_path)
     with pytest.raises(FileExistsError, match="is there already: remove it first"):

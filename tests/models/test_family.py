@@ -279,11 +279,11 @@ def test_the_guided_unet_is_found_in_every_form(sd15, tmp_path, form):
 
 BROKEN = {
     rf"no guidance embedding in {COND}": lambda state: state.pop(COND),
-    "1 weights missing, 0 unknown, 0 of another shape, for example conv_in.bias": lambda state: state.pop(
+    "1 weights missing, 0 unknown, 0 of another shape or type, for example conv_in.bias": lambda state: state.pop(
         "conv_in.bias"
     ),
     "0 weights missing, 1 unknown": lambda state: state.update(extra=torch.ones(1)),
-    "0 unknown, 1 of another shape, for example conv_in.bias": lambda state: state.update(
+    "0 unknown, 1 of another shape or type, for example conv_in.bias": lambda state: state.update(
         {"conv_in.bias": torch.ones(1)}
     ),
     r"broken.pt: conv_in.bias is not finite": lambda state: state["conv_in.bias"].fill_(float("nan")),

@@ -172,14 +172,22 @@ def test_an_overlay_that_says_what_it_must_not(caches, tmp_path, index, message)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tau": "x"}, {"tau": float("nan")}, {"guidance_scale": [1]}, {"edit_guidance_scale": "y"}], ids=str
+    "wrong",
+    [
+        {"tau": "x"},
+        {"tau": float("nan")},
+        {"guidance_scale": [1]},
+        {"edit_guidance_scale": "y"},
+        {"attention_control": "x"},
+    ],
+    ids=str,
 )
 def test_an_overlay_that_says_nonsense_of_edits(layouts, caches, tmp_path, wrong):
     usual = {"guidance_scale": 3.0, "tau": 0.8, "edit_guidance_scale": 3.0}
     usual |= {"attention_control": True, "closed_vocabulary": False}
     assert defaults_of(Family(overlay(tmp_path, base_model=str(layouts["sd15"]), **usual))) == usual
     place = overlay(tmp_path, base_model=str(layouts["sd15"]), **{**usual, **wrong})
-    with pytest.raises(ValueError, match=r"model_index\.json says how the model is edited, and .* is (no|out)"):
+    with pytest.raises(ValueError, match=r"model_index\.json says how the model is edited, and .* is (no|out|neither)"):
         defaults_of(Family(place))
 
 

@@ -20,6 +20,7 @@ from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
 
 ENDS = [0, 259, 519, 779, 999]
 ABOUT = {"boundaries": ENDS, "family": "tiny"}
+LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -63,7 +64,7 @@ def test_a_file_says_what_it_holds(students, tmp_path, form):
     write_both(students, tmp_path)
     file = read(tmp_path / form)
     assert (file.direction, file.boundaries, file.rank, file.alpha) == ("forward", ENDS, 4, 8)
-    process = {"prediction_type": "epsilon"}
+    process = {"prediction_type": "epsilon", **LEVELS}
     known = {"adapter": "fcd", "direction": "forward", "process": process}
     assert file.about == {"rank": 4, "alpha": 8, **known, **ABOUT}
     assert json.loads((tmp_path / "forward" / "icd.json").read_text()) == file.about
@@ -187,7 +188,25 @@ def test_kohyas_many_alphas_are_one(tmp_path):
     tensors = load_file(file)
     tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.tensor(1.0)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"has the alphas \[1.0, 16.0\]: a student has one"):
+    with pytest.raises(ValueError, match=r"has the alphas 1.0, 16.0: a student has one"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "complaint"),
+    [
+        (None, r"has no alpha for lora_unet_\w+ and 0 more: a student has one"),
+        (torch.ones(3), r"has the alphas 8.0, \[1.0, 1.0, 1.0\]"),
+        (torch.tensor(1j), r"alpha is of torch.complex64: convert it to one of torch.float32"),
+    ],
+)
+def test_a_kohya_file_whose_alphas_cannot_be_is_refused(students, tmp_path, alpha, complaint):
+    file = write_kohya(students.file("reverse", {}), tmp_path / "kohya.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".alpha"))
+    del tensors[name]
+    save_file(tensors | ({} if alpha is None else {name: alpha}), file)
+    with pytest.raises(ValueError, match=complaint):
         read(file)
 
 
@@ -241,13 +260,28 @@ DAMAGES = {
     r"was trained for the process .*v_prediction.*, and this network's is .*epsilon": lambda tensors, header: (
         header.update(icd='{"process": {"prediction_type": "v_prediction"}}')
     ),
+    r"was trained for the process .*0\.02.*, and this network's is .*0\.012": lambda tensors, header: header.update(
+        icd=json.dumps({"process": {"prediction_type": "epsilon", **LEVELS, "beta_end": 0.02}})
+    ),
     "conv1.lora_A.weight is not finite": lambda tensors, header: tensors.update({FIRST: NAN}),
-    r"rank 4 and alpha 64, the students 4 and 8: .*students\.init_args\.lora": lora(**{"unet.lora_alpha": 64}),
+    r"rank 4 and alpha 64, the students 4 and 8: .*students\.init_args\.lora": lambda tensors, header: header.update(
+        icd="{}", lora_adapter_metadata='{"unet.lora_alpha": 64}'
+    ),
+    "says alpha 8, and 64 as lora_alpha: write it anew": lora(**{"unet.lora_alpha": 64}),
     "alpha '16' is no positive number": lora(**{"unet.lora_alpha": "16"}),
     "uses use_dora, which students do not have": lora(**{"unet.use_dora": True}),
     "its header holds list, not a JSON object": lambda tensors, header: header.update(icd="[7]"),
     "its header is no JSON": lambda tensors, header: header.update(icd="{"),
     "says boundaries 7: they are a list": lambda tensors, header: header.update(icd='{"boundaries": 7}'),
+    r"lora_A.weight of \(4, 16, 3, 3\) torch.int8 in the place": lambda tensors, header: tensors.update(
+        {FIRST: torch.ones(4, 16, 3, 3, dtype=torch.int8)}
+    ),
+    r"lora_A.weight is of torch.float8_e4m3fn: convert it to one": lambda tensors, header: tensors.update(
+        {FIRST: torch.ones(4, 16, 3, 3).to(torch.float8_e4m3fn)}
+    ),
+    r"it has ranks \['4', 'none'\]": lambda tensors, header: tensors.update(
+        {FIRST.replace("lora_A", "lora_B"): torch.ones(())}
+    ),
     "is no student": lambda tensors, header: tensors.clear(),
 }
 
@@ -260,6 +294,14 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(students, empty
     with pytest.raises(ValueError, match=complaint):
         empty.load("reverse", read(damaged))
     assert same(weights(empty, "reverse"), before)
+
+
+def test_a_student_of_an_older_version_tells_no_betas(students, empty, tmp_path):
+    file = write_diffusers(students.file("reverse", {}), tmp_path / "reverse")
+    told = {"process": {"prediction_type": "epsilon"}}
+    older = edit(file, tmp_path / "older.safetensors", lambda tensors, header: header.update(icd=json.dumps(told)))
+    empty.load("reverse", read(older))
+    assert same(weights(empty, "reverse"), weights(students, "reverse"))
 
 
 def test_a_path_without_a_student_is_refused(tmp_path):

@@ -366,12 +366,12 @@ def add(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("width", "spoil", "message"),
     [
-        (3, drop, r"1 weights missing, 0 unknown, 0 of another shape, for example left.bias"),
-        (3, add, r"0 weights missing, 1 unknown, 0 of another shape, for example middle.bias"),
+        (3, drop, r"1 weights missing, 0 unknown, 0 of another shape or type, for example left.bias"),
+        (3, add, r"0 weights missing, 1 unknown, 0 of another shape or type, for example middle.bias"),
         (
             5,
             lambda state: None,
-            r"0 weights missing, 0 unknown, 4 of another shape, for example left.bias",
+            r"0 weights missing, 0 unknown, 4 of another shape or type, for example left.bias",
         ),
     ],
 )

@@ -304,6 +304,7 @@ def test_losses_that_are_none_named_twice_or_for_another_student_are_refused(ran
         distillation(random_family, losses=Losses(others={"forward_cd": Consistency("forward")}))
     with pytest.raises(ValueError, match=r"losses\.reverse_cd trains forward: .* in losses\.others"):
         distillation(random_family, losses=Losses(reverse_cd=Consistency("forward")))
+    assert Losses(others=None).named().keys() == Losses().named().keys()
     distillation(random_family, losses=Losses(reverse_cd=None, others={"mine": Consistency("forward")}))
 
 
@@ -376,11 +377,18 @@ def test_a_checkpoint_of_another_rank_is_refused_by_the_trainer(random_family, s
 def test_a_run_goes_on_with_the_process_that_it_was_trained_for(random_family, trained):
     checkpoint = torch.load(trained[0] / "checkpoints" / "last.ckpt", weights_only=True)
     task = distillation(random_family)
-    changed = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[task.process.prediction_type]
-    task.process = VP(prediction_type=changed)
-    with pytest.raises(ValueError, match=rf"was trained with process .*\(here .*{changed}"):
-        task.check_recipe(checkpoint)
-    del checkpoint["recipe"]["process"]  # as older versions wrote them
+    trained_for = task.process.prediction_type
+    changed = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[trained_for]
+    for process, named in (
+        (VP(prediction_type=changed), changed),
+        (VP(prediction_type=trained_for, beta_end=0.02), "beta_end': 0.02"),
+    ):
+        task.process = process
+        with pytest.raises(ValueError, match=rf"was trained with process .*\(here .*{named}"):
+            task.check_recipe(checkpoint)
+    checkpoint["recipe"]["process"] = {"prediction_type": trained_for}  # as older versions wrote them
+    task.check_recipe(checkpoint)
+    del checkpoint["recipe"]["process"]
     task.check_recipe(checkpoint)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from icd_lightning.apps.study import store
 from icd_lightning.apps.study.edits import Edits
-from icd_lightning.apps.study.store import FILE, PICTURES, Store, Task
+from icd_lightning.apps.study.store import FILE, PICTURES, Plan, Store, Task
 from icd_lightning.data.images import read_picture, resize_and_crop, save_png
 from icd_lightning.evaluation.examples import Example
 from icd_lightning.files import remove_tree, replaced_folder
@@ -23,27 +23,6 @@ from icd_lightning.progress import progress
 
 Save = Callable[[NDArray[np.uint8]], str]
 """Writes a picture; returns the file's name, which says nothing of it."""
-MOST_VOTES = 1_000_000  # of as many people; SQLite counts no further than 2^63
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a study is made: votes wanted for each two edits, the share of checks among an assessor's tasks, the seed."""
-
-    votes: int = 3
-    check_share: float = 0.1
-    seed: int = 0
-    title: str = "Which edit is better?"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.votes <= MOST_VOTES:
-            raise ValueError(f"votes {self.votes} must be from 1 to {MOST_VOTES:,}")
-        if not 0 <= self.check_share <= 0.5:
-            raise ValueError(f"check_share {self.check_share} must be from 0 to 0.5")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} must be 0 or more")
-        if not self.title.isprintable():
-            raise ValueError(f"title {self.title!r} must be a line of text")
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ def create_study(found: Sequence[Edits], plan: Plan, folder: Path, *, overwrite:
         count = math.ceil(len(pairs) * plan.check_share / (1 - plan.check_share))
         checks = [_check(number, materials, save, rng) for number in range(count)]
         tasks = [*pairs, *checks]
-        store.create(temporary / FILE, vars(plan), [tasks[index] for index in rng.permutation(len(tasks))])
+        store.create(temporary / FILE, plan, [tasks[index] for index in rng.permutation(len(tasks))])
         check_free(folder, overwrite=overwrite)  # somebody may have voted meanwhile
         remove_tree(folder / PICTURES)
         for suffix in ("", "-wal", "-shm"):

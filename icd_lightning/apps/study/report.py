@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from icd_lightning.apps.study.store import Store
+from icd_lightning.apps.study.store import Plan, Store
 from icd_lightning.evaluation.report import (
     Bars,
     Report,
@@ -117,9 +117,9 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study came to: its settings, its pairs of edits and how many lack votes, assessors, preferences."""
+    """What a study came to: its plan, its pairs of edits and how many lack votes, assessors, preferences."""
 
-    settings: dict[str, str]
+    plan: Plan
     pairs: int
     short: int
     votes: int
@@ -132,7 +132,7 @@ class Outcome:
         return (
             f"{self.votes} votes of {len(people.counted)} assessors are counted; {len(people.failed)} who failed the "
             f"checks and {len(people.unchecked)} who met none are left out. {self.short} of {self.pairs} pairs have "
-            f"fewer than {self.settings['votes']} votes."
+            f"fewer than {self.plan.votes} votes."
         )
 
 
@@ -141,7 +141,7 @@ def evaluate(folder: Path, min_passed: float) -> Outcome:
     if not 0 <= min_passed <= 1:
         raise ValueError(f"min_passed {min_passed} must be from 0 to 1")
     store = Store(folder)
-    votes, settings = store.votes(), store.settings
+    votes, plan = store.votes(), store.plan
     ((pairs,),) = store.read("SELECT count(*) FROM tasks WHERE b IS NOT NULL")
     store.close()
     panelists = judge(votes, min_passed)
@@ -151,8 +151,8 @@ def evaluate(folder: Path, min_passed: float) -> Outcome:
             f"{folder} has no votes to count: {len(panelists.failed)} assessors failed the checks, and "
             f"{len(panelists.unchecked)} met none; collect more by icd study serve, or lower --min-passed"
         )
-    whole = (counted.groupby("task").size() >= int(settings["votes"])).sum()
-    return Outcome(settings, pairs, pairs - int(whole), len(counted), panelists, list(preferences(counted)))
+    whole = (counted.groupby("task").size() >= plan.votes).sum()
+    return Outcome(plan, pairs, pairs - int(whole), len(counted), panelists, list(preferences(counted)))
 
 
 def table(outcome: Outcome, *, by_kind: bool = False) -> Table:
@@ -205,5 +205,5 @@ def write_outcome(outcome: Outcome, out: Path, facts: dict[str, str]) -> list[Pa
         (f"{len(people.counted)} of {everybody}", "assessors counted"),
         (f"{outcome.pairs:,}", "pairs of edits"),
     )
-    report = Report("Preference study", outcome.settings["title"], tiles, (figure, *tables), facts)
+    report = Report("Preference study", outcome.plan.title, tiles, (figure, *tables), facts)
     return [markdown, sheet, draw_section(figure, out / "preferences.png"), *write_report(report, out)]

@@ -40,7 +40,7 @@ class Pages:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.templates = Jinja2Templates(env=templates(HERE / "pages"))
-        self.templates.env.globals["title"] = store.settings["title"]
+        self.templates.env.globals["title"] = store.plan.title
 
     def page(self, request: Request, name: str, status: int = 200, **context: object) -> Response:
         """A page that no browser keeps."""

@@ -6,8 +6,8 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ FORMAT = 0x1CD57D1  # SQLite's application_id: what the file is
 PATIENCE = 1800.0
 """Seconds after which a task that was given out and not answered is given to somebody else too."""
 MOST_IDLE = 1000  # assessors who began within that time and have not voted; nobody more begins
+MOST_VOTES = 1_000_000  # of as many people; SQLite counts no further than 2^63
 SIDES = ("left", "right", "tie")
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -43,10 +44,32 @@ ORDER BY sum(choice IS NOT NULL OR ifnull(given > :since, 0)), place LIMIT 1
 """
 """Of the tasks that the assessor has not had and that lack votes, one with the fewest, and whether its sides change."""
 
+COLUMNS = "SELECT kind.name || '.' || part.name FROM sqlite_master kind, pragma_table_info(kind.name) part"
+
 IDLE = """
 SELECT count(*) FROM assessors WHERE joined > ?
 AND NOT EXISTS (SELECT 1 FROM votes WHERE assessor = token AND choice IS NOT NULL)
 """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a study is made: votes wanted for each two edits, the share of checks among an assessor's tasks, the seed."""
+
+    votes: int = 3
+    check_share: float = 0.1
+    seed: int = 0
+    title: str = "Which edit is better?"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.votes <= MOST_VOTES:
+            raise ValueError(f"votes {self.votes} must be from 1 to {MOST_VOTES:,}")
+        if not 0 <= self.check_share <= 0.5:
+            raise ValueError(f"check_share {self.check_share} must be from 0 to 0.5")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be 0 or more")
+        if not self.title.isprintable():
+            raise ValueError(f"title {self.title!r} must be a line of text")
 
 
 @dataclass(frozen=True)
@@ -83,14 +106,14 @@ class Shown:
     right: str
 
 
-def create(file: Path, settings: Mapping[str, object], tasks: Sequence[Task]) -> None:
+def create(file: Path, plan: Plan, tasks: Sequence[Task]) -> None:
     """Write a new study; the tasks come in the order in which they are given out."""
     connection = _connect(file)
     connection.execute(f"PRAGMA application_id = {FORMAT}")
     connection.executescript(SCHEMA)
     with connection:
         connection.execute("BEGIN")
-        connection.executemany("INSERT INTO settings VALUES (?, ?)", [(n, str(v)) for n, v in settings.items()])
+        connection.executemany("INSERT INTO settings VALUES (?, ?)", [(n, str(v)) for n, v in vars(plan).items()])
         names = ", ".join(field.name for field in fields(Task))
         marks = ", ".join("?" for _ in fields(Task))
         connection.executemany(f"INSERT INTO tasks ({names}) VALUES ({marks})", map(astuple, tasks))
@@ -121,13 +144,20 @@ class Store:
             if application != FORMAT or state != "ok":
                 raise sqlite3.DatabaseError(state if application == FORMAT else "not a study's")
             self.connection.execute("PRAGMA journal_mode = WAL")  # reports read while votes are written
-            self.settings = dict(self.connection.execute("SELECT name, value FROM settings"))
-            self.wanted, self.check_share = int(self.settings["votes"]), float(self.settings["check_share"])
+            told = dict(self.connection.execute("SELECT name, value FROM settings"))
+            self.plan = Plan(int(told["votes"]), float(told["check_share"]), int(told["seed"]), told["title"])
+            self._check_tables()
         except (sqlite3.DatabaseError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.file} cannot be read as a study ({error}): bring back a copy of it, or save what can be read "
                 "by sqlite3's .recover"
             ) from error
+
+    def _check_tables(self) -> None:
+        with closing(sqlite3.connect(":memory:")) as new:
+            new.executescript(SCHEMA)
+            if lacking := set(new.execute(COLUMNS)) - set(self.connection.execute(COLUMNS)):
+                raise KeyError(*min(lacking))
 
     def close(self) -> None:
         self.connection.close()
@@ -193,11 +223,11 @@ class Store:
         """Assign a pair of edits, or a check where it is time for one; False if no pair is left."""
         query = "SELECT phase, (SELECT count(*) FROM votes WHERE assessor = token) FROM assessors WHERE token = ?"
         phase, count = connection.execute(query, (token,)).fetchone()
-        values = {"token": token, "votes": self.wanted, "since": time.time() - PATIENCE}
+        values = {"token": token, "votes": self.plan.votes, "since": time.time() - PATIENCE}
         found = connection.execute(NEXT, {**values, "check": False}).fetchone()
         if found is None:
             return False
-        if int(phase + (count + 1) * self.check_share) > int(phase + count * self.check_share):
+        if int(phase + (count + 1) * self.plan.check_share) > int(phase + count * self.plan.check_share):
             found = connection.execute(NEXT, {**values, "check": True}).fetchone() or found
         task, swapped = found
         row = (token, task, count + 1, swapped, time.time())

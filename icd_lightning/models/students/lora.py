@@ -142,7 +142,7 @@ class LoraStudents(Students):
     def load(self, direction: Direction, file: StudentFile) -> None:
         """Take a student from its file. Every key and shape must fit, and so must alpha, rank and direction."""
         ours = self.process.settings
-        if (theirs := file.about.get("process", ours)) != ours:
+        if not self.process.is_of(theirs := file.about.get("process", ours)):
             told = "; of a flow the resolution fixes the shift: name it by --trained_at, of icd fit family.trained_at"
             raise ValueError(
                 f"{file.path} was trained for the process {theirs}, and this network's is {ours}"
