@@ -93,9 +93,17 @@ def test_a_prompt_that_both_encoders_cut_is_reported_once(family, caplog):
 
 
 @torch.no_grad()
-def test_the_network_sees_the_framing(family, conditioner):
-    model, x, outputs = family.load_model(guided=False), torch.randn(2, 4, 8, 8), []
-    for crop in ((0, 0), (32, 0)):
-        framing = Framing([{"original_size": (96, 64), "crop_top_left": crop}] * 2, (64, 64))
-        outputs.append(model.predict(x, torch.full((2,), 500), conditioner(PROMPTS, framing), None))
-    assert not torch.allclose(*outputs)
+def test_the_network_is_told_all_as_diffusers_tells_it(family, conditioner):
+    model, x, t, outputs = family.load_model(guided=False), torch.randn(2, 4, 8, 8), torch.full((2,), 500), []
+    whole, cut = (
+        conditioner(PROMPTS, Framing([{"original_size": (96, 64), "crop_top_left": crop}] * 2, (64, 64)))
+        for crop in ((0, 0), (32, 0))
+    )
+    other = whole.replace(pooled_prompt_embeds=whole.tensors["pooled_prompt_embeds"].flip(0))
+    for told in (whole, cut, other):
+        embeds, pooled, ids = (told.tensors[key] for key in ("prompt_embeds", "pooled_prompt_embeds", "time_ids"))
+        outputs.append(model.predict(x, t, told, None))
+        added = {"text_embeds": pooled, "time_ids": ids}
+        assert torch.equal(outputs[-1], model.network(x, t, embeds, added_cond_kwargs=added).sample)
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])

@@ -95,7 +95,8 @@ def test_a_v_prediction_network_is_split_as_such(batch):
 @pytest.mark.parametrize("kind", [LoraStudents, FullStudents])
 def test_only_the_students_have_gradients(batch, kind):
     students, conditioning = kind(tiny_model()), Conditioning(prompt_embeds=batch["prompt_embeds"])
-    assert not students.denoiser("teacher", conditioning, 1.0)(batch["x"], batch["t"]).eps.requires_grad
+    landed = batch["x"].clone().requires_grad_()  # as a student's jump
+    assert not students.denoiser("teacher", conditioning, 1.0)(landed, batch["t"]).eps.requires_grad
     assert students.denoiser("forward", conditioning, 1.0)(batch["x"], batch["t"]).eps.requires_grad
     assert students.denoiser("reverse", conditioning, 3.0)(batch["x"], batch["t"]).x0.requires_grad
     students.freeze("forward")
