@@ -271,10 +271,10 @@ def _going_on() -> Iterator[None]:
 
 
 def nulls(config: Namespace, prefix: str = "") -> Iterator[str]:
-    """Keys of parts that are null and may not be, by the signature that they are an argument of."""
+    """Keys of parts that are null and may not be, by the signature of this package that they are an argument of."""
     if "trainer" in config and config.trainer is None:
         yield f"{prefix}trainer"
-    if "class_path" in config and "init_args" in config:
+    if "init_args" in config and config.class_path.startswith("icd_lightning."):  # others take what they do not say
         taken = inspect.signature(resolve_name(config.class_path)).parameters
         for name in (name for name, value in vars(config.init_args).items() if value is None and name in taken):
             if taken[name].default is not None and not re.search("None|Optional|Any", str(taken[name].annotation)):
