@@ -235,6 +235,14 @@ def test_a_callback_is_added_as_the_guide_says(cli, random_family):
     assert names[-1] == "RunCheckpoint"  # after the average of its step
 
 
+def test_the_runs_folder_is_tensorboards_whatever_else_logs(cli, random_family, tmp_path):
+    logger = f"{{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {tmp_path / 'other'}}}}}"
+    options = (f"--trainer.default_root_dir={tmp_path / 'run'}", f"--trainer.logger={logger}")
+    *_, trainer = build(cli, TINY, f"--model.init_args.family.model={random_family}", *options)
+    assert [type(one).__name__ for one in trainer.loggers] == ["RunTensorBoard", "CSVLogger"]
+    assert trainer.log_dir == str(tmp_path / "run")
+
+
 def test_a_typo_in_an_overlay_is_one_line_and_exit_code_2(cli, tmp_path, capsys):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {init_args: {losses: {forward_preservatoin: null}}}")
