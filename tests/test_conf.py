@@ -240,7 +240,7 @@ def test_the_runs_folder_is_tensorboards_whatever_else_logs(cli, random_family, 
     options = (f"--trainer.default_root_dir={tmp_path / 'run'}", f"--trainer.logger={logger}")
     *_, trainer = build(cli, TINY, f"--model.init_args.family.model={random_family}", *options)
     assert [type(one).__name__ for one in trainer.loggers] == ["RunTensorBoard", "CSVLogger"]
-    assert trainer.log_dir == str(tmp_path / "run")
+    assert Path(trainer.log_dir) == tmp_path / "run"
 
 
 def test_a_typo_in_an_overlay_is_one_line_and_exit_code_2(cli, tmp_path, capsys):
