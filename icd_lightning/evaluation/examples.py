@@ -10,9 +10,9 @@ import ast
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -262,11 +262,12 @@ def _data_set(examples: list[Example], place: Path, file: Path, count: int | Non
                 f"{file} names {example.picture}, which is not there; give the pictures' folder by --images"
             )
     chosen = examples[:count]
-    _check_pictures({example.picture for example in chosen if isinstance(example.picture, Path)}, file)
+    _check_pictures(frozenset(example.picture for example in chosen if isinstance(example.picture, Path)), file)
     return DataSet(chosen, f"{len(chosen)} of {place.name}", sha256(file))
 
 
-def _check_pictures(pictures: Collection[Path], file: Path) -> None:
+@lru_cache(1)  # ablations read the same pictures for every row
+def _check_pictures(pictures: frozenset[Path], file: Path) -> None:
     """ValueError if some cannot be read: figures are of all pictures, and the last of them may be hours away."""
     wrong = []
     for picture in progress(sorted(pictures), "looking at pictures", len(pictures)):

@@ -198,6 +198,16 @@ EDITS_CSV = """,Unnamed: 0,file_name,old_caption,edited_caption,blended_words
 """
 
 
+def test_pictures_are_looked_at_once_however_often_they_are_measured(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "edits.csv").write_text("image,caption\na.png,a star\n")
+    looked = []
+    monkeypatch.setattr("icd_lightning.evaluation.examples.read_picture", looked.append)
+    for _ in range(3):
+        read_captions(tmp_path / "edits.csv")
+    assert looked == [tmp_path / "a.png"]
+
+
 def test_the_references_table_of_edits_is_read(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "edits.csv").write_text(EDITS_CSV)
