@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -23,11 +24,23 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
     try:
-        result = write(temporary)
+        with room_for(path):
+            result = write(temporary)
         os.replace(temporary, path)
         return result
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Name what is written in the system's error of a full disk, which names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"cannot write {path}: its disk is full, make room or name another place") from error
 
 
 @singledispatch
@@ -47,7 +60,8 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")  # beside its goal, where a rename is one atomic step
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with room_for(folder):
+            yield temporary
         if not folder.exists():
             os.rename(temporary, folder)
             return

@@ -6,7 +6,16 @@ from subprocess import run
 
 import pytest
 
-from icd_lightning.files import as_seen_here, cache_folder, check_place, read_csv, read_object, read_yaml, write_whole
+from icd_lightning.files import (
+    as_seen_here,
+    cache_folder,
+    check_place,
+    read_csv,
+    read_object,
+    read_yaml,
+    replaced_folder,
+    write_whole,
+)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -22,6 +31,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         write_whole(path, fail)
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("through", [write_whole, replaced_folder])
+def test_a_full_disk_is_named_by_what_is_written(tmp_path, through):
+    path = tmp_path / "a.txt"
+
+    def write(_: Path) -> None:
+        with open("/dev/full", "w") as device:
+            device.write("a")
+
+    with pytest.raises(OSError, match=r"^cannot write .*a\.txt: its disk is full, make room or name another place$"):
+        if through is write_whole:
+            write_whole(path, write)
+        with replaced_folder(path) as folder:
+            write(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_gets_the_rights_that_any_new_file_has(tmp_path):

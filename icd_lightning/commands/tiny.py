@@ -91,13 +91,12 @@ def report(
     if count < 1:
         raise ValueError(f"count {count} must be 1 or more")
     check_held_out(seed)
-    family = Family(model)
+    family, file = Family(model), results_of("tiny-report", model, out) / "bars.json"
     bars = measure_family(family, count=count, seed=seed)
     rules = [("", "") if bar.limit is None else (f">= {bar.limit:g}", "ok" if bar.passed else "MISSED") for bar in bars]
     rows = tuple((bar.name, bar.value, *rule) for bar, rule in zip(bars, rules, strict=True))
     title, header = f"{model} on {count} held-out scenes (seed {seed})", ("what", "measured", "bar", "")
     print_tables([Table(title, "", header, rows, styles={"measured": Style(4)})])
-    file = results_of("tiny-report", model, out) / "bars.json"
     write_json(file, {"model": model, "count": count, "seed": seed, "bars": [asdict(bar) for bar in bars]})
     log.info("%s", file)
     if card:

@@ -1,7 +1,9 @@
 import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -230,3 +232,13 @@ def test_a_variable_of_the_shell_that_is_not_set_is_no_folder_here(capsys, args)
     code, _, err = outcome(capsys, *args)
     assert code == 2
     assert "is empty: give it a value, or leave it out" in err
+
+
+@pytest.mark.parametrize("args", [["eval"], ["tiny", "report"], ["tiny", "jumps"], ["ablations"], ["demo"]])
+def test_where_no_results_can_be_kept_is_said_before_they_are_made(capsys, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").touch()
+    (tmp_path / "conf").symlink_to(Path(__file__).parents[2] / "conf")
+    code, _, err = outcome(capsys, *args)
+    assert code == 2
+    assert re.search(r"cannot write outputs/[\w-]+/results into .*outputs: that is a file, name another place", err)

@@ -1,8 +1,10 @@
+import gc
 import logging
 import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,19 @@ import scipy, torchvision
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
     assert Path("photo-edited.png").is_file()
+
+
+def test_garbage_is_collected_again_after_what_a_command_imports():
+    for collects in (True, False, True):
+        gc.enable() if collects else gc.disable()
+        with suppress(KeyError), pictures.light():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == collects
+    frozen = gc.get_freeze_count()
+    with pictures.light():
+        kept = [[] for _ in range(1000)]
+    assert gc.get_freeze_count() == frozen > len(kept)  # once a process: of later commands garbage would stay for good
 
 
 def test_edit_by_attention_control(icd, pipeline, folder, caplog):
