@@ -12,7 +12,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import lightning
 import torch
+from huggingface_hub.utils import WeakFileLock
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -95,9 +96,13 @@ class FitParser(LightningArgumentParser):
 
 
 class FitCommand(LightningCLI):
-    """LightningCLI over a Task and a LightningDataModule, both named by the configuration."""
+    """LightningCLI over a Task and a LightningDataModule, both named by the configuration.
 
-    def __init__(self, args: list[str]) -> None:
+    held: what is let go when the command has ended, however it does.
+    """
+
+    def __init__(self, args: list[str], held: ExitStack) -> None:
+        self.held = held
         super().__init__(
             model_class=Task,
             datamodule_class=lightning.LightningDataModule,
@@ -162,12 +167,15 @@ class FitCommand(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what cannot go on or together before anything is written; accumulate up to the global batch size."""
-        check_room(Path(self.trainer.default_root_dir), self.model)
+        root = Path(self.trainer.default_root_dir)
+        check_room(root, self.model)
         if (checkpoint := self._checkpoint()) is not None:
             self.model.check_recipe(checkpoint)
         self.model.check_strategy(self.trainer.strategy)
         if (total := self._get(self.config, "global_batch_size")) is not None:
             self._accumulate(total)
+        if self.trainer.is_global_zero:
+            self.held.enter_context(alone(root))
 
     def _checkpoint(self) -> dict | None:
         """What ckpt_path names, if it is there, its tensors not yet read; the last is where RunCheckpoint keeps it."""
@@ -302,6 +310,19 @@ def check_room(root: Path, task: torch.nn.Module) -> None:
         raise OSError(f"{root} has {free >> 20:,} MB free, checkpoints need {needed >> 20:,}: make room, or {remedy}")
 
 
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Keep other runs out of this folder, where each would replace the other's checkpoints; OSError if there is one."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(root / ".lock", timeout=0.1))
+        except TimeoutError as error:
+            raise OSError(
+                f"another run trains into {root}: wait for its end, or give another trainer.default_root_dir"
+            ) from error
+        yield
+
+
 def micro_batches(global_batch_size: int, batch_size: int, devices: int) -> int:
     """How many micro-batches of this size each device accumulates for one optimizer step; ValueError for no number."""
     if global_batch_size % (batch_size * devices) == 0:
@@ -342,7 +363,8 @@ def run(args: list[str]) -> None:
         if (file.suffix in (".yaml", ".yml") or "--config" in (option, name)) and os.path.exists(file):
             read_yaml(file)  # its size and depth: jsonargparse reads files of any, and pipes in which nothing comes
     try:
-        FitCommand(args)
+        with ExitStack() as held:
+            FitCommand(args, held)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except SystemExit as end:
