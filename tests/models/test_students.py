@@ -64,6 +64,11 @@ def test_lora_of_no_size_is_refused(wrong):
         LoraSettings(**wrong)
 
 
+def test_lora_of_no_layer_is_refused():
+    with pytest.raises(ValueError, match="target_modules are none: name layers, or leave it out for the usual ones"):
+        LoraSettings(target_modules=())
+
+
 def test_lora_targets_that_match_no_layer_are_one_error():
     with pytest.raises(
         ValueError, match=r"no layer of UNet2DConditionModel is named like the LoRA target_modules to_nothing, q: name"

@@ -48,6 +48,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 < self.alpha < float("inf"):
             raise ValueError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive and finite")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("LoRA target_modules are none: name layers, or leave it out for the usual ones")
 
 
 class LoraStudents(Students):
