@@ -101,8 +101,8 @@ class FitCommand(LightningCLI):
     held: what is let go when the command has ended, however it does.
     """
 
-    def __init__(self, args: list[str], held: ExitStack) -> None:
-        self.held = held
+    def __init__(self, args: list[str], held: ExitStack | None = None) -> None:
+        self.held = held or ExitStack()
         super().__init__(
             model_class=Task,
             datamodule_class=lightning.LightningDataModule,
