@@ -60,6 +60,9 @@ TOLD = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "rec
 
 INTERRUPTED = 128 + signal.SIGINT
 
+PATIENCE = 15.0
+"""Seconds to wait for another run's end: of one that was killed, data workers live on for some."""
+
 MOVED = {  # keys of stage 2's model.init_args before students and losses were parts of their own, and what they are now
     "lora": "students.init_args.lora",
     "gradient_checkpointing": "students.init_args.gradient_checkpointing",
@@ -315,7 +318,7 @@ def alone(root: Path) -> Iterator[None]:
     """Keep other runs out of this folder, where each would replace the other's checkpoints; OSError if there is one."""
     with ExitStack() as held:
         try:
-            held.enter_context(WeakFileLock(root / ".lock", timeout=0.1))
+            held.enter_context(WeakFileLock(root / ".lock", timeout=PATIENCE))
         except TimeoutError as error:
             raise OSError(
                 f"another run trains into {root}: wait for its end, or give another trainer.default_root_dir"

@@ -16,7 +16,7 @@ from often_case import often
 from running_case import running
 from training_case import write_scenes
 
-from icd_lightning.commands.fit import alone, micro_batches
+from icd_lightning.commands.fit import micro_batches
 from icd_lightning.commands.guide import GUIDES
 from icd_lightning.commands.main import main
 from icd_lightning.evaluation.curves import read_scalars
@@ -94,14 +94,6 @@ def test_the_same_command_again_has_nothing_left_to_do(run, command, caplog):
     assert "already at step 2 of 2; raise trainer.max_steps to go on" in caplog.messages
     assert steps(run) == 2
     assert students(run) == before  # to the byte, so that what was measured of these files stays known
-
-
-def test_two_runs_do_not_train_into_one_folder(run, command, capsys):
-    before = students(run)
-    with alone(run):
-        said = error_of(capsys, command(run, ACCUMULATED, "--trainer.max_steps=3"))
-    assert f"another run trains into {run}: wait for its end, or give another trainer.default_root_dir" in said
-    assert (steps(run), students(run)) == (2, before)
 
 
 def test_a_runs_own_config_makes_it_again(run, tmp_path):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from training_case import write_scenes
 
 from icd_lightning import trust
+from icd_lightning.commands import fit
 from icd_lightning.commands.main import main
 from icd_lightning.data.tars import expand
 
@@ -125,6 +127,21 @@ def test_a_run_without_room_for_its_checkpoints_is_told_of_before_it_begins(here
     own = [f"--data.init_args.urls={scenes}", f"--data.init_args.val_urls={scenes}", "--trainer.default_root_dir=run"]
     assert "run has 0 MB free, checkpoints need" in refusal(capsys, *BASE, *own)
     assert list(Path("run").iterdir()) == []
+
+
+def test_two_runs_do_not_train_into_one_folder(here, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "PATIENCE", 0.1)
+    scenes = write_scenes(here / "scenes")
+    own = [f"--data.init_args.urls={scenes}", f"--data.init_args.val_urls={scenes}", "--trainer.default_root_dir=run"]
+    Path("run").mkdir()
+    other = "import sys; from pathlib import Path; from icd_lightning.commands.fit import alone\n"
+    other += "with alone(Path('run')):\n    print('mine', flush=True)\n    sys.stdin.read()"
+    with running([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"mine\n"
+        said = refusal(capsys, *BASE, *own)
+    assert "another run trains into run: wait for its end, or give another trainer.default_root_dir" in said
+    assert [path.name for path in Path("run").iterdir()] == [".lock"]
+    main([*BASE, *own])  # killed, it lets go
 
 
 def test_sigterm_ends_any_command_with_143_and_nothing_half_written(here):
