@@ -368,7 +368,7 @@ class Task(lightning.LightningModule):
             return  # Lightning would log the last micro-batch's alone
         names = list(self._micro_batches[0])
         means = torch.stack([torch.stack([values[name] for name in names]) for values in self._micro_batches]).mean(0)
-        means = self.all_gather(means).reshape(-1, len(names)).mean(0)  # in one message
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")  # over ranks, in one message
         for name, mean in zip(names, means, strict=True):
             self.log(f"train/{name}", mean, prog_bar=name == "loss")
         self._micro_batches = []
