@@ -45,11 +45,15 @@ class Entry:
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of names such as ../x
-            raise ValueError(f"there is no class {self.class_path} ({error})") from error
+            absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            remedy = ": install what holds it, or name its folder by PYTHONPATH=..." if absent else ""
+            raise ValueError(f"there is no class {self.class_path} ({error}){remedy}") from error
 
     def build(self, **parts: Any) -> Any:
         """The part, made of `parts` and of its settings, checked against its constructor's types."""
         cls = self.load()
+        if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
+            raise ValueError(f"{self.class_path} lacks {', '.join(lacking)}: write what its base class asks for")
         return cls(**parts, **typed(cls, self.init_args, skip=set(parts)))
 
 

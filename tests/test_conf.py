@@ -1,5 +1,6 @@
 """Every configuration in conf/: what it composes to, that it builds, and what an ablation changes."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def arguments(names, *options: str) -> list[str]:
 @pytest.fixture(scope="module")
 def cli(random_family):
     """One command, since its parser takes longest to make; `cli.parser.parse_args` and `build` use it again."""
-    return Built(arguments(TINY, f"--model.init_args.family.model={random_family}"))
+    return Built(arguments(TINY, f"--model.init_args.family.model={random_family}"), ExitStack())
 
 
 def compose(cli, names, *options: str) -> dict:

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ class Composed(FitCommand):
 
 @pytest.fixture(scope="module")
 def fit_parser():
-    return Composed(BASE).parser
+    return Composed(BASE, ExitStack()).parser
 
 
 def check_icd(words: list[str], fit_parser) -> None:

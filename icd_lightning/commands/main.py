@@ -119,8 +119,8 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong in one line and exit with code 2."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     causes = [line for line in lines if not NOISE.match(line)] or lines
-    text = "; ".join(dict.fromkeys(causes))
-    text = re.sub(r'^Parser key "([^"]+)":;? *', r"\1: ", text)
+    text = "; ".join(dict.fromkeys(causes)).replace(":; ", ": ")
+    text = re.sub(r'^Parser key "([^"]+)": *', r"\1: ", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     sys.stderr.write(f"icd: error: {printable(text)}\n")
     raise SystemExit(2)

@@ -39,6 +39,7 @@ class Weights:
         config: A folder in diffusers' layout, or a hub id, whose configs and tokenizer a single file is read with.
         style: A style LoRA to merge into the network beneath the students, FILE or FILE:SCALE.
         trained_at: Pixels of a side of the pictures that students were trained on, if other than the model's own.
+        backbone: The class of an architecture of yours, e.g. my_backbones.MyTransformer.
     """
 
     model: str = "tiny"
@@ -55,6 +56,7 @@ class Weights:
     config: str | None = None
     style: str | None = None
     trained_at: int | None = None
+    backbone: str | None = None
 
     def __post_init__(self) -> None:
         named = self.model in SHIPPED or re.match(r"random:|[\w.-]+/[\w.-]+$", self.model)
@@ -77,10 +79,12 @@ class Weights:
 
     def family(self) -> Any:
         """The model, a `Family`; this loads torch."""
+        from icd_lightning.models.backbones import named_backbone
         from icd_lightning.models.family import Family
 
         names = ("guided_unet", "vae", "precision", "variant", "prediction_type", "config", "style", "trained_at")
-        return Family(self.model, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        told = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return Family(self.model, backbone=self.backbone and named_backbone(self.backbone), **told)
 
     def models(self) -> Any:
         """The model and the students on the device, a `Models`; this loads torch."""

@@ -37,7 +37,9 @@ Plan = Generator[Call, Tensor, Value]
 
 def together(plans: Mapping[Name, Plan[Value]]) -> dict[Name, Value]:
     """Run plans side by side and return what each of them returns."""
-    waiting, results = {name: next(plan) for name, plan in plans.items()}, dict[Name, Value]()
+    if alien := [name for name, plan in plans.items() if not isinstance(plan, Generator)]:
+        raise ValueError(f"loss {alien[0]}: its plan yields nothing: yield a Call(jump, x, t, s, turn) for each jump")
+    waiting, results = {name: _called(name, next(plan)) for name, plan in plans.items()}, dict[Name, Value]()
     while waiting:
         turn = min(call.turn for call in waiting.values())
         due = {name: call for name, call in waiting.items() if call.turn == turn}
@@ -45,11 +47,18 @@ def together(plans: Mapping[Name, Plan[Value]]) -> dict[Name, Value]:
             made = _make(due)
         for name, x in made.items():
             try:
-                waiting[name] = plans[name].send(x)
+                waiting[name] = _called(name, plans[name].send(x))
             except StopIteration as end:
                 del waiting[name]
                 results[name] = end.value
     return {name: results[name] for name in plans}
+
+
+def _called(name: object, call: object) -> Call:
+    if not isinstance(call, Call) or call.turn not in (0, 1, 2):
+        what = f"a call of turn {call.turn}" if isinstance(call, Call) else f"a {type(call).__name__}"
+        raise ValueError(f"loss {name}: its plan yields {what}: yield Call(jump, x, t, s, turn), turn 0, 1 or 2")
+    return call
 
 
 def _make(due: Mapping[Name, Call]) -> dict[Name, Tensor]:

@@ -136,6 +136,21 @@ class Loss(ABC):
     def plan(self, inputs: LossInputs, draws: Draws) -> Plan[LossValues]:
         """Draw, and yield the jumps to make; only those of turn 2 are differentiated."""
 
+    def check(self, name: str, made: object, *, count: int) -> None:
+        """ValueError for what a plan returned, if that is no `LossValues` of `count` samples, or trains nothing."""
+        shapes = [tuple(getattr(one, "shape", "?")) for one in made] if isinstance(made, LossValues) else []
+        if shapes != [(count,), (count,)]:
+            what = " and ".join(map(str, shapes)) or type(made).__name__
+            raise ValueError(
+                f"loss {name}: its plan returns {what}: return LossValues(values, segments), both of shape ({count},), "
+                "one of each for a sample"
+            )
+        if torch.is_grad_enabled() and not made.values.requires_grad:
+            raise ValueError(
+                f"loss {name} gives the {self.trains} model no gradient: yield its jump, "
+                f"inputs.students[{self.trains!r}](w), in a Call of turn 2"
+            )
+
 
 class Consistency(Loss):
     """L_CD of a student. The reverse one draws w from the guidance scales; the forward one is trained unguided."""

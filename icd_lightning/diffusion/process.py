@@ -74,11 +74,7 @@ class Process(nn.Module, ABC):
         if name is None:  # a scheduler's config in memory; only betas make it plain which process it is of
             foreign = [key for key in ("shift", "base_shift", "sigma_data") if key in config]
             name = f"with {foreign[0]}" if foreign else "DDIMScheduler"
-        kinds = Process.__subclasses__()  # these two, and those of other packages
-        kind = next((kind for kind in kinds if name in kind.schedulers), None)
-        if kind is None:
-            known = ", ".join(scheduler for kind in kinds for scheduler in kind.schedulers)
-            raise ValueError(f"scheduler {name!r} is of no known process; known schedulers (_class_name): {known}")
+        kind = _kind_of(str(name))
         parameters = inspect.signature(kind, eval_str=True).parameters
         given = {key: config[key] for key in parameters if key in config}
         unknown = [key for key in kind.refused if config.get(key)]
@@ -284,6 +280,25 @@ class Flow(Process):
     def network_time(self, t: Tensor) -> Tensor:
         """T sigma(t) (B,) float32, as diffusers' scheduler counts."""
         return self.num_train_timesteps * self.sigmas[t]
+
+
+def _kind_of(scheduler: str) -> type[Process]:
+    """The process whose scheduler this is, ours or one of another package; ValueError for none, and for two."""
+    kinds = [Process]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    told = {kind: kind.schedulers for kind in kinds if "schedulers" in vars(kind)}
+    named = [kind for kind, schedulers in told.items() if scheduler in schedulers]
+    if not named:
+        known = ", ".join(one for schedulers in told.values() for one in schedulers)
+        raise ValueError(
+            f"scheduler {scheduler!r} is of no known process; known schedulers (_class_name): {known}. A process of "
+            "yours is known where the module that defines the backbone imports it (family.backbone, --backbone)"
+        )
+    if len(named) > 1:
+        paths = " and ".join(f"{kind.__module__}.{kind.__name__}" for kind in named)
+        raise ValueError(f"scheduler {scheduler!r} is one of both {paths}: take another name for yours")
+    return named[0]
 
 
 def _at_fixed_shift(config: Mapping[str, Any], tokens: int | None) -> Mapping[str, Any]:

@@ -159,6 +159,17 @@ class Benchmark:
     write: Callable[[Measured, list[Section]], list[Path]] | None = None
     folder: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, kind in (("tasks", Task), ("methods", str)):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not given or not all(isinstance(one, kind) for one in given):
+                raise ValueError(
+                    f"a benchmark's {name} are {given!r}: give a tuple of {kind.__name__}, (x,) for one alone"
+                )
+        named = [task.name for task in (*self.tasks, *self.grid_tasks)]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"two of a benchmark's tasks are named {twice[0]!r}: give each a name, and a suffix")
+
     @classmethod
     def find(cls, name: str, *, told_by: str | None = None) -> Benchmark:
         """By name, or by its path, package.module.NAME; ValueError if there is none, or `told_by` may not name it."""

@@ -183,6 +183,7 @@ def _rows_of(file: Path, batch: Sequence[Example]) -> pd.DataFrame | None:
 def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
     rows = []
     for outcome in run.measure(batch):
+        _check_outcome(run, outcome, len(batch))
         if not outcome.images.isfinite().all():
             raise ValueError(f"{run.name}, {outcome.decoding}: a result is not finite: {NOT_FINITE_REMEDY}")
         for index, (example, picture) in enumerate(zip(batch, to_pictures(outcome.images), strict=True)):
@@ -193,7 +194,18 @@ def _make(run: Run, batch: Sequence[Example]) -> list[Row]:
             row = {"key": example.key, "decoding": outcome.decoding, "kind": example.kind, "image": str(path)}
             row |= {"nfe": outcome.nfe, "seconds": outcome.seconds}
             rows.append(row | {name: float(value[index]) for name, value in outcome.values.items()})
+    if not rows:
+        raise ValueError(f"{run.name}: the task's measure gives nothing: yield an Outcome for each decoding")
     return rows
+
+
+def _check_outcome(run: Run, outcome: object, count: int) -> None:
+    """ValueError for anything but pictures, and values, of each example."""
+    if not isinstance(outcome, Outcome):
+        raise ValueError(f"{run.name}: the task's measure yields a {type(outcome).__name__}: yield an Outcome")
+    counts = {"images": tuple(outcome.images.shape)[:1], **{name: tuple(v.shape) for name, v in outcome.values.items()}}
+    if wrong := [f"{name} of {shape}" for name, shape in counts.items() if shape != (count,)]:
+        raise ValueError(f"{run.name}, {outcome.decoding}: {wrong[0]}, and {count} examples: give one for each of them")
 
 
 def _score(run: Run, scorer: Any, decodings: Sequence[str], batch: Sequence[Example]) -> list[Row]:

@@ -65,7 +65,10 @@ class Suite:
         measured = self.measure()
         if ranks()[0] != 0:
             return []
-        sections = [*self.benchmark.sections(measured), *(self.benchmark.published if self.data.photographs else ())]
+        own = self.benchmark.sections(measured)
+        if not isinstance(own, list) or not all(isinstance(one, Section) for one in own):
+            raise ValueError(f"sections of benchmark {self.settings.benchmark} give {own!r:.60}: return a list of them")
+        sections = [*own, *(self.benchmark.published if self.data.photographs else ())]
         printed = []
         for one in sections:
             if isinstance(one, Table) and "type" not in one.header:  # by type they are long, and in the files

@@ -103,7 +103,7 @@ class PerImage(PictureMetric):
         return slice(None)
 
     def take(self, *inputs: Any) -> None:
-        values = self.values(*inputs)[self.counted(*inputs)]
+        values = self._valued(*inputs)[self.counted(*inputs)]
         self.total += values.sum()
         self.count += len(values)
 
@@ -113,7 +113,15 @@ class PerImage(PictureMetric):
     @torch.no_grad()
     def per_image(self, images: Tensor | None = None, reference: Tensor | None = None, **given: Any) -> Tensor:
         """The values (B,) of a batch as `update` takes it, which is left uncounted; NaN for an image without one."""
-        return self.values(*self._needed(images=images, reference=reference, **given))
+        return self._valued(*self._needed(images=images, reference=reference, **given))
+
+    def _valued(self, *inputs: Any) -> Tensor:
+        """The values; ValueError where they are not one for each picture."""
+        values = torch.as_tensor(self.values(*inputs))
+        if values.shape != (count := (len(inputs[0]),)):
+            shape = tuple(values.shape)
+            raise ValueError(f"{type(self).__name__}.values gives shape {shape}: return one value a picture, {count}")
+        return values
 
 
 def pillow_squares(images: Tensor, size: int, interpolation: InterpolationMode) -> Tensor:

@@ -5,6 +5,7 @@ Nothing but names is here until a metric is asked for. See docs/metrics.md for w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ PIEBENCH = (
 ICD = ("psnr", "lpips", "dinov2", "clip-t", "clip-i", "image-reward", "fid", "latent-nll")
 PRESETS = Registry("preset", "icd_lightning.metric_presets", {"icd": ICD, "piebench": PIEBENCH})
 """Names, each for several metrics."""
+INPUTS = ("images", "reference", "prompts", "masks", "noise")
+"""What there is for a metric to need."""
 PARTS = {"unedited": False, "edited": True}
 """Endings of a name: that metric inside or outside of an edit's mask, e.g. `psnr-unedited`."""
 
@@ -86,6 +89,22 @@ def _find(name: str, *, told_by: str | None = None) -> tuple[Entry, str, str | N
         raise ValueError(f"{error}{more}") from error
 
 
+def _check_stated(name: str, metric: PictureMetric) -> None:
+    """ValueError for a direction that is none, and for `values` that would take other inputs than `needs` names."""
+    if (best := metric.higher_is_better) not in (True, False, None):
+        raise ValueError(f"metric {name!r}: higher_is_better {best!r} is none of True, False and None (neither)")
+    taken = inspect.signature(getattr(metric, "values", metric.take)).parameters.values()
+    if any(one.kind is one.VAR_POSITIONAL for one in taken):
+        return
+    named, needs = [one.name for one in taken], list(metric.needs)
+    mixed = [one for one, need in zip(named, needs, strict=False) if one in INPUTS and one != need]
+    if len(named) != len(needs) or mixed:
+        raise ValueError(
+            f"metric {name!r}: its values take ({', '.join(named)}), and its needs are ({', '.join(needs)}): name "
+            "in `needs` what `values` takes, in that order"
+        )
+
+
 def _build(name: str) -> PictureMetric:
     from icd_lightning.metrics.base import PerImage, PictureMetric
     from icd_lightning.metrics.pretrained import MissingNetworkError
@@ -99,6 +118,7 @@ def _build(name: str) -> PictureMetric:
         metric = entry.build()
     except MissingNetworkError as error:
         raise FileNotFoundError(f"metric {whole} lacks its network: {error}") from error
+    _check_stated(name, metric)
     if entry.init_args:  # stored values are of these settings
         vars(metric)["version"] = f"{metric.version} {dict(entry.init_args)}"
     if part is None:

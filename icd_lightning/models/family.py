@@ -124,7 +124,7 @@ class Family:
         if name not in TRANSFORMERS:
             raise ValueError(
                 f"the transformer of {self.model} is of class {name!r}, for which there is no backbone here; known: "
-                f"{', '.join(TRANSFORMERS)}. Name one of yours by family.backbone"
+                f"{', '.join(TRANSFORMERS)}. Name one of yours by family.backbone (icd fit) or --backbone"
             )
         return TRANSFORMERS[name]()
 

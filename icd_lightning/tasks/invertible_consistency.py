@@ -177,7 +177,11 @@ class InvertibleConsistencyDistillation(Task):
     @staticmethod
     def evaluate(losses: dict[str, Loss], inputs: LossInputs, draws: Draws) -> dict[str, LossValues]:
         """Each loss, on timesteps of its own, the noise shared by all."""
-        return together({name: loss.plan(inputs, draws.of(name)) for name, loss in losses.items()})
+        plans = {name: loss.plan(inputs, draws.of(name)) for name, loss in losses.items()}
+        values = together(plans)
+        for name, value in values.items():
+            losses[name].check(name, value, count=len(inputs.data))
+        return values
 
     def recipe(self) -> dict[str, Any]:
         """Segments, losses, students and teacher; which students are trained follows."""

@@ -6,6 +6,7 @@ Of n branches, in `x` (n B, C, h, w), the source's is the first and the target's
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -79,7 +80,23 @@ class Baseline(PictureMethod):
 
     @classmethod
     def from_family(cls, family: Family, *, students: StudentPaths = None, **settings: Any) -> Baseline:
-        return cls(Parts.load(family, few_step=cls.few_step), **settings)
+        method = cls(Parts.load(family, few_step=cls.few_step), **settings)
+        method.check_written()
+        return method
+
+    def check_written(self) -> None:
+        """ValueError where a subclass left out what makes it a method."""
+        name = type(self).__name__
+        if lacking := [one for one in ("parts", "steps") if not hasattr(self, one)]:
+            raise ValueError(
+                f"{name} has no {lacking[0]}: call super().__init__ and set self.steps, (t, s) of each step"
+            )
+        try:
+            inspect.signature(self.invert_latents).bind(None, (), seed=0, on_step=None)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}.invert_latents must take (x0, prompts, *, seed=0, on_step=None): {error}"
+            ) from error
 
     def guided_by(self: Method, guidance: GuidanceSchedule | None) -> Method:
         """This method with another guidance for its own, to which it then fits; all else is shared."""
@@ -93,6 +110,9 @@ class Baseline(PictureMethod):
 
         Under the inversion's own prompts this is a reconstruction.
         """
+        if not isinstance(inversion, Inversion):
+            name, kind = type(self).__name__, type(inversion).__name__
+            raise ValueError(f"{name}.invert_latents gives a {kind}: return Inversion(prompts, x0, noise)")
         return self.autoencoder.decode(self.framed_for(inversion.x0).generate_latents(prompts, inversion, **options))
 
     def edit(
@@ -127,11 +147,18 @@ class Baseline(PictureMethod):
 
     def move(self, x: Tensor, split: Split, index: int, inversion: Inversion) -> Tensor:
         """The branches' x (n B, C, h, w) after step `index`, given what the guided network sees in them."""
-        raise NotImplementedError(f"{type(self).__name__} has neither move nor mover")
+        raise ValueError(f"{type(self).__name__} has neither move nor mover: write move, what a step does with x")
 
     def mover(self, inversion: Inversion) -> Move:
         """`move` for one way down; to be overridden where a step needs what an earlier one found."""
         return lambda x, split, index: self.move(x, split, index, inversion)
+
+    def _moved(self, x: Tensor, moved: object) -> Tensor:
+        """What a step made of x; ValueError if that is no tensor of its shape."""
+        if not isinstance(moved, Tensor) or moved.shape != x.shape:
+            what = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+            raise ValueError(f"{type(self).__name__}.move gives {what}: return x after the step, {tuple(x.shape)}")
+        return moved
 
     def followed(self, index: int, guidance: GuidanceSchedule, control: Borrowed) -> Followed:
         """The branches of step `index`, where the target's guidance is `guidance`.
@@ -174,7 +201,7 @@ class Baseline(PictureMethod):
         step = self.mover(inversion)
 
         def move(x: Tensor, split: Split, index: int) -> Tensor:
-            x = step(x, split, index)
+            x = self._moved(x, step(x, split, index))
             begun = counts[min(index + 1, len(counts) - 1)] - counts[index]
             return torch.cat([*[x[: len(prompts)]] * begun, x]) if begun else x
 

@@ -113,7 +113,18 @@ class Backbone(ABC):
             network = self.network_class.from_config(config)
         check_fit(weights, network.state_dict(), file, f"this model's {self.part}")
         network.load_state_dict(weights, assign=True)
+        if any(buffer.is_meta for buffer in network.buffers()):
+            self._compute_buffers(network, config)
         return network
+
+    def _compute_buffers(self, network: nn.Module, config: dict[str, Any]) -> None:
+        """Give a network the buffers that no file holds, such as PixArt's positions; random numbers go on as before."""
+        with torch.random.fork_rng(devices=[]):
+            computed = dict(self.network_class.from_config(config).named_buffers())
+        for name, buffer in list(network.named_buffers()):
+            if buffer.is_meta:
+                module, _, last = name.rpartition(".")
+                network.get_submodule(module).register_buffer(last, computed[name], persistent=False)
 
     def guided_from_file(self, file: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         """The guidance-distilled network of this plain network's config, from the state dict that a file holds.

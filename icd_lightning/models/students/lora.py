@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -109,7 +109,10 @@ class LoraStudents(Students):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
             for adapter in ADAPTERS.values():
-                self.network.add_adapter(config, adapter)
+                if hasattr(self.network, "add_adapter"):
+                    self.network.add_adapter(config, adapter)
+                else:  # a class that says nothing of adapters, such as PixArt's: what diffusers does for the others
+                    inject_adapter_in_model(config, self.network, adapter)
 
     # Parameters
 
