@@ -98,6 +98,11 @@ def check_place(path: Path) -> None:
         raise OSError(f"cannot write {path} into {folder}: {reason}, name another place")
 
 
+def check_folder(folder: Path) -> None:
+    """OSError where no folder of results can be kept; see `check_place`."""
+    check_place(folder / "results")
+
+
 def as_seen_here(value: T) -> T | str:
     """The path of what is there, however it was spelt, from the working folder if it is in it; anything else as is."""
     if not (isinstance(value, str) and os.path.exists(value)):

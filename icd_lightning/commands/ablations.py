@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from icd_lightning.commands.evaluate import names
 from icd_lightning.commands.weights import Weights
 from icd_lightning.editing.limits import check_guidance_scale, check_seed
-from icd_lightning.files import check_place
+from icd_lightning.files import check_folder
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def ablations(
 def results_of(command: str, model: str, out: str | None) -> Path:
     """The folder of a command's results, each model's its own; OSError where none can be made."""
     folder = Path(out or ("outputs/" + command + ("" if model == "tiny" else f"-{Path(model).name}")))
-    check_place(folder / "results")
+    check_folder(folder)
     return folder
 
 

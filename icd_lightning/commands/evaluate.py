@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icd_lightning.commands.weights import Weights
-from icd_lightning.files import check_place
+from icd_lightning.files import check_folder
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def evaluate(
         batch_size=batch_size,
     )
     folder = Path(out or f"outputs/{usual.folder or f'eval-{benchmark}'}")
-    check_place(folder / "results")
+    check_folder(folder)
     for path in Suite(settings, models, folder).run():
         log.info("%s", path)
 

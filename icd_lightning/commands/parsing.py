@@ -13,7 +13,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from icd_lightning.commands.main import fail
-from icd_lightning.files import check_place
+from icd_lightning.files import check_folder
 
 OTHER_NAMES = {"-o": "--output", "--cross": "--cross_replace", "--self": "--self_replace", "--family": "--model"}
 """Of options, by which they go too."""
@@ -49,7 +49,7 @@ def call(function: Callable, name: str, args: list[str]) -> None:
         if value == "" and key not in MAY_BE_EMPTY:
             fail(f"{key} is empty: give it a value, or leave it out")
     if (out := values.get("out")) and "://" not in out:  # everywhere a folder, here or in a store
-        check_place(Path(out) / "results")
+        check_folder(Path(out))
     first: list[Any] = []
     for parameter in inspect.signature(function).parameters.values():
         if _is_positional(parameter):

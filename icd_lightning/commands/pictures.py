@@ -261,18 +261,18 @@ def light(method: str = "icd") -> Iterator[None]:
     what is imported, now or at the process's end, since it stays: that is a quarter of the time of a small edit.
     """
     hidden = [name for name in OPTIONAL if name not in sys.modules and method in METHODS.own]
+    collects, imported = gc.isenabled(), len(sys.modules)
     sys.modules.update(dict.fromkeys(hidden))  # None: not to be found
-    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if collects:
             gc.enable()
-        if not gc.get_freeze_count():  # once: of later calls, garbage would be kept
-            gc.freeze()
         for name in hidden:
             del sys.modules[name]
+        if len(sys.modules) > imported:  # else a later call's garbage would be kept for good
+            gc.freeze()
 
 
 def beside(file: str, ending: str) -> Path:
