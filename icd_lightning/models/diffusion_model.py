@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,11 +38,15 @@ def scale_at(guidance: Guidance, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DiffusionModel:
-    """A network, the process that it was trained on, and what is known of its architecture."""
+    """A network, the process that it was trained on, and what is known of its architecture.
+
+    `using()` is entered around each call: so one network can be several models, by adapters that are on or off.
+    """
 
     network: nn.Module
     process: Process
     backbone: Backbone
+    using: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def takes_guidance(self) -> bool:
@@ -61,7 +66,8 @@ class DiffusionModel:
             )
         if len(conditioning) != len(x):
             raise ValueError(f"conditioning holds {len(conditioning)} samples, x holds {len(x)}")
-        return self.backbone.predict(self.network, x, self.process.network_time(t), conditioning, w).to(x.dtype)
+        with self.using():
+            return self.backbone.predict(self.network, x, self.process.network_time(t), conditioning, w).to(x.dtype)
 
     def denoiser(
         self, conditioning: Conditioning, guidance: Guidance, unconditional: Conditioning | None = None

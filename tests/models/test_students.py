@@ -207,3 +207,44 @@ def test_a_switch_by_peft_is_refused_before_it_does_harm(students, batch, switch
     getattr(students.network, switch)(*([] if switch == "disable_adapters" else ["fcd"]))
     with pytest.raises(ValueError, match=r"switch by LoraStudents.using"):
         output_of(students, "reverse", batch)
+
+
+# --- what an adapted layer does: as peft's own, with less to move -----------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["float32", "half precision", "autocast"])
+def test_an_adapted_layer_is_as_pefts_own_and_never_widens_its_input(batch, form):
+    network = tiny_unet() if form == "float32" else tiny_unet().bfloat16()
+    students = tiny_students(unet=network, lora=LoraSettings(rank=3, alpha=5))
+    seen = set()
+    for layer in students._layers.values():
+        layer.lora_A["cd"].register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    found = {}
+    for variant in ("ours", "peft"):
+        if variant == "peft":
+            assert seen == {torch.bfloat16 if form == "autocast" else torch.float32}
+            for layer in students._layers.values():
+                layer.lora_variant.clear()
+                layer.cast_input_dtype_enabled = True
+        students.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+            output = output_of(students, "reverse", batch)
+        output.square().mean().backward()
+        found[variant] = {"": output.detach(), **gradients(students, "reverse")}
+    tolerance = 1e-4 if form == "float32" else 0.25  # bfloat16 rounds what nearly cancels
+    for name, ours in found["ours"].items():
+        theirs = found["peft"][name]
+        assert (ours - theirs).norm() <= tolerance * theirs.norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("safe", [False, True])
+def test_peft_merges_a_student_and_takes_it_out_again(students, batch, safe):
+    expected, teacher = (output_of(students, role, batch) for role in ("reverse", "teacher"))
+    layers = students._layers.values()
+    for layer in layers:
+        layer.merge(safe_merge=safe, adapter_names=["cd"])
+    torch.testing.assert_close(output_of(students, "teacher", batch), expected, rtol=1e-4, atol=1e-4)
+    for layer in layers:
+        layer.unmerge()
+    torch.testing.assert_close(output_of(students, "teacher", batch), teacher, rtol=1e-4, atol=1e-4)

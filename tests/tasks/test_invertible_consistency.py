@@ -62,32 +62,27 @@ def evaluate(task, batch, draws: Draws) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_a_loss_that_is_null_is_not_computed(random_family, batch, monkeypatch, name):
+def test_a_loss_that_is_null_is_not_computed(random_family, batch, name):
     task = distillation(random_family, losses=Losses(**{name: None}), students=FEW)
-    calls = count_calls(task, monkeypatch)
+    calls = count_calls(task.students)
     assert evaluate(task, batch, Draws(0, 0)).keys() == EVALUATIONS.keys() - {name}
     evaluations = sum(EVALUATIONS.values()) - EVALUATIONS[name]
     assert sum(count for _, count in calls) == evaluations * len(batch.captions)
 
 
-def test_ten_evaluations_take_five_calls_of_twice_the_batch(random_family, batch, monkeypatch):
+def test_ten_evaluations_take_five_calls_of_twice_the_batch(random_family, batch):
     task = distillation(random_family, students=FEW)
-    calls = count_calls(task, monkeypatch)
+    calls = count_calls(task.students)
     evaluate(task, batch, Draws(0, 0))
     twice = 2 * len(batch.captions)
     assert calls[0] == ("teacher", twice)
     assert sorted(calls[1:]) == [("forward", twice), ("forward", twice), ("reverse", twice), ("reverse", twice)]
 
 
-def count_calls(task, monkeypatch) -> list[tuple[str, int]]:
+def count_calls(students: LoraStudents) -> list[tuple[str, int]]:
     """The network's calls from now on: role and number of samples."""
-    predict, calls = task.students.predict, []
-
-    def counted(role, x, *args):
-        calls.append((role, len(x)))
-        return predict(role, x, *args)
-
-    monkeypatch.setattr(task.students, "predict", counted)
+    calls = []
+    students.network.register_forward_pre_hook(lambda _, args: calls.append((students.active, len(args[0]))))
     return calls
 
 
@@ -246,6 +241,16 @@ def test_students_may_be_networks_of_their_own(random_family, scenes, tmp_path):
         loaded = type(network).from_pretrained(tmp_path / direction)
         assert same(loaded.state_dict(), network.state_dict())
         assert "load_lora_weights" not in (tmp_path / direction / "README.md").read_text()
+
+
+def test_students_of_ones_own_without_a_model_are_refused(random_family):
+    class Half(FullStudents):
+        def __init__(self, teacher):
+            super().__init__(teacher)
+            del self.models["reverse"]
+
+    with pytest.raises(ValueError, match="Half has no model of the reverse student: add it to `models` in __init__"):
+        distillation(random_family, students=Half)
 
 
 def test_the_checkpointing_that_is_asked_for_is_on(random_family):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from training_case import FEW, distillation, scenes_data, trainer_for
 
 from icd_lightning.diffusion import Draws
+from icd_lightning.models.backbones.unet import UNet
 from icd_lightning.models.family import Family
 from icd_lightning.models.students import LoraSettings, LoraStudents
 from icd_lightning.tasks.guidance_distillation import GuidanceDistillation
@@ -108,12 +109,17 @@ def test_training_draws_from_the_posterior_and_does_not_take_its_mean(layouts, s
 
 
 def test_the_reverse_student_is_trained_at_every_guidance_scale_and_the_forward_student_unguided(
-    random_family, scenes, tmp_path
+    random_family, scenes, tmp_path, monkeypatch
 ):
     task = distillation(random_family, students=FEW, guidance_scales=(1.0, 3.0, 5.0))
     asked: list[tuple[str, Tensor]] = []
-    predict = task.students.predict
-    task.students.predict = lambda role, x, t, c, w: asked.append((role, w)) or predict(role, x, t, c, w)
+    predict = UNet.predict
+
+    def told(*args):
+        asked.append((task.students.active, args[-1]))
+        return predict(*args)
+
+    monkeypatch.setattr(UNet, "predict", told)
     fit(task, scenes, tmp_path, max_steps=4, batch_size=6)
     scales = {role: set(torch.cat([w for r, w in asked if r == role]).tolist()) for role in ("forward", "reverse")}
     assert scales == {"forward": {1.0}, "reverse": {1.0, 3.0, 5.0}}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from icd_lightning.diffusion import DDIMJump, Direction
 from icd_lightning.models.conditioning import Conditioning
-from icd_lightning.models.diffusion_model import DiffusionModel, Guidance, GuidedDenoiser
+from icd_lightning.models.diffusion_model import CFGDenoiser, DiffusionModel, Guidance, GuidedDenoiser
 
 Role = Literal["teacher", "forward", "reverse"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "reverse")
@@ -38,6 +40,8 @@ class Students(nn.Module, ABC):
         self.model = teacher
         self.network = teacher.network.requires_grad_(False)
         self.process, self.backbone = teacher.process, teacher.backbone
+        self.models: dict[Role, DiffusionModel] = {"teacher": replace(teacher, using=partial(self.using, "teacher"))}
+        """The network of each role; a subclass adds its students'."""
         self.boundaries: dict[Direction, list[int]] = {}
         """Of students that were loaded: what their files say."""
 
@@ -52,9 +56,13 @@ class Students(nn.Module, ABC):
             model.network.eval()
         return self
 
-    @abstractmethod
+    def using(self, role: Role) -> AbstractContextManager[object]:
+        """Entered around each call in a role: the teacher is without gradient."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and role != "teacher")
+
     def predict(self, role: Role, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
         """Raw network output (B, C, H, W) for x (B, C, H, W) at t (B,) and guidance scale w (B,)."""
+        return self.models[role].predict(x, t, conditioning, w)
 
     @abstractmethod
     def parameters_of(self, direction: Direction) -> list[nn.Parameter]:
@@ -73,23 +81,10 @@ class Students(nn.Module, ABC):
         for parameter in self.parameters_of(direction):
             parameter.requires_grad_(False)
 
-    def denoiser(self, role: Role, conditioning: Conditioning, guidance: Guidance) -> GuidedDenoiser:
-        """Bind a network to prompt and guidance; the teacher is without gradient."""
-        return GuidedDenoiser(_Network(self, role), self.process, conditioning, guidance)
+    def denoiser(self, role: Role, conditioning: Conditioning, guidance: Guidance) -> GuidedDenoiser | CFGDenoiser:
+        """Bind a network to prompt and guidance."""
+        return self.models[role].denoiser(conditioning, guidance)
 
     def jump(self, role: Role, conditioning: Conditioning, guidance: Guidance) -> DDIMJump:
         denoise = self.denoiser(role, conditioning, guidance)
         return DDIMJump(denoise, self.process, set_alpha_to_one=role != "teacher")
-
-
-@dataclass(frozen=True)
-class _Network:
-    """The network in one role; equal to another of the same, so that calls of both can be made as one batch."""
-
-    students: Students
-    role: Role
-
-    def __call__(self, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor | None) -> Tensor:
-        assert w is not None, "students are told w"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.role != "teacher"):
-            return self.students.predict(self.role, x, t, conditioning, w)

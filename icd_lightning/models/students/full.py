@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from icd_lightning.diffusion import Direction
 from icd_lightning.files import replaced_folder
-from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel
-from icd_lightning.models.students.base import DIRECTIONS, Role, Students
+from icd_lightning.models.students.base import DIRECTIONS, Students
 
 
 class FullStudents(Students):
@@ -35,7 +34,6 @@ class FullStudents(Students):
             )
         copies = {direction: copy.deepcopy(self.network).float().requires_grad_(True) for direction in DIRECTIONS}
         self.copies = nn.ModuleDict({f"{d}_model": network for d, network in copies.items()})  # `forward` is no key
-        self.models: dict[Role, DiffusionModel] = {"teacher": teacher}
         for direction, network in copies.items():
             self.models[direction] = replace(teacher, network=network)
             if gradient_checkpointing:
@@ -43,10 +41,6 @@ class FullStudents(Students):
 
     def diffusion_models(self) -> list[DiffusionModel]:
         return list(self.models.values())
-
-    def predict(self, role: Role, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
-        """Raw network output (B, C, H, W) for x (B, C, H, W) at t (B,) and guidance scale w (B,)."""
-        return self.models[role].predict(x, t, conditioning, w)
 
     def parameters_of(self, direction: Direction) -> list[nn.Parameter]:
         return list(self.models[direction].network.parameters())

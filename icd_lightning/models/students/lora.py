@@ -6,7 +6,8 @@ stay trainable for good, and `using` switches by what a LoRA layer's forward rea
 layers share one list object: a switch is one assignment, whatever their number, and an empty list is the bare network.
 
 Two private attributes of peft's layers are used: `_active_adapter`, the list, is set, `_disable_adapters` read. There
-is no public way to switch without touching `requires_grad`; pyproject.toml pins the range that tests guard.
+is no public way to switch without touching `requires_grad`; pyproject.toml pins the range that tests guard. So is its
+`LoraVariant`, by which each layer adds its adapter up (`LeanLora`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from icd_lightning.diffusion import Direction
-from icd_lightning.models.conditioning import Conditioning
 from icd_lightning.models.diffusion_model import DiffusionModel
 from icd_lightning.models.student_file import StudentFile, write_diffusers, write_kohya
 from icd_lightning.models.students.base import DIRECTIONS, Role, Students
@@ -50,6 +52,37 @@ class LoraSettings:
             raise ValueError(f"LoRA rank {self.rank} and alpha {self.alpha} must be positive and finite")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("LoRA target_modules are none: name layers, or leave it out for the usual ones")
+
+
+class LeanLora(LoraVariant):
+    """y + B s A x with as little as can be moved beside the frozen layer's y: a step of SD1.5 takes 0.85 of the time.
+
+    peft multiplies B A x by s, which is of y's size, where A x has but `rank` channels; and under autocast it makes x
+    float32, which A makes half precision again. Merging is peft's own.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """y (B, ..., out) or (B, out, H, W) of the layer for x, with the adapter."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(down.weight.dtype)
+        return result + up(down(x) * module.scaling[active_adapter])
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return orig_weight + module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """W += s B A."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W of W + s B A."""
+        return orig_weight - module.get_delta_weight(active_adapter)
 
 
 class LoraStudents(Students):
@@ -77,13 +110,15 @@ class LoraStudents(Students):
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError("this network already carries adapters: give students a freshly loaded one")
         self.lora = lora
+        self.models |= {direction: replace(teacher, using=partial(self.using, direction)) for direction in DIRECTIONS}
         self._plant(lora.target_modules or self.backbone.lora_targets)
         self.backbone.require_guidance(self.network)
         named = self.network.named_modules()
         self._layers = {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
         self._active: list[str] = []
         for layer in self._layers.values():
-            layer._active_adapter = self._active
+            layer._active_adapter, layer.cast_input_dtype_enabled = self._active, False
+            layer.lora_variant.update(dict.fromkeys(ADAPTERS.values(), LeanLora()))
         for direction in DIRECTIONS:
             for weight in self.named_parameters_of(direction).values():
                 weight.data = weight.data.float()  # peft makes them in the type of the base, too coarse for small steps
@@ -195,10 +230,16 @@ class LoraStudents(Students):
     @contextmanager
     def using(self, role: Role) -> Iterator[None]:
         """Turn one adapter on (teacher: both off) and restore what was; `requires_grad` is left alone."""
+        if any(layer._active_adapter is not self._active or layer._disable_adapters for layer in self._layers.values()):
+            raise ValueError(
+                "peft or diffusers switched the adapters (set_adapter, disable_adapters, load_lora_weights, ...), "
+                "which also stops gradients: build students anew, and switch by LoraStudents.using"
+            )
         before = self._active[:]
         self._active[:] = [] if role == "teacher" else [ADAPTERS[role]]
         try:
-            yield
+            with super().using(role):
+                yield
         finally:
             self._active[:] = before
 
@@ -214,13 +255,3 @@ class LoraStudents(Students):
         # In evaluation mode a network draws no random numbers, so there is no state to preserve
         block = module if torch.compiler.is_compiling() else run
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-
-    def predict(self, role: Role, x: Tensor, t: Tensor, conditioning: Conditioning, w: Tensor) -> Tensor:
-        """Raw network output (B, C, H, W) for x (B, C, H, W) at t (B,) and guidance scale w (B,)."""
-        if any(layer._active_adapter is not self._active or layer._disable_adapters for layer in self._layers.values()):
-            raise ValueError(
-                "peft or diffusers switched the adapters (set_adapter, disable_adapters, load_lora_weights, ...), "
-                "which also stops gradients: build students anew, and switch by LoraStudents.using"
-            )
-        with self.using(role):
-            return self.model.predict(x, t, conditioning, w)
