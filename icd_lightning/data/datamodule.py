@@ -193,7 +193,7 @@ class ShardDataModule(lightning.LightningDataModule):
         for shard in shards:
             if not is_local(shard.url):
                 raise ValueError(f"val_urls holds {shard.url}; validation reads by index: copy it to a local file")
-        if self.stream is not None and (both := {*self.stream.urls} & {s.url for s in shards}):
+        if rank == 0 and self.stream is not None and (both := {*self.stream.urls} & {s.url for s in shards}):
             logger.warning("%s is trained and validated on", min(both))
         entries = [entry for shard in shards for entry in index_shard(shard.url)[0]]
         decoder = replace(self.decoder, buckets=False)

@@ -12,6 +12,7 @@ from training_case import assert_the_same_in_diffusers, same, scenes_data, train
 from icd_lightning.callbacks.export import ExportWeights
 from icd_lightning.commands.main import main
 from icd_lightning.diffusion import Flow
+from icd_lightning.models.backbones import SD3, backbone_of
 from icd_lightning.models.family import Family
 from icd_lightning.models.student_file import StudentFile
 from icd_lightning.models.students import DIRECTIONS, LoraSettings, LoraStudents
@@ -95,3 +96,16 @@ def test_stage_two_trains_validates_and_exports_it_by_class_path(outside, scenes
         assert same(kohya.fitted(students.named_parameters_of(direction)), dict(file.weights))
     told = torch.randn(1, 16, 8, 8), torch.tensor([500]), outside.load_conditioner()(["a star"]), torch.tensor([3.0])
     assert_the_same_in_diffusers(outside, tmp_path, lora, *told)
+
+
+def test_a_pipeline_refuses_a_network_it_does_not_know():
+    """Before, it was taken for a UNet."""
+
+    class Mine(SD3Transformer2DModel):
+        pass
+
+    assert isinstance(backbone_of(Mine(**TRANSFORMER)), SD3)
+    with pytest.raises(
+        ValueError, match="Linear is none of the networks that a pipeline knows"
+    ):
+        backbone_of(torch.nn.Linear(1, 1))

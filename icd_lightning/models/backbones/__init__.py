@@ -15,8 +15,15 @@ TRANSFORMERS: dict[str, type[Backbone]] = {one.network_class.__name__: one for o
 
 
 def backbone_of(network: nn.Module) -> Backbone:
-    """The backbone of a network of one of these classes."""
-    return TRANSFORMERS.get(type(network).__name__, UNet)()
+    """The backbone of a network of one of these classes; ValueError for another."""
+    known = {UNet.network_class.__name__: UNet, **TRANSFORMERS}
+    for cls in type(network).__mro__:
+        if cls.__name__ in known:
+            return known[cls.__name__]()
+    raise ValueError(
+        f"{type(network).__name__} is none of the networks that a pipeline knows ({', '.join(known)}): add a backbone "
+        "(CONTRIBUTING.md), and edit by the commands with --backbone"
+    )
 
 
 def named_backbone(class_path: str) -> Backbone:
