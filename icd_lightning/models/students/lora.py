@@ -55,7 +55,7 @@ class LoraSettings:
 
 
 class LeanLora(LoraVariant):
-    """y + B s A x with as little as can be moved beside the frozen layer's y: a step of SD1.5 takes 0.85 of the time.
+    """y + B s A x, with as little to move beside the frozen layer's y as can be.
 
     peft multiplies B A x by s, which is of y's size, where A x has but `rank` channels; and under autocast it makes x
     float32, which A makes half precision again. Merging is peft's own.
