@@ -42,7 +42,7 @@ from steps import Ours, Peer, ReferenceStyle, Setting, reference_code  # isort: 
 from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense matrix FLOP/s, from the vendor's data sheets
-OURS, STYLE, PEER = "ours", "reference-style", "reference"
+OURS, COMPILED, STYLE, PEER = "ours", "ours, compiled", "reference-style", "reference"
 GROWING = ("batch", "latent", "rank", "processes")
 
 
@@ -64,8 +64,10 @@ def main() -> None:
     if args.peer:
         reference_code(args.peer)  # it may be missing: say so now
     # before this process has networks of its own
-    memory = {name: measure_memory(name) for name in (OURS, STYLE, *([PEER] if args.peer else []))}
-    steps: dict[str, Callable[[int], None]] = {OURS: Ours(setting), STYLE: (style := ReferenceStyle(setting))}
+    compiled = [COMPILED] if args.compile else []
+    memory = {name: measure_memory(name) for name in (OURS, *compiled, STYLE, *([PEER] if args.peer else []))}
+    steps: dict[str, Callable[[int], None]] = {name: build(name, setting, None) for name in (OURS, *compiled)}
+    steps[STYLE] = style = ReferenceStyle(setting)
     if args.peer:
         steps[PEER] = Peer(style, args.peer)
     report(setting, steps, alternate(steps, setting, args.repeats), memory)
@@ -80,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile, too; minutes for the first step")
     parser.add_argument("--peer", type=Path, help="a checkout of the reference's code, to run its own step functions")
     text = "time steps as one thing after another grows; of several processes each has a batch of its own"
     parser.add_argument("--sweep", nargs="+", metavar="batch=4,8", help=f"{text} ({', '.join(GROWING)})")
@@ -91,8 +94,8 @@ def parse() -> argparse.Namespace:
 
 def build(name: str, setting: Setting, peer: Path | None) -> Callable[[int], None]:
     """The step of this name, on random or shipped weights."""
-    if name == OURS:
-        return Ours(setting)
+    if name in (OURS, COMPILED):
+        return Ours(replace(setting, compiled=name == COMPILED))
     style = ReferenceStyle(setting)
     return Peer(style, peer) if name == PEER else style
 
@@ -155,7 +158,7 @@ def report(setting: Setting, steps: dict, seconds: dict[str, list[float]], memor
                 f"{unets / own:.2f}",
                 f"{bytes_of(step.modules()) / gib:.3f}",
                 f"{memory[name] / gib:.2f}",
-                f"{share_outside(step, setting):.1%}",
+                "" if name == COMPILED else f"{share_outside(step, setting):.1%}",  # hooks would compile it anew
             ]
         )
     print(table(columns, rows))
