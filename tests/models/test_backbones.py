@@ -105,7 +105,5 @@ def test_a_pipeline_refuses_a_network_it_does_not_know():
         pass
 
     assert isinstance(backbone_of(Mine(**TRANSFORMER)), SD3)
-    with pytest.raises(
-        ValueError, match="Linear is none of the networks that a pipeline knows"
-    ):
+    with pytest.raises(ValueError, match="Linear is none of the networks that a pipeline knows"):
         backbone_of(torch.nn.Linear(1, 1))
