@@ -41,6 +41,8 @@ from measuring import (  # isort: skip
 from steps import Ours, Peer, ReferenceStyle, Setting, reference_code  # isort: skip
 from torch.utils.flop_counter import FlopCounterMode
 
+from icd_lightning.models.diffusion_model import why_not_compiled
+
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense matrix FLOP/s, from the vendor's data sheets
 OURS, COMPILED, STYLE, PEER = "ours", "ours, compiled", "reference-style", "reference"
 GROWING = ("batch", "latent", "rank", "processes")
@@ -89,11 +91,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="where to draw the sweep")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--together", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.compile and args.sweep:
+        raise ValueError("--compile goes with one setting: leave out --sweep")
+    return args
 
 
 def build(name: str, setting: Setting, peer: Path | None) -> Callable[[int], None]:
     """The step of this name, on random or shipped weights."""
+    if name == COMPILED and (reason := why_not_compiled(torch.device(setting.device), "inductor")):
+        raise ValueError(f"--compile: torch.compile does not work here ({reason})")  # else it would run as it is
     if name in (OURS, COMPILED):
         return Ours(replace(setting, compiled=name == COMPILED))
     style = ReferenceStyle(setting)

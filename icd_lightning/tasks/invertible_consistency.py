@@ -103,10 +103,11 @@ class InvertibleConsistencyDistillation(Task):
         teacher = family.load_model(guided=True)
         self._teacher = fingerprint(teacher.network, most=4096)
         self.students = students(teacher)
-        if missing := [direction for direction in DIRECTIONS if direction not in self.students.models]:
+        models = getattr(self.students, "models", {})
+        if missing := [direction for direction in DIRECTIONS if direction not in models]:
             raise ValueError(
-                f"{type(self.students).__name__} has no model of the {missing[0]} student: add it to `models` in "
-                "__init__, as FullStudents does"
+                f"{type(self.students).__name__} has no model of the {missing[0]} student: derive it from Students, "
+                "and add the model to `models` in __init__, as FullStudents does"
             )
         self.process = self.students.process
         boundaries.check_process(self.process)

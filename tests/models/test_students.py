@@ -248,3 +248,10 @@ def test_peft_merges_a_student_and_takes_it_out_again(students, batch, safe):
     for layer in layers:
         layer.unmerge()
     torch.testing.assert_close(output_of(students, "teacher", batch), teacher, rtol=1e-4, atol=1e-4)
+
+
+def test_students_run_on_no_device_at_all(students, batch):
+    """Shapes and FLOPs are counted on meta, which knows no autocast."""
+    students.to("meta")
+    told = {name: value.to("meta") for name, value in batch.items()}
+    assert output_of(students, "reverse", told).shape == batch["x"].shape

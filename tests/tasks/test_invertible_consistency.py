@@ -249,8 +249,10 @@ def test_students_of_ones_own_without_a_model_are_refused(random_family):
             super().__init__(teacher)
             del self.models["reverse"]
 
-    with pytest.raises(ValueError, match="Half has no model of the reverse student: add it to `models` in __init__"):
+    with pytest.raises(ValueError, match="Half has no model of the reverse student: derive it from Students, and add"):
         distillation(random_family, students=Half)
+    with pytest.raises(ValueError, match="Linear has no model of the forward student: derive it from Students"):
+        distillation(random_family, students=lambda teacher: torch.nn.Linear(1, 1))
 
 
 def test_the_checkpointing_that_is_asked_for_is_on(random_family):

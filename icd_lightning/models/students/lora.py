@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,8 @@ class LeanLora(LoraVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """y (B, ..., out) or (B, out, H, W) of the layer for x, with the adapter."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # of meta it is not
             x = x.to(down.weight.dtype)
         return result + up(down(x) * module.scaling[active_adapter])
 
@@ -110,7 +111,8 @@ class LoraStudents(Students):
         if any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
             raise ValueError("this network already carries adapters: give students a freshly loaded one")
         self.lora = lora
-        self.models |= {direction: replace(teacher, using=partial(self.using, direction)) for direction in DIRECTIONS}
+        roles: tuple[Role, ...] = ("teacher", *DIRECTIONS)
+        self.models = {role: replace(teacher, using=partial(self._called, role)) for role in roles}
         self._plant(lora.target_modules or self.backbone.lora_targets)
         self.backbone.require_guidance(self.network)
         named = self.network.named_modules()
@@ -230,11 +232,6 @@ class LoraStudents(Students):
     @contextmanager
     def using(self, role: Role) -> Iterator[None]:
         """Turn one adapter on (teacher: both off) and restore what was; `requires_grad` is left alone."""
-        if any(layer._active_adapter is not self._active or layer._disable_adapters for layer in self._layers.values()):
-            raise ValueError(
-                "peft or diffusers switched the adapters (set_adapter, disable_adapters, load_lora_weights, ...), "
-                "which also stops gradients: build students anew, and switch by LoraStudents.using"
-            )
         before = self._active[:]
         self._active[:] = [] if role == "teacher" else [ADAPTERS[role]]
         try:
@@ -242,6 +239,15 @@ class LoraStudents(Students):
                 yield
         finally:
             self._active[:] = before
+
+    def _called(self, role: Role) -> AbstractContextManager[None]:
+        """`using`, once for each call; blocks that are checkpointed need not look at all layers again."""
+        if any(layer._active_adapter is not self._active or layer._disable_adapters for layer in self._layers.values()):
+            raise ValueError(
+                "peft or diffusers switched the adapters (set_adapter, disable_adapters, load_lora_weights, ...), "
+                "which also stops gradients: build students anew, and switch by LoraStudents.using"
+            )
+        return self.using(role)
 
     def _checkpointed(self, module: nn.Module, *args) -> Tensor:
         """Checkpoint one block of the network; its second run, during backward, uses the adapter of the first."""
